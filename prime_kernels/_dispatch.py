@@ -1,0 +1,148 @@
+"""Which backend runs an operation.
+
+Selection: the ``backend`` argument, then :func:`use_backend`, then the environment variable ``PRIME_KERNELS_BACKEND``,
+then the fastest backend for the device of the tensors.
+
+* The argument is strict: a backend that is unavailable, or has no kernel for this operation, raises
+  :class:`BackendUnavailable`; nothing falls back.
+* ``use_backend`` and the environment variable speak for many operations at once. They are strict about the backend
+  being available at all, but an operation that it does not implement, or whose tensors it cannot take (other device,
+  float64), runs on the fastest of the rest.
+"""
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+
+BACKENDS = ("eager", "cpu", "triton", "cuda")
+ENVIRONMENT_VARIABLE = "PRIME_KERNELS_BACKEND"
+
+# What each operation runs on besides eager, which implements all of them.
+_KERNELS: dict[str, tuple[str, ...]] = {
+    "linear_log_probs": (),
+    "linear_log_ratios": (),
+    "log_probs": ("cpu",),
+    "log_ratios": ("cpu",),
+    "ppo_loss": (),
+    "prm_loss": (),
+    "rloo_advantages": (),
+    "segment_scan": ("cpu",),
+    "segment_sum": (),
+    "step_rewards": (),
+}
+
+# Fastest first; eager comes after all of these.
+_FASTEST: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
+
+_chosen: ContextVar[str | None] = ContextVar("prime_kernels_backend", default=None)
+_warned_of_missing_extension = False
+
+
+class BackendUnavailable(RuntimeError):
+    """The backend that was asked for cannot run; the message says why and what to do."""
+
+
+def available_backends() -> dict[str, str | None]:
+    """Every backend name, with None if it can run here and otherwise the reason why it cannot."""
+    return {name: _unavailable_reason(name) for name in BACKENDS}
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Prefer a backend for every operation called inside the ``with`` block (this thread or task only).
+
+    Operations that the backend does not implement, or whose tensors it cannot take, run on the fastest of the rest;
+    an explicit ``backend=`` argument still wins.
+
+    Args:
+        name: "eager", "cpu", "triton" or "cuda".
+
+    Raises:
+        ValueError: unknown name.
+        BackendUnavailable: the backend cannot run here.
+    """
+    _require_available("name", name)
+    token = _chosen.set(name)
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def resolve(op: str, tensor: torch.Tensor, backend: str | None) -> str:
+    """The backend that runs ``op`` on ``tensor``, by the rules above."""
+    if backend is not None:
+        _require_available("backend", backend)
+        return _strict(op, tensor, backend)
+    preferred, source = _chosen.get(), "use_backend"
+    if preferred is None:
+        preferred, source = os.environ.get(ENVIRONMENT_VARIABLE) or None, ENVIRONMENT_VARIABLE
+    if preferred is not None:
+        _require_available(source, preferred)
+        if _can_run(op, tensor, preferred):
+            return preferred
+    for name in _FASTEST.get(tensor.device.type, ()):
+        if not _can_run(op, tensor, name):
+            continue
+        reason = _unavailable_reason(name)
+        if reason is None:
+            return name
+        if name == "cpu":
+            _warn_of_missing_extension(reason)
+    return "eager"
+
+
+def _strict(op: str, tensor: torch.Tensor, backend: str) -> str:
+    if backend == "eager":
+        return backend
+    implemented = ("eager", *_KERNELS[op])
+    if backend not in implemented:
+        names = ", ".join(repr(name) for name in implemented)
+        raise BackendUnavailable(
+            f"backend: {op} has no {backend!r} kernel; it runs on {names}. Pass one of these or None"
+        )
+    if tensor.device.type != _device_type(backend):
+        raise ValueError(f"backend: expected {_device_type(backend)} tensors for {backend!r}, got {tensor.device}")
+    if tensor.dtype == torch.float64:
+        raise TypeError(f"backend: expected float32, bfloat16 or float16 tensors for {backend!r}, got torch.float64")
+    return backend
+
+
+def _can_run(op: str, tensor: torch.Tensor, backend: str) -> bool:
+    if backend == "eager":
+        return True
+    on_device = tensor.device.type == _device_type(backend)
+    return backend in _KERNELS[op] and on_device and tensor.dtype != torch.float64
+
+
+def _device_type(backend: str) -> str:
+    return "cpu" if backend == "cpu" else "cuda"
+
+
+def _require_available(argument: str, name: str) -> None:
+    if name not in BACKENDS:
+        raise ValueError(f"{argument}: expected one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
+    reason = _unavailable_reason(name)
+    if reason is not None:
+        raise BackendUnavailable(f"{argument}: backend {name!r} is not available: {reason}")
+
+
+def _unavailable_reason(name: str) -> str | None:
+    if name == "eager":
+        return None
+    if name == "cpu":
+        from prime_kernels import _native
+
+        return _native.unavailable_reason()
+    return "no kernels in this version yet; use 'eager' on GPU tensors"
+
+
+def _warn_of_missing_extension(reason: str) -> None:
+    global _warned_of_missing_extension
+    if not _warned_of_missing_extension:
+        _warned_of_missing_extension = True
+        warnings.warn(f"prime_kernels runs CPU tensors on 'eager': {reason}", RuntimeWarning, stacklevel=4)

@@ -1,0 +1,1 @@
+"""One file an operation: formula, reference, autograd and public function."""

@@ -1,0 +1,171 @@
+"""Log-probabilities straight from hidden states: the logits of all tokens never exist at once.
+
+z = (hidden @ weight.T + bias) / temperature, then as in log_probs. Tokens go through in chunks; backward computes the
+logits of a chunk again instead of keeping them, so memory is one chunk of float32 logits, the head in float32 and its gradient.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from prime_kernels import _checks, _dispatch
+from prime_kernels.ops import log_probs as rows
+from prime_kernels.ops._segments import result_dtype
+from prime_kernels.ops.log_ratios import LogRatios
+
+# Logits alive at once: 2^24 float32 values are 64 MiB, enough rows for a product to run at full speed.
+CHUNK_ELEMENTS = 2**24
+
+
+class Head(NamedTuple):
+    """A model's last hidden states [..., D] with its output layer: weight [V, D] and bias [V] or None."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+def reference(head: Head, ids: Tensor, mask: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
+    """(logp, entropy) of each token, by chunks of valid tokens.
+
+    Products are float32 even for bfloat16 inputs: logits rounded to 16 bits would drown the ratio of two close models.
+    """
+    dtype = result_dtype(head.hidden)
+    # Converted once, outside the chunks, so that the gradient of the head is also summed in this dtype.
+    weight, bias = head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)
+
+    def chunk_log_probs(hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        return rows.reference(torch.nn.functional.linear(hidden.to(dtype), weight, bias), ids, None, temperature)
+
+    hidden, flat_ids = head.hidden.reshape(-1, head.hidden.shape[-1]), ids.reshape(-1)
+    valid = None if mask is None else mask.reshape(-1).nonzero().squeeze(-1)
+    if valid is not None:
+        hidden, flat_ids = hidden[valid], flat_ids[valid]
+    size = max(1, CHUNK_ELEMENTS // weight.shape[0])
+    pieces = [
+        checkpoint(chunk_log_probs, *piece, use_reentrant=False, preserve_rng_state=False)
+        for piece in zip(hidden.split(size), flat_ids.split(size), strict=True)
+    ]
+    columns = [torch.cat(column) for column in zip(*pieces, strict=True)]
+    if valid is not None:
+        columns = [column.new_zeros(ids.numel()).index_put((valid,), column) for column in columns]
+    return columns[0].view(ids.shape), columns[1].view(ids.shape)
+
+
+def _check_head(head: Head, ids: Tensor, mask: Tensor | None, prefix: str) -> Tensor:
+    """Check one head against the tokens; the labels as log_probs wants them."""
+    hidden, weight, bias = f"{prefix}hidden", f"{prefix}weight", f"{prefix}bias"
+    _checks.floating(hidden, head.hidden)
+    if head.hidden.ndim == 0 or head.hidden.shape[-1] == 0:
+        raise ValueError(f"{hidden}: expected shape [..., D] with D of at least 1, got {list(head.hidden.shape)}")
+    _checks.floating(weight, head.weight, ndim=2)
+    vocabulary = head.weight.shape[0]
+    if vocabulary == 0:
+        raise ValueError(f"{weight}: expected shape [V, D] with V of at least 1, got {list(head.weight.shape)}")
+    _checks.shape(weight, head.weight, (vocabulary, head.hidden.shape[-1]), f"[V, D] with the D of {hidden}")
+    _checks.device(weight, head.weight, head.hidden, hidden)
+    _checks.tensor(weight, head.weight, (head.hidden.dtype,))
+    if head.bias is not None:
+        _checks.tensor(bias, head.bias, (head.hidden.dtype,), ndim=1)
+        _checks.shape(bias, head.bias, (vocabulary,), f"[V] with the V of {weight}")
+        _checks.device(bias, head.bias, head.hidden, hidden)
+    return rows.check_arguments(head.hidden, ids, mask, name=hidden, vocabulary=vocabulary)
+
+
+def linear_log_probs(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Log-probability of each token from hidden states and an output layer, without ever holding all logits.
+
+    As ``log_probs(hidden @ weight.T + bias, ids, ...)`` with the product accumulated and kept in float32. Differentiable
+    in ``hidden``, ``weight`` and ``bias``.
+
+    Args:
+        hidden: [..., D], float32, bfloat16 or float16 (float64 on "eager").
+        weight: [V, D], the dtype of ``hidden``.
+        ids: [...], int32 or int64, in [0, V).
+        bias: [V], the dtype of ``hidden``, or None.
+        mask: [...], bool, or None for all. Where False the results are exactly 0, nothing is read and nothing is
+            computed. "eager" waits for the device once to count valid tokens.
+        temperature: above 0, divides the logits.
+        with_entropy: also return the entropy, in nats.
+        backend: see :mod:`prime_kernels`.
+
+    Returns:
+        logp [...], or (logp, entropy): float32, float64 for float64 inputs.
+
+    Raises:
+        TypeError: a wrong type or dtype.
+        ValueError: a wrong shape, device or temperature.
+        IndexError: a label outside [0, V) where the mask is True.
+        BackendUnavailable: the backend asked for cannot run this.
+
+    Source: arXiv 2502.01456, section 2; logits by chunks as in arXiv 2411.09009.
+    """
+    head = Head(hidden, weight, bias)
+    ids = _check_head(head, ids, mask, "")
+    temperature = rows.check_temperature("temperature", temperature)
+    _checks.flag("with_entropy", with_entropy)
+    _dispatch.resolve("linear_log_probs", hidden, backend)
+    logp, entropy = reference(head, ids, mask, temperature)
+    return (logp, entropy) if with_entropy else logp
+
+
+def linear_log_ratios(
+    prm: Head,
+    ref: Head,
+    ids: Tensor,
+    *,
+    policy: Head | None = None,
+    mask: Tensor | None = None,
+    policy_temperature: float = 1.0,
+    backend: str | None = None,
+) -> LogRatios:
+    """:func:`prime_kernels.log_ratios` from hidden states and output layers, without ever holding all logits.
+
+    Equal hidden states and heads give a log-ratio of exactly 0. Differentiable in every tensor of ``prm`` and
+    ``policy``; the reference model gets no gradient. The models may have different widths D.
+
+    Args:
+        prm: Head of the process reward model.
+        ref: Head of the reference model.
+        ids: [...], int32 or int64, in [0, V) of every head.
+        policy: Head of the policy, or None.
+        mask: [...], bool, or None for all. Where False every result is exactly 0 and nothing is read.
+        policy_temperature: above 0, divides the logits of the policy alone.
+        backend: see :mod:`prime_kernels`.
+
+    Returns:
+        LogRatios of [...], float32 or float64; ``policy_logp`` is None without ``policy``.
+
+    Raises:
+        TypeError: a wrong type or dtype.
+        ValueError: a wrong shape, device or temperature.
+        IndexError: a label outside [0, V) where the mask is True.
+        BackendUnavailable: the backend asked for cannot run this.
+
+    Source: arXiv 2412.01981 and arXiv 2502.01456, section 2.
+    """
+    heads = {"prm": prm, "ref": ref} | ({} if policy is None else {"policy": policy})
+    checked = {}
+    for name, head in heads.items():
+        if not isinstance(head, Head):
+            raise TypeError(f"{name}: expected a Head, got {type(head).__name__}")
+        checked[name] = _check_head(head, ids, mask, f"{name}.")
+    policy_temperature = rows.check_temperature("policy_temperature", policy_temperature)
+    _dispatch.resolve("linear_log_ratios", prm.hidden, backend)
+    prm_logp = reference(prm, checked["prm"], mask, 1.0)[0]
+    with torch.no_grad():
+        ref_logp = reference(ref, checked["ref"], mask, 1.0)[0]
+    policy_logp = None if policy is None else reference(policy, checked["policy"], mask, policy_temperature)[0]
+    return LogRatios(prm_logp - ref_logp, prm_logp, ref_logp, policy_logp)

@@ -1,0 +1,252 @@
+"""Log-probability of given tokens under a softmax over logits, and its entropy.
+
+With z = logits / temperature and log p = z - logsumexp(z), per row:
+    logp = log p[id],    entropy = -sum_v p_v log p_v    (terms with p_v = 0 are 0)
+    d logp / d z_v    = 1[v = id] - p_v
+    d entropy / d z_v = -p_v (log p_v + entropy)
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from prime_kernels import _checks, _dispatch
+from prime_kernels.ops._segments import result_dtype
+
+
+def reference(logits: Tensor, ids: Tensor, mask: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
+    """(logp, entropy) of each row, in float32 or float64. Masked rows are 0 and pass no gradient."""
+    scaled = logits.to(result_dtype(logits)) / temperature
+    if mask is not None:
+        scaled = scaled.masked_fill(~mask.unsqueeze(-1), 0.0)
+    log_p = scaled.log_softmax(-1)
+    logp = log_p.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+    # An impossible token has p = 0 and log p = -inf; filling before the product keeps 0 * -inf out of the gradient too.
+    entropy = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum(-1)
+    if mask is not None:
+        logp, entropy = logp.masked_fill(~mask, 0.0), entropy.masked_fill(~mask, 0.0)
+    return logp, entropy
+
+
+def row_views(tensor: Tensor) -> Iterator[Tensor]:
+    """2-D views that cover the rows of ``tensor`` in order, without a copy whatever the strides of leading dimensions."""
+    try:
+        views = (tensor.view(-1, tensor.shape[-1]),)
+    except RuntimeError:
+        for part in tensor.unbind(0):
+            yield from row_views(part)
+    else:
+        yield from views
+
+
+class _LogProbs(torch.autograd.Function):
+    """Kernels on [rows, V] views, or the reference where only its gradient is to go into the logits' storage."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        ids: Tensor,
+        mask: Tensor | None,
+        temperature: float,
+        with_entropy: bool,
+        inplace: bool,
+        backend: str,
+    ) -> tuple[Tensor, Tensor | None]:
+        if backend == "eager":
+            logp, entropy = reference(logits, ids, mask, temperature)
+            lse, entropy = None, entropy if with_entropy else None
+        else:
+            logp, lse, entropy = _native_forward(logits, ids, mask, temperature, with_entropy)
+        ctx.save_for_backward(logits, ids, mask, lse, entropy)
+        ctx.temperature, ctx.inplace, ctx.backend, ctx.overwritten = temperature, inplace, backend, False
+        ctx.set_materialize_grads(False)
+        return logp, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if ctx.overwritten:
+            raise RuntimeError(
+                "inplace_backward: the first backward wrote the gradient over the logits, so there can be no second; "
+                "expected inplace_backward=False for a graph that is kept with retain_graph=True"
+            )
+        logits, ids, mask, lse, entropy = ctx.saved_tensors
+        out = logits.detach() if ctx.inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
+        if grad_logp is None and grad_entropy is None:
+            return (None,) * 7
+        if ctx.backend == "eager":
+            out.copy_(_reference_gradient(logits, ids, mask, ctx.temperature, grad_logp, grad_entropy))
+        else:
+            _native_backward(logits, ids, mask, lse, entropy, grad_logp, grad_entropy, ctx.temperature, out)
+        if ctx.inplace:
+            ctx.overwritten = True
+            # Whoever else saved these logits for backward now gets an error from autograd, not a wrong gradient.
+            torch.autograd.graph.increment_version(logits)
+        return out, None, None, None, None, None, None
+
+
+def _reference_gradient(
+    logits: Tensor,
+    ids: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    grad_logp: Tensor | None,
+    grad_entropy: Tensor | None,
+) -> Tensor:
+    with torch.enable_grad():
+        leaf = logits.detach().requires_grad_()
+        outputs = reference(leaf, ids, mask, temperature)
+    given = [
+        (output, grad) for output, grad in zip(outputs, (grad_logp, grad_entropy), strict=True) if grad is not None
+    ]
+    return torch.autograd.grad([output for output, _ in given], leaf, [grad for _, grad in given])[0]
+
+
+def _native_forward(
+    logits: Tensor, ids: Tensor, mask: Tensor | None, temperature: float, with_entropy: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    from prime_kernels import _native
+
+    parts, start = [], 0
+    flat_ids, flat_mask = ids.reshape(-1), None if mask is None else mask.reshape(-1)
+    for rows in row_views(logits):
+        piece = slice(start, start + rows.shape[0])
+        row_mask = None if flat_mask is None else flat_mask[piece]
+        parts.append(_native.log_probs_forward(rows, flat_ids[piece], row_mask, temperature, with_entropy))
+        start = piece.stop
+    columns = [column[0] if len(column) == 1 or column[0] is None else torch.cat(column) for column in zip(*parts)]
+    logp, lse, entropy = columns
+    return logp.view(ids.shape), lse, None if entropy is None else entropy.view(ids.shape)
+
+
+def _native_backward(
+    logits: Tensor,
+    ids: Tensor,
+    mask: Tensor | None,
+    lse: Tensor,
+    entropy: Tensor | None,
+    grad_logp: Tensor | None,
+    grad_entropy: Tensor | None,
+    temperature: float,
+    out: Tensor,
+) -> None:
+    from prime_kernels import _native
+
+    grad_logp = torch.zeros_like(lse) if grad_logp is None else grad_logp
+    if grad_entropy is None:
+        entropy = None
+    flat = [
+        None if column is None else column.reshape(-1) for column in (ids, mask, lse, entropy, grad_logp, grad_entropy)
+    ]
+    start = 0
+    # Written in place, the logits and the gradient are walked by the same views; otherwise both in row order.
+    out_rows = None if out.data_ptr() == logits.data_ptr() else out.view(-1, out.shape[-1])
+    for rows in row_views(logits.detach()):
+        piece = slice(start, start + rows.shape[0])
+        target = rows if out_rows is None else out_rows[piece]
+        columns = [None if column is None else column[piece] for column in flat]
+        _native.log_probs_backward(rows, *columns, temperature, target)
+        start = piece.stop
+
+
+def check_arguments(logits: Tensor, ids: Tensor, mask: Tensor | None, *, name: str, vocabulary: int) -> Tensor:
+    """Check labels and mask against rows of ``name``; the labels as int64, masked ones replaced by 0."""
+    _checks.tensor("ids", ids, _checks.INTEGERS)
+    _checks.shape("ids", ids, logits.shape[:-1], f"the leading dimensions of {name}")
+    _checks.device("ids", ids, logits, name)
+    _checks.mask(mask, ids, "ids")
+    return _checks.labels("ids", ids, mask, vocabulary)
+
+
+def check_logits(name: str, logits: Tensor) -> None:
+    """A floating tensor [..., V] with V of at least 1."""
+    _checks.floating(name, logits)
+    if logits.ndim == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"{name}: expected shape [..., V] with V of at least 1, got {list(logits.shape)}")
+
+
+def check_temperature(name: str, temperature: float) -> float:
+    """A finite number above 0."""
+    return _checks.number(name, temperature, 0.0, math.inf, above_low=True)
+
+
+def run(
+    logits: Tensor,
+    ids: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    *,
+    with_entropy: bool,
+    inplace_backward: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor | None]:
+    """(logp, entropy or None) of checked arguments on a resolved backend."""
+    if backend == "eager" and not inplace_backward:
+        logp, entropy = reference(logits, ids, mask, temperature)
+        return logp, entropy if with_entropy else None
+    if logits.stride(-1) != 1 and not inplace_backward:
+        logits = logits.contiguous()
+    return _LogProbs.apply(logits, ids, mask, temperature, with_entropy, inplace_backward, backend)
+
+
+def log_probs(
+    logits: Tensor,
+    ids: Tensor,
+    *,
+    mask: Tensor | None = None,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+    inplace_backward: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Log-probability of each token, and optionally the entropy of its distribution (nats). Differentiable in ``logits``.
+
+    logp = z[id] - logsumexp(z) and entropy = -sum p log p, with z = logits / temperature. The caller's logits are not
+    changed, and a logit of -inf is a token of probability 0, also in the gradient. A row of nothing but -inf is no
+    distribution: its results are NaN.
+
+    Args:
+        logits: [..., V], any strides; float32, bfloat16 or float16 (float64 on "eager"). Computed in float32. Rows whose
+            last stride is not 1 are copied, nothing else is.
+        ids: [...], int32 or int64, in [0, V).
+        mask: [...], bool, or None for all. Where False, the results are exactly 0 and the gradient is 0; neither the
+            logits nor the label matter there.
+        temperature: above 0.
+        with_entropy: also return the entropy.
+        inplace_backward: let backward write the gradient over the storage of ``logits``, which saves their size in
+            memory. The logits are lost then: a second backward (retain_graph) raises RuntimeError.
+        backend: see :mod:`prime_kernels`.
+
+    Returns:
+        logp [...], or (logp, entropy): float32, float64 for float64 logits.
+
+    Raises:
+        TypeError: a wrong type or dtype.
+        ValueError: a wrong shape, device or temperature; inplace_backward with logits whose rows are not dense or overlap.
+        IndexError: a label outside [0, V) where the mask is True.
+        BackendUnavailable: the backend asked for cannot run this.
+
+    Source: the token log-probabilities of arXiv 2502.01456, section 2.
+    """
+    check_logits("logits", logits)
+    ids = check_arguments(logits, ids, mask, name="logits", vocabulary=logits.shape[-1])
+    temperature = check_temperature("temperature", temperature)
+    _checks.flag("with_entropy", with_entropy)
+    _checks.flag("inplace_backward", inplace_backward)
+    if inplace_backward:
+        overlaps = any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True))
+        if overlaps or (logits.stride(-1) != 1 and logits.shape[-1] > 1):
+            raise ValueError(
+                f"inplace_backward: expected logits with a last stride of 1 and no expanded dimension, "
+                f"got strides {list(logits.stride())}"
+            )
+    chosen = _dispatch.resolve("log_probs", logits, backend)
+    logp, entropy = run(
+        logits, ids, mask, temperature, with_entropy=with_entropy, inplace_backward=inplace_backward, backend=chosen
+    )
+    return (logp, entropy) if entropy is not None else logp

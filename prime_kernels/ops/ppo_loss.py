@@ -1,0 +1,127 @@
+"""The clipped policy loss of PPO over tokens.
+
+rho = exp(logp - old_logp)
+loss_t = max(-A * rho, -A * clip(rho, 1 - clip_low, 1 + clip_high))
+loss = sum_t weights_t * loss_t / denominator
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from prime_kernels import _checks, _dispatch
+from prime_kernels.ops._segments import result_dtype
+
+# The ratio is held at e^20 for a token whose probability exploded, where float32 would overflow to inf and NaN.
+MAX_LOG_RHO = 20.0
+
+
+class PPOLoss(NamedTuple):
+    """Scalars on the device: the loss, the share of tokens where clipping won, and the mean of old_logp - logp."""
+
+    loss: Tensor
+    clip_fraction: Tensor
+    approx_kl: Tensor
+
+
+def reference(
+    logp: Tensor,
+    old_logp: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None,
+    weights: Tensor | None,
+    clip_low: float,
+    clip_high: float,
+    denominator: Tensor | float | None,
+) -> PPOLoss:
+    """Token losses in the dtype of logp, sums in float64."""
+    dtype = result_dtype(logp)
+
+    def valid(values: Tensor) -> Tensor:
+        # Filling the inputs, not the losses: 0 * NaN in a masked position would still reach the gradient.
+        return values.to(dtype) if mask is None else values.to(dtype).masked_fill(~mask, 0.0)
+
+    log_rho = valid(logp) - valid(old_logp.detach())
+    advantage = valid(advantages.detach())
+    rho = log_rho.clamp(max=MAX_LOG_RHO).exp()
+    free = -advantage * rho
+    clipped = -advantage * rho.clamp(1.0 - clip_low, 1.0 + clip_high)
+    clipping = clipped > free
+    losses = torch.where(clipping, clipped, free)
+    if weights is not None:
+        losses = losses * valid(weights.detach())
+    count = torch.tensor(logp.numel(), device=logp.device) if mask is None else mask.sum()
+    count = count.clamp(min=1)
+    loss = losses.double().sum() / (count if denominator is None else denominator)
+    clip_fraction = clipping.sum() / count
+    approx_kl = -log_rho.detach().double().sum() / count
+    return PPOLoss(loss.to(dtype), clip_fraction.to(dtype), approx_kl.to(dtype))
+
+
+def ppo_loss(
+    logp: Tensor,
+    old_logp: Tensor,
+    advantages: Tensor,
+    *,
+    mask: Tensor | None = None,
+    weights: Tensor | None = None,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    denominator: Tensor | float | None = None,
+    backend: str | None = None,
+) -> PPOLoss:
+    """Clipped PPO loss over tokens. Differentiable in ``logp`` alone; nothing waits for the device.
+
+    loss = sum_t weights_t * max(-A_t rho_t, -A_t clip(rho_t, 1 - clip_low, 1 + clip_high)) / denominator with
+    rho = exp(logp - old_logp). Where both terms are equal the unclipped one carries the gradient. Beyond a log-ratio of
+    20 the ratio stays at e^20 and passes no gradient, so that no loss is infinite.
+
+    Args:
+        logp: [T] (or any shape), floating point: log-probabilities under the policy being trained.
+        old_logp: the shape of ``logp``: under the policy that sampled. A constant.
+        advantages: the shape of ``logp``. Constants.
+        mask: bool, the shape of ``logp``, or None for all. What masked positions hold, NaN and inf included, has no effect.
+        weights: the shape of ``logp``: factors of the token losses, such as importance weights, or 1 / length for a
+            mean over sequences. They do not change the default denominator. Constants.
+        clip_low: in [0, 1], how far the ratio may fall.
+        clip_high: at least 0, how far it may rise.
+        denominator: what to divide by: a number or a tensor of one element above 0. Give the token count of the whole
+            batch so that micro-batch losses add up. None: the valid tokens given here.
+        backend: see :mod:`prime_kernels`.
+
+    Returns:
+        PPOLoss of three scalars, float32 (float64 for float64 logp). ``clip_fraction`` and ``approx_kl`` are means over the
+        valid tokens given here, whatever the denominator and the weights. Without valid tokens all are 0.
+
+    Raises:
+        TypeError: a wrong type or dtype.
+        ValueError: a wrong shape or device, a clip range or a denominator out of range.
+        BackendUnavailable: the backend asked for cannot run this.
+
+    Source: arXiv 1707.06347, equation 7, and arXiv 2502.01456, section 3.
+    """
+    _checks.floating("logp", logp)
+    for name, value in (("old_logp", old_logp), ("advantages", advantages), ("weights", weights)):
+        if value is not None or name != "weights":
+            _checks.like(name, _checks.floating(name, value), logp, "logp")
+    _checks.mask(mask, logp, "logp")
+    clip_low = _checks.number("clip_low", clip_low, 0.0, 1.0)
+    clip_high = _checks.number("clip_high", clip_high, 0.0, math.inf)
+    if isinstance(denominator, Tensor):
+        denominator = _check_denominator(denominator, logp)
+    elif denominator is not None:
+        denominator = _checks.number("denominator", denominator, 0.0, math.inf, above_low=True)
+    _dispatch.resolve("ppo_loss", logp, backend)
+    return reference(logp, old_logp, advantages, mask, weights, clip_low, clip_high, denominator)
+
+
+def _check_denominator(denominator: Tensor, logp: Tensor) -> Tensor:
+    _checks.tensor("denominator", denominator, (*_checks.FLOATS, *_checks.INTEGERS))
+    if denominator.numel() != 1:
+        raise ValueError(f"denominator: expected one element, got shape {list(denominator.shape)}")
+    _checks.device("denominator", denominator, logp, "logp")
+    denominator = denominator.detach().double().reshape(())
+    _checks.positive("denominator", denominator)
+    return denominator

@@ -1,0 +1,217 @@
+"""Returns and advantages of PRIME: leave-one-out baselines on outcome and process rewards, summed, then whitened.
+
+With n responses in a group, s_{i,t} the process reward of a token, m_i its mean over response i:
+
+    outcome, on the last token:   a_i - mean_{j != i} a_j
+    process, "reference":         s_{i,t} * n / (n - 1) - sum_j m_j / (n - 1)
+    process, "paper":             s_{i,t} - sum_{j != i} m_j / (n - 1)
+    return of each source:        G_t = reward_t + gamma * G_{t+1}
+    returns = process_coef * G_process + outcome_coef * G_outcome
+    advantages = (returns - mean) * rsqrt(unbiased variance + 1e-8), over all tokens
+
+The two process baselines differ by (s_{i,t} - m_i) / (n - 1), which sums to zero over a response.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from prime_kernels import _checks, _dispatch
+from prime_kernels.ops import segment_scan
+from prime_kernels.ops._segments import result_dtype, segment_index, segment_total
+
+PROCESS_BASELINES = ("reference", "paper")
+NORMALIZE_EPS = 1e-6
+WHITEN_EPS = 1e-8
+
+
+class Advantages(NamedTuple):
+    """Returns and advantages of each token, [T], without gradient."""
+
+    returns: Tensor
+    advantages: Tensor
+
+
+def leave_one_out(values: Tensor, counted: Tensor, group: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """For each response: (mean of the other counted responses of its group, how many these are).
+
+    The mean is 0 where there are none: a group of one has baseline 0.
+    """
+    values = values.where(counted, 0.0)
+    others = (segment_total(counted, group, groups)[group] - counted.double()).clamp(min=0.0)
+    return (segment_total(values, group, groups)[group] - values) / others.clamp(min=1.0), others
+
+
+def reference(
+    process_rewards: Tensor | None,
+    outcomes: Tensor,
+    cu_seqlens: Tensor,
+    cu_groups: Tensor,
+    *,
+    total: int,
+    gamma_process: float,
+    gamma_outcome: float,
+    process_coef: float,
+    outcome_coef: float,
+    normalize_process: bool,
+    process_baseline: str,
+    whiten: bool,
+    process_group: Any,
+    reward_mask: Tensor | None,
+) -> Advantages:
+    """All in float64, so that the order in which responses are packed does not show in float32 results."""
+    responses = outcomes.numel()
+    token_response = segment_index(cu_seqlens, total)
+    group, groups = segment_index(cu_groups, responses), cu_groups.numel() - 1
+
+    outcomes, not_empty = outcomes.double(), cu_seqlens.diff() > 0
+    centred = outcomes - leave_one_out(outcomes, not_empty, group, groups)[0]
+    last = torch.arange(total, device=outcomes.device) == cu_seqlens[1:][token_response] - 1
+    returns = outcome_coef * _returns(centred[token_response].where(last, 0.0), cu_seqlens, gamma_outcome)
+
+    if process_rewards is not None:
+        scores = process_rewards.double()
+        carries = torch.ones_like(scores, dtype=torch.bool) if reward_mask is None else reward_mask
+        scores = scores.where(carries, 0.0)
+        if normalize_process:
+            scores = scores / (_largest_return(scores, cu_seqlens, process_group) + NORMALIZE_EPS)
+        carried = segment_total(carries, token_response, responses)
+        means = segment_total(scores, token_response, responses) / carried.clamp(min=1.0)
+        baseline, others = leave_one_out(means, carried > 0, group, groups)
+        if process_baseline == "reference":
+            # The same as in the formula: s * n/(n-1) - sum_j m_j/(n-1) = s - others' mean + (s - m_i)/(n-1).
+            excess = (scores - means[token_response]) / others.clamp(min=1.0)[token_response]
+            scores = scores + excess.where((others > 0)[token_response], 0.0)
+        rewards = (scores - baseline[token_response]).where(carries, 0.0)
+        returns = returns + process_coef * _returns(rewards, cu_seqlens, gamma_process)
+
+    advantages = _whitened(returns, process_group) if whiten else returns
+    return Advantages(returns, advantages)
+
+
+def _returns(rewards: Tensor, cu_seqlens: Tensor, gamma: float) -> Tensor:
+    return segment_scan.reference(rewards, cu_seqlens, gamma, reverse=True)
+
+
+def _largest_return(scores: Tensor, cu_seqlens: Tensor, process_group: Any) -> Tensor:
+    """max |sum_{u >= t} s_{i,u}| over the tokens of every rank."""
+    sums = _returns(scores, cu_seqlens, 1.0).abs()
+    largest = torch.cat((sums, sums.new_zeros(1))).max()
+    if process_group is not None:
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=process_group)
+    return largest
+
+
+def _whitened(values: Tensor, process_group: Any) -> Tensor:
+    """Zero mean and unit variance over the tokens of every rank: first the mean, then the squares around it."""
+
+    def total(*terms: Tensor | float) -> Tensor:
+        sums = torch.stack([torch.as_tensor(term, dtype=torch.float64, device=values.device) for term in terms])
+        if process_group is not None:
+            dist.all_reduce(sums, group=process_group)
+        return sums
+
+    count, summed = total(values.numel(), values.sum())
+    centred = values - summed / count.clamp(min=1.0)
+    variance = total(centred.square().sum())[0] / (count - 1.0).clamp(min=1.0)
+    return centred * torch.rsqrt(variance + WHITEN_EPS)
+
+
+def rloo_advantages(
+    process_rewards: Tensor | None,
+    outcomes: Tensor,
+    cu_seqlens: Tensor,
+    cu_groups: Tensor,
+    *,
+    gamma_process: float = 1.0,
+    gamma_outcome: float = 1.0,
+    process_coef: float = 1.0,
+    outcome_coef: float = 1.0,
+    normalize_process: bool = True,
+    process_baseline: str = "reference",
+    whiten: bool = True,
+    process_group: Any = None,
+    reward_mask: Tensor | None = None,
+    backend: str | None = None,
+) -> Advantages:
+    """Token returns and whitened advantages from process and outcome rewards. Targets: computed without gradient.
+
+    The formulas stand at the top of this file. Rules where they are silent:
+
+    * A response without tokens contributes nothing: it counts neither in its group's n nor in any baseline.
+    * A group of one response has no others: its baseline is 0.
+    * Whitening one token, or equal returns, gives advantage 0.
+
+    Args:
+        process_rewards: [T], floating point and finite: the reward of each response token; None for outcomes alone (then T is
+            read from ``cu_seqlens``, waiting for the device once).
+        outcomes: [B], floating point and finite: the verified outcome of each response, usually in [0, 1].
+        cu_seqlens: [B + 1], int32 or int64: where responses start, from 0, non-decreasing, ending at T.
+        cu_groups: [G + 1], int32 or int64: where prompt groups start, counted in responses, ending at B. A group lies
+            on one rank.
+        gamma_process, gamma_outcome: discounts of the two returns, in [0, 1].
+        process_coef, outcome_coef: finite factors of the two returns.
+        normalize_process: first divide the process rewards by max |sum_{u >= t} s_{i,u}| + 1e-6 over the whole batch,
+            which cancels their scale.
+        process_baseline: "reference" or "paper".
+        whiten: False leaves advantages = returns.
+        process_group: a torch.distributed group over which the maximum and the whitening sums are taken. Every rank
+            must call, also with no tokens. None: this process alone.
+        reward_mask: [T], bool: the tokens that carry a process reward, such as the last of each step; None for all. The
+            others have process reward 0 (theirs is not read), get no baseline, and do not count in m_i.
+        backend: see :mod:`prime_kernels`.
+
+    Returns:
+        Advantages(returns, advantages), [T] each: float32, or float64 if ``process_rewards`` is (``outcomes``, without it).
+
+    Raises:
+        TypeError: a wrong type or dtype.
+        ValueError: a wrong shape or device, bad offsets, NaN or infinite rewards, an option out of range.
+        BackendUnavailable: the backend asked for cannot run this.
+
+    Source: arXiv 2502.01456, section 3 and equation 5; leave-one-out as in arXiv 2402.14740.
+    """
+    _checks.floating("outcomes", outcomes, ndim=1)
+    rewards = outcomes
+    if process_rewards is not None:
+        rewards = _checks.floating("process_rewards", process_rewards, ndim=1)
+        _checks.device("process_rewards", process_rewards, outcomes, "outcomes")
+    total = None if process_rewards is None else process_rewards.numel()
+    cu_seqlens = _checks.offsets("cu_seqlens", cu_seqlens, total, "tokens", outcomes, "outcomes")
+    _checks.shape("outcomes", outcomes, (cu_seqlens.numel() - 1,), "the responses of cu_seqlens")
+    cu_groups = _checks.offsets("cu_groups", cu_groups, outcomes.numel(), "responses", outcomes, "outcomes")
+    _checks.finite("outcomes", outcomes)
+    if reward_mask is not None and process_rewards is None:
+        raise ValueError("reward_mask: expected None as process_rewards is None, got a mask")
+    if process_rewards is not None:
+        _checks.mask(reward_mask, process_rewards, "process_rewards", name="reward_mask")
+        _checks.finite("process_rewards", process_rewards, reward_mask)
+    gamma_process = _checks.number("gamma_process", gamma_process, 0.0, 1.0)
+    gamma_outcome = _checks.number("gamma_outcome", gamma_outcome, 0.0, 1.0)
+    process_coef = _checks.number("process_coef", process_coef, -math.inf, math.inf)
+    outcome_coef = _checks.number("outcome_coef", outcome_coef, -math.inf, math.inf)
+    _checks.flag("normalize_process", normalize_process)
+    _checks.flag("whiten", whiten)
+    _checks.choice("process_baseline", process_baseline, PROCESS_BASELINES)
+    _dispatch.resolve("rloo_advantages", rewards, backend)
+    with torch.no_grad():
+        result = reference(
+            process_rewards,
+            outcomes,
+            cu_seqlens,
+            cu_groups,
+            total=int(cu_seqlens[-1]) if total is None else total,
+            gamma_process=gamma_process,
+            gamma_outcome=gamma_outcome,
+            process_coef=process_coef,
+            outcome_coef=outcome_coef,
+            normalize_process=normalize_process,
+            process_baseline=process_baseline,
+            whiten=whiten,
+            process_group=process_group,
+            reward_mask=reward_mask,
+        )
+    return Advantages(*(values.to(result_dtype(rewards)) for values in result))

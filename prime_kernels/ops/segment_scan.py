@@ -1,0 +1,87 @@
+"""Discounted running sums within segments.
+
+Forward:  y_t = x_t + gamma * y_{t-1}, reverse: y_t = x_t + gamma * y_{t+1}, each starting afresh in every segment.
+The gradient of a scan is the scan of the gradient in the other direction.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from prime_kernels import _checks, _dispatch
+from prime_kernels.ops._segments import result_dtype, segment_index
+
+
+def reference(values: Tensor, cu_seqlens: Tensor, gamma: float, reverse: bool) -> Tensor:
+    """The scan by doubling, in float64.
+
+    After the step with shift k, y_t is the discounted sum of the nearest 2k elements of its segment, so log2(longest)
+    steps suffice. Nothing is divided by powers of gamma: tiny gammas and long segments stay exact.
+    """
+    total = values.numel()
+    index = segment_index(cu_seqlens, total)
+    place = torch.arange(total, device=values.device)
+    # How many elements of its segment come before each element, in scan direction.
+    before = cu_seqlens[1:][index] - 1 - place if reverse else place - cu_seqlens[:-1][index]
+    # Reading the longest segment would wait for a GPU; a few idle doublings are cheaper.
+    longest = total if values.is_cuda or total == 0 else int(cu_seqlens.diff().max())
+    scanned, shift, discount = values.double(), 1, gamma
+    while shift < longest and discount != 0.0:
+        gap = scanned.new_zeros(shift)
+        nearer = torch.cat((scanned[shift:], gap)) if reverse else torch.cat((gap, scanned[:-shift]))
+        scanned = scanned + discount * nearer.where(before >= shift, 0.0)
+        shift, discount = 2 * shift, discount * discount
+    return scanned.to(result_dtype(values))
+
+
+class _NativeScan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, cu_seqlens: Tensor, gamma: float, reverse: bool) -> Tensor:
+        from prime_kernels import _native
+
+        ctx.save_for_backward(cu_seqlens)
+        ctx.gamma, ctx.reverse = gamma, reverse
+        return _native.segment_scan(values.contiguous(), cu_seqlens, gamma, reverse)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        from prime_kernels import _native
+
+        (cu_seqlens,) = ctx.saved_tensors
+        return _native.segment_scan(grad.contiguous(), cu_seqlens, ctx.gamma, not ctx.reverse), None, None, None
+
+
+def segment_scan(
+    values: Tensor, cu_seqlens: Tensor, *, gamma: float = 1.0, reverse: bool = False, backend: str | None = None
+) -> Tensor:
+    """Discounted running sum within each segment of packed values. Differentiable in ``values``, deterministic.
+
+    y_t = x_t + gamma * y_{t-1}, or with ``reverse`` y_t = x_t + gamma * y_{t+1}; segments do not see each other.
+
+    Args:
+        values: [T], floating point.
+        cu_seqlens: [B + 1], int32 or int64: where segments start, from 0, non-decreasing, ending at T.
+        gamma: the discount, in [0, 1]; 0 returns the values.
+        reverse: scan from the end of each segment: with rewards as values this gives returns.
+        backend: see :mod:`prime_kernels`.
+
+    Returns:
+        [T], float32 (float64 for float64 values).
+
+    Raises:
+        TypeError: a wrong type or dtype.
+        ValueError: a wrong shape or device, offsets that do not start at 0, rise and end at T, gamma outside [0, 1].
+        BackendUnavailable: the backend asked for cannot run this.
+
+    Source: the returns of PRIME, arXiv 2502.01456, section 3.
+    """
+    _checks.floating("values", values, ndim=1)
+    cu_seqlens = _checks.offsets("cu_seqlens", cu_seqlens, values.numel(), "tokens", values, "values")
+    gamma = _checks.number("gamma", gamma, 0.0, 1.0)
+    _checks.flag("reverse", reverse)
+    if _dispatch.resolve("segment_scan", values, backend) == "eager":
+        return reference(values, cu_seqlens, gamma, reverse)
+    return _NativeScan.apply(values.float(), cu_seqlens, gamma, reverse)
