@@ -1,0 +1,177 @@
+// The only pybind11 file: addresses come in as integers, the GIL is released around the kernel, and a status becomes
+// an exception. Shapes, devices and lifetimes are the caller's business (prime_kernels/_native.py).
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "pk/abi.h"
+
+namespace py = pybind11;
+
+namespace {
+
+template <typename T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void raise_on(int status) {
+  if (status == PK_OK) return;
+  if (status == PK_CUDA_ERROR) throw std::runtime_error("prime_kernels: a CUDA kernel could not be launched");
+  throw py::value_error("prime_kernels: the kernel rejected its arguments (status " + std::to_string(status) + ")");
+}
+
+// For CPU kernels, whose ids are readable here.
+void raise_on(int status, int64_t bad_row, const int64_t* ids, int64_t n_cols) {
+  if (status != PK_BAD_INDEX) return raise_on(status);
+  throw py::index_error("ids[" + std::to_string(bad_row) + "] is " + std::to_string(ids[bad_row]) +
+                        ", expected a value in [0, " + std::to_string(n_cols) + ")");
+}
+
+template <typename Kernel, typename... Args>
+int call(Kernel kernel, Args... args) {
+  py::gil_scoped_release release;
+  return kernel(args...);
+}
+
+pk_log_probs_args forward_args(uintptr_t logits, int64_t logits_stride, int dtype, uintptr_t ids, uintptr_t mask,
+                               int64_t n_rows, int64_t n_cols, double temperature, uintptr_t logp, uintptr_t lse,
+                               uintptr_t entropy) {
+  pk_log_probs_args args{};
+  args.logits = pointer<const void>(logits);
+  args.logits_stride = logits_stride;
+  args.dtype = dtype;
+  args.n_threads = 1;
+  args.ids = pointer<const int64_t>(ids);
+  args.mask = pointer<const uint8_t>(mask);
+  args.n_rows = n_rows;
+  args.n_cols = n_cols;
+  args.temperature = temperature;
+  args.logp = pointer<float>(logp);
+  args.lse = pointer<float>(lse);
+  args.entropy = pointer<float>(entropy);
+  return args;
+}
+
+pk_log_probs_grad_args backward_args(uintptr_t logits, int64_t logits_stride, int dtype, uintptr_t ids, uintptr_t mask,
+                                     int64_t n_rows, int64_t n_cols, double temperature, uintptr_t lse,
+                                     uintptr_t entropy, uintptr_t grad_logp, uintptr_t grad_entropy, uintptr_t out,
+                                     int64_t out_stride) {
+  pk_log_probs_grad_args args{};
+  args.logits = pointer<const void>(logits);
+  args.logits_stride = logits_stride;
+  args.dtype = dtype;
+  args.n_threads = 1;
+  args.ids = pointer<const int64_t>(ids);
+  args.mask = pointer<const uint8_t>(mask);
+  args.n_rows = n_rows;
+  args.n_cols = n_cols;
+  args.temperature = temperature;
+  args.lse = pointer<const float>(lse);
+  args.entropy = pointer<const float>(entropy);
+  args.grad_logp = pointer<const float>(grad_logp);
+  args.grad_entropy = pointer<const float>(grad_entropy);
+  args.out = pointer<void>(out);
+  args.out_stride = out_stride;
+  return args;
+}
+
+pk_segment_scan_args scan_args(uintptr_t values, uintptr_t cu_seqlens, int64_t n_segments, int64_t n_tokens,
+                               double gamma, bool reverse, uintptr_t out) {
+  pk_segment_scan_args args{};
+  args.values = pointer<const float>(values);
+  args.cu_seqlens = pointer<const int64_t>(cu_seqlens);
+  args.n_segments = n_segments;
+  args.n_tokens = n_tokens;
+  args.gamma = gamma;
+  args.reverse = reverse ? 1 : 0;
+  args.n_threads = 1;
+  args.out = pointer<float>(out);
+  return args;
+}
+
+// Every function has the arguments of its *_args builder above, in that order, then what the device needs.
+template <typename... Fields>
+void bind_log_probs_forward(py::module_& m, pk_log_probs_args (*build)(Fields...)) {
+  m.def("log_probs_forward", [build](Fields... fields, int n_threads) {
+    int64_t bad_row = -1;
+    pk_log_probs_args args = build(fields...);
+    args.n_threads = n_threads;
+    args.bad_row = &bad_row;
+    raise_on(call(pk_cpu_log_probs_forward, &args), bad_row, args.ids, args.n_cols);
+  });
+#ifdef PK_HAS_CUDA
+  m.def("cuda_log_probs_forward", [build](Fields... fields, uintptr_t bad_row, uintptr_t stream) {
+    pk_log_probs_args args = build(fields...);
+    args.bad_row = pointer<int64_t>(bad_row);
+    raise_on(call(pk_cuda_log_probs_forward, &args, pointer<void>(stream)));
+  });
+#endif
+}
+
+template <typename... Fields>
+void bind_log_probs_backward(py::module_& m, pk_log_probs_grad_args (*build)(Fields...)) {
+  m.def("log_probs_backward", [build](Fields... fields, int n_threads) {
+    int64_t bad_row = -1;
+    pk_log_probs_grad_args args = build(fields...);
+    args.n_threads = n_threads;
+    args.bad_row = &bad_row;
+    raise_on(call(pk_cpu_log_probs_backward, &args), bad_row, args.ids, args.n_cols);
+  });
+#ifdef PK_HAS_CUDA
+  m.def("cuda_log_probs_backward", [build](Fields... fields, uintptr_t bad_row, uintptr_t stream) {
+    pk_log_probs_grad_args args = build(fields...);
+    args.bad_row = pointer<int64_t>(bad_row);
+    raise_on(call(pk_cuda_log_probs_backward, &args, pointer<void>(stream)));
+  });
+#endif
+}
+
+template <typename... Fields>
+void bind_segment_scan(py::module_& m, pk_segment_scan_args (*build)(Fields...)) {
+  m.def("segment_scan", [build](Fields... fields, int n_threads) {
+    pk_segment_scan_args args = build(fields...);
+    args.n_threads = n_threads;
+    raise_on(call(pk_cpu_segment_scan, &args));
+  });
+#ifdef PK_HAS_CUDA
+  m.def("cuda_segment_scan", [build](Fields... fields, uintptr_t stream) {
+    pk_segment_scan_args args = build(fields...);
+    raise_on(call(pk_cuda_segment_scan, &args, pointer<void>(stream)));
+  });
+#endif
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["compiler"] = PK_BUILD_COMPILER;
+  info["flags"] = PK_BUILD_FLAGS;
+#ifdef _OPENMP
+  info["openmp"] = true;
+#else
+  info["openmp"] = false;
+#endif
+#ifdef PK_HAS_CUDA
+  info["cuda"] = true;
+#else
+  info["cuda"] = false;
+#endif
+  info["cuda_detail"] = PK_BUILD_CUDA_DETAIL;
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native kernels of prime_kernels; called through prime_kernels._native.";
+  m.attr("FLOAT32") = static_cast<int>(PK_FLOAT32);
+  m.attr("BFLOAT16") = static_cast<int>(PK_BFLOAT16);
+  m.attr("FLOAT16") = static_cast<int>(PK_FLOAT16);
+  m.def("build_info", &build_info);
+  bind_log_probs_forward(m, &forward_args);
+  bind_log_probs_backward(m, &backward_args);
+  bind_segment_scan(m, &scan_args);
+}

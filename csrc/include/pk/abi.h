@@ -1,0 +1,81 @@
+// The boundary between Python and the kernels: plain structs of raw addresses, int64 sizes and strides counted in
+// elements, and a status code back. Nothing here knows torch, so one build serves every torch version.
+#pragma once
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef enum pk_status {
+  PK_OK = 0,
+  PK_BAD_ARGUMENT = 1,  // a size, stride, dtype code or scalar that no caller should pass
+  PK_BAD_INDEX = 2,     // an unmasked id outside [0, n_cols); *bad_row says where
+  PK_CUDA_ERROR = 3,    // the launch failed; cudaGetLastError has been read
+} pk_status;
+
+typedef enum pk_dtype {
+  PK_FLOAT32 = 0,
+  PK_BFLOAT16 = 1,
+  PK_FLOAT16 = 2,
+} pk_dtype;
+
+typedef struct pk_log_probs_args {
+  const void* logits;  // [n_rows, n_cols], unit last stride
+  int64_t logits_stride;
+  int32_t dtype;
+  int32_t n_threads;
+  const int64_t* ids;   // [n_rows]
+  const uint8_t* mask;  // [n_rows] or null; 0 means: write 0, read neither logits nor id
+  int64_t n_rows;
+  int64_t n_cols;
+  double temperature;
+  float* logp;       // [n_rows]
+  float* lse;        // [n_rows], of logits / temperature
+  float* entropy;    // [n_rows] or null
+  int64_t* bad_row;  // host memory for CPU kernels, device memory (or null) for CUDA kernels
+} pk_log_probs_args;
+
+typedef struct pk_log_probs_grad_args {
+  const void* logits;
+  int64_t logits_stride;
+  int32_t dtype;
+  int32_t n_threads;
+  const int64_t* ids;
+  const uint8_t* mask;
+  int64_t n_rows;
+  int64_t n_cols;
+  double temperature;
+  const float* lse;
+  const float* entropy;       // null when grad_entropy is null
+  const float* grad_logp;     // [n_rows] or null for zero
+  const float* grad_entropy;  // [n_rows] or null for zero
+  void* out;                  // dtype of logits; may be the logits themselves
+  int64_t out_stride;
+  int64_t* bad_row;
+} pk_log_probs_grad_args;
+
+typedef struct pk_segment_scan_args {
+  const float* values;        // [n_tokens]
+  const int64_t* cu_seqlens;  // [n_segments + 1], from 0 to n_tokens
+  int64_t n_segments;
+  int64_t n_tokens;
+  double gamma;
+  int32_t reverse;
+  int32_t n_threads;
+  float* out;  // [n_tokens]; may be the values themselves
+} pk_segment_scan_args;
+
+int pk_cpu_log_probs_forward(const pk_log_probs_args* args);
+int pk_cpu_log_probs_backward(const pk_log_probs_grad_args* args);
+int pk_cpu_segment_scan(const pk_segment_scan_args* args);
+
+// `stream` is a cudaStream_t; the launch is asynchronous and all addresses are device addresses.
+int pk_cuda_log_probs_forward(const pk_log_probs_args* args, void* stream);
+int pk_cuda_log_probs_backward(const pk_log_probs_grad_args* args, void* stream);
+int pk_cuda_segment_scan(const pk_segment_scan_args* args, void* stream);
+
+#ifdef __cplusplus
+}
+#endif

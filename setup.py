@@ -1,0 +1,53 @@
+"""A thin shim from setuptools to CMake: CMakeLists.txt is the one build truth, pyproject.toml the one metadata truth.
+
+Environment: PRIME_KERNELS_CUDA=AUTO|ON|OFF, PRIME_KERNELS_CUDA_ARCHITECTURES="90;100", CMAKE_BUILD_PARALLEL_LEVEL,
+CMAKE_ARGS (added last, so it wins).
+"""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+def find_tool(name: str) -> str:
+    # The scripts folder too: `.venv/bin/pip install .` works without activating the environment.
+    path = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
+    tool = shutil.which(name, path=path)
+    if tool is None:
+        raise SystemExit(f"prime-kernels: '{name}' is needed to build the extension: pip install {name}")
+    return tool
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        import pybind11
+
+        output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        build = Path(self.build_temp).resolve()
+        build.mkdir(parents=True, exist_ok=True)
+        cmake = find_tool("cmake")
+        subprocess.run(
+            [
+                *[cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja"],
+                f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}",
+                f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output}",
+                f"-DPython_EXECUTABLE={sys.executable}",
+                f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+                f"-DPRIME_KERNELS_CUDA={os.environ.get('PRIME_KERNELS_CUDA', 'AUTO').upper()}",
+                *shlex.split(os.environ.get("CMAKE_ARGS", "")),
+            ],
+            check=True,
+        )
+        subprocess.run([cmake, "--build", str(build)], check=True)
+
+
+setup(ext_modules=[Extension("prime_kernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
