@@ -1,8 +1,8 @@
 """Every input error, raised once, before any backend runs.
 
 Messages read "argument: expected ..., got ...". A wrong type or dtype raises TypeError, a label outside the vocabulary
-IndexError, anything else ValueError. Checks that need tensor values read them on CPU tensors; on CUDA tensors they become
-device-side asserts, so that no check waits for the GPU.
+IndexError, anything else ValueError. Checks that need tensor values read them on CPU tensors; on CUDA tensors they
+become device-side asserts, so that no check waits for the GPU.
 """
 
 import math

@@ -1,7 +1,8 @@
 """Log-probabilities straight from hidden states: the logits of all tokens never exist at once.
 
 z = (hidden @ weight.T + bias) / temperature, then as in log_probs. Tokens go through in chunks; backward computes the
-logits of a chunk again instead of keeping them, so memory is one chunk of float32 logits, the head in float32 and its gradient.
+logits of a chunk again instead of keeping them, so memory is one chunk of float32 logits, the head in float32 and its
+gradient.
 """
 
 from typing import NamedTuple
@@ -87,8 +88,8 @@ def linear_log_probs(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of each token from hidden states and an output layer, without ever holding all logits.
 
-    As ``log_probs(hidden @ weight.T + bias, ids, ...)`` with the product accumulated and kept in float32. Differentiable
-    in ``hidden``, ``weight`` and ``bias``.
+    As ``log_probs(hidden @ weight.T + bias, ids, ...)`` with the product accumulated and kept in float32.
+    Differentiable in ``hidden``, ``weight`` and ``bias``.
 
     Args:
         hidden: [..., D], float32, bfloat16 or float16 (float64 on "eager").

@@ -33,7 +33,7 @@ def reference(logits: Tensor, ids: Tensor, mask: Tensor | None, temperature: flo
 
 
 def row_views(tensor: Tensor) -> Iterator[Tensor]:
-    """2-D views that cover the rows of ``tensor`` in order, without a copy whatever the strides of leading dimensions."""
+    """2-D views that cover the rows of ``tensor`` in order: no copy, whatever the strides of leading dimensions."""
     try:
         views = (tensor.view(-1, tensor.shape[-1]),)
     except RuntimeError:
@@ -119,7 +119,9 @@ def _native_forward(
         row_mask = None if flat_mask is None else flat_mask[piece]
         parts.append(_native.log_probs_forward(rows, flat_ids[piece], row_mask, temperature, with_entropy))
         start = piece.stop
-    columns = [column[0] if len(column) == 1 or column[0] is None else torch.cat(column) for column in zip(*parts)]
+    columns = [
+        column[0] if len(column) == 1 or column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)
+    ]
     logp, lse, entropy = columns
     return logp.view(ids.shape), lse, None if entropy is None else entropy.view(ids.shape)
 
@@ -204,15 +206,15 @@ def log_probs(
     inplace_backward: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Log-probability of each token, and optionally the entropy of its distribution (nats). Differentiable in ``logits``.
+    """Log-probability of each token, and optionally the entropy of its distribution, in nats.
 
-    logp = z[id] - logsumexp(z) and entropy = -sum p log p, with z = logits / temperature. The caller's logits are not
-    changed, and a logit of -inf is a token of probability 0, also in the gradient. A row of nothing but -inf is no
-    distribution: its results are NaN.
+    logp = z[id] - logsumexp(z) and entropy = -sum p log p, with z = logits / temperature. Differentiable in ``logits``,
+    which are not changed. A logit of -inf is a token of probability 0, also in the gradient. A row of nothing but -inf
+    is no distribution: its results are NaN.
 
     Args:
-        logits: [..., V], any strides; float32, bfloat16 or float16 (float64 on "eager"). Computed in float32. Rows whose
-            last stride is not 1 are copied, nothing else is.
+        logits: [..., V], any strides; float32, bfloat16 or float16 (float64 on "eager"). Computed in float32.
+            Logits whose last stride is not 1 are copied, others are not.
         ids: [...], int32 or int64, in [0, V).
         mask: [...], bool, or None for all. Where False, the results are exactly 0 and the gradient is 0; neither the
             logits nor the label matter there.
@@ -227,7 +229,7 @@ def log_probs(
 
     Raises:
         TypeError: a wrong type or dtype.
-        ValueError: a wrong shape, device or temperature; inplace_backward with logits whose rows are not dense or overlap.
+        ValueError: a wrong shape, device or temperature; inplace_backward with rows that are not dense or overlap.
         IndexError: a label outside [0, V) where the mask is True.
         BackendUnavailable: the backend asked for cannot run this.
 

@@ -10,7 +10,7 @@ from prime_kernels.ops import log_probs as rows
 
 
 class LogRatios(NamedTuple):
-    """Token log-probabilities of the models and the log-ratio of the first two, each [...]; None for a policy not given."""
+    """Log-ratio and token log-probabilities, each [...]; ``policy_logp`` is None where no policy was given."""
 
     log_ratio: Tensor
     prm_logp: Tensor

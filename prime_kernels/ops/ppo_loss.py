@@ -82,7 +82,7 @@ def ppo_loss(
         logp: [T] (or any shape), floating point: log-probabilities under the policy being trained.
         old_logp: the shape of ``logp``: under the policy that sampled. A constant.
         advantages: the shape of ``logp``. Constants.
-        mask: bool, the shape of ``logp``, or None for all. What masked positions hold, NaN and inf included, has no effect.
+        mask: bool, the shape of ``logp``, or None for all. What masked positions hold, NaN included, has no effect.
         weights: the shape of ``logp``: factors of the token losses, such as importance weights, or 1 / length for a
             mean over sequences. They do not change the default denominator. Constants.
         clip_low: in [0, 1], how far the ratio may fall.
@@ -92,8 +92,8 @@ def ppo_loss(
         backend: see :mod:`prime_kernels`.
 
     Returns:
-        PPOLoss of three scalars, float32 (float64 for float64 logp). ``clip_fraction`` and ``approx_kl`` are means over the
-        valid tokens given here, whatever the denominator and the weights. Without valid tokens all are 0.
+        PPOLoss of three scalars, float32 (float64 for float64 logp). ``clip_fraction`` and ``approx_kl`` are means over
+        the valid tokens given here, whatever the denominator and the weights. Without valid tokens all are 0.
 
     Raises:
         TypeError: a wrong type or dtype.

@@ -6,7 +6,8 @@ With Delta_i = sum_t q_{i,t}, the log-ratio of a whole response, and a_i its out
     kto  mean_i 1 - sigmoid(beta * (Delta_i - KL)) for wanted, 1 - sigmoid(beta * (KL - Delta_i)) for unwanted,
          with KL = max(0, mean_i Delta_i), a constant
     dpo  mean over pairs -log sigmoid(beta * (Delta_w - Delta_l))
-    nca  mean over pairs -log sigmoid(beta * Delta_w) - 0.5 log sigmoid(-beta * Delta_w) - 0.5 log sigmoid(-beta * Delta_l)
+    nca  mean over pairs -log sigmoid(beta * Delta_w)
+                         - 0.5 log sigmoid(-beta * Delta_w) - 0.5 log sigmoid(-beta * Delta_l)
 
 Wanted means a_i > 0.5; pairs (w, l) are all wanted x unwanted responses of a group.
 """
@@ -118,9 +119,9 @@ def prm_loss(
         log_ratio: [T], floating point: q_t of each response token, without beta.
         outcomes: [B], floating point, in [0, 1]. Constants.
         cu_seqlens: [B + 1], int32 or int64: where responses start, from 0, non-decreasing, ending at T.
-        cu_groups: [G + 1], int32 or int64: where prompt groups start, counted in responses, ending at B. "dpo" and "nca"
-            need it. Without it the pair accuracy is NaN: responses to different prompts do not compare. Forming the pairs
-            waits for the device once.
+        cu_groups: [G + 1], int32 or int64: where prompt groups start, counted in responses, ending at B. "dpo" and
+            "nca" need it. Without it the pair accuracy is NaN: responses to different prompts do not compare. Forming
+            the pairs waits for the device once.
         kind: "ce", "dpo", "kto" or "nca".
         beta: above 0.
         backend: see :mod:`prime_kernels`.
@@ -130,7 +131,8 @@ def prm_loss(
 
     Raises:
         TypeError: a wrong type or dtype.
-        ValueError: a wrong shape or device, bad offsets, outcomes outside [0, 1] or NaN, an option out of range, groups missing.
+        ValueError: a wrong shape or device, bad offsets, outcomes outside [0, 1] or NaN, an option out of range, no
+            groups where they are needed.
         BackendUnavailable: the backend asked for cannot run this.
 
     Source: arXiv 2412.01981, section 3; arXiv 2305.18290 (dpo), 2402.01306 (kto), 2402.05369 (nca).

@@ -146,8 +146,8 @@ def rloo_advantages(
     * Whitening one token, or equal returns, gives advantage 0.
 
     Args:
-        process_rewards: [T], floating point and finite: the reward of each response token; None for outcomes alone (then T is
-            read from ``cu_seqlens``, waiting for the device once).
+        process_rewards: [T], floating point and finite: the reward of each response token; None for outcomes alone
+            (then T is read from ``cu_seqlens``, waiting for the device once).
         outcomes: [B], floating point and finite: the verified outcome of each response, usually in [0, 1].
         cu_seqlens: [B + 1], int32 or int64: where responses start, from 0, non-decreasing, ending at T.
         cu_groups: [G + 1], int32 or int64: where prompt groups start, counted in responses, ending at B. A group lies
@@ -165,7 +165,8 @@ def rloo_advantages(
         backend: see :mod:`prime_kernels`.
 
     Returns:
-        Advantages(returns, advantages), [T] each: float32, or float64 if ``process_rewards`` is (``outcomes``, without it).
+        Advantages(returns, advantages), [T] each: float32, or float64 if ``process_rewards`` (without it: ``outcomes``)
+        is.
 
     Raises:
         TypeError: a wrong type or dtype.

@@ -82,6 +82,8 @@ def segment_scan(
     cu_seqlens = _checks.offsets("cu_seqlens", cu_seqlens, values.numel(), "tokens", values, "values")
     gamma = _checks.number("gamma", gamma, 0.0, 1.0)
     _checks.flag("reverse", reverse)
-    if _dispatch.resolve("segment_scan", values, backend) == "eager":
+    chosen = _dispatch.resolve("segment_scan", values, backend)
+    # Without discounted neighbours there is nothing for a kernel to do (and 0 * inf would be NaN in one that multiplies).
+    if chosen == "eager" or gamma == 0.0:
         return reference(values, cu_seqlens, gamma, reverse)
     return _NativeScan.apply(values.float(), cu_seqlens, gamma, reverse)

@@ -1,0 +1,55 @@
+"""Fixtures for all tests: backends, fresh seeds, shared reference vectors, a fixed budget for hypothesis."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+# Tests are collected without touching sys.path; this lets them share support.py.
+sys.path.insert(0, str(Path(__file__).parent))
+
+import prime_kernels
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = Path(os.environ.get("PRIME_KERNELS_SHARED", ROOT.parent / "shared"))
+SEED = int(os.environ.get("PRIME_KERNELS_TEST_SEED", int.from_bytes(os.urandom(4), "little")))
+
+settings.register_profile("prime", max_examples=25, deadline=None)
+settings.load_profile("prime")
+
+
+def pytest_report_header() -> str:
+    return f"PRIME_KERNELS_TEST_SEED={SEED}"
+
+
+def pytest_configure() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    """Fresh randomness each run; the report header names the seed that repeats it."""
+    torch.manual_seed(SEED)
+    return SEED
+
+
+@pytest.fixture(scope="module", params=["eager", "cpu"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each backend with kernels for CPU tensors."""
+    reason = prime_kernels.available_backends()[request.param]
+    if reason is not None:
+        pytest.skip(f"backend {request.param!r}: {reason}")
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def golden() -> list[dict]:
+    """The vectors of the public reference code; tests that need them skip where they are absent."""
+    path = SHARED / "golden" / "prime_reference_vectors.json"
+    if not path.is_file():
+        pytest.skip(f"no {path.name}: set PRIME_KERNELS_SHARED to the folder that holds golden/")
+    return json.loads(path.read_text())

@@ -1,0 +1,152 @@
+"""linear_log_probs and linear_log_ratios: equal to the product followed by log_probs, without its memory."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support import assert_close, gradient_kind, seeds
+
+import prime_kernels as pk
+from prime_kernels.ops import linear_log_probs as op
+
+
+@pytest.fixture(params=[1, 3, 1000], ids="rows={}".format)
+def rows_a_chunk(request, monkeypatch):
+    """Chunks of one row, of a few with a remainder, and one for all; heads below have 11 tokens in their vocabulary."""
+    monkeypatch.setattr(op, "CHUNK_ELEMENTS", 11 * request.param)
+
+
+def head(dtype=torch.float32, tokens=8, width=5, vocabulary=11, bias=True):
+    leaves = [torch.randn(tokens, width), torch.randn(vocabulary, width), torch.randn(vocabulary)]
+    leaves = [leaf.to(dtype).requires_grad_() for leaf in leaves]
+    return pk.Head(*leaves[:2], leaves[2] if bias else None)
+
+
+def truth(of: pk.Head, ids, mask, temperature):
+    """The whole product in float64 from the same leaves, then log-probabilities and entropies."""
+    z = of.hidden.double() @ of.weight.double().T + (0 if of.bias is None else of.bias.double())
+    log_p = (z / temperature).log_softmax(-1)
+    keep = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
+    logp = log_p[torch.arange(len(ids)), ids.where(keep, 0)]
+    return logp.where(keep, 0.0), -(log_p.exp() * log_p).sum(-1).where(keep, 0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_matches_the_whole_product(rows_a_chunk, dtype, bias, masked):
+    given_head, ids = head(dtype, bias=bias), torch.randint(11, (8,))
+    mask = torch.tensor([True, False, True, True, False, True, True, True]) if masked else None
+    if masked:
+        ids[1] = -100
+    logp, entropy = pk.linear_log_probs(
+        given_head.hidden,
+        given_head.weight,
+        ids,
+        bias=given_head.bias,
+        mask=mask,
+        temperature=0.7,
+        with_entropy=True,
+    )
+    expected = truth(given_head, ids, mask, 0.7)
+    assert logp.dtype == entropy.dtype == torch.float32
+    assert_close("logp", logp, expected[0].detach())
+    assert_close("logp", entropy, expected[1].detach())
+    leaves = [leaf for leaf in given_head if leaf is not None]
+    upstream = torch.randn(8), torch.randn(8)
+    got = torch.autograd.grad([logp, entropy], leaves, upstream)
+    want = torch.autograd.grad(expected, leaves, [grad.double() for grad in upstream])
+    for gradient, wanted in zip(got, want, strict=True):
+        assert gradient.dtype == dtype
+        assert_close(gradient_kind(dtype), gradient, wanted)
+
+
+@given(tokens=st.integers(0, 6), width=st.integers(1, 4), vocabulary=st.integers(1, 9), seed=seeds)
+def test_any_size(tokens, width, vocabulary, seed):
+    torch.manual_seed(seed)
+    given_head, ids = head(tokens=tokens, width=width, vocabulary=vocabulary), torch.randint(vocabulary, (tokens,))
+    logp = pk.linear_log_probs(given_head.hidden, given_head.weight, ids, bias=given_head.bias)
+    assert_close("logp", logp, truth(given_head, ids, None, 1.0)[0].detach())
+    logp.sum().backward()
+    assert all(leaf.grad.isfinite().all() for leaf in given_head)
+
+
+def test_masked_hidden_states_are_not_read(rows_a_chunk):
+    given_head, mask = head(), torch.arange(8) % 2 == 0
+    hidden = given_head.hidden.detach().clone()
+    hidden[~mask] = torch.nan
+    hidden.requires_grad_()
+    logp = pk.linear_log_probs(hidden, given_head.weight, torch.arange(8).where(mask, 99), mask=mask)
+    logp.backward(torch.randn(8))
+    assert not logp[~mask].any() and not hidden.grad[~mask].any()
+    assert given_head.weight.grad.isfinite().all() and hidden.grad.isfinite().all()
+
+
+def test_nothing_valid(rows_a_chunk):
+    given_head = head()
+    logp = pk.linear_log_probs(
+        given_head.hidden, given_head.weight, torch.full((8,), -1), mask=torch.zeros(8, dtype=torch.bool)
+    )
+    logp.sum().backward()
+    assert not logp.any() and not given_head.weight.grad.any()
+
+
+def test_leading_dimensions_and_frozen_head():
+    hidden, weight = torch.randn(2, 3, 5, requires_grad=True), torch.randn(11, 5)
+    ids = torch.randint(11, (2, 3))
+    logp = pk.linear_log_probs(hidden, weight, ids)
+    assert_close("logp", logp, (hidden @ weight.T).double().log_softmax(-1).gather(-1, ids[..., None])[..., 0].detach())
+    logp.sum().backward()
+    assert hidden.grad.shape == hidden.shape
+
+
+def test_logits_of_all_tokens_never_exist(monkeypatch):
+    monkeypatch.setattr(op, "CHUNK_ELEMENTS", 11 * 4)
+    sizes = []
+    plain = torch.nn.functional.linear
+
+    def spy(*arguments):
+        result = plain(*arguments)
+        sizes.append(result.shape[0])
+        return result
+
+    monkeypatch.setattr(torch.nn.functional, "linear", spy)
+    kept = []
+    given_head = head(tokens=10)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
+        logp = pk.linear_log_probs(given_head.hidden, given_head.weight, torch.randint(11, (10,)))
+    assert sizes == [4, 4, 2] and all(shape[-1:] != (11,) for shape in kept)
+    logp.sum().backward()
+    assert sorted(sizes) == [2, 2, 4, 4, 4, 4]
+
+
+def test_gradcheck(rows_a_chunk):
+    given_head, ids = head(torch.float64, tokens=4), torch.tensor([0, 10, 3, -5])
+    mask = torch.tensor([True, True, True, False])
+
+    def run(hidden, weight, bias):
+        return pk.linear_log_probs(hidden, weight, ids, bias=bias, mask=mask, temperature=1.3, with_entropy=True)
+
+    assert torch.autograd.gradcheck(run, tuple(given_head))
+
+
+def test_ratio_of_equal_heads_is_exactly_zero():
+    prm, ids = head(torch.bfloat16), torch.randint(11, (8,))
+    ref = pk.Head(*(leaf.detach().clone() for leaf in prm))
+    result = pk.linear_log_ratios(prm, ref, ids)
+    assert torch.equal(result.log_ratio, torch.zeros(8)) and result.policy_logp is None
+
+
+def test_ratios_match_the_whole_product(rows_a_chunk):
+    prm, ref, policy = head(), head(width=3), head(torch.bfloat16, width=7)
+    ids, mask = torch.randint(11, (8,)), torch.rand(8) < 0.7
+    result = pk.linear_log_ratios(prm, ref, ids, policy=policy, mask=mask, policy_temperature=0.5)
+    wanted = [truth(h, ids, mask, t)[0].detach() for h, t in ((prm, 1.0), (ref, 1.0), (policy, 0.5))]
+    for got, want in zip(result, [wanted[0] - wanted[1], *wanted], strict=True):
+        assert_close("logp", got, want)
+    upstream = torch.randn(8)
+    (result.log_ratio * upstream + result.policy_logp * upstream).sum().backward()
+    assert all(leaf.grad is None for leaf in ref)
+    (expected,) = torch.autograd.grad(truth(prm, ids, mask, 1.0)[0], prm.weight, upstream.double())
+    assert_close("grad.float32", prm.weight.grad, expected)
+    assert all(leaf.grad is not None for leaf in policy)

@@ -1,0 +1,62 @@
+"""The tolerance table, and packed inputs for hypothesis."""
+
+import random
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+# (absolute, relative) error against float64, by what was computed. Gradients come back in the dtype of the input.
+TOLERANCES = {
+    "golden": (1e-5, 1e-5),
+    "float64": (1e-10, 1e-9),
+    "packing": (1e-6, 1e-6),
+    "sums": (1e-6, 1e-6),
+    "logp": (2e-5, 2e-6),
+    "grad.float32": (2e-6, 2e-5),
+    "grad.bfloat16": (1e-5, 2**-7),
+    "grad.float16": (1e-5, 2**-10),
+}
+
+
+def assert_close(kind: str, got: Tensor, want: Tensor | list | float) -> None:
+    """Compare in float64 within the tolerance of ``kind``; infinities and NaN must agree."""
+    absolute, relative = TOLERANCES[kind]
+    expected = torch.as_tensor(want, dtype=torch.float64)
+    torch.testing.assert_close(got.detach().double(), expected, atol=absolute, rtol=relative, equal_nan=True)
+
+
+def gradient_kind(dtype: torch.dtype) -> str:
+    return f"grad.{str(dtype).removeprefix('torch.')}"
+
+
+def offsets(lengths: list[int], dtype: torch.dtype = torch.int64) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).to(dtype)
+
+
+def uniform(count: int, seed: int, low: float, high: float) -> list[float]:
+    source = random.Random(seed)
+    return [source.uniform(low, high) for _ in range(count)]
+
+
+def split(values: list, lengths: list[int]) -> list[list]:
+    """Cut packed values into one list a segment."""
+    parts, start = [], 0
+    for length in lengths:
+        parts.append(values[start : start + length])
+        start += length
+    return parts
+
+
+lengths = st.lists(st.integers(0, 7), min_size=0, max_size=9)
+gammas = st.one_of(st.sampled_from([0.0, 1.0, 1e-30, 0.5]), st.floats(0.0, 1.0))
+seeds = st.integers(0, 2**31)
+scales = st.sampled_from([1e-6, 1.0, 30.0, 1e6])
+
+
+@st.composite
+def groups(draw: st.DrawFn) -> tuple[list[int], list[int]]:
+    """(response lengths, group sizes): ragged groups, groups of one, responses of no and of one token."""
+    sizes = draw(st.lists(st.integers(1, 5), min_size=1, max_size=4))
+    responses = sum(sizes)
+    return draw(st.lists(st.integers(0, 5), min_size=responses, max_size=responses)), sizes
