@@ -101,7 +101,8 @@ void bind_log_probs_forward(py::module_& m, pk_log_probs_args (*build)(Fields...
     pk_log_probs_args args = build(fields...);
     args.n_threads = n_threads;
     args.bad_row = &bad_row;
-    raise_on(call(pk_cpu_log_probs_forward, &args), bad_row, args.ids, args.n_cols);
+    const int status = call(pk_cpu_log_probs_forward, &args);
+    raise_on(status, bad_row, args.ids, args.n_cols);
   });
 #ifdef PK_HAS_CUDA
   m.def("cuda_log_probs_forward", [build](Fields... fields, uintptr_t bad_row, uintptr_t stream) {
@@ -119,7 +120,8 @@ void bind_log_probs_backward(py::module_& m, pk_log_probs_grad_args (*build)(Fie
     pk_log_probs_grad_args args = build(fields...);
     args.n_threads = n_threads;
     args.bad_row = &bad_row;
-    raise_on(call(pk_cpu_log_probs_backward, &args), bad_row, args.ids, args.n_cols);
+    const int status = call(pk_cpu_log_probs_backward, &args);
+    raise_on(status, bad_row, args.ids, args.n_cols);
   });
 #ifdef PK_HAS_CUDA
   m.def("cuda_log_probs_backward", [build](Fields... fields, uintptr_t bad_row, uintptr_t stream) {

@@ -104,8 +104,11 @@ void backward_row(const pk_log_probs_grad_args& args, const DtypeOps& ops, int64
   // log p_j is t * ln 2, so the bracket is a + b * t.
   const float scale = static_cast<float>(inverse_temperature / kLn2);
   const float shift = static_cast<float>(lse * args.temperature);
-  const float a = static_cast<float>(-(grad_logp + grad_entropy * entropy) * inverse_temperature);
-  const float b = static_cast<float>(-grad_entropy * kLn2 * inverse_temperature);
+  // What rounding the shift to float took from log p goes back in through the factors, which are computed once a row.
+  const double residue = std::isfinite(lse) ? shift * inverse_temperature - lse : 0.0;
+  const double factor = -std::exp(residue) * inverse_temperature;
+  const float a = static_cast<float>(factor * (grad_logp + grad_entropy * (entropy + residue)));
+  const float b = static_cast<float>(factor * grad_entropy * kLn2);
   alignas(64) float block[kBlock];
 
   for (int64_t start = 0; start < args.n_cols; start += kBlock) {
