@@ -12,18 +12,24 @@ TOLERANCES = {
     "float64": (1e-10, 1e-9),
     "packing": (1e-6, 1e-6),
     "sums": (1e-6, 1e-6),
-    "logp": (2e-5, 2e-6),
+    "logp": (4e-6, 2e-6),
     "grad.float32": (2e-6, 2e-5),
     "grad.bfloat16": (1e-5, 2**-7),
     "grad.float16": (1e-5, 2**-10),
 }
 
 
-def assert_close(kind: str, got: Tensor, want: Tensor | list | float) -> None:
-    """Compare in float64 within the tolerance of ``kind``; infinities and NaN must agree."""
+def assert_close(kind: str, got: Tensor, want: Tensor | list | float, *, extent: float = 0.0) -> None:
+    """Compare in float64 within the tolerance of ``kind``; infinities and NaN must agree.
+
+    ``extent`` is the size of the float32 numbers the result is a difference of, such as the largest logit: their
+    rounding, 2^-24 of it at each step, is allowed on top.
+    """
     absolute, relative = TOLERANCES[kind]
     expected = torch.as_tensor(want, dtype=torch.float64)
-    torch.testing.assert_close(got.detach().double(), expected, atol=absolute, rtol=relative, equal_nan=True)
+    torch.testing.assert_close(
+        got.detach().double(), expected, atol=absolute + 2**-22 * extent, rtol=relative, equal_nan=True
+    )
 
 
 def gradient_kind(dtype: torch.dtype) -> str:

@@ -55,7 +55,7 @@ def reference(
     count = torch.tensor(logp.numel(), device=logp.device) if mask is None else mask.sum()
     count = count.clamp(min=1)
     loss = losses.double().sum() / (count if denominator is None else denominator)
-    clip_fraction = clipping.sum() / count
+    clip_fraction = clipping.double().sum() / count
     approx_kl = -log_rho.detach().double().sum() / count
     return PPOLoss(loss.to(dtype), clip_fraction.to(dtype), approx_kl.to(dtype))
 

@@ -83,7 +83,7 @@ def segment_scan(
     gamma = _checks.number("gamma", gamma, 0.0, 1.0)
     _checks.flag("reverse", reverse)
     chosen = _dispatch.resolve("segment_scan", values, backend)
-    # Without discounted neighbours there is nothing for a kernel to do (and 0 * inf would be NaN in one that multiplies).
+    # Without a discount there is nothing for a kernel to do, and 0 * inf would be NaN in one that multiplies.
     if chosen == "eager" or gamma == 0.0:
         return reference(values, cu_seqlens, gamma, reverse)
     return _NativeScan.apply(values.float(), cu_seqlens, gamma, reverse)

@@ -1,0 +1,98 @@
+"""Selection of a backend: argument, use_backend, environment, fastest."""
+
+import warnings
+
+import pytest
+import torch
+from support import offsets
+
+import prime_kernels as pk
+from prime_kernels import _dispatch, _native
+
+X = torch.zeros(3)
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch):
+    monkeypatch.delenv("PRIME_KERNELS_BACKEND", raising=False)
+
+
+@pytest.fixture
+def extension(monkeypatch):
+    """As if the extension were there: selection never runs it."""
+    monkeypatch.setattr(_native, "unavailable_reason", lambda: None)
+
+
+@pytest.fixture
+def no_extension(monkeypatch):
+    monkeypatch.setattr(_native, "unavailable_reason", lambda: "not built: pip install prime-kernels")
+    monkeypatch.setattr(_dispatch, "_warned_of_missing_extension", False)
+
+
+def test_order_of_selection(extension, monkeypatch):
+    assert _dispatch.resolve("segment_scan", X, None) == "cpu"
+    monkeypatch.setenv("PRIME_KERNELS_BACKEND", "eager")
+    assert _dispatch.resolve("segment_scan", X, None) == "eager"
+    with pk.use_backend("cpu"):
+        assert _dispatch.resolve("segment_scan", X, None) == "cpu"
+        assert _dispatch.resolve("segment_scan", X, "eager") == "eager"
+        with pk.use_backend("eager"):
+            assert _dispatch.resolve("segment_scan", X, None) == "eager"
+    assert _dispatch.resolve("segment_scan", X, None) == "eager"
+
+
+def test_preference_passes_over_what_it_cannot_run(extension):
+    with pk.use_backend("cpu"):
+        assert _dispatch.resolve("ppo_loss", X, None) == "eager"
+        assert _dispatch.resolve("segment_scan", X.double(), None) == "eager"
+        assert _dispatch.resolve("segment_scan", X.to("meta"), None) == "eager"
+
+
+def test_argument_never_falls_back(extension):
+    with pytest.raises(pk.BackendUnavailable, match=r"backend: ppo_loss has no 'cpu' kernel; it runs on 'eager'"):
+        pk.ppo_loss(X, X, X, backend="cpu")
+    with pytest.raises(TypeError, match=r"backend: expected float32, .*'cpu', got torch.float64"):
+        pk.segment_scan(X.double(), offsets([3]), backend="cpu")
+    with pytest.raises(ValueError, match=r"backend: expected cpu tensors for 'cpu', got meta"):
+        _dispatch.resolve("segment_scan", X.to("meta"), "cpu")
+
+
+def test_float64_runs_on_eager_by_default(extension):
+    assert pk.segment_scan(X.double(), offsets([3])).dtype == torch.float64
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_unavailable_backends_say_why(name, monkeypatch):
+    reason = pk.available_backends()[name]
+    assert reason
+    with pytest.raises(pk.BackendUnavailable, match=f"name: backend '{name}' is not available: {reason}"):
+        with pk.use_backend(name):
+            pass
+    monkeypatch.setenv("PRIME_KERNELS_BACKEND", name)
+    with pytest.raises(pk.BackendUnavailable, match=f"PRIME_KERNELS_BACKEND: backend '{name}' is not available"):
+        pk.segment_sum(X, offsets([3]))
+
+
+def test_unknown_names(monkeypatch):
+    with pytest.raises(ValueError, match=r"name: expected one of 'eager', 'cpu', 'triton', 'cuda', got 'fast'"):
+        with pk.use_backend("fast"):
+            pass
+    monkeypatch.setenv("PRIME_KERNELS_BACKEND", "fast")
+    with pytest.raises(ValueError, match=r"PRIME_KERNELS_BACKEND: expected one of"):
+        pk.segment_sum(X, offsets([3]))
+
+
+def test_missing_extension_warns_once_and_runs_eager(no_extension):
+    with pytest.warns(RuntimeWarning, match=r"runs CPU tensors on 'eager': not built") as caught:
+        pk.segment_scan(X, offsets([3]))
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pk.segment_scan(X, offsets([3]))
+    with pytest.raises(pk.BackendUnavailable, match=r"'cpu' is not available: not built: pip install"):
+        pk.segment_scan(X, offsets([3]), backend="cpu")
+
+
+def test_available_backends():
+    backends = pk.available_backends()
+    assert list(backends) == ["eager", "cpu", "triton", "cuda"] and backends["eager"] is None
