@@ -68,6 +68,9 @@ void forward_row(const pk_log_probs_args& args, const DtypeOps& ops, int64_t row
       sum *= factor;
       highest = block_highest;
     }
+    // The maxima count as 1 each, outside the float sums: beside a 1 the tail of a peaked row would be rounded away,
+    // and with it every digit of the log-prob of a token the model is sure of.
+    if (block_highest == highest && std::isfinite(highest)) sum += static_cast<double>(take_equal(block, n, highest));
     const float shift = highest == -std::numeric_limits<float>::infinity() ? 0.0f : highest;
     if (with_entropy) {
       const BlockSums part = sum_exp2_weighted(block, n, shift, scale);

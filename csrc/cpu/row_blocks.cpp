@@ -61,6 +61,17 @@ const DtypeOps* dtype_ops(int32_t dtype) {
   }
 }
 
+PK_CLONES int64_t take_equal(float* block, int64_t n, float value) {
+  int32_t count = 0;
+#pragma omp simd reduction(+ : count)
+  for (int64_t i = 0; i < n; ++i) {
+    const bool equal = block[i] == value;
+    count += equal ? 1 : 0;
+    block[i] = equal ? -std::numeric_limits<float>::infinity() : block[i];
+  }
+  return count;
+}
+
 // The order of the additions is fixed by the block alone, so results never depend on the thread count.
 PK_CLONES float sum_exp2(const float* block, int64_t n, float shift, float scale) {
   float sum = 0.0f;

@@ -22,6 +22,9 @@ struct DtypeOps {
 // Null for an unknown dtype code.
 const DtypeOps* dtype_ops(int32_t dtype);
 
+// Replace every element equal to `value` by -inf; returns how many there were.
+int64_t take_equal(float* block, int64_t n, float value);
+
 struct BlockSums {
   float exp;       // sum of 2^t
   float weighted;  // sum of t * 2^t, 0 where 2^t is 0

@@ -1,0 +1,88 @@
+"""What was built says so, needs no CUDA library to import, and its CUDA kernels do not spill."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CUDA_FUNCTIONS = ["cuda_log_probs_forward", "cuda_log_probs_backward", "cuda_segment_scan"]
+
+
+@pytest.fixture(scope="module")
+def nvcc():
+    path = shutil.which("nvcc")
+    if path is None:
+        pytest.skip("nvcc is not installed")
+    return path
+
+
+def test_build_info(native):
+    info = native.build_info()
+    assert set(info) == {"compiler", "flags", "openmp", "cuda", "cuda_detail"}
+    assert re.match(r"\w+ \d+", info["compiler"])
+    assert "-O3" in info["flags"] and "fast-math" not in info["flags"]
+    assert isinstance(info["openmp"], bool) and info["cuda_detail"]
+    for name in CUDA_FUNCTIONS:
+        assert hasattr(native._C, name) == info["cuda"]
+
+
+def test_import_needs_no_cuda_library(native):
+    if shutil.which("ldd") is None:
+        pytest.skip("ldd is not installed")
+    needed = subprocess.run(["ldd", native._C.__file__], capture_output=True, text=True, check=True).stdout
+    assert "not found" not in needed
+    for library in ("libcudart", "libcuda.", "libtorch", "libc10"):
+        assert library not in needed
+
+
+def test_missing_extension_is_explained():
+    code = (
+        "import sys; sys.modules['prime_kernels._C'] = None\n"
+        "from prime_kernels import _native\n"
+        "print(_native.unavailable_reason())"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert "prime_kernels._C" in said and "pip install" in said
+
+
+@pytest.mark.parametrize("op", ["log_probs", "segment_scan"])
+def test_cuda_kernels_do_not_spill(nvcc, tmp_path, op):
+    source = ROOT / "csrc" / "cuda" / f"{op}.cu"
+    command = [nvcc, "-std=c++17", "-arch=sm_80", "-Xptxas", "-v", f"-I{ROOT / 'csrc/include'}", "-cubin"]
+    done = subprocess.run([*command, "-o", tmp_path / "a.cubin", source], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report = done.stdout + done.stderr
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    assert spills and all(numbers == ("0", "0", "0") for numbers in spills), report
+
+
+def configure(build, *options, **environment):
+    import pybind11
+
+    tools = [shutil.which("cmake"), shutil.which("ninja")]
+    beside = Path(sys.executable).parent
+    cmake, ninja = (tool or str(beside / name) for tool, name in zip(tools, ("cmake", "ninja"), strict=True))
+    if not (Path(cmake).exists() and Path(ninja).exists()):
+        pytest.skip("cmake and ninja are not installed")
+    command = [cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+    command += [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", *options]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+
+
+def test_auto_without_a_working_nvcc_builds_for_the_cpu(tmp_path):
+    broken = tmp_path / "nvcc"
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    done = configure(tmp_path / "build", CUDACXX=str(broken))
+    assert done.returncode == 0, done.stderr
+    assert "CUDA kernels AUTO: no working nvcc was found at build time" in done.stdout
+
+
+def test_unknown_cuda_choice_is_an_error(tmp_path):
+    done = configure(tmp_path / "build", "-DPRIME_KERNELS_CUDA=MAYBE")
+    assert done.returncode != 0 and "expected AUTO, ON or OFF" in done.stderr
