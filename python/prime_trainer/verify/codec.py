@@ -24,8 +24,6 @@ def encode(value: Any) -> Any:
         if all(type(k) is str for k in value) and _TAG not in value:
             return {k: encode(v) for k, v in value.items()}
         return {_TAG: "dict", "items": [[encode(k), encode(v)] for k, v in value.items()]}
-    if hasattr(value, "isoformat"):
-        return value.isoformat()
     if hasattr(value, "tolist"):  # a numpy array or scalar
         return encode(value.tolist())
     if isinstance(value, (bool, int, float, str)):  # an enum or another subclass: its plain value
