@@ -23,7 +23,7 @@ def reference(logits: Tensor, ids: Tensor, mask: Tensor | None, temperature: flo
     scaled = logits.to(result_dtype(logits)) / temperature
     if mask is not None:
         scaled = scaled.masked_fill(~mask.unsqueeze(-1), 0.0)
-    # Rather than log_softmax, whose sum over a large vocabulary drifts; this one is pairwise, and its backward is faster.
+    # Not log_softmax: its sum over a large vocabulary drifts. This one is pairwise, and its backward is faster.
     log_p = scaled - scaled.logsumexp(-1, keepdim=True)
     logp = log_p.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
     # An impossible token has p = 0 and log p = -inf; filling before the product keeps 0 * -inf out of the gradient too.

@@ -65,18 +65,22 @@ def test_float64_runs_on_eager_by_default(extension):
 def test_unavailable_backends_say_why(name, monkeypatch):
     reason = pk.available_backends()[name]
     assert reason
-    with pytest.raises(pk.BackendUnavailable, match=f"name: backend '{name}' is not available: {reason}"):
-        with pk.use_backend(name):
-            pass
+    with (
+        pytest.raises(pk.BackendUnavailable, match=f"name: backend '{name}' is not available: {reason}"),
+        pk.use_backend(name),
+    ):
+        pass
     monkeypatch.setenv("PRIME_KERNELS_BACKEND", name)
     with pytest.raises(pk.BackendUnavailable, match=f"PRIME_KERNELS_BACKEND: backend '{name}' is not available"):
         pk.segment_sum(X, offsets([3]))
 
 
 def test_unknown_names(monkeypatch):
-    with pytest.raises(ValueError, match=r"name: expected one of 'eager', 'cpu', 'triton', 'cuda', got 'fast'"):
-        with pk.use_backend("fast"):
-            pass
+    with (
+        pytest.raises(ValueError, match=r"name: expected one of 'eager', 'cpu', 'triton', 'cuda', got 'fast'"),
+        pk.use_backend("fast"),
+    ):
+        pass
     monkeypatch.setenv("PRIME_KERNELS_BACKEND", "fast")
     with pytest.raises(ValueError, match=r"PRIME_KERNELS_BACKEND: expected one of"):
         pk.segment_sum(X, offsets([3]))

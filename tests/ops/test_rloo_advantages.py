@@ -1,7 +1,6 @@
 """rloo_advantages against plain loops that follow the formulas literally."""
 
 import math
-import os
 
 import pytest
 import torch
@@ -206,7 +205,7 @@ def _whole_batch():
 
 @pytest.mark.slow
 def test_ranks_together_equal_one_process(tmp_path):
-    context = torch.multiprocessing.get_context("fork" if os.name == "posix" else "spawn")
+    context = torch.multiprocessing.get_context("fork")
     queue = context.Queue()
     address = f"file://{tmp_path / 'rendezvous'}"
     ranks = [context.Process(target=_rank, args=(rank, 3, address, queue)) for rank in range(3)]

@@ -1,0 +1,165 @@
+"""The import rules of both packages, read from their syntax trees.
+
+prime_kernels knows nothing of prime_trainer, transformers or vllm; prime_trainer uses only what prime_kernels exports;
+transformers, vllm, triton and the compiled extension are imported in one place each, and lazily, so that importing either
+package needs none of them.
+"""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import prime_kernels
+
+ROOT = Path(__file__).resolve().parents[2]
+KERNELS, TRAINER = ROOT / "prime_kernels", ROOT / "python" / "prime_trainer"
+TRITON_KERNELS = KERNELS / "_triton"
+
+
+class Import(NamedTuple):
+    """One imported module or name: where, the dotted name, and whether a function body holds the statement."""
+
+    file: Path
+    line: int
+    name: str
+    lazy: bool
+
+    def __str__(self) -> str:
+        return f"{self.file.relative_to(ROOT)}:{self.line} imports {self.name}"
+
+
+def imports_of(file: Path) -> Iterator[Import]:
+    """Every import statement of a file, relative ones resolved; `from a import b` counts as a.b."""
+    package = file.relative_to(ROOT / "python" if TRAINER in file.parents else ROOT).with_suffix("").parts
+    package = package[:-1]
+
+    def visit(node: ast.AST, lazy: bool) -> Iterator[Import]:
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield Import(file, node.lineno, alias.name, lazy)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join((*above, *([node.module] if node.module else [])))
+            for alias in node.names:
+                yield Import(file, node.lineno, f"{module}.{alias.name}", lazy)
+        inside = lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            inside = True
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child, inside)
+
+    yield from visit(ast.parse(file.read_text(), str(file)), False)
+
+
+def imports_under(*folders: Path) -> list[Import]:
+    files = [file for folder in folders for file in sorted(folder.rglob("*.py"))]
+    return [found for file in files for found in imports_of(file)]
+
+
+def names(found: Import, module: str) -> bool:
+    return found.name == module or found.name.startswith(module + ".")
+
+
+def listed(imports: list[Import]) -> str:
+    return "\n".join(map(str, imports))
+
+
+@pytest.mark.parametrize("forbidden", ["prime_trainer", "transformers", "vllm"])
+def test_kernels_know_nothing_of(forbidden):
+    wrong = [found for found in imports_under(KERNELS) if names(found, forbidden)]
+    assert not wrong, listed(wrong)
+
+
+def test_trainer_uses_only_what_kernels_export():
+    exported = {f"prime_kernels.{name}" for name in (*prime_kernels.__all__, "__version__")}
+    wrong = [
+        found
+        for found in imports_under(TRAINER)
+        if found.name.startswith("prime_kernels.") and found.name not in exported
+    ]
+    assert not wrong, listed(wrong)
+    for file in sorted(TRAINER.rglob("*.py")):
+        tree = ast.parse(file.read_text(), str(file))
+        aliases = {
+            alias.asname or alias.name
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Import)
+            for alias in node.names
+            if alias.name == "prime_kernels"
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in aliases:
+                assert f"prime_kernels.{node.attr}" in exported, f"{file}:{node.lineno} uses prime_kernels.{node.attr}"
+
+
+@pytest.mark.parametrize("module", ["transformers", "vllm"])
+def test_imported_in_one_file_inside_functions(module):
+    found = [found for found in imports_under(KERNELS, TRAINER) if names(found, module)]
+    assert len({one.file for one in found}) <= 1, listed(found)
+    assert all(one.lazy for one in found), listed([one for one in found if not one.lazy])
+
+
+def test_extension_is_imported_by_native_alone():
+    importers = {found.file.name for found in imports_under(KERNELS, TRAINER) if names(found, "prime_kernels._C")}
+    assert importers == {"_native.py"}
+
+
+def test_native_is_imported_inside_functions():
+    """It loads the extension when it is imported itself."""
+    wrong = [found for found in imports_under(KERNELS) if names(found, "prime_kernels._native") and not found.lazy]
+    assert not wrong, listed(wrong)
+
+
+def test_triton_stays_among_its_kernels():
+    """Kernel files decorate with triton where they are read, so the folder as a whole is what loads lazily."""
+    found = imports_under(KERNELS, TRAINER)
+    outside = [one for one in found if names(one, "triton") and TRITON_KERNELS not in one.file.parents]
+    assert not outside, listed(outside)
+    eager = [
+        one
+        for one in found
+        if names(one, "prime_kernels._triton") and not one.lazy and TRITON_KERNELS not in one.file.parents
+    ]
+    assert not eager, listed(eager)
+
+
+def test_triton_kernels_are_leaves():
+    wrong = [found for found in imports_under(TRITON_KERNELS) if names(found, "prime_kernels.ops")]
+    assert not wrong, listed(wrong)
+
+
+def test_contract_file_holds_nothing_but_the_contract():
+    allowed = (ast.ImportFrom, ast.Assign, ast.Expr)
+    tree = ast.parse((KERNELS / "__init__.py").read_text())
+    assert all(isinstance(node, allowed) for node in tree.body)
+    assert all(hasattr(prime_kernels, name) for name in prime_kernels.__all__)
+
+
+def fresh(code: str) -> str:
+    """What a new interpreter prints."""
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_import_needs_only_torch():
+    code = "import sys, torch; before = set(sys.modules); import prime_kernels; print(*(set(sys.modules) - before))"
+    loaded = fresh(code).split()
+    roots = {name.partition(".")[0] for name in loaded}
+    assert "prime_kernels" in roots
+    assert not roots & {"triton", "transformers", "vllm", "prime_trainer"}
+    assert "prime_kernels._C" not in loaded
+
+
+def test_import_takes_under_a_second_beyond_torch():
+    seconds = float(
+        fresh(
+            "import time, torch; start = time.process_time(); import prime_kernels; print(time.process_time() - start)"
+        )
+    )
+    assert seconds < 1.0
