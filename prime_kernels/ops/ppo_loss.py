@@ -52,7 +52,7 @@ def reference(
     losses = torch.where(clipping, clipped, free)
     if weights is not None:
         losses = losses * valid(weights.detach())
-    count = torch.tensor(logp.numel(), device=logp.device) if mask is None else mask.sum()
+    count = torch.full((), logp.numel(), device=logp.device) if mask is None else mask.sum()
     count = count.clamp(min=1)
     loss = losses.double().sum() / (count if denominator is None else denominator)
     clip_fraction = clipping.double().sum() / count

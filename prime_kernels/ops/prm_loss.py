@@ -58,7 +58,7 @@ def pair_accuracy(scores: Tensor, outcomes: Tensor, counted: Tensor, cu_groups: 
     weight = segment_total(gap, group, groups)
     share = segment_total(gap * agrees, group, groups) / weight.where(weight > 0, 1.0)
     share = share.where(weight > 0, 0.5)
-    return share.mean() if groups else torch.tensor(0.5, dtype=torch.float64, device=scores.device)
+    return share.mean() if groups else torch.full((), 0.5, dtype=torch.float64, device=scores.device)
 
 
 def reference(

@@ -108,15 +108,16 @@ def _largest_return(scores: Tensor, cu_seqlens: Tensor, process_group: Any) -> T
 def _whitened(values: Tensor, process_group: Any) -> Tensor:
     """Zero mean and unit variance over the tokens of every rank: first the mean, then the squares around it."""
 
-    def total(*terms: Tensor | float) -> Tensor:
-        sums = torch.stack([torch.as_tensor(term, dtype=torch.float64, device=values.device) for term in terms])
+    def total(*terms: Tensor) -> Tensor:
+        sums = torch.stack(terms)
         if process_group is not None:
             dist.all_reduce(sums, group=process_group)
         return sums
 
-    count, summed = total(values.numel(), values.sum())
+    count, summed = total(values.new_full((), values.numel()), values.sum())
     centred = values - summed / count.clamp(min=1.0)
-    variance = total(centred.square().sum())[0] / (count - 1.0).clamp(min=1.0)
+    (squares,) = total(centred.square().sum())
+    variance = squares / (count - 1.0).clamp(min=1.0)
     return centred * torch.rsqrt(variance + WHITEN_EPS)
 
 

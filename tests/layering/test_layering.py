@@ -1,8 +1,8 @@
 """The import rules of both packages, read from their syntax trees.
 
 prime_kernels knows nothing of prime_trainer, transformers or vllm; prime_trainer uses only what prime_kernels exports;
-transformers, vllm, triton and the compiled extension are imported in one place each, and lazily, so that importing either
-package needs none of them.
+transformers, vllm, triton and the compiled extension are imported in one place each, and lazily, so that importing
+either package needs none of them.
 """
 
 import ast
