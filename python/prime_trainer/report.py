@@ -160,8 +160,8 @@ def _sample(sample: dict[str, Any]) -> dict[str, Any]:
 
 
 def _token(text: str, value: float | None, scale: float) -> dict[str, Any]:
-    if value is None or scale == 0.0:
-        return {"text": text, "sign": "", "strength": 0, "value": "no value"}
+    if not value:
+        return {"text": text, "sign": "", "strength": 0, "value": "no value" if value is None else "+0"}
     # The square root keeps small values visible beside the largest.
     strength = math.sqrt(abs(value) / scale)
     return {
