@@ -23,8 +23,8 @@ ENVIRONMENT_VARIABLE = "PRIME_KERNELS_BACKEND"
 
 # What each operation runs on besides eager, which implements all of them.
 _KERNELS: dict[str, tuple[str, ...]] = {
-    "linear_log_probs": (),
-    "linear_log_ratios": (),
+    "linear_log_probs": ("cpu",),
+    "linear_log_ratios": ("cpu",),
     "log_probs": ("cpu",),
     "log_ratios": ("cpu",),
     "ppo_loss": (),

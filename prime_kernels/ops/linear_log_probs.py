@@ -5,10 +5,12 @@ logits of a chunk again instead of keeping them, so memory is one chunk of float
 gradient.
 """
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from prime_kernels import _checks, _dispatch
@@ -55,6 +57,100 @@ def reference(head: Head, ids: Tensor, mask: Tensor | None, temperature: float) 
     return columns[0].view(ids.shape), columns[1].view(ids.shape)
 
 
+class _Tiled(torch.autograd.Function):
+    """Library product for a tile of tokens into one buffer, the extension's row kernel on it while it is in cache.
+
+    The product has the dtype of the inputs, as the model's own forward pass has it; the softmax is float32. Backward
+    computes the tile again and turns it into its own gradient in place, so that one tile is all the memory there is.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        ids: Tensor,
+        temperature: float,
+        with_entropy: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        from prime_kernels import _native
+
+        tiles = _tiles(hidden, weight, bias)
+        parts = [_native.log_probs_forward(z, ids[rows], None, temperature, with_entropy) for rows, z in tiles]
+        logp, lse, entropy = (None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True))
+        ctx.save_for_backward(hidden, weight, bias, ids, lse, entropy)
+        ctx.temperature = temperature
+        ctx.set_materialize_grads(False)
+        return logp, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        from prime_kernels import _native
+
+        hidden, weight, bias, ids, lse, entropy = ctx.saved_tensors
+        if grad_logp is None and grad_entropy is None:
+            return (None,) * 6
+        wanted = ctx.needs_input_grad
+        grad_hidden = torch.empty_like(hidden) if wanted[0] else None
+        # Sums over tiles are float32: in bfloat16 a long batch would stop counting.
+        grad_weight = torch.zeros(weight.shape, dtype=torch.float32) if wanted[1] else None
+        grad_bias = torch.zeros(bias.shape, dtype=torch.float32) if bias is not None and wanted[2] else None
+        for rows, z in _tiles(hidden, weight, bias):
+            _native.log_probs_backward(
+                z,
+                ids[rows],
+                None,
+                lse[rows],
+                None if entropy is None else entropy[rows],
+                torch.zeros_like(lse[rows]) if grad_logp is None else grad_logp[rows].contiguous(),
+                None if grad_entropy is None else grad_entropy[rows].contiguous(),
+                ctx.temperature,
+                z,
+            )
+            if grad_hidden is not None:
+                torch.mm(z, weight, out=grad_hidden[rows])
+            if grad_weight is not None:
+                grad_weight += z.T @ hidden[rows]
+            if grad_bias is not None:
+                grad_bias += z.sum(0, dtype=torch.float32)
+        grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
+        return grad_hidden, grad_weight, None if grad_bias is None else grad_bias.to(bias.dtype), None, None, None
+
+
+def _tiles(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+    """(tokens, their logits) tile by tile, all in the same buffer."""
+    size = min(len(hidden), max(1, CHUNK_ELEMENTS // weight.shape[0]))
+    buffer = hidden.new_empty(size, weight.shape[0])
+    for start in range(0, len(hidden), size):
+        rows = slice(start, min(start + size, len(hidden)))
+        z = buffer[: rows.stop - start]
+        if bias is None:
+            torch.mm(hidden[rows], weight.T, out=z)
+        else:
+            torch.addmm(bias, hidden[rows], weight.T, out=z)
+        yield rows, z
+
+
+def _run(
+    head: Head, ids: Tensor, mask: Tensor | None, temperature: float, with_entropy: bool, backend: str
+) -> tuple[Tensor, Tensor | None]:
+    if backend == "eager" or ids.numel() == 0:
+        return reference(head, ids, mask, temperature)
+    hidden, flat_ids = head.hidden.reshape(-1, head.hidden.shape[-1]), ids.reshape(-1)
+    valid = None if mask is None else mask.reshape(-1).nonzero().squeeze(-1)
+    if valid is not None:
+        if not len(valid):
+            return reference(head, ids, mask, temperature)
+        hidden, flat_ids = hidden[valid], flat_ids[valid]
+    logp, entropy = _Tiled.apply(hidden, head.weight, head.bias, flat_ids, temperature, with_entropy)
+    columns = [logp, entropy]
+    if valid is not None:
+        columns = [None if c is None else c.new_zeros(ids.numel()).index_put((valid,), c) for c in columns]
+    return tuple(None if column is None else column.view(ids.shape) for column in columns)
+
+
 def _check_head(head: Head, ids: Tensor, mask: Tensor | None, prefix: str) -> Tensor:
     """Check one head against the tokens; the labels as log_probs wants them."""
     hidden, weight, bias = f"{prefix}hidden", f"{prefix}weight", f"{prefix}bias"
@@ -88,7 +184,8 @@ def linear_log_probs(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of each token from hidden states and an output layer, without ever holding all logits.
 
-    As ``log_probs(hidden @ weight.T + bias, ids, ...)`` with the product accumulated and kept in float32.
+    As ``log_probs(hidden @ weight.T + bias, ids, ...)``. "eager" keeps the product in float32 whatever the inputs;
+    "cpu" has it in their dtype, as the model's own forward pass does, and the softmax in float32.
     Differentiable in ``hidden``, ``weight`` and ``bias``.
 
     Args:
@@ -117,8 +214,8 @@ def linear_log_probs(
     ids = _check_head(head, ids, mask, "")
     temperature = rows.check_temperature("temperature", temperature)
     _checks.flag("with_entropy", with_entropy)
-    _dispatch.resolve("linear_log_probs", hidden, backend)
-    logp, entropy = reference(head, ids, mask, temperature)
+    backend = _dispatch.resolve("linear_log_probs", hidden, backend)
+    logp, entropy = _run(head, ids, mask, temperature, with_entropy, backend)
     return (logp, entropy) if with_entropy else logp
 
 
@@ -164,9 +261,11 @@ def linear_log_ratios(
             raise TypeError(f"{name}: expected a Head, got {type(head).__name__}")
         checked[name] = _check_head(head, ids, mask, f"{name}.")
     policy_temperature = rows.check_temperature("policy_temperature", policy_temperature)
-    _dispatch.resolve("linear_log_ratios", prm.hidden, backend)
-    prm_logp = reference(prm, checked["prm"], mask, 1.0)[0]
+    backend = _dispatch.resolve("linear_log_ratios", prm.hidden, backend)
+    prm_logp = _run(prm, checked["prm"], mask, 1.0, False, backend)[0]
     with torch.no_grad():
-        ref_logp = reference(ref, checked["ref"], mask, 1.0)[0]
-    policy_logp = None if policy is None else reference(policy, checked["policy"], mask, policy_temperature)[0]
+        ref_logp = _run(ref, checked["ref"], mask, 1.0, False, backend)[0]
+    policy_logp = None
+    if policy is not None:
+        policy_logp = _run(policy, checked["policy"], mask, policy_temperature, False, backend)[0]
     return LogRatios(prm_logp - ref_logp, prm_logp, ref_logp, policy_logp)

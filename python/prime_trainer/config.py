@@ -102,7 +102,6 @@ class PRMConfig(Section):
     update: Literal["after", "before", "reverse", "none"] = "after"
     ref_type: Literal["freeze", "policy"] = "freeze"
     granularity: Literal["token", "step", "whole"] = "token"
-    loss: Literal["ce", "dpo", "kto", "nca"] = "ce"
     beta: float = Field(default=0.05, gt=0)
     lr: float = Field(default=1e-6, gt=0)
     grad_clip: float = Field(default=10.0, gt=0)

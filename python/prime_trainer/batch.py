@@ -1,0 +1,167 @@
+"""Groups of responses, packed once: flat response tokens with cu_seqlens, and how a forward pass lays them out.
+
+A forward row is a prompt followed by its responses, each of which sees the prompt and itself and nothing else, so a
+prompt is computed once however many responses it has. Long rows fall back to one response a row, where plain causal
+attention needs no mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SHARED_ROW_LIMIT = 1024
+"""Tokens above which a group is not laid out as one row: the mask and the attention grow with the square."""
+
+
+@dataclass(frozen=True)
+class Response:
+    ids: list[int]
+    outcome: float = 0.0
+    logprobs: list[float] | None = None
+    """The sampler's log-probs."""
+    truncated: bool = False
+
+
+@dataclass(frozen=True)
+class Group:
+    """A prompt and its responses; `problem` is where it came from, `prompt_text` and `reference` are for people."""
+
+    prompt_ids: list[int]
+    responses: list[Response]
+    problem: str = ""
+    prompt_text: str = ""
+    reference: str = ""
+
+    @property
+    def accuracy(self) -> float:
+        return sum(r.outcome for r in self.responses) / len(self.responses)
+
+
+@dataclass(frozen=True)
+class Micro:
+    """One forward pass. T is its number of response tokens, B of responses, both in packed order."""
+
+    input_ids: Tensor
+    """[rows, L]"""
+    position_ids: Tensor
+    """[rows, L]"""
+    attention_mask: Tensor | None
+    """bool [rows, 1, L, L], or None where causal attention is right."""
+    predictors: Tensor
+    """[T] index into rows * L of the hidden state that predicts each response token."""
+    tokens: Tensor
+    """[T] index of each token in the batch's packed tensors."""
+    responses: Tensor
+    """[B] index of each response in the batch."""
+    cu_seqlens: Tensor
+    """[B + 1] of this micro-batch's own tokens."""
+
+
+class Batch:
+    """All groups of a step. `ids` [T], `cu_seqlens` [B + 1], `cu_groups` [G + 1] (counting responses), `outcomes` [B]."""
+
+    def __init__(self, groups: Sequence[Group], device: torch.device | str = "cpu") -> None:
+        if not groups:
+            raise ValueError("groups is empty; a batch needs at least one")
+        self.groups, self.device = list(groups), torch.device(device)
+        responses = [r for g in self.groups for r in g.responses]
+        lengths = [len(r.ids) for r in responses]
+        self.ids = torch.tensor([i for r in responses for i in r.ids], dtype=torch.int64, device=device)
+        self.cu_seqlens = _cumulative(lengths, device)
+        self.cu_groups = _cumulative([len(g.responses) for g in self.groups], device)
+        self.outcomes = torch.tensor([r.outcome for r in responses], device=device)
+        self._starts = self.cu_seqlens.tolist()
+        self._first = self.cu_groups.tolist()
+
+    @property
+    def num_tokens(self) -> int:
+        return self._starts[-1]
+
+    @property
+    def num_responses(self) -> int:
+        return len(self._starts) - 1
+
+    def minibatches(self, count: int, generator: torch.Generator | None = None) -> list[list[int]]:
+        """Group indices in `count` parts of nearly equal size (fewer if there are fewer groups), shuffled if asked."""
+        n = len(self.groups)
+        order = list(range(n)) if generator is None else torch.randperm(n, generator=generator).tolist()
+        count = min(count, n)
+        return [order[n * k // count : n * (k + 1) // count] for k in range(count)]
+
+    def tokens_of(self, groups: Sequence[int]) -> int:
+        return sum(self._starts[self._first[g + 1]] - self._starts[self._first[g]] for g in groups)
+
+    def responses_of(self, groups: Sequence[int]) -> int:
+        return sum(len(self.groups[g].responses) for g in groups)
+
+    def micro_batches(self, groups: Sequence[int], max_tokens: int) -> Iterator[Micro]:
+        """Forward passes of at most `max_tokens` padded tokens (a longer row goes alone), like lengths together."""
+        rows: list[tuple[int, list[int]]] = []  # (group, its responses in this row)
+        for g in groups:
+            members = list(range(self._first[g], self._first[g + 1]))
+            if self._length(g, members) <= SHARED_ROW_LIMIT:
+                rows.append((g, members))
+            else:
+                rows.extend((g, [m]) for m in members)
+        rows.sort(key=lambda row: (self._length(*row), row[1][0]))
+        pending: list[tuple[int, list[int]]] = []
+        for row in rows:
+            if pending and self._length(*row) * (len(pending) + 1) > max_tokens:
+                yield self._micro(pending)
+                pending = []
+            pending.append(row)
+        if pending:
+            yield self._micro(pending)
+
+    def _length(self, group: int, members: Sequence[int]) -> int:
+        return len(self.groups[group].prompt_ids) + sum(self._starts[m + 1] - self._starts[m] for m in members)
+
+    def _micro(self, rows: list[tuple[int, list[int]]]) -> Micro:
+        width = max(self._length(*row) for row in rows)
+        input_ids = torch.zeros((len(rows), width), dtype=torch.int64)
+        position_ids = torch.zeros((len(rows), width), dtype=torch.int64)
+        # 0 is the prompt, k the k-th response, -1 padding (which attends to itself: softmax needs something).
+        segment = torch.full((len(rows), width), -1, dtype=torch.int64)
+        predictors, tokens, responses, lengths = [], [], [], []
+        for row, (g, members) in enumerate(rows):
+            prompt = self.groups[g].prompt_ids
+            at = len(prompt)
+            input_ids[row, :at] = torch.tensor(prompt)
+            position_ids[row, :at] = torch.arange(at)
+            segment[row, :at] = 0
+            for k, m in enumerate(members, 1):
+                length = self._starts[m + 1] - self._starts[m]
+                span = slice(at, at + length)
+                input_ids[row, span] = self.ids[self._starts[m] : self._starts[m + 1]].cpu()
+                position_ids[row, span] = torch.arange(len(prompt), len(prompt) + length)
+                segment[row, span] = k
+                where = torch.arange(at - 1, at + length - 1)
+                where[:1] = len(prompt) - 1  # the first token is predicted by the prompt's last
+                predictors.append(row * width + where)
+                tokens.append(torch.arange(self._starts[m], self._starts[m + 1]))
+                responses.append(m)
+                lengths.append(length)
+                at += length
+        mask = None
+        if any(len(members) > 1 for _, members in rows):
+            query, key = segment[:, :, None], segment[:, None, :]
+            causal = torch.ones(width, width, dtype=torch.bool).tril()
+            mask = (((query == key) | (key == 0)) & causal)[:, None]
+        to = self.device
+        return Micro(
+            input_ids.to(to),
+            position_ids.to(to),
+            None if mask is None else mask.to(to),
+            torch.cat(predictors).to(to),
+            torch.cat(tokens).to(to),
+            torch.tensor(responses, device=to),
+            _cumulative(lengths, to),
+        )
+
+
+def _cumulative(lengths: Sequence[int], device: torch.device | str) -> Tensor:
+    return torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0).to(device)

@@ -1,0 +1,109 @@
+"""`prime-trainer COMMAND [run.toml] [--section.key value ..]`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+USAGE = """usage: prime-trainer COMMAND [run.toml] [--section.key value ...]
+
+commands:
+  sft     supervised warm-up on chat data or on demonstrations made for the task
+  rl      online PRIME
+  eval    accuracy of a model on the task's held-out problems
+  report  an HTML page and PNGs of a run:  prime-trainer report RUN_DIR [OTHER_RUN_DIR ...]
+
+Every setting has a key: prime-trainer rl --help lists them. The command line wins over the file.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 0 done, 1 a run failed, 2 bad input. Errors are one message, not a traceback."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0 if argv else 2
+    command, rest = argv[0], argv[1:]
+    if command not in ("sft", "rl", "eval", "report"):
+        return _fail(f"unknown command {command!r}; the commands are sft, rl, eval and report")
+    try:
+        if command == "report":
+            return _report(rest)
+        return _run(command, rest)
+    except (ValueError, FileNotFoundError, TypeError) as error:
+        return _fail(_describe(error))
+    except RuntimeError as error:
+        if type(error).__name__ != "NothingPasses":
+            raise
+        return _fail(str(error), 1)
+    except KeyboardInterrupt:
+        return _fail("stopped", 130)
+
+
+def _run(command: str, words: list[str]) -> int:
+    from .config import load
+
+    toml = Path(words.pop(0)) if words and not words[0].startswith("-") else None
+    cfg = load(toml, words)
+    if command == "eval":
+        return _eval(cfg)
+    if command == "sft":
+        from .sft import run
+    else:
+        from .loop import run
+    print(f"model saved to {run(cfg)}")
+    return 0
+
+
+def _eval(cfg) -> int:
+    import json
+
+    from . import models
+    from .evaluate import evaluate
+    from .rollout import TransformersSampler
+    from .tasks import load_task
+    from .verify import Verifier
+
+    tokenizer = models.load_tokenizer(cfg.model)
+    problems = load_task(cfg.task, cfg.seed).held_out()
+    sampler = TransformersSampler(models.load_model(cfg.model), tokenizer, batch_size=cfg.eval.batch_size)
+    with Verifier(cfg.task.verify_seconds, cfg.task.verify_workers) as verifier:
+        values = evaluate(
+            problems, tokenizer, sampler, verifier,
+            max_new_tokens=cfg.rollout.max_new_tokens, temperature=cfg.rollout.temperature,
+            sampled=cfg.eval.sampled, seed=cfg.seed,
+        )  # fmt: skip
+    print(json.dumps(values))
+    return 0
+
+
+def _report(words: list[str]) -> int:
+    from .report import write_report
+
+    if not words:
+        return _fail("report needs a run directory: prime-trainer report RUN_DIR [OTHER_RUN_DIR ...]")
+    print(write_report(Path(words[0]), [Path(w) for w in words[1:]]))
+    return 0
+
+
+def _describe(error: Exception) -> str:
+    """pydantic's errors name the key, what came and what was expected; its link to its own pages helps nobody here."""
+    details = getattr(error, "errors", None)
+    if details is None:
+        return str(error)
+    lines = [
+        f"{'.'.join(map(str, d['loc']))}: {d['msg']} (got {d.get('input')!r})"
+        if d["type"] != "extra_forbidden"
+        else f"{'.'.join(map(str, d['loc']))}: unknown key"
+        for d in details()
+    ]
+    return "\n".join(lines)
+
+
+def _fail(message: str, status: int = 2) -> int:
+    print(f"prime-trainer: error: {message}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,227 @@
+"""Online PRIME, top to bottom: the only file that knows all stages."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import prime_kernels as pk
+
+from . import checkpoint, models
+from .batch import Batch, Group
+from .collect import Collector, NothingPasses
+from .config import RunConfig
+from .evaluate import evaluate
+from .interrupt import stop_signal
+from .metrics import MetricsWriter
+from .progress import progress_bar
+from .rollout import TransformersSampler, derive_seed
+from .score import Rewards, Scorer, process_rewards
+from .tasks import load_task
+from .update import needs_old_logp, policy_update
+from .verify import Verifier
+
+
+class Run:
+    """Everything a run holds between two steps."""
+
+    def __init__(self, cfg: RunConfig) -> None:
+        self.cfg = cfg
+        self.tokenizer = models.load_tokenizer(cfg.model)
+        self.task = load_task(cfg.task, cfg.seed)
+        model = models.load_model(cfg.model)
+        self.policy = models.Trainable(model, lr=cfg.policy.lr, grad_clip=cfg.policy.grad_clip)
+        dense = cfg.algorithm.process_coef > 0
+        self.prm = self.ref = None
+        if dense:
+            self.prm = models.Trainable(models.load_model(cfg.model), lr=cfg.prm.lr, grad_clip=cfg.prm.grad_clip)
+        if cfg.policy.kl_coef > 0 or (dense and cfg.prm.ref_type == "freeze"):
+            self.ref = models.frozen(models.load_model(cfg.model))
+        old_wanted = needs_old_logp(cfg.policy) or (dense and cfg.prm.ref_type == "policy")
+        self.scorer = Scorer(model if old_wanted else None, self.ref, self.prm, cfg.prm, cfg.micro_batch_tokens)
+        self.step_ends = _newline_tokens(self.tokenizer, model).to(model.device)
+        self.sampler = TransformersSampler(model, self.tokenizer, batch_size=cfg.rollout.batch_size)
+        self.eval_sampler = TransformersSampler(model, self.tokenizer, batch_size=cfg.eval.batch_size)
+        self.verifier = Verifier(cfg.task.verify_seconds, cfg.task.verify_workers)
+        self.collector = Collector(cfg, self.task, self.tokenizer, self.sampler, self.verifier)
+        self.step = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "config": self.cfg.model_dump_json(),
+            "policy": self.policy.state_dict(),
+            "prm": None if self.prm is None else self.prm.state_dict(),
+            "collector": self.collector.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        check_same_run(state["config"], self.cfg)
+        self.policy.load_state_dict(state["policy"])
+        if self.prm is not None:
+            self.prm.load_state_dict(state["prm"])
+        self.collector.load_state_dict(state["collector"])
+        self.step = state["step"]
+
+    def evaluate(self) -> dict[str, float]:
+        cfg = self.cfg
+        return evaluate(
+            self.task.held_out(), self.tokenizer, self.eval_sampler, self.verifier,
+            max_new_tokens=cfg.rollout.max_new_tokens, temperature=cfg.rollout.temperature, sampled=cfg.eval.sampled,
+        )  # fmt: skip
+
+    def train_step(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """One PRIME step; its metrics, and a few responses for the report."""
+        cfg, algorithm, clock = self.cfg, self.cfg.algorithm, Clock()
+        step = self.step + 1
+
+        groups, values = self.collector.collect(step, clock)
+        batch = Batch(groups, self.policy.model.device)
+        values["kept_reward"] = batch.outcomes.mean().item()
+
+        with clock("score" if self.prm is None or cfg.prm.update == "none" else "prm"):
+            scores = self.scorer.score(batch)
+        values |= scores.metrics
+
+        rewards = Rewards(None, None)
+        if self.prm is not None:
+            rewards = process_rewards(scores.log_ratio, batch, cfg.prm, self.step_ends)
+        advantages = pk.rloo_advantages(
+            rewards.values, batch.outcomes, batch.cu_seqlens, batch.cu_groups, reward_mask=rewards.carries,
+            gamma_process=algorithm.gamma_process, gamma_outcome=algorithm.gamma_outcome,
+            process_coef=algorithm.process_coef, outcome_coef=algorithm.outcome_coef,
+            normalize_process=algorithm.normalize_process, process_baseline=algorithm.process_baseline,
+            whiten=algorithm.whiten,
+        ).advantages  # fmt: skip
+
+        with clock("policy"):
+            shuffle = torch.Generator().manual_seed(derive_seed(cfg.seed, "shuffle", step))
+            values |= policy_update(
+                self.policy, batch, advantages, scores.old_logp if needs_old_logp(cfg.policy) else None,
+                scores.ref_logp, cfg.policy, cfg.micro_batch_tokens, shuffle,
+                lr_scale=min(1.0, step / max(1, cfg.policy.warmup_steps)),
+            )  # fmt: skip
+            self.sampler.update_weights(models.named_tensors(self.policy.model), step)
+        self.step = step
+        return values | clock.times(), _examples(step, batch, rewards, advantages, self.tokenizer)
+
+    def close(self) -> None:
+        self.sampler.close()
+        self.verifier.close()
+
+
+def run(cfg: RunConfig) -> Path:
+    """Trains until `cfg.steps`, or until Ctrl-C, which leaves a checkpoint; returns the final model's directory."""
+    state = checkpoint.load_latest(cfg.output) if cfg.resume else None
+    if cfg.resume and state is None:
+        raise ValueError(f"--resume: {cfg.output} has no checkpoint to go on from")
+    if not cfg.resume and (cfg.output / "metrics.jsonl").exists():
+        raise ValueError(f"{cfg.output} already holds a run; give another --output, or --resume true to continue it")
+    trainer = Run(cfg)
+    if state is not None:
+        trainer.load_state_dict(state)
+    cfg.output.mkdir(parents=True, exist_ok=True)
+    (cfg.output / "config.json").write_text(cfg.model_dump_json(indent=2))
+    metrics = MetricsWriter(cfg.output, resume_step=trainer.step if cfg.resume else None)
+    saved = trainer.step
+    try:
+        if trainer.step == 0:
+            metrics.log("eval", 0, trainer.evaluate())
+        with progress_bar("rl", cfg.steps, trainer.step) as bar, stop_signal() as stop:
+            while trainer.step < cfg.steps and not stop.is_set():
+                values, examples = trainer.train_step()
+                step = trainer.step
+                metrics.log("rl", step, values)
+                metrics.samples(step, examples)
+                bar.advance(f"reward {values['reward']:.2f}  {values['time/total']:.0f} s")
+                if (cfg.eval.every and step % cfg.eval.every == 0) or step == cfg.steps:
+                    metrics.log("eval", step, trainer.evaluate())
+                if cfg.checkpoint.every and step % cfg.checkpoint.every == 0:
+                    checkpoint.save(cfg.output, step, trainer.state_dict(), cfg.checkpoint.keep)
+                    saved = step
+        if saved != trainer.step:
+            checkpoint.save(cfg.output, trainer.step, trainer.state_dict(), cfg.checkpoint.keep)
+        models.save(trainer.policy.model, trainer.tokenizer, cfg.output / "final")
+        if trainer.prm is not None:
+            models.save(trainer.prm.model, trainer.tokenizer, cfg.output / "prm")
+    except NothingPasses:
+        checkpoint.save(cfg.output, trainer.step, trainer.state_dict(), cfg.checkpoint.keep)
+        raise
+    finally:
+        metrics.close()
+        trainer.close()
+    return cfg.output / "final"
+
+
+class Clock:
+    """Seconds a stage; `times()` has them as metrics."""
+
+    def __init__(self) -> None:
+        self.start, self.spent = time.perf_counter(), {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self.spent[stage] = self.spent.get(stage, 0.0) + time.perf_counter() - begin
+
+    def times(self) -> dict[str, float]:
+        return {f"time/{k}": v for k, v in self.spent.items()} | {"time/total": time.perf_counter() - self.start}
+
+
+def check_same_run(saved: str, cfg: RunConfig) -> None:
+    """Refuses to resume under settings that would make it another run; length and reporting may change."""
+    import json
+
+    free = {"steps", "resume", "output", "eval", "checkpoint", "micro_batch_tokens"}
+    old, new = json.loads(saved), json.loads(cfg.model_dump_json())
+    changed = [k for k in new if k not in free and old.get(k) != new[k]]
+    if changed:
+        detail = "; ".join(f"{k}: {old.get(k)} -> {new[k]}" for k in changed)
+        raise ValueError(f"--resume: the configuration has changed ({detail})")
+
+
+def _newline_tokens(tokenizer: Any, model: Any) -> torch.Tensor:
+    """bool [V]: tokens whose text has a line break end a step."""
+    size = model.get_output_embeddings().weight.shape[0]
+    texts = tokenizer.batch_decode([[i] for i in range(min(size, len(tokenizer)))])
+    ends = torch.zeros(size, dtype=torch.bool)
+    ends[: len(texts)] = torch.tensor(["\n" in t for t in texts])
+    return ends
+
+
+def _examples(
+    step: int, batch: Batch, rewards: Rewards, advantages: torch.Tensor, tokenizer: Any, count: int = 2
+) -> list[dict[str, Any]]:
+    """All responses of the step's first group would be alike in length: take the first of the first groups instead."""
+    first, starts = batch.cu_groups.tolist(), batch.cu_seqlens.tolist()
+    rows = []
+    for g, group in enumerate(batch.groups[:count]):
+        for k in sorted({_best(group), _worst(group)}):
+            r, response = first[g] + k, group.responses[k]
+            span = slice(starts[r], starts[r + 1])
+            rows.append(
+                {
+                    "step": step,
+                    "prompt": group.prompt_text,
+                    "tokens": tokenizer.batch_decode([[i] for i in response.ids]),
+                    "process_rewards": None if rewards.values is None else rewards.values[span].tolist(),
+                    "advantages": advantages[span].tolist(),
+                    "outcome": response.outcome,
+                    "reference": group.reference,
+                }
+            )
+    return rows
+
+
+def _best(group: Group) -> int:
+    return max(range(len(group.responses)), key=lambda k: group.responses[k].outcome)
+
+
+def _worst(group: Group) -> int:
+    return min(range(len(group.responses)), key=lambda k: group.responses[k].outcome)

