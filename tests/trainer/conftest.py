@@ -1,0 +1,47 @@
+"""The tiny model's directory, its tokenizer, and the configuration of a small run with it."""
+
+import pytest
+import tiny
+
+from prime_trainer.config import ModelConfig, RunConfig
+from prime_trainer.models import load_tokenizer
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory):
+    return tiny.write_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer(model_dir):
+    return load_tokenizer(ModelConfig(path=str(model_dir)))
+
+
+@pytest.fixture
+def model(model_dir):
+    return tiny.load(model_dir)
+
+
+@pytest.fixture
+def run_config(model_dir, tmp_path):
+    """`run_config(steps=3, policy={"lr": 1e-3})`: a run in which every group passes and nothing is evaluated midway."""
+
+    def make(**changes) -> RunConfig:
+        sections = {
+            "output": tmp_path / "run",
+            "steps": 3,
+            "model": {"path": str(model_dir), "dtype": "float32", "device": "cpu"},
+            "task": {"name": "chain_sum", "params": {"max_terms": 2, "max_digits": 1, "min_digits": 1}, "eval_size": 3},
+            "sft": {"demonstrations": 12, "batch_size": 4, "lr": 1e-3},
+            "rollout": {"prompts_per_step": 2, "n": 3, "max_new_tokens": 6, "batch_size": 8},
+            "filter": {"low": 0.0, "high": 1.0},
+            "prm": {"lr": 1e-3},
+            "policy": {"lr": 1e-3, "minibatches": 1},
+            "eval": {"every": 0},
+            "checkpoint": {"every": 0},
+        }
+        for key, value in changes.items():
+            sections[key] = {**sections.get(key, {}), **value} if isinstance(value, dict) else value
+        return RunConfig(**sections)
+
+    return make
