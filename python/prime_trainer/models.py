@@ -62,7 +62,11 @@ def _locate(cfg: ModelConfig) -> tuple[str, str | None]:
 
 def device(cfg: ModelConfig) -> torch.device:
     if cfg.device != "auto":
-        return torch.device(cfg.device)
+        try:
+            return torch.empty(0, device=cfg.device).device
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise ModelError(f"model.device = {cfg.device!r} cannot be used: {reason}") from None
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

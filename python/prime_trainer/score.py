@@ -1,7 +1,7 @@
 """Log-probs of the batch's tokens under policy, PRM and reference, and the online PRM update (SEMANTICS of PRIME).
 
-In mode `after` (the paper's default) the forward pass that scores is the one whose backward updates the PRM: minibatch k
-is scored by a PRM that has been updated k - 1 times.
+In mode `after` (the paper's default) the forward pass that scores is the one whose backward updates the PRM: minibatch
+k is scored by a PRM that has been updated k - 1 times.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Scorer:
     def _pass(
         self, batch: Batch, parts: Sequence[Sequence[int]], *, update: bool, known: Scores | None = None
     ) -> Scores:
-        """Forward over `parts`, a PRM step after each if `update`; log-probs that are `known` are not computed again."""
+        """Forward over `parts`, a PRM step after each if `update`; `known` log-probs are not computed again."""
         new = known is None
 
         def empty(wanted: bool) -> Tensor | None:

@@ -50,7 +50,7 @@ class TransformersSampler:
         for at in range(0, len(order), per_batch):
             chunk = order[at : at + per_batch]
             for i, samples in zip(
-                chunk, self._batch([prompts[i] for i in chunk], n, sampling, [seeds[i] for i in chunk])
+                chunk, self._batch([prompts[i] for i in chunk], n, sampling, [seeds[i] for i in chunk]), strict=True
             ):
                 out[i] = samples
             self.progress(len(chunk) * n)

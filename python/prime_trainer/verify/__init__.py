@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from .boxed import last_boxed
-from .verifier import Verdict, Verifier
+from .verifier import Verdict, Verifier, VerifierError
 
-__all__ = ["Verdict", "Verifier", "last_boxed"]
+__all__ = ["Verdict", "Verifier", "VerifierError", "last_boxed"]

@@ -27,6 +27,10 @@ _BOOT = (
 )
 
 
+class VerifierError(RuntimeError):
+    """No worker can score: a fault of the set-up, not of an answer."""
+
+
 class Verdict(NamedTuple):
     """The score of a response in [0, 1]; `failure` says why it could not be scored (the score is 0 then)."""
 
@@ -70,7 +74,7 @@ class Verifier:
             worker.kill()
 
     def score(self, items: Sequence[tuple[dict[str, Any], str]]) -> list[Verdict]:
-        """Returns one verdict an item, in order. Raises RuntimeError when a worker cannot be started at all."""
+        """Returns one verdict an item, in order. Raises VerifierError when a worker cannot be started at all."""
         verdicts = [Verdict(0.0, None)] * len(items)
         jobs: deque[_Job] = deque()
         for index, (answer, response) in enumerate(items):
@@ -98,7 +102,7 @@ class Verifier:
                 if reply is None:
                     continue
                 if "error" in reply:
-                    raise RuntimeError(f"the verifier cannot score {job.key}: {reply['error']}")
+                    raise VerifierError(f"the verifier cannot score {job.key}: {reply['error']}")
                 if worker.loading:
                     if "loaded" in reply:
                         failed_starts = 0
@@ -107,7 +111,7 @@ class Verifier:
                     # The worker died before it saw the answer, so the answer is not to blame.
                     failed_starts += 1
                     if failed_starts >= _START_ATTEMPTS:
-                        raise RuntimeError(
+                        raise VerifierError(
                             f"the verifier's worker does not start ({reply['failure']}): {worker.stderr()}"
                         )
                     jobs.appendleft(job)
