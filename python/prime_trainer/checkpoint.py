@@ -2,13 +2,42 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .config import RunConfig
+from .metrics import METRICS
+
 STATE = "state.pt"
+FREE_ON_RESUME = {"steps", "resume", "output", "eval", "checkpoint", "micro_batch_tokens"}
+"""What a resumed run may change and still be the same run: its length, its place, its memory and its reporting."""
+
+
+def begin(cfg: RunConfig) -> dict[str, Any] | None:
+    """The state to go on from, None for a new run. Refuses to overwrite a run or to resume another one."""
+    if not cfg.resume:
+        if (cfg.output / METRICS).exists():
+            raise ValueError(f"{cfg.output} already holds a run; give another --output, or --resume to continue it")
+        return None
+    state = load_latest(cfg.output)
+    if state is None:
+        raise ValueError(f"--resume: {cfg.output} has no checkpoint to go on from")
+    old, new = json.loads(state["config"]), json.loads(cfg.model_dump_json())
+    changed = [key for key in new if key not in FREE_ON_RESUME and old.get(key) != new[key]]
+    if changed:
+        detail = "; ".join(f"{key}: {old.get(key)} -> {new[key]}" for key in changed)
+        raise ValueError(f"--resume: the configuration has changed ({detail})")
+    return state
+
+
+def write_config(cfg: RunConfig) -> None:
+    """The resolved configuration, beside what the run writes."""
+    cfg.output.mkdir(parents=True, exist_ok=True)
+    (cfg.output / "config.json").write_text(cfg.model_dump_json(indent=2))
 
 
 def save(run_dir: Path, step: int, state: dict[str, Any], keep: int) -> Path:

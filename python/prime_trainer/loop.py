@@ -61,7 +61,6 @@ class Run:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        check_same_run(state["config"], self.cfg)
         self.policy.load_state_dict(state["policy"])
         if self.prm is not None:
             self.prm.load_state_dict(state["prm"])
@@ -117,16 +116,11 @@ class Run:
 
 def run(cfg: RunConfig) -> Path:
     """Trains until `cfg.steps`, or until Ctrl-C, which leaves a checkpoint; returns the final model's directory."""
-    state = checkpoint.load_latest(cfg.output) if cfg.resume else None
-    if cfg.resume and state is None:
-        raise ValueError(f"--resume: {cfg.output} has no checkpoint to go on from")
-    if not cfg.resume and (cfg.output / "metrics.jsonl").exists():
-        raise ValueError(f"{cfg.output} already holds a run; give another --output, or --resume to continue it")
+    state = checkpoint.begin(cfg)
     trainer = Run(cfg)
     if state is not None:
         trainer.load_state_dict(state)
-    cfg.output.mkdir(parents=True, exist_ok=True)
-    (cfg.output / "config.json").write_text(cfg.model_dump_json(indent=2))
+    checkpoint.write_config(cfg)
     metrics = MetricsWriter(cfg.output, resume_step=trainer.step if cfg.resume else None)
     saved = trainer.step
     try:
@@ -172,18 +166,6 @@ class Clock:
 
     def times(self) -> dict[str, float]:
         return {f"time/{k}": v for k, v in self.spent.items()} | {"time/total": time.perf_counter() - self.start}
-
-
-def check_same_run(saved: str, cfg: RunConfig) -> None:
-    """Refuses to resume under settings that would make it another run; length and reporting may change."""
-    import json
-
-    free = {"steps", "resume", "output", "eval", "checkpoint", "micro_batch_tokens"}
-    old, new = json.loads(saved), json.loads(cfg.model_dump_json())
-    changed = [k for k in new if k not in free and old.get(k) != new[k]]
-    if changed:
-        detail = "; ".join(f"{k}: {old.get(k)} -> {new[k]}" for k in changed)
-        raise ValueError(f"--resume: the configuration has changed ({detail})")
 
 
 def _newline_tokens(tokenizer: Any, model: Any) -> torch.Tensor:
