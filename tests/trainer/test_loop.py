@@ -1,0 +1,198 @@
+"""Whole runs of a few steps: what they write, that a resume changes nothing, and how they stop."""
+
+import json
+import random
+import signal
+
+import pytest
+import torch
+
+from prime_trainer import loop, sft
+from prime_trainer.checkpoint import load_latest, save
+from prime_trainer.verify import Verdict
+
+TIMES = {"time/rollout", "time/verify", "time/prm", "time/policy", "time/total"}
+
+
+class RandomVerifier:
+    """Scores a text by its bytes: both outcomes occur, and the same text always has the same."""
+
+    def __init__(self, seconds, workers):
+        pass
+
+    def score(self, items):
+        return [Verdict(float(random.Random(text).random() < 0.5), None) for _, text in items]
+
+    def close(self):
+        pass
+
+
+@pytest.fixture(autouse=True)
+def verifier(monkeypatch):
+    monkeypatch.setattr(loop, "Verifier", RandomVerifier)
+
+
+def rows(path, drop=("time",)):
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in drop and not k.startswith("time/")} for line in lines]
+
+
+def weights(path):
+    from safetensors.torch import load_file
+
+    return load_file(path / "model.safetensors")
+
+
+def assert_same_weights(a, b):
+    a, b = weights(a), weights(b)
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_run_end_to_end(run_config, model_dir, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    final = loop.run(run_config(eval={"every": 2, "sampled": 2}))
+    out = tmp_path / "run"
+    assert final == out / "final"
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [(r["stage"], r["step"]) for r in lines] == [
+        *[("eval", 0), ("rl", 1), ("rl", 2), ("eval", 2), ("rl", 3), ("eval", 3)]
+    ]
+    trained = [r for r in lines if r["stage"] == "rl"]
+    wanted = {"reward", "kept_reward", "entropy", "response_length", "truncated", "prm_loss", "prm_pair_accuracy"}
+    wanted |= {"policy_loss", "clip_fraction", "approx_kl", "policy_grad_norm", "prm_grad_norm", "groups_kept"}
+    for row in trained:
+        assert wanted | TIMES <= row.keys() and row["groups_kept"] == 2
+        assert row["policy_grad_norm"] > 0 and row["prm_grad_norm"] > 0
+    assert trained[0]["prm_loss"] == pytest.approx(0.6931472, abs=1e-5)
+    assert {"greedy", "sampled", "format", "n"} <= lines[0].keys() and lines[0]["n"] == 3
+    samples = rows(out / "samples.jsonl")
+    assert {s["step"] for s in samples} == {1, 2, 3}
+    for sample in samples:
+        assert len(sample["tokens"]) == len(sample["process_rewards"]) == len(sample["advantages"])
+    assert all(reward == 0 for s in samples if s["step"] == 1 for reward in s["process_rewards"])
+    assert any(reward != 0 for s in samples if s["step"] == 3 for reward in s["process_rewards"])
+    start = weights(model_dir)
+    for name in ("final", "prm"):
+        AutoModelForCausalLM.from_pretrained(out / name)
+        AutoTokenizer.from_pretrained(out / name)
+        assert any(not torch.equal(start[k], v) for k, v in weights(out / name).items())
+    assert json.loads((out / "config.json").read_text())["steps"] == 3
+    assert not list(out.glob("**/*.partial")) and load_latest(out)["step"] == 3
+    with pytest.raises(ValueError, match="already holds a run; give another --output, or --resume"):
+        loop.run(run_config())
+
+
+VARIANTS = {
+    "after": {},
+    "minibatches": {
+        "policy": {"minibatches": 2, "epochs": 2},
+        "prm": {"minibatches": 2},
+        "model": {"dtype": "bfloat16"},
+    },
+    "surplus": {"filter": {"low": 0.1, "high": 0.9}, "rollout": {"prompts_per_step": 3, "n": 4}},
+    "outcome only": {"algorithm": {"process_coef": 0.0}},
+    "policy reference": {"prm": {"ref_type": "policy", "update": "before", "granularity": "step"}},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_resume_is_exact(run_config, tmp_path, name):
+    changes = VARIANTS[name]
+    loop.run(run_config(output=tmp_path / "whole", steps=4, **changes))
+    loop.run(run_config(output=tmp_path / "parts", steps=2, **changes))
+    loop.run(run_config(output=tmp_path / "parts", steps=4, resume=True, **changes))
+    assert_same_weights(tmp_path / "whole" / "final", tmp_path / "parts" / "final")
+    if "algorithm" not in changes:
+        assert_same_weights(tmp_path / "whole" / "prm", tmp_path / "parts" / "prm")
+    whole = [r for r in rows(tmp_path / "whole" / "metrics.jsonl") if r["stage"] == "rl"]
+    parts = [r for r in rows(tmp_path / "parts" / "metrics.jsonl") if r["stage"] == "rl"]
+    assert whole == parts and len(whole) == 4
+    assert rows(tmp_path / "whole" / "samples.jsonl") == rows(tmp_path / "parts" / "samples.jsonl")
+
+
+def test_without_process_rewards_no_prm_is_loaded(run_config, monkeypatch, tmp_path):
+    import prime_kernels as pk
+
+    loaded, seen = [], []
+    load, advantages = loop.models.load_model, pk.rloo_advantages
+    monkeypatch.setattr(loop.models, "load_model", lambda cfg: loaded.append(cfg) or load(cfg))
+
+    def spy(process_rewards, outcomes, cu_seqlens, cu_groups, **options):
+        got = advantages(process_rewards, outcomes, cu_seqlens, cu_groups, **options)
+        seen.append((process_rewards, got.advantages, advantages(None, outcomes, cu_seqlens, cu_groups).advantages))
+        return got
+
+    monkeypatch.setattr(pk, "rloo_advantages", spy)
+    loop.run(run_config(steps=2, algorithm={"process_coef": 0.0}))
+    assert len(loaded) == 1 and not (tmp_path / "run" / "prm").exists()
+    assert len(seen) == 2
+    for rewards, got, plain in seen:
+        assert rewards is None and torch.equal(got, plain)
+    assert not any("prm_loss" in r for r in rows(tmp_path / "run" / "metrics.jsonl"))
+
+
+def interrupted_after(monkeypatch, step):
+    train_step = loop.Run.train_step
+
+    def train_then_interrupt(self):
+        result = train_step(self)
+        if self.step == step:
+            signal.raise_signal(signal.SIGINT)
+        return result
+
+    monkeypatch.setattr(loop.Run, "train_step", train_then_interrupt)
+
+
+def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(run_config, monkeypatch, tmp_path):
+    loop.run(run_config(output=tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        interrupted_after(patch, 1)
+        loop.run(run_config(output=tmp_path / "parts"))
+    assert load_latest(tmp_path / "parts")["step"] == 1
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    loop.run(run_config(output=tmp_path / "parts", resume=True))
+    assert_same_weights(tmp_path / "whole" / "final", tmp_path / "parts" / "final")
+    assert rows(tmp_path / "whole" / "metrics.jsonl") == rows(tmp_path / "parts" / "metrics.jsonl")
+
+
+def test_resume_refuses_another_run(run_config, tmp_path):
+    with pytest.raises(ValueError, match=r"--resume: .* has no checkpoint"):
+        loop.run(run_config(resume=True))
+    loop.run(run_config(steps=1))
+    with pytest.raises(ValueError, match=r"--resume: the configuration has changed \(policy: .*0\.001.*0\.5"):
+        loop.run(run_config(resume=True, policy={"lr": 0.5}))
+    with pytest.raises(ValueError, match=r"changed \(seed: 0 -> 1\)"):
+        loop.run(run_config(resume=True, seed=1))
+    loop.run(run_config(resume=True, steps=2, eval={"every": 1}))  # its length and its reporting may change
+
+
+def test_a_torn_checkpoint_is_not_picked_up(tmp_path, monkeypatch):
+    save(tmp_path, 1, {"step": 1}, keep=2)
+
+    def torn(state, path):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", torn)
+        with pytest.raises(KeyboardInterrupt):
+            save(tmp_path, 2, {"step": 2}, keep=2)
+    assert load_latest(tmp_path) == {"step": 1}
+    (tmp_path / "checkpoints" / ".step_000003.partial").mkdir()  # a crash that could not clean up
+    assert load_latest(tmp_path) == {"step": 1}
+    for step in (2, 3):
+        save(tmp_path, step, {"step": step}, keep=2)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").glob("step_*")) == ["step_000002", "step_000003"]
+
+
+def test_sft_overfits_a_few_answers(run_config, tmp_path):
+    final = sft.run(run_config(sft={"demonstrations": 4, "epochs": 30, "lr": 3e-3}))
+    losses = [r["loss"] for r in rows(tmp_path / "run" / "metrics.jsonl")]
+    assert len(losses) == 30 and losses[-1] < 0.2 * losses[0] and (final / "model.safetensors").exists()
+
+
+def test_rl_goes_on_from_what_sft_saved(run_config, tmp_path):
+    final = sft.run(run_config(output=tmp_path / "sft"))
+    loop.run(run_config(model={"path": str(final)}, steps=1))
+    assert (tmp_path / "run" / "final" / "model.safetensors").exists()
