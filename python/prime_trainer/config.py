@@ -118,8 +118,8 @@ class PRMConfig(Section):
 
 
 class AlgorithmConfig(Section):
-    process_coef: float = Field(default=5.0, ge=0)
-    """0 is outcome-only RLOO: no PRM is loaded."""
+    process_coef: float = Field(default=1.0, ge=0)
+    """0 is outcome-only RLOO: no PRM is loaded. The paper's own runs had 1 in effect, whatever its scripts say (5)."""
     outcome_coef: float = Field(default=1.0, ge=0)
     gamma_process: float = Field(default=1.0, ge=0.0, le=1.0)
     gamma_outcome: float = Field(default=1.0, ge=0.0, le=1.0)
@@ -230,5 +230,5 @@ def keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str
 
 
 def close_keys(key: str) -> str:
-    matches = difflib.get_close_matches(key, list(keys()), n=2)
-    return f"; did you mean {' or '.join(matches)}?" if matches else ""
+    matches = difflib.get_close_matches(key, list(keys()), n=1)
+    return f"; did you mean {matches[0]}?" if matches else ""
