@@ -16,6 +16,12 @@ def rows_a_chunk(request, monkeypatch):
     monkeypatch.setattr(op, "CHUNK_ELEMENTS", 11 * request.param)
 
 
+@pytest.fixture
+def cpu():
+    if (reason := pk.available_backends()["cpu"]) is not None:
+        pytest.skip(reason)
+
+
 def head(dtype=torch.float32, tokens=8, width=5, vocabulary=11, bias=True):
     leaves = [torch.randn(tokens, width), torch.randn(vocabulary, width), torch.randn(vocabulary)]
     leaves = [leaf.to(dtype).requires_grad_() for leaf in leaves]
@@ -29,6 +35,135 @@ def truth(of: pk.Head, ids, mask, temperature):
     keep = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
     logp = log_p[torch.arange(len(ids)), ids.where(keep, 0)]
     return logp.where(keep, 0.0), -(log_p.exp() * log_p).sum(-1).where(keep, 0.0)
+
+
+def outcome(run, leaves, upstream):
+    """[logp, entropy, gradient of each leaf] of ``run()`` with these upstream gradients."""
+    results = run()
+    return [*results, *torch.autograd.grad(results, leaves, [g.to(r.dtype) for g, r in zip(upstream, results)])]
+
+
+def in_the_inputs_dtype(of: pk.Head, ids, mask, temperature):
+    """What a model does without this library: the product in the dtype of its tensors, softmax in float32."""
+    z = torch.nn.functional.linear(of.hidden, of.weight, of.bias).float()
+    log_p = (z / temperature).log_softmax(-1)
+    keep = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
+    logp = log_p[torch.arange(len(ids)), ids.where(keep, 0)]
+    return logp.where(keep, 0.0), -(log_p.exp() * log_p).sum(-1).where(keep, 0.0)
+
+
+# How far the tiles may be beyond the error of the plain product, as a share of the largest value.
+BEYOND = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+
+
+def assert_no_worse_than_plain(got, plain, want, dtype):
+    for mine, theirs, exact in zip(got, plain, want, strict=True):
+        exact, scale = exact.double(), max(1.0, exact.abs().max().item())
+        error, allowed = ((x.double() - exact).abs().max().item() for x in (mine, theirs))
+        assert error <= 1.5 * allowed + BEYOND[dtype] * scale, (error, allowed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_tiles_are_no_worse_than_the_product_in_the_inputs_dtype(cpu, rows_a_chunk, dtype, bias, masked):
+    given_head, ids = head(dtype, bias=bias), torch.randint(11, (8,))
+    mask = torch.tensor([True, False, True, True, False, True, True, True]) if masked else None
+    if masked:
+        ids[1] = -100
+
+    def run():
+        return pk.linear_log_probs(
+            given_head.hidden,
+            given_head.weight,
+            ids,
+            bias=given_head.bias,
+            mask=mask,
+            temperature=0.7,
+            with_entropy=True,
+            backend="cpu",
+        )
+
+    leaves, upstream = [leaf for leaf in given_head if leaf is not None], (torch.randn(8), torch.randn(8))
+    got = outcome(run, leaves, upstream)
+    plain = outcome(lambda: in_the_inputs_dtype(given_head, ids, mask, 0.7), leaves, upstream)
+    want = outcome(lambda: truth(given_head, ids, mask, 0.7), leaves, upstream)
+    assert got[0].dtype == got[1].dtype == torch.float32 and all(g.dtype == dtype for g in got[2:])
+    assert_no_worse_than_plain(got, plain, want, dtype)
+    if masked:
+        assert not got[0][~mask].any() and not got[1][~mask].any() and not got[2][~mask].any()
+
+
+LAYOUTS = {
+    "hidden by columns": lambda h, w: (h.T.contiguous().T, w),
+    "every other column of hidden": lambda h, w: (torch.stack([h, h + 1], -1).flatten(1)[:, ::2], w),
+    "one hidden state for all": lambda h, w: (h[:1].expand(8, 5), w),
+    "weight by columns": lambda h, w: (h, w.T.contiguous().T),
+    "part of a wider weight": lambda h, w: (h, torch.cat([w, w], 1)[:, :5]),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tiles_of_any_layout(cpu, rows_a_chunk, layout):
+    plain, ids, upstream = head(), torch.randint(11, (8,)), (torch.randn(8),)
+    hidden, weight = (leaf.detach().requires_grad_() for leaf in LAYOUTS[layout](plain.hidden, plain.weight))
+    got = outcome(lambda: [pk.linear_log_probs(hidden, weight, ids, backend="cpu")], [hidden, weight], upstream)
+    exact = pk.Head(hidden, weight)
+    want = outcome(lambda: truth(exact, ids, None, 1.0)[:1], [hidden, weight], upstream)
+    for mine, wanted in zip(got, want, strict=True):
+        torch.testing.assert_close(mine.double(), wanted.double(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight", "bias"])
+@pytest.mark.parametrize("through", ["logp", "entropy"])
+def test_tiles_with_a_frozen_part_and_one_result_used(cpu, rows_a_chunk, frozen, through):
+    given_head, ids, upstream = head(), torch.randint(11, (8,)), torch.randn(8)
+    getattr(given_head, frozen).requires_grad_(False)
+    leaves = [leaf for leaf in given_head if leaf.requires_grad]
+    both = pk.linear_log_probs(
+        given_head.hidden, given_head.weight, ids, bias=given_head.bias, with_entropy=True, backend="cpu"
+    )
+    index = ["logp", "entropy"].index(through)
+    got = torch.autograd.grad(both[index], leaves, upstream)
+    want = torch.autograd.grad(truth(given_head, ids, None, 1.0)[index], leaves, upstream.double())
+    for mine, wanted in zip(got, want, strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_tiles_never_hold_more_than_one_tile_of_logits(cpu, monkeypatch):
+    """Every tensor that forward or backward makes, seen by the dispatcher: none as large as [tokens, vocabulary]."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    largest = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                largest.append(result.untyped_storage().nbytes() // result.element_size())
+            return result
+
+    tokens, width, vocabulary = 64, 3, 50
+    monkeypatch.setattr(op, "CHUNK_ELEMENTS", vocabulary * 4)
+    given_head = head(tokens=tokens, width=width, vocabulary=vocabulary)
+    with Watch():
+        logp = pk.linear_log_probs(
+            given_head.hidden,
+            given_head.weight,
+            torch.randint(vocabulary, (tokens,)),
+            bias=given_head.bias,
+            backend="cpu",
+        )
+        logp.sum().backward()
+    assert max(largest) == max(vocabulary * 4, tokens * width) and len(largest) > 2 * tokens // 4
+
+
+def test_a_float64_policy_runs_beside_float32_heads(cpu):
+    prm, ref, policy = head(), head(), head(torch.float64)
+    result = pk.linear_log_ratios(prm, ref, torch.randint(11, (8,)), policy=policy)
+    assert result.policy_logp.dtype == torch.float64 and result.prm_logp.dtype == torch.float32
+    with pytest.raises(TypeError, match="float64"):
+        pk.linear_log_ratios(prm, ref, torch.randint(11, (8,)), policy=policy, backend="cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -47,6 +182,7 @@ def test_matches_the_whole_product(rows_a_chunk, dtype, bias, masked):
         mask=mask,
         temperature=0.7,
         with_entropy=True,
+        backend="eager",
     )
     expected = truth(given_head, ids, mask, 0.7)
     assert logp.dtype == entropy.dtype == torch.float32
@@ -62,39 +198,43 @@ def test_matches_the_whole_product(rows_a_chunk, dtype, bias, masked):
 
 
 @given(tokens=st.integers(0, 6), width=st.integers(1, 4), vocabulary=st.integers(1, 9), seed=seeds)
-def test_any_size(tokens, width, vocabulary, seed):
+def test_any_size(backend, tokens, width, vocabulary, seed):
     torch.manual_seed(seed)
     given_head, ids = head(tokens=tokens, width=width, vocabulary=vocabulary), torch.randint(vocabulary, (tokens,))
-    logp = pk.linear_log_probs(given_head.hidden, given_head.weight, ids, bias=given_head.bias)
+    logp = pk.linear_log_probs(given_head.hidden, given_head.weight, ids, bias=given_head.bias, backend=backend)
     assert_close("logp", logp, truth(given_head, ids, None, 1.0)[0].detach())
     logp.sum().backward()
     assert all(leaf.grad.isfinite().all() for leaf in given_head)
 
 
-def test_masked_hidden_states_are_not_read(rows_a_chunk):
+def test_masked_hidden_states_are_not_read(backend, rows_a_chunk):
     given_head, mask = head(), torch.arange(8) % 2 == 0
     hidden = given_head.hidden.detach().clone()
     hidden[~mask] = torch.nan
     hidden.requires_grad_()
-    logp = pk.linear_log_probs(hidden, given_head.weight, torch.arange(8).where(mask, 99), mask=mask)
+    logp = pk.linear_log_probs(hidden, given_head.weight, torch.arange(8).where(mask, 99), mask=mask, backend=backend)
     logp.backward(torch.randn(8))
     assert not logp[~mask].any() and not hidden.grad[~mask].any()
     assert given_head.weight.grad.isfinite().all() and hidden.grad.isfinite().all()
 
 
-def test_nothing_valid(rows_a_chunk):
+def test_nothing_valid(backend, rows_a_chunk):
     given_head = head()
     logp = pk.linear_log_probs(
-        given_head.hidden, given_head.weight, torch.full((8,), -1), mask=torch.zeros(8, dtype=torch.bool)
+        given_head.hidden,
+        given_head.weight,
+        torch.full((8,), -1),
+        mask=torch.zeros(8, dtype=torch.bool),
+        backend=backend,
     )
     logp.sum().backward()
     assert not logp.any() and not given_head.weight.grad.any()
 
 
-def test_leading_dimensions_and_frozen_head():
+def test_leading_dimensions_and_frozen_head(backend):
     hidden, weight = torch.randn(2, 3, 5, requires_grad=True), torch.randn(11, 5)
     ids = torch.randint(11, (2, 3))
-    logp = pk.linear_log_probs(hidden, weight, ids)
+    logp = pk.linear_log_probs(hidden, weight, ids, backend=backend)
     assert_close("logp", logp, (hidden @ weight.T).double().log_softmax(-1).gather(-1, ids[..., None])[..., 0].detach())
     logp.sum().backward()
     assert hidden.grad.shape == hidden.shape
@@ -114,7 +254,7 @@ def test_logits_of_all_tokens_never_exist(monkeypatch):
     kept = []
     given_head = head(tokens=10)
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
-        logp = pk.linear_log_probs(given_head.hidden, given_head.weight, torch.randint(11, (10,)))
+        logp = pk.linear_log_probs(given_head.hidden, given_head.weight, torch.randint(11, (10,)), backend="eager")
     assert sizes == [4, 4, 2] and all(shape[-1:] != (11,) for shape in kept)
     logp.sum().backward()
     assert sorted(sizes) == [2, 2, 4, 4, 4, 4]
@@ -130,17 +270,17 @@ def test_gradcheck(rows_a_chunk):
     assert torch.autograd.gradcheck(run, tuple(given_head))
 
 
-def test_ratio_of_equal_heads_is_exactly_zero():
+def test_ratio_of_equal_heads_is_exactly_zero(backend):
     prm, ids = head(torch.bfloat16), torch.randint(11, (8,))
     ref = pk.Head(*(leaf.detach().clone() for leaf in prm))
-    result = pk.linear_log_ratios(prm, ref, ids)
+    result = pk.linear_log_ratios(prm, ref, ids, backend=backend)
     assert torch.equal(result.log_ratio, torch.zeros(8)) and result.policy_logp is None
 
 
 def test_ratios_match_the_whole_product(rows_a_chunk):
     prm, ref, policy = head(), head(width=3), head(torch.bfloat16, width=7)
     ids, mask = torch.randint(11, (8,)), torch.rand(8) < 0.7
-    result = pk.linear_log_ratios(prm, ref, ids, policy=policy, mask=mask, policy_temperature=0.5)
+    result = pk.linear_log_ratios(prm, ref, ids, policy=policy, mask=mask, policy_temperature=0.5, backend="eager")
     wanted = [truth(h, ids, mask, t)[0].detach() for h, t in ((prm, 1.0), (ref, 1.0), (policy, 0.5))]
     for got, want in zip(result, [wanted[0] - wanted[1], *wanted], strict=True):
         assert_close("logp", got, want)
