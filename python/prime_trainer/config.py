@@ -119,7 +119,7 @@ class PRMConfig(Section):
 
 class AlgorithmConfig(Section):
     process_coef: float = Field(default=1.0, ge=0)
-    """0 is outcome-only RLOO: no PRM is loaded. (The paper's scripts say 5, which its public code never gives to RLOO.)"""
+    """0 is outcome-only RLOO: no PRM is loaded. The 5 in the paper's scripts never reaches RLOO in its public code."""
     outcome_coef: float = Field(default=1.0, ge=0)
     gamma_process: float = Field(default=1.0, ge=0.0, le=1.0)
     gamma_outcome: float = Field(default=1.0, ge=0.0, le=1.0)
