@@ -40,7 +40,10 @@ def truth(of: pk.Head, ids, mask, temperature):
 def outcome(run, leaves, upstream):
     """[logp, entropy, gradient of each leaf] of ``run()`` with these upstream gradients."""
     results = run()
-    return [*results, *torch.autograd.grad(results, leaves, [g.to(r.dtype) for g, r in zip(upstream, results)])]
+    return [
+        *results,
+        *torch.autograd.grad(results, leaves, [g.to(r.dtype) for g, r in zip(upstream, results, strict=True)]),
+    ]
 
 
 def in_the_inputs_dtype(of: pk.Head, ids, mask, temperature):

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# One call on a machine with a GPU and torch: builds, tests on the device, measures. Under ten minutes, no network.
+#   bench/gpu.sh [OUTPUT_DIRECTORY]
+# A part that fails does not stop the others; the exit status is that of the worst.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out=${1:-${OUT:-bench/results/gpu}}
+mkdir -p "$out"
+python=${PYTHON:-python3}
+status=0
+
+part() {
+  local name=$1 limit=$2
+  shift 2
+  echo "== $name"
+  timeout "$limit" "$@" >"$out/$name.log" 2>&1
+  local rc=$?
+  tail -n 15 "$out/$name.log"
+  [ "$rc" -eq 0 ] || { echo "== $name: exit $rc"; status=$rc; }
+}
+
+nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv | tee "$out/device.txt"
+"$python" -c 'import sys, torch; print(sys.version.split()[0], torch.__version__, torch.version.cuda)' | tee -a "$out/device.txt"
+part build 150 "$python" -m pip install -q --no-build-isolation --no-deps .
+part info 30 "$python" -c 'import json, prime_kernels as pk; from prime_kernels import _native; print(json.dumps(pk.available_backends(), indent=1), _native.build_info())'
+part tests 180 "$python" -m pytest -q -m gpu tests/ops
+part bench_cpu 90 "$python" -m pytest -q bench --benchmark-enable --benchmark-json="$out/bench_cpu.json"
+part bench_gpu 90 env PRIME_BENCH_DEVICE=cuda "$python" -m pytest -q bench --benchmark-enable --benchmark-json="$out/bench_gpu.json"
+exit "$status"
