@@ -55,8 +55,9 @@ def in_the_inputs_dtype(of: pk.Head, ids, mask, temperature):
     return logp.where(keep, 0.0), -(log_p.exp() * log_p).sum(-1).where(keep, 0.0)
 
 
-# How far the tiles may be beyond the error of the plain product, as a share of the largest value.
-BEYOND = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+# How far the tiles may be beyond the error of the plain product, as a share of the largest value: for 16-bit gradients
+# one rounding of the logits' gradient and one of the result, each half a unit in the last place, may go the other way.
+BEYOND = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 
 def assert_no_worse_than_plain(got, plain, want, dtype):
