@@ -1,4 +1,4 @@
-"""Triton kernels, and whether they can run. The modules beside this one need triton to be imported; this one does not."""
+"""Triton kernels, and whether they can run. Those that hold kernels need triton to be imported; this file does not."""
 
 import functools
 

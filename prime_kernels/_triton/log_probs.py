@@ -61,9 +61,7 @@ def _join(highest, total, weighted, scale):
 
 
 @triton.jit
-def _store_results(
-    highest, total, weighted, target, inverse, logp_ptr, lse_ptr, entropy_ptr, ENTROPY: tl.constexpr
-):
+def _store_results(highest, total, weighted, target, inverse, logp_ptr, lse_ptr, entropy_ptr, ENTROPY: tl.constexpr):
     """Join the target, whose logit is ``target``, with the rest of its row."""
     scale = inverse * LOG2E
     top = tl.maximum(highest, target)
