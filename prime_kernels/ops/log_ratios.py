@@ -68,7 +68,7 @@ class _OneLaunch(torch.autograd.Function):
         ctx.policy_temperature = policy_temperature
         ctx.set_materialize_grads(False)
         # Copies, because a view of one tensor made here could not be changed in place by the caller.
-        outputs = [column.clone().view(ids.shape) for column in logp]
+        outputs = [column.view(ids.shape).clone() for column in logp]
         ctx.mark_non_differentiable(outputs[1])
         return outputs[0], outputs[1], outputs[2] if policy_logits is not None else None
 

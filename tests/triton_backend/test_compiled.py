@@ -17,7 +17,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from prime_kernels._triton import log_probs as kernels
+from prime_kernels._triton import _log_probs_kernels as kernels
 from prime_kernels._triton._config import Device, choose
 
 CAPABILITIES = [80, 90]
