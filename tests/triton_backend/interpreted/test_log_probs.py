@@ -12,7 +12,7 @@ from prime_kernels._triton._config import Config
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Blocks of 128 columns, so that a few hundred columns are several blocks; whole rows and rows in parts.
-SPLITS = [1, 2, 4, 16]
+SPLITS = [1, 4, 16]
 
 
 def small(splits):
