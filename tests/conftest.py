@@ -16,6 +16,8 @@ import prime_kernels
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("PRIME_KERNELS_SHARED", ROOT.parent / "shared"))
+# What the fixture `backend` runs on; tests/triton_backend has its own process, with Triton's interpreter.
+BACKENDS = os.environ.get("PRIME_KERNELS_TEST_BACKENDS", "eager cpu").split()
 SEED = int(os.environ.get("PRIME_KERNELS_TEST_SEED", int.from_bytes(os.urandom(4), "little")))
 
 settings.register_profile("prime", max_examples=25, deadline=None)
@@ -34,9 +36,9 @@ def seed() -> int:
     return SEED
 
 
-@pytest.fixture(scope="module", params=["eager", "cpu"])
+@pytest.fixture(scope="module", params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
-    """Each backend with kernels for CPU tensors."""
+    """Each backend with kernels that take CPU tensors."""
     reason = prime_kernels.available_backends()[request.param]
     if reason is not None:
         pytest.skip(f"backend {request.param!r}: {reason}")

@@ -33,15 +33,15 @@ def reference(logits: Tensor, ids: Tensor, mask: Tensor | None, temperature: flo
     return logp, entropy
 
 
-def row_views(tensor: Tensor) -> Iterator[Tensor]:
-    """2-D views that cover the rows of ``tensor`` in order: no copy, whatever the strides of leading dimensions."""
+def row_views(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """2-D views that cover the rows of the tensors, alike in shape, in order: no copy, whatever the leading strides."""
     try:
-        views = (tensor.view(-1, tensor.shape[-1]),)
+        views = tuple(tensor.view(-1, tensor.shape[-1]) for tensor in tensors)
     except RuntimeError:
-        for part in tensor.unbind(0):
-            yield from row_views(part)
+        for parts in zip(*(tensor.unbind(0) for tensor in tensors), strict=True):
+            yield from row_views(*parts)
     else:
-        yield from views
+        yield views
 
 
 class _LogProbs(torch.autograd.Function):
@@ -62,7 +62,7 @@ class _LogProbs(torch.autograd.Function):
             logp, entropy = reference(logits, ids, mask, temperature)
             lse, entropy = None, entropy if with_entropy else None
         else:
-            logp, lse, entropy = _native_forward(logits, ids, mask, temperature, with_entropy)
+            logp, lse, entropy = _kernel_forward(logits, ids, mask, temperature, with_entropy, backend)
         ctx.save_for_backward(logits, ids, mask, lse, entropy)
         ctx.temperature, ctx.inplace, ctx.backend, ctx.overwritten = temperature, inplace, backend, False
         ctx.set_materialize_grads(False)
@@ -83,7 +83,8 @@ class _LogProbs(torch.autograd.Function):
         if ctx.backend == "eager":
             out.copy_(_reference_gradient(logits, ids, mask, ctx.temperature, grad_logp, grad_entropy))
         else:
-            _native_backward(logits, ids, mask, lse, entropy, grad_logp, grad_entropy, ctx.temperature, out)
+            columns = (ids, mask, lse, entropy, grad_logp, grad_entropy)
+            kernel_backward(logits, *columns, ctx.temperature, out, ctx.backend)
         if ctx.inplace:
             ctx.overwritten = True
             # Whoever else saved these logits for backward now gets an error from autograd, not a wrong gradient.
@@ -108,17 +109,27 @@ def _reference_gradient(
     return torch.autograd.grad([output for output, _ in given], leaf, [grad for _, grad in given])[0]
 
 
-def _native_forward(
-    logits: Tensor, ids: Tensor, mask: Tensor | None, temperature: float, with_entropy: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    from prime_kernels import _native
+def kernels(backend: str) -> Any:
+    """The module whose log_probs_forward and log_probs_backward take [rows, V] views on this backend."""
+    if backend == "cpu":
+        from prime_kernels import _native
 
+        return _native
+    from prime_kernels._triton import log_probs as triton_kernels
+
+    return triton_kernels
+
+
+def _kernel_forward(
+    logits: Tensor, ids: Tensor, mask: Tensor | None, temperature: float, with_entropy: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    log_probs_forward = kernels(backend).log_probs_forward
     parts, start = [], 0
     flat_ids, flat_mask = ids.reshape(-1), None if mask is None else mask.reshape(-1)
-    for rows in row_views(logits):
+    for (rows,) in row_views(logits):
         piece = slice(start, start + rows.shape[0])
         row_mask = None if flat_mask is None else flat_mask[piece]
-        parts.append(_native.log_probs_forward(rows, flat_ids[piece], row_mask, temperature, with_entropy))
+        parts.append(log_probs_forward(rows, flat_ids[piece], row_mask, temperature, with_entropy))
         start = piece.stop
     columns = [
         column[0] if len(column) == 1 or column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)
@@ -127,7 +138,7 @@ def _native_forward(
     return logp.view(ids.shape), lse, None if entropy is None else entropy.view(ids.shape)
 
 
-def _native_backward(
+def kernel_backward(
     logits: Tensor,
     ids: Tensor,
     mask: Tensor | None,
@@ -137,9 +148,10 @@ def _native_backward(
     grad_entropy: Tensor | None,
     temperature: float,
     out: Tensor,
+    backend: str,
 ) -> None:
-    from prime_kernels import _native
-
+    """Write the gradient of the logits to ``out``: dense, or the logits themselves."""
+    log_probs_backward = kernels(backend).log_probs_backward
     grad_logp = torch.zeros_like(lse) if grad_logp is None else grad_logp
     if grad_entropy is None:
         entropy = None
@@ -149,11 +161,11 @@ def _native_backward(
     start = 0
     # Written in place, the logits and the gradient are walked by the same views; otherwise both in row order.
     out_rows = None if out.data_ptr() == logits.data_ptr() else out.view(-1, out.shape[-1])
-    for rows in row_views(logits.detach()):
+    for (rows,) in row_views(logits.detach()):
         piece = slice(start, start + rows.shape[0])
         target = rows if out_rows is None else out_rows[piece]
         columns = [None if column is None else column[piece] for column in flat]
-        _native.log_probs_backward(rows, *columns, temperature, target)
+        log_probs_backward(rows, *columns, temperature, target)
         start = piece.stop
 
 

@@ -1,13 +1,16 @@
 """Selection of a backend: argument, use_backend, environment, fastest."""
 
+import re
+import sys
 import warnings
+from typing import NamedTuple
 
 import pytest
 import torch
 from support import offsets
 
 import prime_kernels as pk
-from prime_kernels import _dispatch, _native
+from prime_kernels import _dispatch, _native, _triton
 
 X = torch.zeros(3)
 
@@ -64,15 +67,47 @@ def test_float64_runs_on_eager_by_default(extension):
 @pytest.mark.parametrize("name", ["triton", "cuda"])
 def test_unavailable_backends_say_why(name, monkeypatch):
     reason = pk.available_backends()[name]
-    assert reason
+    if reason is None:
+        pytest.skip(f"backend {name!r} is available here")
+    message = re.escape(f"name: backend '{name}' is not available: {reason}")
     with (
-        pytest.raises(pk.BackendUnavailable, match=f"name: backend '{name}' is not available: {reason}"),
+        pytest.raises(pk.BackendUnavailable, match=message),
         pk.use_backend(name),
     ):
         pass
     monkeypatch.setenv("PRIME_KERNELS_BACKEND", name)
     with pytest.raises(pk.BackendUnavailable, match=f"PRIME_KERNELS_BACKEND: backend '{name}' is not available"):
         pk.segment_sum(X, offsets([3]))
+
+
+def test_without_triton_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton.language", None)
+    _triton._import_error.cache_clear()
+    try:
+        reason = pk.available_backends()["triton"]
+    finally:
+        _triton._import_error.cache_clear()
+    assert "triton cannot be imported" in reason and "pip install 'prime-kernels[triton]'" in reason
+
+
+def test_triton_is_the_default_of_cuda_tensors(monkeypatch):
+    """As if it and a GPU were there: selection looks at the tensor's device, dtype and operation alone."""
+
+    class OnGpu(NamedTuple):
+        dtype: torch.dtype
+        device: torch.device = torch.device("cuda", 0)
+
+    half, double = OnGpu(torch.bfloat16), OnGpu(torch.float64)
+    monkeypatch.setattr(_triton, "unavailable_reason", lambda: None)
+    assert [_dispatch.resolve(op, half, None) for op in ("log_probs", "log_ratios")] == ["triton", "triton"]
+    assert _dispatch.resolve("log_probs", double, None) == _dispatch.resolve("ppo_loss", half, None) == "eager"
+    with pytest.raises(TypeError, match=r"backend: expected float32, .*'triton', got torch.float64"):
+        _dispatch.resolve("log_probs", double, "triton")
+    monkeypatch.setattr(_triton, "interpreted", lambda: False)
+    with pytest.raises(ValueError, match=r"backend: expected cuda tensors for 'triton', got cpu"):
+        _dispatch.resolve("log_probs", X, "triton")
+    monkeypatch.setattr(_triton, "unavailable_reason", lambda: "no device")
+    assert _dispatch.resolve("log_probs", half, None) == "eager"
 
 
 def test_unknown_names(monkeypatch):

@@ -1,0 +1,35 @@
+"""Triton kernels, and whether they can run. Those that hold kernels need triton to be imported; this file does not."""
+
+import functools
+
+import torch
+
+INSTALL = "pip install 'prime-kernels[triton]'"
+
+
+def unavailable_reason() -> str | None:
+    """None if the kernels can run, otherwise why not and what to do about it."""
+    error = _import_error()
+    if error is not None:
+        return f"triton cannot be imported ({error}); install it with: {INSTALL}"
+    if not torch.cuda.is_available() and not interpreted():
+        return "torch sees no CUDA device (TRITON_INTERPRET=1, set before Python starts, runs the kernels without one)"
+    return None
+
+
+def interpreted() -> bool:
+    """True where Triton runs kernels in Python, slowly and on CPU tensors too, as TRITON_INTERPRET=1 asks."""
+    if _import_error() is not None:
+        return False
+    from triton import knobs
+
+    return knobs.runtime.interpret
+
+
+@functools.cache
+def _import_error() -> str | None:
+    try:
+        import triton.language  # noqa: F401
+    except ImportError as error:
+        return str(error)
+    return None

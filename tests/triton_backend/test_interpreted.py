@@ -1,0 +1,34 @@
+"""The Triton kernels, interpreted on the CPU: their own tests, and every test of log_probs and log_ratios."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["triton_backend/interpreted", "ops/test_log_probs.py"])
+def test_interpreted(what, seed):
+    pytest.importorskip("triton", reason="triton is not installed: pip install 'prime-kernels[triton]'")
+    environment = {
+        "TRITON_INTERPRET": "1",
+        "PRIME_KERNELS_TEST_BACKENDS": "triton",
+        "PRIME_KERNELS_TEST_SEED": str(seed),
+        "OMP_NUM_THREADS": "1",
+    }
+    # The first folder brings the repairs of the interpreter along, whatever else is run.
+    folder = TESTS / "triton_backend" / "interpreted"
+    select = [] if TESTS / what == folder else [f"--deselect={folder.relative_to(TESTS.parent)}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-rs", str(folder), str(TESTS / what), *select],
+        cwd=TESTS.parent,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert "passed" in done.stdout and "skipped" not in done.stdout, done.stdout[-2000:]
