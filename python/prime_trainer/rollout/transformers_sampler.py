@@ -7,7 +7,7 @@ draws one exponential a vocabulary entry), and each response has its own random 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,13 +18,12 @@ from .base import Sample, Sampling, derive_seed
 
 
 class TransformersSampler:
-    def __init__(self, model: Any, tokenizer: Any, *, batch_size: int, progress: Callable[[int], None] | None = None):
+    def __init__(self, model: Any, tokenizer: Any, *, batch_size: int) -> None:
         self.model, self.batch_size = model, batch_size
         self.stops = torch.tensor(stop_ids(model, tokenizer), device=model.device)
         self.pad_id = int(self.stops[0])
         self.limit = getattr(model.config, "max_position_embeddings", None)
         self.version = 0
-        self.progress = progress or (lambda responses: None)
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         self.version = version  # the weights are the policy's own
@@ -53,7 +52,6 @@ class TransformersSampler:
                 chunk, self._batch([prompts[i] for i in chunk], n, sampling, [seeds[i] for i in chunk]), strict=True
             ):
                 out[i] = samples
-            self.progress(len(chunk) * n)
         return out
 
     def _batch(self, prompts: list[list[int]], n: int, sampling: Sampling, seeds: list[int]) -> list[list[Sample]]:
