@@ -7,12 +7,8 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import platform
 import re
-import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 from PIL import Image
@@ -36,7 +32,7 @@ def main(target: Path, runs: list[Path]) -> None:
     grid.resize((grid.width * 2 // 3, grid.height * 2 // 3), Image.LANCZOS).save(target / "curves.png", optimize=True)
     table = (write_report(runs[0], runs[1:]).parent / "summary.md").read_text()
     (target / "README.md").write_text(
-        f"# {target.name}\n\n{_plain(table, runs)}\n{_setting()}\n\n![curves](curves.png)\n"
+        f"# {target.name}\n\n{_plain(table, runs)}\n{_settings(runs)}\n\n![curves](curves.png)\n"
     )
     for run in runs:
         (target / f"{run.name}.metrics.jsonl").write_text((run / "metrics.jsonl").read_text())
@@ -49,20 +45,19 @@ def _plain(text: str, runs: list[Path]) -> str:
     return re.sub(re.escape(str(runs[0].resolve().parent)) + r"/?", "runs/", text)
 
 
-def _setting() -> str:
-    cpu = next((line.split(":")[1].strip() for line in _read("/proc/cpuinfo") if line.startswith("model name")), "?")
-    flags = next((line for line in _read("/proc/cpuinfo") if line.startswith("flags")), "")
-    extras = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags.split()]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "reasoning-gym"))
+def _settings(runs: list[Path]) -> str:
+    """Where the runs were made, as each of them wrote it down: one line if they agree."""
+    lines = dict.fromkeys(_setting(json.loads((run / "environment.json").read_text())) for run in runs)
+    return "\n\n".join(lines)
+
+
+def _setting(environment: dict) -> str:
+    packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
     return (
-        f"Measured with {os.cpu_count()} cores of {cpu} ({', '.join(extras)}), Python {platform.python_version()}, "
-        f"{packages}, commit {commit}."
+        f"Measured with {environment['cores']} cores of {environment['processor']} "
+        f"({', '.join(environment['vector_sets'])}), Python {environment['python']}, {packages}, "
+        f"commit {environment['commit']}."
     )
-
-
-def _read(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .config import RunConfig
+from .environment import environment
 from .metrics import METRICS
 
 STATE = "state.pt"
@@ -35,9 +36,10 @@ def begin(cfg: RunConfig) -> dict[str, Any] | None:
 
 
 def write_config(cfg: RunConfig) -> None:
-    """The resolved configuration, beside what the run writes."""
+    """The resolved configuration and what the run runs on, beside what it writes."""
     cfg.output.mkdir(parents=True, exist_ok=True)
     (cfg.output / "config.json").write_text(cfg.model_dump_json(indent=2))
+    (cfg.output / "environment.json").write_text(json.dumps(environment(), indent=2))
 
 
 def save(run_dir: Path, step: int, state: dict[str, Any], keep: int) -> Path:

@@ -1,7 +1,9 @@
 """Whole runs of a few steps: what they write, that a resume changes nothing, and how they stop."""
 
 import json
+import os
 import random
+import re
 import signal
 
 import pytest
@@ -78,6 +80,9 @@ def test_a_run_end_to_end(run_config, model_dir, tmp_path):
         AutoTokenizer.from_pretrained(out / name)
         assert any(not torch.equal(start[k], v) for k, v in weights(out / name).items())
     assert json.loads((out / "config.json").read_text())["steps"] == 3
+    made_with = json.loads((out / "environment.json").read_text())
+    assert made_with["packages"]["torch"] == torch.__version__ and made_with["cores"] == os.cpu_count()
+    assert made_with["commit"] is None or re.fullmatch(r"[0-9a-f]{7,}(-dirty)?", made_with["commit"])
     assert not list(out.glob("**/*.partial")) and load_latest(out)["step"] == 3
     with pytest.raises(ValueError, match="already holds a run; give another --output, or --resume"):
         loop.run(run_config())
