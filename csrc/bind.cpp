@@ -2,12 +2,22 @@
 // an exception. Shapes, devices and lifetimes are the caller's business (prime_kernels/_native.py).
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <vector>
 
 #include "pk/abi.h"
+#include "pk/row_kernels.h"
+
+#ifdef PK_HAS_CUDA
+#define PK_ON_CUDA(function) (&function)
+#else
+#define PK_ON_CUDA(function) nullptr
+#endif
 
 namespace py = pybind11;
 
@@ -37,39 +47,37 @@ int call(Kernel kernel, Args... args) {
   return kernel(args...);
 }
 
-pk_log_probs_args forward_args(uintptr_t logits, int64_t logits_stride, int dtype, uintptr_t ids, uintptr_t mask,
-                               int64_t n_rows, int64_t n_cols, double temperature, uintptr_t logp, uintptr_t lse,
-                               uintptr_t entropy) {
+// (logits, row stride, dtype, temperature, logp, lse, entropy) of one model.
+using Model = std::tuple<uintptr_t, int64_t, int, double, uintptr_t, uintptr_t, uintptr_t>;
+
+pk_log_probs_args forward_args(const std::vector<Model>& models, uintptr_t ids, uintptr_t mask, int64_t n_rows,
+                               int64_t n_cols) {
   pk_log_probs_args args{};
-  args.logits = pointer<const void>(logits);
-  args.logits_stride = logits_stride;
-  args.dtype = dtype;
-  args.n_threads = 1;
+  if (models.size() > PK_MAX_MODELS) raise_on(PK_BAD_ARGUMENT);
+  for (const auto& [logits, stride, dtype, temperature, logp, lse, entropy] : models) {
+    args.models[args.n_models++] = {pointer<const void>(logits), stride, dtype, temperature, pointer<float>(logp),
+                                    pointer<float>(lse), pointer<float>(entropy)};
+  }
   args.ids = pointer<const int64_t>(ids);
   args.mask = pointer<const uint8_t>(mask);
   args.n_rows = n_rows;
   args.n_cols = n_cols;
-  args.temperature = temperature;
-  args.logp = pointer<float>(logp);
-  args.lse = pointer<float>(lse);
-  args.entropy = pointer<float>(entropy);
   return args;
 }
 
-pk_log_probs_grad_args backward_args(uintptr_t logits, int64_t logits_stride, int dtype, uintptr_t ids, uintptr_t mask,
-                                     int64_t n_rows, int64_t n_cols, double temperature, uintptr_t lse,
+pk_log_probs_grad_args backward_args(uintptr_t logits, int64_t logits_stride, int dtype, double temperature,
+                                     uintptr_t ids, uintptr_t mask, int64_t n_rows, int64_t n_cols, uintptr_t lse,
                                      uintptr_t entropy, uintptr_t grad_logp, uintptr_t grad_entropy, uintptr_t out,
                                      int64_t out_stride) {
   pk_log_probs_grad_args args{};
   args.logits = pointer<const void>(logits);
   args.logits_stride = logits_stride;
   args.dtype = dtype;
-  args.n_threads = 1;
+  args.temperature = temperature;
   args.ids = pointer<const int64_t>(ids);
   args.mask = pointer<const uint8_t>(mask);
   args.n_rows = n_rows;
   args.n_cols = n_cols;
-  args.temperature = temperature;
   args.lse = pointer<const float>(lse);
   args.entropy = pointer<const float>(entropy);
   args.grad_logp = pointer<const float>(grad_logp);
@@ -93,41 +101,23 @@ pk_segment_scan_args scan_args(uintptr_t values, uintptr_t cu_seqlens, int64_t n
   return args;
 }
 
-// Every function has the arguments of its *_args builder above, in that order, then what the device needs.
-template <typename... Fields>
-void bind_log_probs_forward(py::module_& m, pk_log_probs_args (*build)(Fields...)) {
-  m.def("log_probs_forward", [build](Fields... fields, int n_threads) {
+// Every function has the arguments of its *_args builder above, in that order, then what the device needs: a number of
+// threads or a stream.
+template <typename Args, typename... Fields>
+void bind_rows(py::module_& m, const std::string& name, Args (*build)(Fields...), int (*on_cpu)(const Args*),
+               [[maybe_unused]] int (*on_cuda)(const Args*, void*)) {
+  m.def(name.c_str(), [build, on_cpu](Fields... fields, int n_threads) {
     int64_t bad_row = -1;
-    pk_log_probs_args args = build(fields...);
+    Args args = build(fields...);
     args.n_threads = n_threads;
     args.bad_row = &bad_row;
-    const int status = call(pk_cpu_log_probs_forward, &args);
+    const int status = call(on_cpu, &args);
     raise_on(status, bad_row, args.ids, args.n_cols);
   });
 #ifdef PK_HAS_CUDA
-  m.def("cuda_log_probs_forward", [build](Fields... fields, uintptr_t bad_row, uintptr_t stream) {
-    pk_log_probs_args args = build(fields...);
-    args.bad_row = pointer<int64_t>(bad_row);
-    raise_on(call(pk_cuda_log_probs_forward, &args, pointer<void>(stream)));
-  });
-#endif
-}
-
-template <typename... Fields>
-void bind_log_probs_backward(py::module_& m, pk_log_probs_grad_args (*build)(Fields...)) {
-  m.def("log_probs_backward", [build](Fields... fields, int n_threads) {
-    int64_t bad_row = -1;
-    pk_log_probs_grad_args args = build(fields...);
-    args.n_threads = n_threads;
-    args.bad_row = &bad_row;
-    const int status = call(pk_cpu_log_probs_backward, &args);
-    raise_on(status, bad_row, args.ids, args.n_cols);
-  });
-#ifdef PK_HAS_CUDA
-  m.def("cuda_log_probs_backward", [build](Fields... fields, uintptr_t bad_row, uintptr_t stream) {
-    pk_log_probs_grad_args args = build(fields...);
-    args.bad_row = pointer<int64_t>(bad_row);
-    raise_on(call(pk_cuda_log_probs_backward, &args, pointer<void>(stream)));
+  m.def(("cuda_" + name).c_str(), [build, on_cuda](Fields... fields, uintptr_t stream) {
+    Args args = build(fields...);
+    raise_on(call(on_cuda, &args, pointer<void>(stream)));
   });
 #endif
 }
@@ -151,6 +141,7 @@ py::dict build_info() {
   py::dict info;
   info["compiler"] = PK_BUILD_COMPILER;
   info["flags"] = PK_BUILD_FLAGS;
+  info["cpu"] = pk::row_kernels().name;
 #ifdef _OPENMP
   info["openmp"] = true;
 #else
@@ -172,8 +163,10 @@ PYBIND11_MODULE(_C, m) {
   m.attr("FLOAT32") = static_cast<int>(PK_FLOAT32);
   m.attr("BFLOAT16") = static_cast<int>(PK_BFLOAT16);
   m.attr("FLOAT16") = static_cast<int>(PK_FLOAT16);
+  pk::row_kernels();  // an instruction set that is not there stops the import, not the first kernel
   m.def("build_info", &build_info);
-  bind_log_probs_forward(m, &forward_args);
-  bind_log_probs_backward(m, &backward_args);
+  bind_rows(m, "log_probs_forward", &forward_args, &pk_cpu_log_probs_forward, PK_ON_CUDA(pk_cuda_log_probs_forward));
+  bind_rows(m, "log_probs_backward", &backward_args, &pk_cpu_log_probs_backward,
+            PK_ON_CUDA(pk_cuda_log_probs_backward));
   bind_segment_scan(m, &scan_args);
 }

@@ -9,6 +9,7 @@ reference), ``"cpu"``, ``"triton"`` or ``"cuda"``. See :func:`use_backend` and :
 """
 
 from prime_kernels._dispatch import BackendUnavailable, available_backends, use_backend
+from prime_kernels.ops import _compile as _compile
 from prime_kernels.ops.linear_log_probs import Head, linear_log_probs, linear_log_ratios
 from prime_kernels.ops.log_probs import log_probs
 from prime_kernels.ops.log_ratios import LogRatios, log_ratios

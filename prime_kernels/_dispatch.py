@@ -25,12 +25,12 @@ ENVIRONMENT_VARIABLE = "PRIME_KERNELS_BACKEND"
 _KERNELS: dict[str, tuple[str, ...]] = {
     "linear_log_probs": ("cpu",),
     "linear_log_ratios": ("cpu",),
-    "log_probs": ("cpu", "triton"),
-    "log_ratios": ("cpu", "triton"),
+    "log_probs": ("cpu", "triton", "cuda"),
+    "log_ratios": ("cpu", "triton", "cuda"),
     "ppo_loss": (),
     "prm_loss": (),
     "rloo_advantages": (),
-    "segment_scan": ("cpu",),
+    "segment_scan": ("cpu", "cuda"),
     "segment_sum": (),
     "step_rewards": (),
 }
@@ -139,15 +139,13 @@ def _require_available(argument: str, name: str) -> None:
 def _unavailable_reason(name: str) -> str | None:
     if name == "eager":
         return None
-    if name == "cpu":
-        from prime_kernels import _native
-
-        return _native.unavailable_reason()
     if name == "triton":
         from prime_kernels import _triton
 
         return _triton.unavailable_reason()
-    return "no kernels in this version yet; use 'eager' on GPU tensors"
+    from prime_kernels import _native
+
+    return _native.unavailable_reason() if name == "cpu" else _native.cuda_unavailable_reason()
 
 
 def _warn_of_missing_extension(reason: str) -> None:

@@ -1,10 +1,16 @@
 """The extension, seen from torch: tensors become addresses, sizes and strides here and nowhere else.
 
-Callers have checked shapes, dtypes and ranges; the assertions below only guard memory.
+CPU tensors run on the C++ kernels with as many threads as torch has, CUDA tensors on the CUDA C++ kernels on the current
+stream of their device. Callers have checked shapes, dtypes and ranges; the assertions below only guard memory.
 """
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from prime_kernels._rows import column, is_rows, mask_column, row_stride
 
 try:
     from prime_kernels import _C
@@ -17,30 +23,57 @@ else:
 
 
 def unavailable_reason() -> str | None:
-    """None if the extension can be used, otherwise why not and what to do about it."""
+    """None if the C++ kernels can be used, otherwise why not and what to do about it."""
     return _reason
 
 
+def cuda_unavailable_reason() -> str | None:
+    """None if the CUDA C++ kernels can be used, otherwise why not and what to do about it."""
+    if _reason is not None:
+        return _reason
+    info = build_info()
+    if not info["cuda"]:
+        return (
+            f"the extension was built without CUDA kernels ({info['cuda_detail']}); with nvcc on the path, build it "
+            "with: PRIME_KERNELS_CUDA=ON pip install ."
+        )
+    return None if torch.cuda.is_available() else "torch sees no CUDA device"
+
+
 def build_info() -> dict[str, str | bool]:
-    """How the extension was built: compiler, flags, openmp, cuda, and cuda_detail (architectures, or why without)."""
+    """How the extension was built, and what runs: compiler, flags, openmp, cuda, cuda_detail (architectures, or why
+    without) and cpu (the instruction set of the CPU kernels: avx512, avx2 or portable)."""
     return _C.build_info()
 
 
-def log_probs_forward(
-    logits2d: Tensor, ids: Tensor, mask: Tensor | None, temperature: float, with_entropy: bool
+def forward(
+    models: Sequence[Tensor],
+    ids: Tensor,
+    mask: Tensor | None,
+    temperatures: Sequence[float],
+    with_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(logp, lse, entropy or None) of each row of [N, V], float32; lse is of logits / temperature."""
-    rows = logits2d.shape[0]
-    fields, keep = _row_fields(logits2d, ids, mask, temperature)
-    logp, lse = torch.empty(rows, dtype=torch.float32), torch.empty(rows, dtype=torch.float32)
-    entropy = torch.empty(rows, dtype=torch.float32) if with_entropy else None
-    _C.log_probs_forward(*fields, logp.data_ptr(), lse.data_ptr(), _address(entropy), torch.get_num_threads())
-    del keep
+    """(logp, lse, entropy or None), each [models, N] float32, of one to three models' [N, V] logits in one pass.
+
+    lse is of logits / temperature. Masked rows are 0. The models may differ in dtype and row stride.
+    """
+    first, count = models[0], len(models)
+    rows, vocabulary = first.shape
+    assert all(is_rows(z) and z.shape == first.shape and z.device == first.device for z in models)
+    ids, mask = column(ids, torch.int64, rows, first.device), mask_column(mask, rows, first.device)
+    logp, lse = (torch.empty(count, rows, dtype=torch.float32, device=first.device) for _ in range(2))
+    entropy = torch.empty_like(lse) if with_entropy else None
+    results = zip(logp, lse, [None] * count if entropy is None else entropy, strict=True)
+    fields = [
+        (z.data_ptr(), row_stride(z), _DTYPES[z.dtype], temperature, *map(_address, result))
+        for z, temperature, result in zip(models, temperatures, results, strict=True)
+    ]
+    _run("log_probs_forward", first.device, fields, ids.data_ptr(), _address(mask), rows, vocabulary)
     return logp, lse, entropy
 
 
-def log_probs_backward(
-    logits2d: Tensor,
+def backward(
+    logits: Tensor,
     ids: Tensor,
     mask: Tensor | None,
     lse: Tensor,
@@ -50,68 +83,37 @@ def log_probs_backward(
     temperature: float,
     out: Tensor,
 ) -> None:
-    """Write d loss / d logits to ``out``, which may be ``logits2d`` itself. ``entropy`` is that of the forward."""
-    assert out.dtype == logits2d.dtype and out.shape == logits2d.shape and _is_rows(out)
-    fields, keep = _row_fields(logits2d, ids, mask, temperature)
-    columns = [
-        None if column is None else _dense(column, torch.float32, logits2d.shape[0])
-        for column in (lse, entropy, grad_logp, grad_entropy)
-    ]
-    addresses = [_address(column) for column in columns]
-    _C.log_probs_backward(*fields, *addresses, out.data_ptr(), out.stride(0), torch.get_num_threads())
-    del keep
+    """Write d loss / d logits [N, V] to ``out``, which may be ``logits`` itself. ``entropy`` is that of the forward."""
+    rows, vocabulary = logits.shape
+    device = logits.device
+    assert is_rows(logits) and is_rows(out) and out.device == device
+    assert out.dtype == logits.dtype and out.shape == logits.shape
+    ids, mask = column(ids, torch.int64, rows, device), mask_column(mask, rows, device)
+    columns = [column(each, torch.float32, rows, device) for each in (lse, entropy, grad_logp, grad_entropy)]
+    fields = (logits.data_ptr(), row_stride(logits), _DTYPES[logits.dtype], temperature, ids.data_ptr(), _address(mask))
+    addresses = [_address(each) for each in columns]
+    _run("log_probs_backward", device, *fields, rows, vocabulary, *addresses, out.data_ptr(), row_stride(out))
 
 
 def segment_scan(values: Tensor, cu_seqlens: Tensor, gamma: float, reverse: bool) -> Tensor:
     """y_t = x_t + gamma * y_{t-1} (y_{t+1} if ``reverse``) inside each segment of ``values``."""
     assert cu_seqlens.ndim == 1 and cu_seqlens.numel() > 0
-    values = _dense(values, torch.float32, values.numel())
-    cu_seqlens = _dense(cu_seqlens, torch.int64, cu_seqlens.numel())
+    values = column(values, torch.float32, values.numel(), values.device)
+    cu_seqlens = column(cu_seqlens, torch.int64, cu_seqlens.numel(), values.device)
     out = torch.empty_like(values)
-    _C.segment_scan(
-        values.data_ptr(),
-        cu_seqlens.data_ptr(),
-        cu_seqlens.numel() - 1,
-        values.numel(),
-        gamma,
-        reverse,
-        out.data_ptr(),
-        torch.get_num_threads(),
-    )
+    sizes = (cu_seqlens.numel() - 1, values.numel())
+    fields = (values.data_ptr(), cu_seqlens.data_ptr(), *sizes, gamma, reverse, out.data_ptr())
+    _run("segment_scan", values.device, *fields)
     return out
 
 
-def _row_fields(
-    logits2d: Tensor, ids: Tensor, mask: Tensor | None, temperature: float
-) -> tuple[tuple[int | float, ...], tuple[Tensor | None, ...]]:
-    """The leading arguments of both log_probs kernels, and the tensors that must outlive the call."""
-    assert _is_rows(logits2d) and logits2d.device.type == "cpu"
-    rows, columns = logits2d.shape
-    ids = _dense(ids, torch.int64, rows)
-    if mask is not None:
-        # A bool is one byte of 0 or 1: reinterpret it rather than copy.
-        mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
-        mask = _dense(mask, torch.uint8, rows)
-    fields = (
-        logits2d.data_ptr(),
-        logits2d.stride(0),
-        _DTYPES[logits2d.dtype],
-        ids.data_ptr(),
-        _address(mask),
-        rows,
-        columns,
-        temperature,
-    )
-    return fields, (logits2d, ids, mask)
-
-
-def _is_rows(tensor: Tensor) -> bool:
-    return tensor.ndim == 2 and (tensor.stride(1) == 1 or tensor.shape[1] == 1)
-
-
-def _dense(tensor: Tensor, dtype: torch.dtype, size: int) -> Tensor:
-    assert tensor.dtype == dtype and tensor.numel() == size and tensor.device.type == "cpu"
-    return tensor.contiguous()
+def _run(name: str, device: torch.device, *fields: Any) -> None:
+    if device.type == "cpu":
+        getattr(_C, name)(*fields, torch.get_num_threads())
+        return
+    # A launch goes to the current device, which need not be that of the tensors.
+    with torch.cuda.device(device):
+        getattr(_C, f"cuda_{name}")(*fields, torch.cuda.current_stream(device).cuda_stream)
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -1,135 +1,188 @@
-// Log-probability of one id per row, with an online softmax: each row is read once, block by block.
+// Log-probability of one id per row. Each row is read once, by the loops of row_kernels; the target is left out of them
+// and joined here in double: beside a 1 the tail of a peaked row would be rounded away, and with it every digit of the
+// log-prob of a token that the model is sure of.
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "pk/abi.h"
 #include "pk/numeric.h"
-#include "pk/row_blocks.h"
+#include "pk/row_kernels.h"
 #include "pk/threads.h"
 
 namespace pk {
 namespace {
 
 constexpr double kLn2 = 0.693147180559945309;
+constexpr double kInf = std::numeric_limits<double>::infinity();
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 constexpr int64_t kRowsPerChunk = 4;  // masked rows cost nothing, so rows are handed out in small chunks
+// A result larger than this leaves the caches before anybody reads it.
+constexpr int64_t kStreamBytes = int64_t{8} << 20;
+constexpr int64_t kHugePage = int64_t{2} << 20;
 
-const char* row_at(const void* base, int64_t row, int64_t stride, int64_t item_size) {
-  return static_cast<const char*>(base) + row * stride * item_size;
+int64_t item_size(int32_t dtype) { return dtype == PK_FLOAT32 ? 4 : 2; }
+
+bool known_dtype(int32_t dtype) { return dtype == PK_FLOAT32 || dtype == PK_BFLOAT16 || dtype == PK_FLOAT16; }
+
+const char* at(const void* base, int64_t element, int32_t dtype) {
+  return static_cast<const char*>(base) + element * item_size(dtype);
+}
+
+double value_at(const void* row, int64_t column, int32_t dtype) {
+  const char* place = at(row, column, dtype);
+  if (dtype == PK_FLOAT32) return *reinterpret_cast<const float*>(place);
+  if (dtype == PK_BFLOAT16) return to_float(*reinterpret_cast<const bfloat16*>(place));
+  return to_float(*reinterpret_cast<const float16*>(place));
+}
+
+void put_at(void* row, int64_t column, int32_t dtype, float value) {
+  char* place = static_cast<char*>(row) + column * item_size(dtype);
+  if (dtype == PK_FLOAT32) {
+    *reinterpret_cast<float*>(place) = value;
+  } else if (dtype == PK_BFLOAT16) {
+    *reinterpret_cast<bfloat16*>(place) = from_float<bfloat16>(value);
+  } else {
+    *reinterpret_cast<float16*>(place) = from_float<float16>(value);
+  }
 }
 
 bool read_row(const uint8_t* mask, int64_t row) { return mask == nullptr || mask[row] != 0; }
 
 // Checked ahead of the parallel loop: the lowest offending row is reported whatever the threads do.
 template <typename Args>
-int check(const Args* args) {
-  if (args == nullptr || args->n_rows < 0 || args->n_cols < 1 || !(args->temperature > 0.0)) return PK_BAD_ARGUMENT;
-  if (dtype_ops(args->dtype) == nullptr || args->bad_row == nullptr) return PK_BAD_ARGUMENT;
-  for (int64_t row = 0; row < args->n_rows; ++row) {
-    if (!read_row(args->mask, row)) continue;
-    if (args->ids[row] < 0 || args->ids[row] >= args->n_cols) {
-      *args->bad_row = row;
+int check_rows(const Args& args) {
+  if (args.n_rows < 0 || args.n_cols < 1 || args.bad_row == nullptr) return PK_BAD_ARGUMENT;
+  for (int64_t row = 0; row < args.n_rows; ++row) {
+    if (!read_row(args.mask, row)) continue;
+    if (args.ids[row] < 0 || args.ids[row] >= args.n_cols) {
+      *args.bad_row = row;
       return PK_BAD_INDEX;
     }
   }
   return PK_OK;
 }
 
-template <typename Args>
-int threads_for(const Args& args) {
-  return thread_count(args.n_threads, args.n_rows, args.n_rows * args.n_cols);
-}
+struct RowResult {
+  double logp;
+  double lse;
+  double entropy;
+};
 
-void forward_row(const pk_log_probs_args& args, const DtypeOps& ops, int64_t row) {
-  const char* logits = row_at(args.logits, row, args.logits_stride, ops.item_size);
-  const int64_t id = args.ids[row];
-  const double inverse_temperature = 1.0 / args.temperature;
-  const float scale = static_cast<float>(inverse_temperature / kLn2);
-  const bool with_entropy = args.entropy != nullptr;
-
-  // sum and weighted are relative to `shift`: sum of 2^t and of t * 2^t with t = (z - shift) * scale.
-  float highest = -std::numeric_limits<float>::infinity();
+// Any row at all, also where float arithmetic would overflow or an infinity makes the distribution undefined.
+RowResult forward_in_double(const void* z, int64_t n, int64_t id, int32_t dtype, double temperature) {
+  double highest = -kInf;
+  for (int64_t i = 0; i < n; ++i) highest = std::max(highest, value_at(z, i, dtype) / temperature);
   double sum = 0.0;
   double weighted = 0.0;
-  float target = 0.0f;
-  alignas(64) float block[kBlock];
-
-  for (int64_t start = 0; start < args.n_cols; start += kBlock) {
-    const int64_t n = std::min(kBlock, args.n_cols - start);
-    const float block_highest = ops.load(logits + start * ops.item_size, n, block);
-    if (id >= start && id < start + n) target = block[id - start];
-    if (block_highest > highest) {
-      // Nothing is accumulated while every logit so far was -inf, and -inf - -inf must not be formed.
-      const double step = std::isinf(highest) ? 0.0 : (double{highest} - double{block_highest}) * scale;
-      const double factor = std::exp2(step);
-      weighted = std::isinf(step) ? weighted * factor : factor * (weighted + step * sum);
-      sum *= factor;
-      highest = block_highest;
-    }
-    // The maxima count as 1 each, outside the float sums: beside a 1 the tail of a peaked row would be rounded away,
-    // and with it every digit of the log-prob of a token the model is sure of.
-    if (block_highest == highest && std::isfinite(highest)) sum += static_cast<double>(take_equal(block, n, highest));
-    const float shift = highest == -std::numeric_limits<float>::infinity() ? 0.0f : highest;
-    if (with_entropy) {
-      const BlockSums part = sum_exp2_weighted(block, n, shift, scale);
-      sum += part.exp;
-      weighted += part.weighted;
-    } else {
-      sum += sum_exp2(block, n, shift, scale);
-    }
+  for (int64_t i = 0; i < n; ++i) {
+    const double t = value_at(z, i, dtype) / temperature - highest;
+    const double e = std::exp(t);
+    sum += e;
+    weighted += e == 0.0 ? 0.0 : t * e;
   }
-
   const double log_sum = std::log(sum);
-  args.lse[row] = static_cast<float>(double{highest} * inverse_temperature + log_sum);
-  // Not target / temperature - lse: the float lse would cost the log-prob its last digits.
-  args.logp[row] = static_cast<float>((double{target} - double{highest}) * inverse_temperature - log_sum);
-  if (with_entropy) args.entropy[row] = static_cast<float>(log_sum - kLn2 * weighted / sum);
+  return {value_at(z, id, dtype) / temperature - highest - log_sum, highest + log_sum, log_sum - weighted / sum};
 }
 
-void backward_row(const pk_log_probs_grad_args& args, const DtypeOps& ops, int64_t row) {
-  const char* logits = row_at(args.logits, row, args.logits_stride, ops.item_size);
-  char* out = const_cast<char*>(row_at(args.out, row, args.out_stride, ops.item_size));
+RowResult forward_row(const void* z, int64_t n, int64_t id, int32_t dtype, double temperature, bool with_entropy) {
+  const double log2_scale = 1.0 / (temperature * kLn2);
+  const auto take = row_kernels().softmax[dtype][with_entropy];
+  const float infinity = std::numeric_limits<float>::infinity();
+  RowSoftmax rest{static_cast<float>(log2_scale), -infinity, 0.0, 0.0, 0.0};
+  const double target = value_at(z, id, dtype);
+  if (std::isfinite(target)) {
+    // A first guess at the maximum.
+    const float shift = static_cast<float>(target) * rest.scale;
+    if (!(std::fabs(shift) < kFarthest)) return forward_in_double(z, n, id, dtype, temperature);
+    rest.highest = static_cast<float>(target);
+    rest.offset = with_entropy ? 0.0 : target * rest.scale - shift;
+  }
+  if (!take(z, id, &rest) || !take(at(z, id + 1, dtype), n - id - 1, &rest)) {
+    return forward_in_double(z, n, id, dtype, temperature);
+  }
+  if (rest.highest == -infinity) {
+    // Nothing but -inf (or NaN, which is in the sum): no distribution.
+    return {kNaN, std::isnan(rest.sum) || std::isnan(target) ? kNaN : -kInf, kNaN};
+  }
+  const double factor = std::exp2(-rest.offset);
+  const double others = rest.sum * factor;
+  const double t = (target - rest.highest) * log2_scale;
+  const double p = std::exp2(t);
+  const double sum = others + p;
+  const double log_sum = std::log(sum);
+  const double weighted = factor * (rest.weighted - rest.offset * rest.sum) + (p == 0.0 ? 0.0 : p * t);
+  // log1p, because beside a 1 the others would lose their digits; where the target vanishes there is nothing to lose.
+  const double logp = p > 1e-280 ? -std::log1p(others / p) : kLn2 * t - log_sum;
+  return {logp, rest.highest / temperature + log_sum, log_sum - kLn2 * weighted / sum};
+}
+
+// The same formulas in double, one element at a time: for what the float loops leave out.
+void backward_in_double(const pk_log_probs_grad_args& args, const char* z, char* out, int64_t row, double entropy) {
+  const double grad_logp = args.grad_logp == nullptr ? 0.0 : args.grad_logp[row];
+  const double grad_entropy = args.grad_entropy == nullptr ? 0.0 : args.grad_entropy[row];
+  for (int64_t i = 0; i < args.n_cols; ++i) {
+    const double log_p = value_at(z, i, args.dtype) / args.temperature - args.lse[row];
+    const double p = std::exp(log_p);
+    const double curvature = p == 0.0 ? 0.0 : p * (log_p + entropy);
+    const double others = i == args.ids[row] ? -grad_logp * std::expm1(log_p) : -grad_logp * p;
+    put_at(out, i, args.dtype, static_cast<float>((others - grad_entropy * curvature) / args.temperature));
+  }
+}
+
+void backward_row(const pk_log_probs_grad_args& args, int64_t row, bool stream) {
+  const char* z = at(args.logits, row * args.logits_stride, args.dtype);
+  char* out = const_cast<char*>(at(args.out, row * args.out_stride, args.dtype));
   const double grad_logp = args.grad_logp == nullptr ? 0.0 : args.grad_logp[row];
   const double grad_entropy = args.grad_entropy == nullptr ? 0.0 : args.grad_entropy[row];
   const double lse = args.lse[row];
   // A finite lse vouches for the row: no NaN and no infinity hides behind the zero gradient.
   if (grad_logp == 0.0 && grad_entropy == 0.0 && std::isfinite(lse)) {
-    std::memset(out, 0, static_cast<size_t>(args.n_cols * ops.item_size));
+    std::memset(out, 0, static_cast<size_t>(args.n_cols * item_size(args.dtype)));
     return;
   }
-  const int64_t id = args.ids[row];
-  const double inverse_temperature = 1.0 / args.temperature;
-  const double entropy = args.entropy == nullptr ? 0.0 : args.entropy[row];
+  const double entropy = args.grad_entropy == nullptr ? 0.0 : args.entropy[row];
+  const double log2_scale = 1.0 / (args.temperature * kLn2);
 
   // d/dz_j = p_j * (-grad_logp - grad_entropy * (log p_j + H)) / temperature, plus the target's own term;
   // log p_j is t * ln 2, so the bracket is a + b * t.
-  const float scale = static_cast<float>(inverse_temperature / kLn2);
-  const float shift = static_cast<float>(lse * args.temperature);
-  // What rounding the shift to float took from log p goes back in through the factors, which are computed once a row.
-  const double residue = std::isfinite(lse) ? shift * inverse_temperature - lse : 0.0;
-  const double factor = -std::exp(residue) * inverse_temperature;
-  const float a = static_cast<float>(factor * (grad_logp + grad_entropy * (entropy + residue)));
-  const float b = static_cast<float>(factor * grad_entropy * kLn2);
-  alignas(64) float block[kBlock];
-
-  for (int64_t start = 0; start < args.n_cols; start += kBlock) {
-    const int64_t n = std::min(kBlock, args.n_cols - start);
-    ops.load(logits + start * ops.item_size, n, block);
-    const bool has_target = id >= start && id < start + n;
-    const double target = has_target ? block[id - start] : 0.0;
-    scale_exp2(block, n, shift, scale, a, b);
-    if (has_target) {
-      // expm1, because 1 - p loses every digit where the model is sure.
-      const double log_p = target * inverse_temperature - lse;
-      const double p = std::exp(log_p);
-      const double curvature = p == 0.0 ? 0.0 : p * (log_p + entropy);
-      const double gradient = -grad_logp * std::expm1(log_p) - grad_entropy * curvature;
-      block[id - start] = static_cast<float>(gradient * inverse_temperature);
-    }
-    ops.store(block, n, out + start * ops.item_size);
+  RowGradient by;
+  by.scale = static_cast<float>(log2_scale);
+  by.bias = static_cast<float>(-lse / kLn2);
+  // What rounding the bias to float took from log p goes back in through the factors, which are computed once a row.
+  const double residue = -lse - kLn2 * by.bias;
+  const double factor = -std::exp(residue) / args.temperature;
+  by.a = static_cast<float>(factor * (grad_logp + grad_entropy * (entropy + residue)));
+  by.b = static_cast<float>(factor * grad_entropy * kLn2);
+  const double log_p = value_at(z, args.ids[row], args.dtype) / args.temperature - lse;
+  if (!std::isfinite(by.scale) || !(std::fabs(by.bias) < kFarthest) || !std::isfinite(by.a) || !std::isfinite(by.b)) {
+    return backward_in_double(args, z, out, row, entropy);
   }
+  row_kernels().gradient[args.dtype][args.grad_entropy != nullptr](z, args.n_cols, by, stream, out);
+  // expm1, because 1 - p loses every digit where the model is sure.
+  const double p = std::exp(log_p);
+  const double curvature = p == 0.0 ? 0.0 : p * (log_p + entropy);
+  const double target = -grad_logp * std::expm1(log_p) - grad_entropy * curvature;
+  put_at(out, args.ids[row], args.dtype, static_cast<float>(target / args.temperature));
+}
+
+// Fresh memory comes in pages of 4 KiB, each of which costs a fault; asked for before the first touch, the system may
+// give 2 MiB ones. Only a hint: nothing depends on whether it is taken.
+void ask_for_huge_pages(void* begin, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(begin) + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t last = (reinterpret_cast<uintptr_t>(begin) + static_cast<uintptr_t>(bytes)) / kHugePage * kHugePage;
+  if (last > first) (void)madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+  (void)begin;
+  (void)bytes;
+#endif
 }
 
 }  // namespace
@@ -137,37 +190,48 @@ void backward_row(const pk_log_probs_grad_args& args, const DtypeOps& ops, int64
 
 extern "C" int pk_cpu_log_probs_forward(const pk_log_probs_args* args) {
   using namespace pk;
-  if (const int status = check(args)) return status;
-  const DtypeOps& ops = *dtype_ops(args->dtype);
-  const int threads = threads_for(*args);
+  if (args == nullptr || args->n_models < 1 || args->n_models > PK_MAX_MODELS) return PK_BAD_ARGUMENT;
+  for (int m = 0; m < args->n_models; ++m) {
+    if (!known_dtype(args->models[m].dtype) || !(args->models[m].temperature > 0.0)) return PK_BAD_ARGUMENT;
+  }
+  if (const int status = check_rows(*args)) return status;
+  const int64_t tasks = args->n_rows * args->n_models;
+  const int threads = thread_count(args->n_threads, tasks, tasks * args->n_cols);
   (void)threads;
+  // A row of one model is one thread's, so that results do not depend on how many threads there are.
 #pragma omp parallel for schedule(dynamic, kRowsPerChunk) num_threads(threads) if (threads > 1)
-  for (int64_t row = 0; row < args->n_rows; ++row) {
+  for (int64_t task = 0; task < tasks; ++task) {
+    const int64_t row = task / args->n_models;
+    const pk_log_probs_model& model = args->models[task % args->n_models];
+    RowResult result{0.0, 0.0, 0.0};
     if (read_row(args->mask, row)) {
-      forward_row(*args, ops, row);
-    } else {
-      args->logp[row] = 0.0f;
-      args->lse[row] = 0.0f;
-      if (args->entropy != nullptr) args->entropy[row] = 0.0f;
+      const char* z = at(model.logits, row * model.stride, model.dtype);
+      result = forward_row(z, args->n_cols, args->ids[row], model.dtype, model.temperature, model.entropy != nullptr);
     }
+    model.logp[row] = static_cast<float>(result.logp);
+    model.lse[row] = static_cast<float>(result.lse);
+    if (model.entropy != nullptr) model.entropy[row] = static_cast<float>(result.entropy);
   }
   return PK_OK;
 }
 
 extern "C" int pk_cpu_log_probs_backward(const pk_log_probs_grad_args* args) {
   using namespace pk;
-  if (const int status = check(args)) return status;
+  if (args == nullptr || !known_dtype(args->dtype) || !(args->temperature > 0.0)) return PK_BAD_ARGUMENT;
   if (args->grad_entropy != nullptr && args->entropy == nullptr) return PK_BAD_ARGUMENT;
-  const DtypeOps& ops = *dtype_ops(args->dtype);
-  const int threads = threads_for(*args);
+  if (const int status = check_rows(*args)) return status;
+  const int threads = thread_count(args->n_threads, args->n_rows, args->n_rows * args->n_cols);
   (void)threads;
+  const int64_t bytes = args->n_rows * args->n_cols * item_size(args->dtype);
+  const bool stream = args->out != args->logits && bytes > kStreamBytes;
+  if (stream && args->out_stride == args->n_cols) ask_for_huge_pages(args->out, bytes);
 #pragma omp parallel for schedule(dynamic, kRowsPerChunk) num_threads(threads) if (threads > 1)
   for (int64_t row = 0; row < args->n_rows; ++row) {
     if (read_row(args->mask, row)) {
-      backward_row(*args, ops, row);
+      backward_row(*args, row, stream);
     } else {
-      char* out = const_cast<char*>(row_at(args->out, row, args->out_stride, ops.item_size));
-      std::memset(out, 0, static_cast<size_t>(args->n_cols * ops.item_size));
+      char* out = const_cast<char*>(at(args->out, row * args->out_stride, args->dtype));
+      std::memset(out, 0, static_cast<size_t>(args->n_cols * item_size(args->dtype)));
     }
   }
   return PK_OK;

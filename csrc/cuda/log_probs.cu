@@ -1,4 +1,6 @@
-// One block a row: each thread keeps its own online softmax over 16-byte loads, then the block combines them.
+// One block a row and model: each thread keeps an online softmax of its own over 16-byte loads, then the block combines
+// them. The target is left out of the pass and joined at the end in double, as in the CPU kernels: beside a 1 the tail
+// of a peaked row would be rounded away.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -8,11 +10,16 @@
 
 namespace {
 
+constexpr int kWarp = 32;
 constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / 32;
-constexpr float kLog2e = 1.44269504088896341f;
+// Where there are fewer rows than it takes to fill the device, more threads share one.
+constexpr int kManyThreads = 1024;
+constexpr int64_t kFewRows = 512;
+// Loads of a thread that are under way together: latency times bandwidth asks for some 40 KiB a multiprocessor.
+constexpr int kUnroll = 4;
 constexpr double kLn2 = 0.693147180559945309;
-constexpr float kExp2Low = -126.0f;
+constexpr double kLog2e = 1.44269504088896340736;
+constexpr float kLowest = -126.0f;
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
@@ -48,8 +55,7 @@ __device__ __forceinline__ int64_t head_of(const T* row, int64_t n_cols) {
 }
 
 // NaN passes, as a clamp must not hide it; where 2^t vanishes the factor beside it stays finite (0 * -inf is NaN).
-__device__ __forceinline__ float clamp_exponent(float t) { return t < kExp2Low ? kExp2Low : t; }
-__device__ __forceinline__ float exp2_clamped(float t) { return t < kExp2Low ? 0.0f : exp2f(t); }
+__device__ __forceinline__ float clamp_exponent(float t) { return t < kLowest ? kLowest : t; }
 
 // sum of 2^t and of t * 2^t, with t = (z - highest) * scale.
 struct Softmax {
@@ -61,18 +67,19 @@ struct Softmax {
     if (!(value > highest)) return;
     if (highest != -INFINITY) {
       const float step = (highest - value) * scale;
-      const float factor = exp2_clamped(step);
+      const float factor = exp2f(step);
       weighted = factor * (weighted + clamp_exponent(step) * sum);
       sum *= factor;
     }
     highest = value;
   }
 
+  template <bool kEntropy>
   __device__ __forceinline__ void add(float z, float scale) {
     const float t = (z - (highest == -INFINITY ? 0.0f : highest)) * scale;
-    const float e = exp2_clamped(t);
+    const float e = exp2f(t);
     sum += e;
-    weighted += e * clamp_exponent(t);
+    if (kEntropy) weighted += e * clamp_exponent(t);
   }
 
   __device__ __forceinline__ void merge(Softmax other, float scale) {
@@ -84,7 +91,7 @@ struct Softmax {
 };
 
 __device__ __forceinline__ Softmax warp_combine(Softmax mine, float scale) {
-  for (int offset = 16; offset > 0; offset >>= 1) {
+  for (int offset = kWarp / 2; offset > 0; offset >>= 1) {
     Softmax other;
     other.highest = __shfl_xor_sync(0xffffffffu, mine.highest, offset);
     other.sum = __shfl_xor_sync(0xffffffffu, mine.sum, offset);
@@ -94,171 +101,246 @@ __device__ __forceinline__ Softmax warp_combine(Softmax mine, float scale) {
   return mine;
 }
 
-// True where the row is to be computed; an id out of range is reported and the row left to the caller.
-template <typename Args>
-__device__ __forceinline__ bool id_is_valid(const Args& args, int64_t row) {
-  const int64_t id = args.ids[row];
-  if (id >= 0 && id < args.n_cols) return true;
-  if (threadIdx.x == 0 && args.bad_row != nullptr) *args.bad_row = row;
-  return false;
+// `z` but for the target, which reads as -inf.
+template <typename T, bool kEntropy>
+__device__ __forceinline__ void take_pack(Softmax& softmax, const Pack<T>& pack, int64_t column, int64_t id,
+                                          float scale) {
+  float z[Pack<T>::kSize];
+#pragma unroll
+  for (int k = 0; k < Pack<T>::kSize; ++k) z[k] = column + k == id ? -INFINITY : to_float(pack.value[k]);
+  float highest = z[0];
+#pragma unroll
+  for (int k = 1; k < Pack<T>::kSize; ++k) highest = fmaxf(highest, z[k]);
+  softmax.raise_to(highest, scale);
+#pragma unroll
+  for (int k = 0; k < Pack<T>::kSize; ++k) softmax.add<kEntropy>(z[k], scale);
 }
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads) forward_kernel(pk_log_probs_args args) {
+__device__ __forceinline__ void store_results(const pk_log_probs_model& model, int64_t row, double logp, double lse,
+                                              double entropy) {
+  model.logp[row] = static_cast<float>(logp);
+  model.lse[row] = static_cast<float>(lse);
+  if (model.entropy != nullptr) model.entropy[row] = static_cast<float>(entropy);
+}
+
+template <typename T, int kBlock, bool kEntropy>
+__global__ void __launch_bounds__(kBlock) forward_kernel(pk_log_probs_args args, int first_model) {
   const int64_t row = blockIdx.x;
+  const pk_log_probs_model model = args.models[first_model + blockIdx.y];
   const bool masked = args.mask != nullptr && args.mask[row] == 0;
-  if (masked || !id_is_valid(args, row)) {
+  const int64_t id = masked ? 0 : args.ids[row];
+  if (masked || id < 0 || id >= args.n_cols) {
     if (threadIdx.x == 0) {
-      const float value = masked ? 0.0f : NAN;
-      args.logp[row] = value;
-      args.lse[row] = value;
-      if (args.entropy != nullptr) args.entropy[row] = value;
+      const double value = masked ? 0.0 : NAN;
+      store_results(model, row, value, value, value);
     }
     return;
   }
-  const T* z = static_cast<const T*>(args.logits) + row * args.logits_stride;
-  const double inverse_temperature = 1.0 / args.temperature;
-  const float scale = static_cast<float>(inverse_temperature) * kLog2e;
+  const T* z = static_cast<const T*>(model.logits) + row * model.stride;
+  const double inverse_temperature = 1.0 / model.temperature;
+  const float scale = static_cast<float>(inverse_temperature * kLog2e);
   const int64_t head = head_of(z, args.n_cols);
   const int64_t packs = (args.n_cols - head) / Pack<T>::kSize;
   const Pack<T>* body = reinterpret_cast<const Pack<T>*>(z + head);
 
   Softmax softmax{-INFINITY, 0.0f, 0.0f};
-  const auto add_one = [&](int64_t column) {
-    const float value = to_float(z[column]);
+  const auto take_one = [&](int64_t column) {
+    const float value = column == id ? -INFINITY : to_float(z[column]);
     softmax.raise_to(value, scale);
-    softmax.add(value, scale);
+    softmax.add<kEntropy>(value, scale);
   };
-  for (int64_t i = threadIdx.x; i < head; i += kThreads) add_one(i);
-  for (int64_t i = threadIdx.x; i < packs; i += kThreads) {
-    const Pack<T> pack = body[i];
-    float highest = to_float(pack.value[0]);
+  for (int64_t i = threadIdx.x; i < head; i += kBlock) take_one(i);
+  int64_t i = threadIdx.x;
+  for (; i + (kUnroll - 1) * kBlock < packs; i += kUnroll * kBlock) {
+    Pack<T> pack[kUnroll];
 #pragma unroll
-    for (int k = 1; k < Pack<T>::kSize; ++k) highest = fmaxf(highest, to_float(pack.value[k]));
-    softmax.raise_to(highest, scale);
+    for (int u = 0; u < kUnroll; ++u) pack[u] = body[i + u * kBlock];
 #pragma unroll
-    for (int k = 0; k < Pack<T>::kSize; ++k) softmax.add(to_float(pack.value[k]), scale);
+    for (int u = 0; u < kUnroll; ++u) {
+      take_pack<T, kEntropy>(softmax, pack[u], head + (i + u * kBlock) * Pack<T>::kSize, id, scale);
+    }
   }
-  for (int64_t i = head + packs * Pack<T>::kSize + threadIdx.x; i < args.n_cols; i += kThreads) add_one(i);
+  for (; i < packs; i += kBlock) take_pack<T, kEntropy>(softmax, body[i], head + i * Pack<T>::kSize, id, scale);
+  for (int64_t c = head + packs * Pack<T>::kSize + threadIdx.x; c < args.n_cols; c += kBlock) take_one(c);
 
-  __shared__ Softmax partial[kWarps];
+  __shared__ Softmax partial[kBlock / kWarp];
   softmax = warp_combine(softmax, scale);
-  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = softmax;
+  if (threadIdx.x % kWarp == 0) partial[threadIdx.x / kWarp] = softmax;
   __syncthreads();
+  if (threadIdx.x >= kWarp) return;
+  softmax = threadIdx.x < kBlock / kWarp ? partial[threadIdx.x] : Softmax{-INFINITY, 0.0f, 0.0f};
+  softmax = warp_combine(softmax, scale);
   if (threadIdx.x != 0) return;
-  for (int warp = 1; warp < kWarps; ++warp) softmax.merge(partial[warp], scale);
 
-  const double highest = softmax.highest;
-  const double log_sum = log(static_cast<double>(softmax.sum));
-  const double target = to_float(z[args.ids[row]]);
-  args.lse[row] = static_cast<float>(highest * inverse_temperature + log_sum);
-  args.logp[row] = static_cast<float>((target - highest) * inverse_temperature - log_sum);
-  if (args.entropy != nullptr) {
-    args.entropy[row] = static_cast<float>(log_sum - kLn2 * softmax.weighted / softmax.sum);
-  }
+  const double target = to_float(z[id]);
+  const double highest = fmax(static_cast<double>(softmax.highest), target);
+  const double exact_scale = inverse_temperature * kLog2e;
+  const double step = softmax.highest == -INFINITY ? 0.0 : (softmax.highest - highest) * exact_scale;
+  const double factor = exp2(step);
+  const double rest = factor * softmax.sum;
+  const double t = (target - highest) * exact_scale;
+  const double p = exp2(t);
+  const double sum = rest + p;
+  const double log_sum = log(sum);
+  // log1p, because beside a 1 the rest would lose its digits; where the target vanishes there is nothing to lose.
+  const double logp = p > 1e-280 ? -log1p(rest / p) : kLn2 * t - log_sum;
+  const double weighted = factor == 0.0 ? 0.0 : factor * (softmax.weighted + step * softmax.sum);
+  const double entropy = log_sum - kLn2 * (weighted + (p == 0.0 ? 0.0 : p * t)) / sum;
+  store_results(model, row, logp, highest * inverse_temperature + log_sum, entropy);
 }
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads) backward_kernel(pk_log_probs_grad_args args) {
+template <typename T, int kBlock>
+__global__ void __launch_bounds__(kBlock) backward_kernel(pk_log_probs_grad_args args) {
   const int64_t row = blockIdx.x;
   T* out = static_cast<T*>(args.out) + row * args.out_stride;
   const bool masked = args.mask != nullptr && args.mask[row] == 0;
-  if (masked || !id_is_valid(args, row)) {
-    const T value = from_float<T>(masked ? 0.0f : NAN);
-    for (int64_t i = threadIdx.x; i < args.n_cols; i += kThreads) out[i] = value;
+  const int64_t id = masked ? 0 : args.ids[row];
+  const double grad_logp = args.grad_logp == nullptr ? 0.0 : args.grad_logp[row];
+  const double grad_entropy = args.grad_entropy == nullptr ? 0.0 : args.grad_entropy[row];
+  const double lse = args.lse[row];
+  const bool valid = id >= 0 && id < args.n_cols;
+  // A finite lse vouches for the row: no NaN and no infinity hides behind the zero gradient.
+  const bool nothing = masked || (valid && grad_logp == 0.0 && grad_entropy == 0.0 && isfinite(lse));
+  const T* z = static_cast<const T*>(args.logits) + row * args.logits_stride;
+  const bool packable = ((reinterpret_cast<uintptr_t>(z) ^ reinterpret_cast<uintptr_t>(out)) & 15) == 0;
+  const int64_t head = packable ? head_of(z, args.n_cols) : args.n_cols;
+  const int64_t packs = (args.n_cols - head) / Pack<T>::kSize;
+  Pack<T>* out_body = reinterpret_cast<Pack<T>*>(out + head);
+  const int64_t tail = head + packs * Pack<T>::kSize;
+
+  if (nothing || !valid) {
+    const T value = from_float<T>(nothing ? 0.0f : NAN);
+    Pack<T> pack;
+#pragma unroll
+    for (int k = 0; k < Pack<T>::kSize; ++k) pack.value[k] = value;
+    for (int64_t i = threadIdx.x; i < head; i += kBlock) out[i] = value;
+    for (int64_t i = threadIdx.x; i < packs; i += kBlock) out_body[i] = pack;
+    for (int64_t i = tail + threadIdx.x; i < args.n_cols; i += kBlock) out[i] = value;
     return;
   }
-  const T* z = static_cast<const T*>(args.logits) + row * args.logits_stride;
-  const int64_t id = args.ids[row];
-  const float grad_logp = args.grad_logp == nullptr ? 0.0f : args.grad_logp[row];
-  const float grad_entropy = args.grad_entropy == nullptr ? 0.0f : args.grad_entropy[row];
-  const float entropy = args.entropy == nullptr ? 0.0f : args.entropy[row];
-  const float lse = args.lse[row];
-  const float inverse_temperature = static_cast<float>(1.0 / args.temperature);
 
-  // p_j * (a + b * t) with log p_j = t * ln 2, as in the CPU kernel; the target adds its own term.
-  const float scale = inverse_temperature * kLog2e;
-  const float shift = static_cast<float>(lse * args.temperature);
-  const float a = -(grad_logp + grad_entropy * entropy) * inverse_temperature;
-  const float b = -grad_entropy * static_cast<float>(kLn2) * inverse_temperature;
+  // p_j * (a + b * t) with log p_j = t * ln 2 + residue, as in the CPU kernel. Every thread works out the target's own
+  // gradient before any of them writes: in place, its logit is gone after that.
+  const double inverse_temperature = 1.0 / args.temperature;
+  const double entropy = args.grad_entropy == nullptr ? 0.0 : args.entropy[row];
+  const float scale = static_cast<float>(inverse_temperature * kLog2e);
+  const float bias = static_cast<float>(-lse * kLog2e);
+  const double residue = isfinite(lse) ? -lse - kLn2 * bias : 0.0;
+  const double factor = -exp(residue) * inverse_temperature;
+  const float a = static_cast<float>(factor * (grad_logp + grad_entropy * (entropy + residue)));
+  const float b = static_cast<float>(factor * grad_entropy * kLn2);
+  const double log_p = to_float(z[id]) * inverse_temperature - lse;
+  const double p = exp(log_p);
+  const double curvature = p == 0.0 ? 0.0 : p * (log_p + entropy);
+  const float target =
+      static_cast<float>((-grad_logp * expm1(log_p) - grad_entropy * curvature) * inverse_temperature);
+  __syncthreads();
+
   const auto gradient = [&](float value, int64_t column) {
-    const float t = (value - shift) * scale;
-    const float others = exp2_clamped(t) * (a + b * clamp_exponent(t));
-    if (column != id) return others;
-    const float log_p = value * inverse_temperature - lse;
-    const float p = expf(log_p);
-    const float curvature = p == 0.0f ? 0.0f : p * (log_p + entropy);
-    return (-grad_logp * expm1f(log_p) - grad_entropy * curvature) * inverse_temperature;
+    const float t = fmaf(value, scale, bias);
+    const float others = exp2f(t) * (a + b * clamp_exponent(t));
+    return column == id ? target : others;
   };
-
-  const int64_t head = head_of(z, args.n_cols);
-  const bool packable = ((reinterpret_cast<uintptr_t>(z) ^ reinterpret_cast<uintptr_t>(out)) & 15) == 0;
-  const int64_t packs = packable ? (args.n_cols - head) / Pack<T>::kSize : 0;
   const Pack<T>* body = reinterpret_cast<const Pack<T>*>(z + head);
-  Pack<T>* out_body = reinterpret_cast<Pack<T>*>(out + head);
-  for (int64_t i = threadIdx.x; i < head; i += kThreads) out[i] = from_float<T>(gradient(to_float(z[i]), i));
-  for (int64_t i = threadIdx.x; i < packs; i += kThreads) {
-    Pack<T> pack = body[i];
+  for (int64_t i = threadIdx.x; i < head; i += kBlock) out[i] = from_float<T>(gradient(to_float(z[i]), i));
+  const auto put_pack = [&](Pack<T> pack, int64_t i) {
     const int64_t column = head + i * Pack<T>::kSize;
 #pragma unroll
     for (int k = 0; k < Pack<T>::kSize; ++k) {
       pack.value[k] = from_float<T>(gradient(to_float(pack.value[k]), column + k));
     }
     out_body[i] = pack;
+  };
+  int64_t i = threadIdx.x;
+  for (; i + (kUnroll - 1) * kBlock < packs; i += kUnroll * kBlock) {
+    Pack<T> pack[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) pack[u] = body[i + u * kBlock];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) put_pack(pack[u], i + u * kBlock);
   }
-  for (int64_t i = head + packs * Pack<T>::kSize + threadIdx.x; i < args.n_cols; i += kThreads) {
-    out[i] = from_float<T>(gradient(to_float(z[i]), i));
+  for (; i < packs; i += kBlock) put_pack(body[i], i);
+  for (int64_t c = tail + threadIdx.x; c < args.n_cols; c += kBlock) {
+    out[c] = from_float<T>(gradient(to_float(z[c]), c));
   }
-}
-
-template <typename Args>
-bool valid(const Args* args) {
-  return args != nullptr && args->n_rows >= 0 && args->n_rows <= INT32_MAX && args->n_cols >= 1 &&
-         args->temperature > 0.0;
 }
 
 int launch_status() { return cudaGetLastError() == cudaSuccess ? PK_OK : PK_CUDA_ERROR; }
 
+template <typename T>
+void launch_forward(const pk_log_probs_args& args, int first_model, int n_models, cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>(args.n_rows), static_cast<unsigned>(n_models));
+  const bool entropy = args.models[first_model].entropy != nullptr;
+  const bool few = args.n_rows * n_models < kFewRows;
+  if (few && entropy) {
+    forward_kernel<T, kManyThreads, true><<<grid, kManyThreads, 0, stream>>>(args, first_model);
+  } else if (few) {
+    forward_kernel<T, kManyThreads, false><<<grid, kManyThreads, 0, stream>>>(args, first_model);
+  } else if (entropy) {
+    forward_kernel<T, kThreads, true><<<grid, kThreads, 0, stream>>>(args, first_model);
+  } else {
+    forward_kernel<T, kThreads, false><<<grid, kThreads, 0, stream>>>(args, first_model);
+  }
+}
+
+template <typename T>
+void launch_backward(const pk_log_probs_grad_args& args, cudaStream_t stream) {
+  const unsigned rows = static_cast<unsigned>(args.n_rows);
+  if (args.n_rows < kFewRows) {
+    backward_kernel<T, kManyThreads><<<rows, kManyThreads, 0, stream>>>(args);
+  } else {
+    backward_kernel<T, kThreads><<<rows, kThreads, 0, stream>>>(args);
+  }
+}
+
+bool valid_sizes(int64_t n_rows, int64_t n_cols) { return n_rows >= 0 && n_rows <= INT32_MAX && n_cols >= 1; }
+
+bool known_dtype(int32_t dtype) { return dtype == PK_FLOAT32 || dtype == PK_BFLOAT16 || dtype == PK_FLOAT16; }
+
 }  // namespace
 
 extern "C" int pk_cuda_log_probs_forward(const pk_log_probs_args* args, void* stream) {
-  if (!valid(args)) return PK_BAD_ARGUMENT;
+  if (args == nullptr || args->n_models < 1 || args->n_models > PK_MAX_MODELS) return PK_BAD_ARGUMENT;
+  if (!valid_sizes(args->n_rows, args->n_cols)) return PK_BAD_ARGUMENT;
+  for (int m = 0; m < args->n_models; ++m) {
+    if (!known_dtype(args->models[m].dtype) || !(args->models[m].temperature > 0.0)) return PK_BAD_ARGUMENT;
+  }
   if (args->n_rows == 0) return PK_OK;
-  const unsigned rows = static_cast<unsigned>(args->n_rows);
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
-  switch (args->dtype) {
-    case PK_FLOAT32:
-      forward_kernel<float><<<rows, kThreads, 0, on>>>(*args);
-      break;
-    case PK_BFLOAT16:
-      forward_kernel<__nv_bfloat16><<<rows, kThreads, 0, on>>>(*args);
-      break;
-    case PK_FLOAT16:
-      forward_kernel<__half><<<rows, kThreads, 0, on>>>(*args);
-      break;
-    default:
-      return PK_BAD_ARGUMENT;
+  // One launch for neighbours of one dtype, that is for all models as a rule.
+  for (int first = 0; first < args->n_models;) {
+    int next = first + 1;
+    while (next < args->n_models && args->models[next].dtype == args->models[first].dtype) ++next;
+    switch (args->models[first].dtype) {
+      case PK_FLOAT32:
+        launch_forward<float>(*args, first, next - first, on);
+        break;
+      case PK_BFLOAT16:
+        launch_forward<__nv_bfloat16>(*args, first, next - first, on);
+        break;
+      default:
+        launch_forward<__half>(*args, first, next - first, on);
+    }
+    first = next;
   }
   return launch_status();
 }
 
 extern "C" int pk_cuda_log_probs_backward(const pk_log_probs_grad_args* args, void* stream) {
-  if (!valid(args) || (args->grad_entropy != nullptr && args->entropy == nullptr)) return PK_BAD_ARGUMENT;
+  if (args == nullptr || !valid_sizes(args->n_rows, args->n_cols) || !known_dtype(args->dtype)) return PK_BAD_ARGUMENT;
+  if (!(args->temperature > 0.0)) return PK_BAD_ARGUMENT;
+  if (args->grad_entropy != nullptr && args->entropy == nullptr) return PK_BAD_ARGUMENT;
   if (args->n_rows == 0) return PK_OK;
-  const unsigned rows = static_cast<unsigned>(args->n_rows);
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
   switch (args->dtype) {
     case PK_FLOAT32:
-      backward_kernel<float><<<rows, kThreads, 0, on>>>(*args);
+      launch_backward<float>(*args, on);
       break;
     case PK_BFLOAT16:
-      backward_kernel<__nv_bfloat16><<<rows, kThreads, 0, on>>>(*args);
-      break;
-    case PK_FLOAT16:
-      backward_kernel<__half><<<rows, kThreads, 0, on>>>(*args);
+      launch_backward<__nv_bfloat16>(*args, on);
       break;
     default:
-      return PK_BAD_ARGUMENT;
+      launch_backward<__half>(*args, on);
   }
   return launch_status();
 }

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from prime_kernels._rows import column, is_rows, mask_column, row_stride
 from prime_kernels._triton import interpreted
 from prime_kernels._triton._config import Config, Device, choose
 from prime_kernels._triton._log_probs_kernels import backward_kernel, combine_kernel, forward_kernel
@@ -17,27 +18,6 @@ ALIGNED_COLUMNS, ALIGNED_BYTES = 8, 16
 PARTIAL_FIELDS = 4
 
 
-def log_probs_forward(
-    logits2d: Tensor, ids: Tensor, mask: Tensor | None, temperature: float, with_entropy: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(logp, lse, entropy or None) of each row of [N, V], float32; lse is of logits / temperature."""
-    logp, lse, entropy = forward([logits2d], ids, mask, [temperature], with_entropy)
-    return logp[0], lse[0], None if entropy is None else entropy[0]
-
-
-def log_ratios_forward(
-    models: Sequence[Tensor], ids: Tensor, mask: Tensor | None, temperatures: Sequence[float]
-) -> tuple[Tensor, Tensor]:
-    """(logp, lse), each [models, N]: one launch for up to three [N, V] of one dtype, one a model otherwise."""
-    if len({logits2d.dtype for logits2d in models}) == 1:
-        return forward(models, ids, mask, temperatures, False)[:2]
-    each = [
-        forward([logits2d], ids, mask, [temperature], False)
-        for logits2d, temperature in zip(models, temperatures, strict=True)
-    ]
-    return torch.cat([logp for logp, _, _ in each]), torch.cat([lse for _, lse, _ in each])
-
-
 def forward(
     models: Sequence[Tensor],
     ids: Tensor,
@@ -46,11 +26,18 @@ def forward(
     with_entropy: bool,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(logp, lse, entropy or None), each [models, N], of one to three models of one dtype."""
+    """(logp, lse, entropy or None), each [models, N] float32, of one to three models' [N, V] logits.
+
+    One launch for models of one dtype, one a model otherwise. lse is of logits / temperature. Masked rows are 0.
+    """
     first, count = models[0], len(models)
+    if any(z.dtype != first.dtype for z in models):
+        each = zip(models, temperatures, strict=True)
+        parts = [forward([z], ids, mask, [temperature], with_entropy, config) for z, temperature in each]
+        return tuple(None if part[0] is None else torch.cat(part) for part in zip(*parts, strict=True))
     rows, vocabulary = first.shape
-    assert all(_is_rows(z) and z.shape == first.shape and z.dtype == first.dtype for z in models) and vocabulary < 2**31
-    ids, mask = _dense(ids, torch.int64, rows), _bytes(mask, rows)
+    assert all(is_rows(z) and z.shape == first.shape for z in models) and vocabulary < 2**31
+    ids, mask = column(ids, torch.int64, rows, first.device), mask_column(mask, rows, first.device)
     logp, lse = first.new_empty(count, rows, dtype=torch.float32), first.new_empty(count, rows, dtype=torch.float32)
     entropy = torch.empty_like(lse) if with_entropy else None
     if rows == 0:
@@ -68,7 +55,7 @@ def forward(
     with _on(first.device):
         forward_kernel[(rows, splits, count)](
             *padded,
-            *[_stride(logits2d) // unit for logits2d in padded],
+            *[row_stride(z) // unit for z in padded],
             *inverses,
             ids,
             mask,
@@ -89,36 +76,38 @@ def forward(
     return logp, lse, entropy
 
 
-def log_probs_backward(
-    logits2d: Tensor,
+def backward(
+    logits: Tensor,
     ids: Tensor,
     mask: Tensor | None,
     lse: Tensor,
     entropy: Tensor | None,
-    grad_logp: Tensor,
+    grad_logp: Tensor | None,
     grad_entropy: Tensor | None,
     temperature: float,
     out: Tensor,
     config: Config | None = None,
 ) -> None:
-    """Write d loss / d logits to ``out``, which may be ``logits2d`` itself. ``entropy`` is that of the forward."""
-    rows, vocabulary = logits2d.shape
-    assert _is_rows(logits2d) and _is_rows(out) and out.dtype == logits2d.dtype and out.shape == logits2d.shape
+    """Write d loss / d logits [N, V] to ``out``, which may be ``logits`` itself. ``entropy`` is that of the forward."""
+    rows, vocabulary = logits.shape
+    device = logits.device
+    assert is_rows(logits) and is_rows(out) and out.dtype == logits.dtype and out.shape == logits.shape
     if rows == 0:
         return
-    ids, mask = _dense(ids, torch.int64, rows), _bytes(mask, rows)
-    lse, grad_logp = (_dense(column, torch.float32, rows) for column in (lse, grad_logp))
+    ids, mask = column(ids, torch.int64, rows, device), mask_column(mask, rows, device)
+    grad_logp = torch.zeros_like(lse) if grad_logp is None else grad_logp
     with_entropy = grad_entropy is not None
-    if with_entropy:
-        entropy, grad_entropy = (_dense(column, torch.float32, rows) for column in (entropy, grad_entropy))
-    config = config or choose(rows, vocabulary, logits2d.element_size(), _device(logits2d.device))
-    unit = _unit(logits2d, out)
-    with _on(logits2d.device):
+    lse, entropy, grad_logp, grad_entropy = (
+        column(each, torch.float32, rows, device) for each in (lse, entropy, grad_logp, grad_entropy)
+    )
+    config = config or choose(rows, vocabulary, logits.element_size(), _device(device))
+    unit = _unit(logits, out)
+    with _on(device):
         backward_kernel[(rows, config.splits)](
-            logits2d,
+            logits,
             out,
-            _stride(logits2d) // unit,
-            _stride(out) // unit,
+            row_stride(logits) // unit,
+            row_stride(out) // unit,
             1.0 / temperature,
             ids,
             ids if mask is None else mask,
@@ -148,27 +137,8 @@ def _unit(*tensors: Tensor) -> int:
 
     One answer for all models of a launch: equal logits give equal bits whatever the strides they come with.
     """
-    aligned = all(z.data_ptr() % ALIGNED_BYTES == 0 and _stride(z) % ALIGNED_COLUMNS == 0 for z in tensors)
+    aligned = all(z.data_ptr() % ALIGNED_BYTES == 0 and row_stride(z) % ALIGNED_COLUMNS == 0 for z in tensors)
     return ALIGNED_COLUMNS if aligned else 1
-
-
-def _stride(logits2d: Tensor) -> int:
-    """Elements from row to row; a single row goes nowhere, whatever its stride says."""
-    return logits2d.stride(0) if logits2d.shape[0] > 1 else 0
-
-
-def _is_rows(tensor: Tensor) -> bool:
-    return tensor.ndim == 2 and (tensor.stride(1) == 1 or tensor.shape[1] == 1)
-
-
-def _dense(tensor: Tensor, dtype: torch.dtype, size: int) -> Tensor:
-    assert tensor.dtype == dtype and tensor.numel() == size
-    return tensor.contiguous()
-
-
-def _bytes(mask: Tensor | None, size: int) -> Tensor | None:
-    """A bool is one byte of 0 or 1: reinterpreted, not copied."""
-    return None if mask is None else _dense(mask, torch.bool, size).view(torch.uint8)
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager:

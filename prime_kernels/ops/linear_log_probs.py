@@ -77,8 +77,10 @@ class _Tiled(torch.autograd.Function):
         from prime_kernels import _native
 
         tiles = _tiles(hidden, weight, bias)
-        parts = [_native.log_probs_forward(z, ids[span], None, temperature, with_entropy) for span, z in tiles]
-        logp, lse, entropy = (None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True))
+        parts = [_native.forward([z], ids[span], None, [temperature], with_entropy) for span, z in tiles]
+        logp, lse, entropy = (
+            None if column[0] is None else torch.cat(column, 1)[0] for column in zip(*parts, strict=True)
+        )
         ctx.save_for_backward(hidden, weight, bias, ids, lse, entropy)
         ctx.temperature = temperature
         ctx.set_materialize_grads(False)
@@ -98,14 +100,14 @@ class _Tiled(torch.autograd.Function):
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32) if wanted[1] else None
         grad_bias = torch.zeros(bias.shape, dtype=torch.float32) if bias is not None and wanted[2] else None
         for span, z in _tiles(hidden, weight, bias):
-            _native.log_probs_backward(
+            _native.backward(
                 z,
                 ids[span],
                 None,
                 lse[span],
                 None if entropy is None else entropy[span],
-                torch.zeros_like(lse[span]) if grad_logp is None else grad_logp[span].contiguous(),
-                None if grad_entropy is None else grad_entropy[span].contiguous(),
+                None if grad_logp is None else grad_logp[span],
+                None if grad_entropy is None else grad_entropy[span],
                 ctx.temperature,
                 z,
             )

@@ -7,7 +7,7 @@ With z = logits / temperature and log p = z - logsumexp(z), per row:
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -62,7 +62,9 @@ class _LogProbs(torch.autograd.Function):
             logp, entropy = reference(logits, ids, mask, temperature)
             lse, entropy = None, entropy if with_entropy else None
         else:
-            logp, lse, entropy = _kernel_forward(logits, ids, mask, temperature, with_entropy, backend)
+            columns = kernel_forward([logits], ids, mask, [temperature], with_entropy, backend)
+            # Copies of a few bytes a token: a view of one tensor made here could not be changed in place by the caller.
+            logp, lse, entropy = (None if column is None else column[0].clone() for column in columns)
         ctx.save_for_backward(logits, ids, mask, lse, entropy)
         ctx.temperature, ctx.inplace, ctx.backend, ctx.overwritten = temperature, inplace, backend, False
         ctx.set_materialize_grads(False)
@@ -81,7 +83,7 @@ class _LogProbs(torch.autograd.Function):
         if grad_logp is None and grad_entropy is None:
             return (None,) * 7
         if ctx.backend == "eager":
-            out.copy_(_reference_gradient(logits, ids, mask, ctx.temperature, grad_logp, grad_entropy))
+            out.copy_(reference_gradient(logits, ids, mask, ctx.temperature, grad_logp, grad_entropy))
         else:
             columns = (ids, mask, lse, entropy, grad_logp, grad_entropy)
             kernel_backward(logits, *columns, ctx.temperature, out, ctx.backend)
@@ -92,7 +94,7 @@ class _LogProbs(torch.autograd.Function):
         return out, None, None, None, None, None, None
 
 
-def _reference_gradient(
+def reference_gradient(
     logits: Tensor,
     ids: Tensor,
     mask: Tensor | None,
@@ -100,6 +102,7 @@ def _reference_gradient(
     grad_logp: Tensor | None,
     grad_entropy: Tensor | None,
 ) -> Tensor:
+    """d loss / d logits through autograd of the reference."""
     with torch.enable_grad():
         leaf = logits.detach().requires_grad_()
         outputs = reference(leaf, ids, mask, temperature)
@@ -110,32 +113,39 @@ def _reference_gradient(
 
 
 def kernels(backend: str) -> Any:
-    """The module whose log_probs_forward and log_probs_backward take [rows, V] views on this backend."""
-    if backend == "cpu":
-        from prime_kernels import _native
+    """The module whose forward and backward take [rows, V] views on this backend."""
+    if backend == "triton":
+        from prime_kernels._triton import log_probs as triton_kernels
 
-        return _native
-    from prime_kernels._triton import log_probs as triton_kernels
+        return triton_kernels
+    from prime_kernels import _native
 
-    return triton_kernels
+    return _native
 
 
-def _kernel_forward(
-    logits: Tensor, ids: Tensor, mask: Tensor | None, temperature: float, with_entropy: bool, backend: str
+def kernel_forward(
+    models: Sequence[Tensor],
+    ids: Tensor,
+    mask: Tensor | None,
+    temperatures: Sequence[float],
+    with_entropy: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    log_probs_forward = kernels(backend).log_probs_forward
+    """(logp, lse, entropy or None), each [models, ...] float32, of the models' logits [..., V] in one pass."""
+    forward = kernels(backend).forward
     parts, start = [], 0
     flat_ids, flat_mask = ids.reshape(-1), None if mask is None else mask.reshape(-1)
-    for (rows,) in row_views(logits):
-        piece = slice(start, start + rows.shape[0])
+    for views in row_views(*models):
+        piece = slice(start, start + views[0].shape[0])
         row_mask = None if flat_mask is None else flat_mask[piece]
-        parts.append(log_probs_forward(rows, flat_ids[piece], row_mask, temperature, with_entropy))
+        parts.append(forward(views, flat_ids[piece], row_mask, temperatures, with_entropy))
         start = piece.stop
-    columns = [
-        column[0] if len(column) == 1 or column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)
-    ]
-    logp, lse, entropy = columns
-    return logp.view(ids.shape), lse, None if entropy is None else entropy.view(ids.shape)
+    columns = (
+        column[0] if len(column) == 1 or column[0] is None else torch.cat(column, 1)
+        for column in zip(*parts, strict=True)
+    )
+    logp, lse, entropy = (None if column is None else column.view(len(models), *ids.shape) for column in columns)
+    return logp, lse, entropy
 
 
 def kernel_backward(
@@ -151,8 +161,7 @@ def kernel_backward(
     backend: str,
 ) -> None:
     """Write the gradient of the logits to ``out``: dense, or the logits themselves."""
-    log_probs_backward = kernels(backend).log_probs_backward
-    grad_logp = torch.zeros_like(lse) if grad_logp is None else grad_logp
+    backward = kernels(backend).backward
     if grad_entropy is None:
         entropy = None
     flat = [
@@ -165,7 +174,7 @@ def kernel_backward(
         piece = slice(start, start + rows.shape[0])
         target = rows if out_rows is None else out_rows[piece]
         columns = [None if column is None else column[piece] for column in flat]
-        log_probs_backward(rows, *columns, temperature, target)
+        backward(rows, *columns, temperature, target)
         start = piece.stop
 
 
@@ -188,6 +197,17 @@ def check_logits(name: str, logits: Tensor) -> None:
 def check_temperature(name: str, temperature: float) -> float:
     """A finite number above 0."""
     return _checks.number(name, temperature, 0.0, math.inf, above_low=True)
+
+
+def check(
+    logits: Tensor, ids: Tensor, mask: Tensor | None, temperature: float, with_entropy: bool, backend: str | None
+) -> tuple[Tensor, float, str]:
+    """(ids, temperature, backend) of arguments that have passed every check."""
+    check_logits("logits", logits)
+    ids = check_arguments(logits, ids, mask, name="logits", vocabulary=logits.shape[-1])
+    temperature = check_temperature("temperature", temperature)
+    _checks.flag("with_entropy", with_entropy)
+    return ids, temperature, _dispatch.resolve("log_probs", logits, backend)
 
 
 def run(
@@ -234,7 +254,8 @@ def log_probs(
         temperature: above 0.
         with_entropy: also return the entropy.
         inplace_backward: let backward write the gradient over the storage of ``logits``, which saves their size in
-            memory. The logits are lost then: a second backward (retain_graph) raises RuntimeError.
+            memory. The logits are lost then: a second backward (retain_graph) raises RuntimeError. Of no effect inside
+            torch.compile.
         backend: see :mod:`prime_kernels`.
 
     Returns:
@@ -248,10 +269,13 @@ def log_probs(
 
     Source: the token log-probabilities of arXiv 2502.01456, section 2.
     """
-    check_logits("logits", logits)
-    ids = check_arguments(logits, ids, mask, name="logits", vocabulary=logits.shape[-1])
-    temperature = check_temperature("temperature", temperature)
-    _checks.flag("with_entropy", with_entropy)
+    if torch.compiler.is_compiling():
+        # One node of the graph, which checks its arguments and chooses its backend when it runs. Memory is the
+        # compiler's to plan, so the gradient has its own.
+        arguments = (logits, ids, mask, temperature, with_entropy, backend)
+        logp, _, entropy = torch.ops.prime_kernels.log_probs(*arguments)
+        return (logp, entropy) if with_entropy else logp
+    ids, temperature, chosen = check(logits, ids, mask, temperature, with_entropy, backend)
     _checks.flag("inplace_backward", inplace_backward)
     if inplace_backward:
         overlaps = any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True))
@@ -260,7 +284,6 @@ def log_probs(
                 f"inplace_backward: expected logits with a last stride of 1 and no expanded dimension, "
                 f"got strides {list(logits.stride())}"
             )
-    chosen = _dispatch.resolve("log_probs", logits, backend)
     logp, entropy = run(
         logits, ids, mask, temperature, with_entropy=with_entropy, inplace_backward=inplace_backward, backend=chosen
     )

@@ -1,5 +1,6 @@
 """Token log-ratios of an implicit process reward model: q_t = log pi_prm(y_t | ..) - log pi_ref(y_t | ..)."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -8,6 +9,9 @@ from torch.autograd.function import once_differentiable
 
 from prime_kernels import _checks, _dispatch
 from prime_kernels.ops import log_probs as rows
+
+# The order of the models wherever they come as a list.
+PRM, REF, POLICY = 0, 1, 2
 
 
 class LogRatios(NamedTuple):
@@ -20,93 +24,69 @@ class LogRatios(NamedTuple):
 
 
 def reference(
-    prm_logits: Tensor,
-    ref_logits: Tensor,
-    ids: Tensor,
-    policy_logits: Tensor | None,
-    mask: Tensor | None,
-    policy_temperature: float,
-    backend: str = "eager",
-) -> LogRatios:
-    """Each model by itself: the ratio is taken in float32, and equal logits give exactly 0."""
-
-    def logp(logits: Tensor, temperature: float) -> Tensor:
-        return rows.run(logits, ids, mask, temperature, with_entropy=False, inplace_backward=False, backend=backend)[0]
-
-    prm_logp = logp(prm_logits, 1.0)
-    with torch.no_grad():
-        ref_logp = logp(ref_logits, 1.0)
-    policy_logp = None if policy_logits is None else logp(policy_logits, policy_temperature)
-    return LogRatios(prm_logp - ref_logp, prm_logp, ref_logp, policy_logp)
+    models: Sequence[Tensor], ids: Tensor, mask: Tensor | None, temperatures: Sequence[float]
+) -> list[Tensor]:
+    """Each model by itself, in float32 or float64: equal logits give equal numbers."""
+    return [rows.reference(z, ids, mask, temperature)[0] for z, temperature in zip(models, temperatures, strict=True)]
 
 
-class _OneLaunch(torch.autograd.Function):
+class _OnePass(torch.autograd.Function):
     """Log-probabilities of two or three models in one pass over their rows; the reference model gets no gradient."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        prm_logits: Tensor,
-        ref_logits: Tensor,
-        policy_logits: Tensor | None,
         ids: Tensor,
         mask: Tensor | None,
-        policy_temperature: float,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        models = [logits for logits in (prm_logits, ref_logits, policy_logits) if logits is not None]
-        temperatures = [1.0, 1.0, policy_temperature][: len(models)]
-        log_ratios_forward = rows.kernels("triton").log_ratios_forward
-        parts, start = [], 0
-        flat_ids, flat_mask = ids.reshape(-1), None if mask is None else mask.reshape(-1)
-        for views in rows.row_views(*models):
-            piece = slice(start, start + views[0].shape[0])
-            row_mask = None if flat_mask is None else flat_mask[piece]
-            parts.append(log_ratios_forward(views, flat_ids[piece], row_mask, temperatures))
-            start = piece.stop
-        logp, lse = parts[0] if len(parts) == 1 else (torch.cat(column, 1) for column in zip(*parts, strict=True))
-        ctx.save_for_backward(prm_logits, policy_logits, ids, mask, lse)
-        ctx.policy_temperature = policy_temperature
+        temperatures: Sequence[float],
+        backend: str,
+        *models: Tensor,
+    ) -> tuple[Tensor, ...]:
+        logp, lse, _ = rows.kernel_forward(models, ids, mask, temperatures, False, backend)
+        wanted = [z if need else None for z, need in zip(models, ctx.needs_input_grad[4:], strict=True)]
+        ctx.save_for_backward(ids, mask, lse, *wanted)
+        ctx.temperatures, ctx.backend = temperatures, backend
         ctx.set_materialize_grads(False)
         # Copies, because a view of one tensor made here could not be changed in place by the caller.
-        outputs = [column.view(ids.shape).clone() for column in logp]
-        ctx.mark_non_differentiable(outputs[1])
-        return outputs[0], outputs[1], outputs[2] if policy_logits is not None else None
+        outputs = [column.clone() for column in logp]
+        ctx.mark_non_differentiable(outputs[REF])
+        return tuple(outputs)
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, grad_prm: Tensor | None, grad_ref: Tensor | None, grad_policy: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        prm_logits, policy_logits, ids, mask, lse = ctx.saved_tensors
-        gradients: list[Tensor | None] = [None, None, None]
-        for place, logits, grad, temperature in (
-            (0, prm_logits, grad_prm, 1.0),
-            (2, policy_logits, grad_policy, ctx.policy_temperature),
-        ):
-            if grad is None or not ctx.needs_input_grad[place]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        ids, mask, lse, *models = ctx.saved_tensors
+        gradients: list[Tensor | None] = [None] * len(models)
+        for place, (z, grad) in enumerate(zip(models, grads, strict=True)):
+            if z is None or grad is None or place == REF:
                 continue
-            gradients[place] = torch.empty_like(logits, memory_format=torch.contiguous_format)
-            rows.kernel_backward(
-                logits, ids, mask, lse[place], None, grad, None, temperature, gradients[place], "triton"
-            )
-        return *gradients, None, None, None
+            out = gradients[place] = torch.empty_like(z, memory_format=torch.contiguous_format)
+            columns = (ids, mask, lse[place], None, grad, None)
+            rows.kernel_backward(z, *columns, ctx.temperatures[place], out, ctx.backend)
+        return None, None, None, None, *gradients
 
 
-def one_launch(
+def check(
     prm_logits: Tensor,
     ref_logits: Tensor,
     ids: Tensor,
     policy_logits: Tensor | None,
     mask: Tensor | None,
     policy_temperature: float,
-) -> LogRatios:
-    """The Triton kernels, which take all models at once."""
-    dense = [
-        logits if logits is None or logits.stride(-1) == 1 else logits.contiguous()
-        for logits in (prm_logits, ref_logits, policy_logits)
-    ]
-    prm_logp, ref_logp, policy_logp = _OneLaunch.apply(*dense, ids, mask, policy_temperature)
-    return LogRatios(prm_logp - ref_logp, prm_logp, ref_logp, policy_logp)
+    backend: str | None,
+) -> tuple[list[Tensor], Tensor, list[float], str]:
+    """(models, ids, temperatures, backend) of arguments that have passed every check."""
+    rows.check_logits("prm_logits", prm_logits)
+    for name, logits in (("ref_logits", ref_logits), ("policy_logits", policy_logits)):
+        if logits is not None or name == "ref_logits":
+            rows.check_logits(name, logits)
+            _checks.like(name, logits, prm_logits, "prm_logits")
+    ids = rows.check_arguments(prm_logits, ids, mask, name="prm_logits", vocabulary=prm_logits.shape[-1])
+    policy_temperature = rows.check_temperature("policy_temperature", policy_temperature)
+    models = [logits for logits in (prm_logits, ref_logits, policy_logits) if logits is not None]
+    widest = next((logits for logits in models if logits.dtype == torch.float64), prm_logits)
+    chosen = _dispatch.resolve("log_ratios", widest, backend)
+    return models, ids, [1.0, 1.0, policy_temperature][: len(models)], chosen
 
 
 def log_ratios(
@@ -144,16 +124,18 @@ def log_ratios(
 
     Source: arXiv 2412.01981 (the implicit reward) and arXiv 2502.01456, section 2.
     """
-    rows.check_logits("prm_logits", prm_logits)
-    for name, logits in (("ref_logits", ref_logits), ("policy_logits", policy_logits)):
-        if logits is not None or name == "ref_logits":
-            rows.check_logits(name, logits)
-            _checks.like(name, logits, prm_logits, "prm_logits")
-    ids = rows.check_arguments(prm_logits, ids, mask, name="prm_logits", vocabulary=prm_logits.shape[-1])
-    policy_temperature = rows.check_temperature("policy_temperature", policy_temperature)
-    given = [logits for logits in (prm_logits, ref_logits, policy_logits) if logits is not None]
-    widest = next((logits for logits in given if logits.dtype == torch.float64), prm_logits)
-    chosen = _dispatch.resolve("log_ratios", widest, backend)
-    if chosen == "triton":
-        return one_launch(prm_logits, ref_logits, ids, policy_logits, mask, policy_temperature)
-    return reference(prm_logits, ref_logits, ids, policy_logits, mask, policy_temperature, chosen)
+    if torch.compiler.is_compiling():
+        # One node of the graph, which checks its arguments and chooses its backend when it runs.
+        arguments = (prm_logits, ref_logits, ids, policy_logits, mask, policy_temperature, backend)
+        prm_logp, ref_logp, policy_logp, *_ = torch.ops.prime_kernels.log_ratios(*arguments)
+        return LogRatios(prm_logp - ref_logp, prm_logp, ref_logp, None if policy_logits is None else policy_logp)
+    models, ids, temperatures, chosen = check(
+        prm_logits, ref_logits, ids, policy_logits, mask, policy_temperature, backend
+    )
+    models[REF] = models[REF].detach()
+    if chosen == "eager":
+        logp = reference(models, ids, mask, temperatures)
+    else:
+        dense = [z if z.stride(-1) == 1 else z.contiguous() for z in models]
+        logp = _OnePass.apply(ids, mask, temperatures, chosen, *dense)
+    return LogRatios(logp[PRM] - logp[REF], logp[PRM], logp[REF], logp[POLICY] if len(logp) > POLICY else None)

@@ -21,20 +21,29 @@ typedef enum pk_dtype {
   PK_FLOAT16 = 2,
 } pk_dtype;
 
-typedef struct pk_log_probs_args {
+enum { PK_MAX_MODELS = 3 };
+
+// One model's logits and where its results go.
+typedef struct pk_log_probs_model {
   const void* logits;  // [n_rows, n_cols], unit last stride
-  int64_t logits_stride;
+  int64_t stride;
   int32_t dtype;
+  double temperature;
+  float* logp;     // [n_rows]
+  float* lse;      // [n_rows], of logits / temperature
+  float* entropy;  // [n_rows] or null
+} pk_log_probs_model;
+
+// The models share rows, ids and mask.
+typedef struct pk_log_probs_args {
+  pk_log_probs_model models[PK_MAX_MODELS];
+  int32_t n_models;
   int32_t n_threads;
   const int64_t* ids;   // [n_rows]
   const uint8_t* mask;  // [n_rows] or null; 0 means: write 0, read neither logits nor id
   int64_t n_rows;
   int64_t n_cols;
-  double temperature;
-  float* logp;       // [n_rows]
-  float* lse;        // [n_rows], of logits / temperature
-  float* entropy;    // [n_rows] or null
-  int64_t* bad_row;  // host memory for CPU kernels, device memory (or null) for CUDA kernels
+  int64_t* bad_row;  // host memory for CPU kernels; null for CUDA kernels
 } pk_log_probs_args;
 
 typedef struct pk_log_probs_grad_args {
@@ -53,7 +62,7 @@ typedef struct pk_log_probs_grad_args {
   const float* grad_entropy;  // [n_rows] or null for zero
   void* out;                  // dtype of logits; may be the logits themselves
   int64_t out_stride;
-  int64_t* bad_row;
+  int64_t* bad_row;  // as in the forward
 } pk_log_probs_grad_args;
 
 typedef struct pk_segment_scan_args {

@@ -48,10 +48,10 @@ def test_blocks_and_parts(columns, splits, dtype):
     for value, want in zip(got, truth(logits, ids, 0.7), strict=True):
         assert_close("logp", value[0], want, extent=20.0)
     grads, out = (torch.randn(3), torch.randn(3)), torch.full_like(logits, math.nan)
-    kernels.log_probs_backward(logits, ids, None, got[1][0], got[2][0], *grads, 0.7, out, small(splits))
+    kernels.backward(logits, ids, None, got[1][0], got[2][0], *grads, 0.7, out, small(splits))
     want = gradient(logits, ids, 0.7, *grads)
     assert_close(gradient_kind(dtype), out, want, extent=20.0)
-    kernels.log_probs_backward(logits, ids, None, got[1][0], got[2][0], *grads, 0.7, logits, small(splits))
+    kernels.backward(logits, ids, None, got[1][0], got[2][0], *grads, 0.7, logits, small(splits))
     assert torch.equal(out, logits)
 
 
@@ -59,7 +59,7 @@ def test_blocks_and_parts(columns, splits, dtype):
 def test_vocabularies_of_real_size(columns):
     logits, ids = make(2, columns, torch.bfloat16)
     ids[0] = columns - 1
-    got = kernels.log_probs_forward(logits, ids, None, 1.0, True)
+    got = [column[0] for column in kernels.forward([logits], ids, None, [1.0], True)]
     for value, want in zip(got, truth(logits, ids), strict=True):
         assert_close("logp", value, want)
 
@@ -103,7 +103,7 @@ def test_blocks_of_minus_infinity(dtype, splits):
         for value, want in zip(got, truth(logits, ids, 0.7), strict=True):
             assert_close("logp", value[0], want, extent=20.0)
         out = torch.empty_like(logits)
-        kernels.log_probs_backward(logits, ids, None, got[1][0], got[2][0], *grads, 0.7, out, small(splits))
+        kernels.backward(logits, ids, None, got[1][0], got[2][0], *grads, 0.7, out, small(splits))
         want = torch.zeros(5, 600, dtype=torch.float64)
         for n in range(5):
             log_p = logits[n].double() / 0.7 - got[1][0, n].double()
@@ -129,7 +129,7 @@ def test_rows_without_a_distribution(splits):
     assert lse[0] == -math.inf and lse[5].isfinite() and not lse[:5].isfinite().any()
     out = torch.empty_like(logits)
     # A zero upstream gradient must not hide the broken rows either.
-    kernels.log_probs_backward(logits, ids, None, lse, None, torch.zeros(6), None, 1.0, out)
+    kernels.backward(logits, ids, None, lse, None, torch.zeros(6), None, 1.0, out)
     assert out.isnan().any(-1).tolist() == [True] * 5 + [False]
 
 
@@ -141,13 +141,13 @@ def test_masked_rows_are_not_read(dtype, splits):
     grads, temperature = (torch.randn(5), torch.randn(5)), 1.3
     clean = kernels.forward([logits], ids, None, [temperature], True, small(splits))
     clean_out, out = torch.empty_like(logits), torch.full_like(logits, 3.0)
-    kernels.log_probs_backward(logits, ids, None, clean[1][0], clean[2][0], *grads, temperature, clean_out)
+    kernels.backward(logits, ids, None, clean[1][0], clean[2][0], *grads, temperature, clean_out)
     logits[~mask], ids[~mask] = math.nan, torch.tensor([2**62, -100])
     got = kernels.forward([logits], ids, mask, [temperature], True, small(splits))
     for value, want in zip(got, clean, strict=True):
         assert torch.equal(value[0][mask], want[0][mask]) and not value[0][~mask].any()
     broken = [torch.where(mask, grad, math.nan) for grad in grads]
-    kernels.log_probs_backward(logits, ids, mask, got[1][0], got[2][0], *broken, temperature, out)
+    kernels.backward(logits, ids, mask, got[1][0], got[2][0], *broken, temperature, out)
     assert torch.equal(out[mask], clean_out[mask]) and not out[~mask].any()
 
 

@@ -1,0 +1,218 @@
+// The row kernels, written once; row_kernels_{avx512,avx2,portable}.cpp compile them with their flags. No standard
+// library templates here: an inline std::max compiled for AVX-512 could replace the one that everybody else calls.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "pk/row_kernels.h"
+#include "vec.h"
+
+namespace pk {
+namespace PK_ISA {
+namespace {
+
+constexpr int64_t kBlock = 4096;         // logits between two looks at the sum; 64 additions a lane at most
+constexpr float kLargestSum = 16384.0f;  // of a block: beyond it the exponents, too, lose digits, and the bias must rise
+constexpr float kInf = __builtin_inff();
+
+template <typename T>
+PK_INLINE T minus_infinity();
+template <>
+PK_INLINE float minus_infinity<float>() {
+  return -kInf;
+}
+template <>
+PK_INLINE bfloat16 minus_infinity<bfloat16>() {
+  return {0xff80u};
+}
+template <>
+PK_INLINE float16 minus_infinity<float16>() {
+  return {0xfc00u};
+}
+
+// The last elements of a row, fewer than a step, filled up with -inf: a whole step for the same code.
+template <typename T>
+struct Tail {
+  alignas(64) T step[kStep];
+  PK_INLINE Tail(const T* z, int64_t n) {
+    for (int64_t i = 0; i < kStep; ++i) step[i] = minus_infinity<T>();
+    std::memcpy(step, z, static_cast<size_t>(n) * sizeof(T));
+  }
+};
+
+struct BlockSums {
+  F sum[kVectors];
+  F weighted[kVectors];
+};
+
+// What a block is relative to: 0 while every logit was -inf.
+struct Origin {
+  F scale;
+  F highest;
+  F bias;
+  PK_INLINE explicit Origin(const RowSoftmax& state) {
+    const float finite = state.highest == -kInf ? 0.0f : state.highest;
+    scale = broadcast(state.scale);
+    highest = broadcast(finite);
+    bias = broadcast(-(finite * state.scale));
+  }
+};
+
+template <typename T, bool kWeighted>
+PK_INLINE void take_step(const T* z, const Origin& origin, BlockSums& block) {
+  F x[kVectors];
+  load(z, x);
+  for (int i = 0; i < kVectors; ++i) {
+    if (kWeighted) {
+      // Exactly 1 at the maximum, so that the entropy of a peaked row keeps its digits.
+      const F t = clamp((x[i] - origin.highest) * origin.scale);
+      const F e = exp2<true>(t);
+      block.sum[i] += e;
+      block.weighted[i] += t * e;
+    } else {
+      block.sum[i] += exp2<false>(x[i] * origin.scale + origin.bias);
+    }
+  }
+}
+
+template <typename T, bool kWeighted>
+PK_INLINE BlockSums take_block(const T* z, int64_t n, const RowSoftmax& state) {
+  BlockSums block;
+  for (int i = 0; i < kVectors; ++i) block.sum[i] = block.weighted[i] = F{};
+  const Origin origin(state);
+  int64_t start = 0;
+  for (; start + kStep <= n; start += kStep) take_step<T, kWeighted>(z + start, origin, block);
+  if (start < n) take_step<T, kWeighted>(Tail<T>(z + start, n - start).step, origin, block);
+  return block;
+}
+
+// NaN is passed over.
+template <typename T>
+PK_INLINE float highest_of(const T* z, int64_t n) {
+  F x[kVectors];
+  F highest[kVectors];
+  for (int i = 0; i < kVectors; ++i) highest[i] = broadcast(-kInf);
+  int64_t start = 0;
+  for (; start + kStep <= n; start += kStep) {
+    load(z + start, x);
+    for (int i = 0; i < kVectors; ++i) highest[i] = max(x[i], highest[i]);
+  }
+  if (start < n) {
+    load(Tail<T>(z + start, n - start).step, x);
+    for (int i = 0; i < kVectors; ++i) highest[i] = max(x[i], highest[i]);
+  }
+  return max_of(highest);
+}
+
+// Everything so far relative to a higher logit. False if that is out of range.
+template <bool kWeighted>
+PK_INLINE bool raise_to(float highest, RowSoftmax& state) {
+  if (!(highest > state.highest)) return true;
+  const float shift = highest * state.scale;
+  if (!(shift < kFarthest && shift > -kFarthest)) return false;
+  const double scale = state.scale;
+  const double offset = kWeighted ? 0.0 : highest * scale - shift;
+  if (state.highest != -kInf) {
+    const double step = (static_cast<double>(state.highest) - highest) * scale + offset - state.offset;
+    const double factor = std::exp2(step);
+    // Where the factor has vanished, step times it must not become inf * 0.
+    state.weighted = factor == 0.0 ? 0.0 : factor * (state.weighted + step * state.sum);
+    state.sum *= factor;
+  }
+  state.highest = highest;
+  state.offset = offset;
+  return true;
+}
+
+template <typename T, bool kWeighted>
+bool softmax(const void* logits, int64_t n, RowSoftmax* state) {
+  const T* z = static_cast<const T*>(logits);
+  // Without weights no maximum is kept: a first guess at it serves until the sums say that it was far too low.
+  if (!kWeighted && !raise_to<kWeighted>(highest_of(z, n < kStep ? n : kStep), *state)) return false;
+  for (int64_t start = 0; start < n; start += kBlock) {
+    const int64_t size = n - start < kBlock ? n - start : kBlock;
+    const bool raise = kWeighted || state->highest == -kInf;
+    if (raise && !raise_to<kWeighted>(highest_of(z + start, size), *state)) return false;
+    BlockSums block = take_block<T, kWeighted>(z + start, size, *state);
+    float sum = sum_of(block.sum);
+    if (!kWeighted && sum > kLargestSum) {
+      if (!raise_to<kWeighted>(highest_of(z + start, size), *state)) return false;
+      block = take_block<T, kWeighted>(z + start, size, *state);
+      sum = sum_of(block.sum);
+    }
+    state->sum += static_cast<double>(sum);
+    if (kWeighted) state->weighted += static_cast<double>(sum_of(block.weighted));
+  }
+  return true;
+}
+
+template <typename T, bool kWeighted>
+PK_INLINE void gradient_step(const T* z, F scale, F bias, F a, F b, F out[kVectors]) {
+  F x[kVectors];
+  load(z, x);
+  for (int i = 0; i < kVectors; ++i) {
+    F t = x[i] * scale + bias;
+    if (kWeighted) t = clamp(t);
+    const F e = exp2<true>(t);
+    out[i] = kWeighted ? e * (a + b * t) : e * a;
+  }
+}
+
+template <typename T, bool kWeighted, bool kStream>
+PK_INLINE void gradient_row(const T* z, int64_t n, const RowGradient& by, T* out) {
+  const F scale = broadcast(by.scale);
+  const F bias = broadcast(by.bias);
+  const F a = broadcast(by.a);
+  const F b = broadcast(by.b);
+  F g[kVectors];
+  int64_t start = 0;
+  for (; start + kStep <= n; start += kStep) {
+    gradient_step<T, kWeighted>(z + start, scale, bias, a, b, g);
+    store<kStream>(out + start, g);
+  }
+  if (start < n) {
+    Tail<T> tail(z + start, n - start);
+    gradient_step<T, kWeighted>(tail.step, scale, bias, a, b, g);
+    store<false>(tail.step, g);
+    std::memcpy(out + start, tail.step, static_cast<size_t>(n - start) * sizeof(T));
+  }
+}
+
+template <typename T, bool kWeighted>
+void gradient(const void* logits, int64_t n, const RowGradient& by, bool stream, void* out) {
+  const T* z = static_cast<const T*>(logits);
+  T* to = static_cast<T*>(out);
+#if PK_ISA_LANES > 4
+  if (stream && reinterpret_cast<uintptr_t>(to) % sizeof(F) == 0) {
+    gradient_row<T, kWeighted, true>(z, n, by, to);
+    _mm_sfence();
+    return;
+  }
+#else
+  (void)stream;
+#endif
+  gradient_row<T, kWeighted, false>(z, n, by, to);
+}
+
+}  // namespace
+}  // namespace PK_ISA
+
+#define PK_PASTE(a, b) a##b
+#define PK_TABLE(isa) PK_PASTE(row_kernels_, isa)
+#define PK_STRING(text) #text
+#define PK_NAME(isa) PK_STRING(isa)
+
+// Indexed by pk_dtype: float32, bfloat16, float16.
+extern const RowKernels PK_TABLE(PK_ISA);
+const RowKernels PK_TABLE(PK_ISA) = {
+    PK_NAME(PK_ISA),
+    {{PK_ISA::softmax<float, false>, PK_ISA::softmax<float, true>},
+     {PK_ISA::softmax<bfloat16, false>, PK_ISA::softmax<bfloat16, true>},
+     {PK_ISA::softmax<float16, false>, PK_ISA::softmax<float16, true>}},
+    {{PK_ISA::gradient<float, false>, PK_ISA::gradient<float, true>},
+     {PK_ISA::gradient<bfloat16, false>, PK_ISA::gradient<bfloat16, true>},
+     {PK_ISA::gradient<float16, false>, PK_ISA::gradient<float16, true>}},
+};
+
+}  // namespace pk
