@@ -10,11 +10,12 @@ READY := $(VENV)/.ready
 TRITON := triton==3.6.0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint format clean
+.PHONY: help demo test sanitize bench lint format clean
 
 help:
 	@echo "make demo    train SmolLM2-135M with PRIME on arithmetic (SEED=0), then write its report"
 	@echo "make test    all tests"
+	@echo "make sanitize  the kernel tests on an extension built with the address and undefined-behaviour sanitizers"
 	@echo "make bench   time the kernels against plain PyTorch"
 	@echo "make lint    ruff check and ruff format --check (make format repairs)"
 	@echo "make clean   remove builds and caches; .venv and runs/ stay"
@@ -44,6 +45,20 @@ demo: $(READY)
 
 test: $(READY)
 	@$(BIN)/python -m pytest -q
+
+# The sanitizers' libraries go first into the process, and libstdc++ with them: they catch its exceptions.
+SANITIZED := build/sanitize/lib
+SANITIZERS = $(foreach name,asan.so ubsan.so stdc++.so.6,$(shell c++ -print-file-name=lib$(name)))
+SANITIZE := PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 PRIME_KERNELS_TEST_BACKENDS=cpu
+
+sanitize: $(READY)
+	@mkdir -p build && CMAKE_ARGS=-DPRIME_KERNELS_SANITIZE=ON PRIME_KERNELS_CUDA=OFF $(BIN)/python setup.py -q build \
+	  --build-base build/sanitize --build-lib $(SANITIZED) >build/sanitize.log || { cat build/sanitize.log; exit 1; }
+	@$(SANITIZE) LD_PRELOAD="$(SANITIZERS)" $(BIN)/python -c \
+	  'from prime_kernels import _C; assert "$(SANITIZED)" in _C.__file__, _C.__file__'
+	@$(SANITIZE) LD_PRELOAD="$(SANITIZERS)" $(BIN)/python -m pytest -q -p no:cacheprovider tests/native/test_log_probs.py \
+	  tests/native/test_segment_scan.py tests/native/test_isa.py tests/ops/test_log_probs.py tests/ops/test_fuzz.py \
+	  tests/ops/test_linear_log_probs.py tests/ops/test_segments.py
 
 bench: $(READY)
 	@$(BIN)/python -m pytest -q bench --benchmark-enable --benchmark-columns=min,median,rounds --benchmark-sort=name

@@ -16,7 +16,7 @@
 #ifdef PK_HAS_CUDA
 #define PK_ON_CUDA(function) (&function)
 #else
-#define PK_ON_CUDA(function) nullptr
+#define PK_ON_CUDA(function) static_cast<decltype(&function)>(nullptr)
 #endif
 
 namespace py = pybind11;

@@ -1,7 +1,7 @@
 """The extension, seen from torch: tensors become addresses, sizes and strides here and nowhere else.
 
-CPU tensors run on the C++ kernels with as many threads as torch has, CUDA tensors on the CUDA C++ kernels on the current
-stream of their device. Callers have checked shapes, dtypes and ranges; the assertions below only guard memory.
+CPU tensors run on the C++ kernels with as many threads as torch has, CUDA tensors on the CUDA C++ kernels, on the
+current stream of their device. Callers have checked shapes, dtypes and ranges; the assertions below only guard memory.
 """
 
 from collections.abc import Sequence

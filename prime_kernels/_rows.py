@@ -9,7 +9,7 @@ from torch import Tensor
 
 def is_rows(tensor: Tensor) -> bool:
     """[N, V] with neighbouring columns side by side, at any row stride."""
-    return tensor.ndim == 2 and (tensor.stride(1) == 1 or tensor.shape[1] == 1)
+    return tensor.ndim == 2 and (tensor.stride(1) == 1 or tensor.shape[1] == 1 or tensor.shape[0] == 0)
 
 
 def row_stride(rows: Tensor) -> int:

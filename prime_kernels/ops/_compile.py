@@ -71,8 +71,7 @@ def log_probs_backward(
     ids = _checks.labels("ids", ids, mask, logits.shape[-1])
     chosen = _dispatch.resolve("log_probs", logits, backend)
     if chosen == "eager":
-        gradient = rows.reference_gradient(logits, ids, mask, temperature, grad_logp, grad_entropy)
-        return gradient.contiguous()
+        return rows.reference_gradient(logits, ids, mask, temperature, grad_logp, grad_entropy).contiguous()
     dense = logits if logits.stride(-1) == 1 else logits.contiguous()
     out = torch.empty_like(dense, memory_format=torch.contiguous_format)
     rows.kernel_backward(dense, ids, mask, lse, entropy, grad_logp, grad_entropy, temperature, out, chosen)

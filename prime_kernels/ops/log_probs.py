@@ -20,17 +20,46 @@ from prime_kernels.ops._segments import result_dtype
 
 def reference(logits: Tensor, ids: Tensor, mask: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
     """(logp, entropy) of each row, in float32 or float64. Masked rows are 0 and pass no gradient."""
-    scaled = logits.to(result_dtype(logits)) / temperature
-    if mask is not None:
-        scaled = scaled.masked_fill(~mask.unsqueeze(-1), 0.0)
-    # Not log_softmax: its sum over a large vocabulary drifts. This one is pairwise, and its backward is faster.
-    log_p = scaled - scaled.logsumexp(-1, keepdim=True)
+    log_p = _log_softmax(logits, mask, temperature)
     logp = log_p.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
     # An impossible token has p = 0 and log p = -inf; filling before the product keeps 0 * -inf out of the gradient too.
     entropy = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum(-1)
     if mask is not None:
         logp, entropy = logp.masked_fill(~mask, 0.0), entropy.masked_fill(~mask, 0.0)
     return logp, entropy
+
+
+def reference_gradient(
+    logits: Tensor,
+    ids: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    grad_logp: Tensor | None,
+    grad_entropy: Tensor | None,
+) -> Tensor:
+    """d loss / d logits by the formulas above, where autograd cannot be asked: inside an operator."""
+    log_p = _log_softmax(logits, mask, temperature)
+    p = log_p.exp()
+    gradient = torch.zeros_like(p)
+    if grad_logp is not None:
+        grad_logp = grad_logp.unsqueeze(-1)
+        gradient = (-grad_logp * p).scatter_add(-1, ids.unsqueeze(-1), grad_logp)
+    if grad_entropy is not None:
+        finite = log_p.masked_fill(log_p == -torch.inf, 0.0)
+        entropy = -(p * finite).sum(-1, keepdim=True)
+        gradient = gradient - grad_entropy.unsqueeze(-1) * p * (finite + entropy)
+    gradient = gradient / temperature
+    if mask is not None:
+        gradient = gradient.masked_fill(~mask.unsqueeze(-1), 0.0)
+    return gradient.to(logits.dtype)
+
+
+def _log_softmax(logits: Tensor, mask: Tensor | None, temperature: float) -> Tensor:
+    scaled = logits.to(result_dtype(logits)) / temperature
+    if mask is not None:
+        scaled = scaled.masked_fill(~mask.unsqueeze(-1), 0.0)
+    # Not log_softmax: its sum over a large vocabulary drifts. This one is pairwise, and its backward is faster.
+    return scaled - scaled.logsumexp(-1, keepdim=True)
 
 
 def row_views(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -92,24 +121,6 @@ class _LogProbs(torch.autograd.Function):
             # Whoever else saved these logits for backward now gets an error from autograd, not a wrong gradient.
             torch.autograd.graph.increment_version(logits)
         return out, None, None, None, None, None, None
-
-
-def reference_gradient(
-    logits: Tensor,
-    ids: Tensor,
-    mask: Tensor | None,
-    temperature: float,
-    grad_logp: Tensor | None,
-    grad_entropy: Tensor | None,
-) -> Tensor:
-    """d loss / d logits through autograd of the reference."""
-    with torch.enable_grad():
-        leaf = logits.detach().requires_grad_()
-        outputs = reference(leaf, ids, mask, temperature)
-    given = [
-        (output, grad) for output, grad in zip(outputs, (grad_logp, grad_entropy), strict=True) if grad is not None
-    ]
-    return torch.autograd.grad([output for output, _ in given], leaf, [grad for _, grad in given])[0]
 
 
 def kernels(backend: str) -> Any:

@@ -128,6 +128,7 @@ def log_ratios(
         # One node of the graph, which checks its arguments and chooses its backend when it runs.
         arguments = (prm_logits, ref_logits, ids, policy_logits, mask, policy_temperature, backend)
         prm_logp, ref_logp, policy_logp, *_ = torch.ops.prime_kernels.log_ratios(*arguments)
+        ref_logp = ref_logp.detach()
         return LogRatios(prm_logp - ref_logp, prm_logp, ref_logp, None if policy_logits is None else policy_logp)
     models, ids, temperatures, chosen = check(
         prm_logits, ref_logits, ids, policy_logits, mask, policy_temperature, backend

@@ -242,9 +242,7 @@ def test_id_out_of_range_raises(native, bad):
     with pytest.raises(IndexError, match=message):
         forward(native, logits, ids, None, 1.0, False)
     with pytest.raises(IndexError, match=message):
-        native.backward(
-            logits, ids, None, torch.zeros(6), None, torch.ones(6), None, 1.0, torch.empty_like(logits)
-        )
+        native.backward(logits, ids, None, torch.zeros(6), None, torch.ones(6), None, 1.0, torch.empty_like(logits))
 
 
 def test_no_rows(native):

@@ -227,7 +227,10 @@ def test_inplace_backward_writes_over_the_logits(backend, dtype, sliced):
             assert pointers[-1] == logits.data_ptr() and torch.equal(logits, gradients[-1])
         if inplace and sliced:
             assert torch.equal(logits[:, :-1], gradients[-1][:, :-1])
-    assert torch.equal(*gradients)
+    if backend == "eager":  # autograd one way, the formula the other
+        assert_close(gradient_kind(dtype), *gradients)
+    else:
+        assert torch.equal(*gradients)
 
 
 def test_inplace_backward_twice_raises(backend):

@@ -1,0 +1,128 @@
+"""log_probs and log_ratios inside torch.compile: one graph, the numbers and the errors of the eager call."""
+
+import pytest
+import torch
+from torch.library import opcheck
+
+import prime_kernels as pk
+
+ROWS, VOCABULARY = 6, 131
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+
+
+def inputs(dtype=torch.float32):
+    prm, ref, policy = ((torch.randn(2, 3, VOCABULARY) * 3).to(dtype) for _ in range(3))
+    ids = torch.randint(VOCABULARY, (2, 3))
+    mask = torch.tensor([[True, False, True], [True, True, True]])
+    return prm.requires_grad_(), ref, policy.requires_grad_(), ids.where(mask, -1), mask
+
+
+def results_and_gradients(function, leaves):
+    outputs = [each for each in function() if each is not None]
+    upstream = [(each, torch.linspace(-1.0, 2.0, each.numel()).view(each.shape)) for each in outputs]
+    torch.autograd.backward(*zip(*[pair for pair in upstream if pair[0].requires_grad], strict=True))
+    gradients = [leaf.grad for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
+    return [each.detach() for each in outputs] + [torch.tensor([each.requires_grad for each in outputs])] + gradients
+
+
+def assert_same(compiled, eager):
+    for got, want in zip(compiled, eager, strict=True):
+        assert got.dtype == want.dtype
+        torch.testing.assert_close(got, want, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("with_entropy", [True, False])
+def test_log_probs_in_one_graph(backend, with_entropy, dtype):
+    logits, _, _, ids, mask = inputs(dtype)
+
+    def call():
+        found = pk.log_probs(logits, ids, mask=mask, temperature=0.7, with_entropy=with_entropy, backend=backend)
+        return [2.0 * each for each in (found if with_entropy else [found])]
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    assert_same(results_and_gradients(compiled, [logits]), results_and_gradients(call, [logits]))
+
+
+@pytest.mark.parametrize("with_policy", [True, False])
+def test_log_ratios_in_one_graph(backend, with_policy):
+    prm, ref, policy, ids, mask = inputs()
+    models = {"policy_logits": policy, "policy_temperature": 0.9} if with_policy else {}
+
+    def call():
+        return pk.log_ratios(prm, ref, ids, mask=mask, backend=backend, **models)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    leaves = [prm, policy] if with_policy else [prm]
+    assert compiled().policy_logp is None or with_policy
+    assert_same(results_and_gradients(compiled, leaves), results_and_gradients(call, leaves))
+    same = torch.compile(lambda: pk.log_ratios(prm, prm, ids, mask=mask).log_ratio, fullgraph=True, backend="aot_eager")
+    assert bool((same() == 0).all())
+
+
+def test_mixed_with_other_code_by_the_default_compiler(backend):
+    hidden, weight = torch.randn(5, 8), torch.randn(64, 8, requires_grad=True)
+    ids = torch.randint(64, (5,))
+
+    def loss(weight):
+        logp, entropy = pk.log_probs(hidden @ weight.T, ids, with_entropy=True, backend=backend)
+        return (-logp - 0.01 * entropy).mean()
+
+    got = torch.autograd.grad(torch.compile(loss, fullgraph=True)(weight), weight)[0]
+    torch.testing.assert_close(got, torch.autograd.grad(loss(weight), weight)[0], rtol=1e-5, atol=1e-6)
+
+
+def test_sizes_may_change(backend):
+    compiled = torch.compile(
+        lambda logits, ids: pk.log_probs(logits, ids, backend=backend),
+        fullgraph=True,
+        dynamic=True,
+        backend="aot_eager",
+    )
+    for rows in (1, 4, 7):
+        logits, ids = torch.randn(rows, 33), torch.randint(33, (rows,))
+        torch.testing.assert_close(compiled(logits, ids), pk.log_probs(logits, ids), rtol=1e-6, atol=1e-6)
+
+
+def test_errors_are_those_of_the_eager_call(backend):
+    compiled = torch.compile(lambda z, ids: pk.log_probs(z, ids, backend=backend), fullgraph=True, backend="aot_eager")
+    logits, ids = torch.randn(3, 9), torch.tensor([1, 9, 2])
+    with pytest.raises(IndexError, match=r"ids: expected labels in \[0, 9\), got 9 at \[1\]"):
+        compiled(logits, ids)
+    with pytest.raises(ValueError, match=r"temperature: expected a finite number"):
+        torch.compile(
+            lambda z: pk.log_probs(z, ids - 1, temperature=0.0, backend=backend), fullgraph=True, backend="aot_eager"
+        )(logits)
+
+
+def test_inplace_backward_leaves_the_logits_alone_in_a_graph(backend):
+    logits, _, _, ids, mask = inputs()
+    before = logits.detach().clone()
+
+    def call(inplace):
+        return [pk.log_probs(logits, ids, mask=mask, inplace_backward=inplace, backend=backend)]
+
+    compiled = torch.compile(lambda: call(True), fullgraph=True, backend="aot_eager")
+    got = results_and_gradients(compiled, [logits])
+    assert torch.equal(logits, before)
+    assert_same(got, results_and_gradients(lambda: call(False), [logits]))
+
+
+@pytest.mark.parametrize("with_entropy", [True, False])
+def test_operators_keep_their_promises(backend, with_entropy):
+    prm, ref, policy, ids, mask = inputs()
+    ops = torch.ops.prime_kernels
+    opcheck(ops.log_probs.default, (prm, ids, mask, 0.7, with_entropy, backend))
+    opcheck(ops.log_probs.default, (prm.detach()[:, :, ::2], ids.clamp(0, 60), None, 1.0, with_entropy, backend))
+    opcheck(ops.log_ratios.default, (prm, ref, ids, policy, mask, 0.9, backend))
+    opcheck(ops.log_ratios.default, (prm, ref, ids, None, mask, 1.0, backend))
+    logp, lse, entropy = ops.log_probs(prm.detach(), ids, mask, 0.7, with_entropy, backend)
+    upstream = (torch.randn_like(logp), torch.randn_like(logp) if with_entropy else None)
+    columns = (ids, mask, lse, entropy if with_entropy else None, *upstream)
+    opcheck(ops.log_probs_backward.default, (prm.detach(), *columns, 0.7, backend))
