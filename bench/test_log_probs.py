@@ -1,60 +1,89 @@
-"""Log-probs of 1024 bfloat16 tokens over SmolLM2's vocabulary: plain PyTorch against the kernels.
+"""Log-probs and log-ratios of bfloat16 logits: eager PyTorch, torch.compile of it, the kernels, and peers.
 
-`make bench` runs it. PRIME_BENCH_DEVICE=cuda times CUDA tensors on whatever backend is chosen for them.
+`make bench` runs it; bench/table.py turns its JSON into a table. PRIME_BENCH_DEVICE=cuda times CUDA tensors, at the
+sizes that a GPU is measured at.
 """
-
-import os
 
 import pytest
 import torch
+from measure import DEVICE, SMALL, forward_backward, leaf, timed, without_gradients
 
 import prime_kernels as pk
 
-DEVICE = os.environ.get("PRIME_BENCH_DEVICE", "cpu")
-TOKENS, VOCABULARY, WIDTH = 1024, 49152, 576
+TOKENS, VOCABULARY = (8192, 151936) if DEVICE == "cuda" else (1024, 49152)
+if SMALL:
+    TOKENS, VOCABULARY = 8, 256
 
 
-def plain(logits, ids):
+def eager(logits, ids):
     return logits.float().log_softmax(-1).gather(-1, ids[:, None]).squeeze(-1)
 
 
-def kernel(logits, ids):
-    return pk.log_probs(logits, ids)
+def eager_ratios(prm, ref, policy, ids):
+    prm_logp, ref_logp = eager(prm, ids), eager(ref, ids)
+    return prm_logp - ref_logp, prm_logp, ref_logp, eager(policy, ids)
 
 
-def plain_linear(hidden, weight, ids):
-    return plain(hidden @ weight.T, ids)
+def eager_entropy(logits, ids):
+    log_p = logits.float().log_softmax(-1)
+    return log_p.gather(-1, ids[:, None]).squeeze(-1), -(log_p.exp() * log_p).sum(-1)
 
 
-def kernel_linear(hidden, weight, ids):
-    return pk.linear_log_probs(hidden, weight, ids)
+def kernel(logits, ids, **options):
+    return pk.log_probs(logits, ids, **options)
 
 
-def leaf(*shape, scale=1.0):
-    return (torch.randn(*shape, device=DEVICE) * scale).to(torch.bfloat16).requires_grad_()
+def kernel_ratios(prm, ref, policy, ids, **options):
+    return pk.log_ratios(prm, ref, ids, policy_logits=policy, **options)
 
 
-def timed(benchmark, run, leaves, backward, read):
-    """Medians of five rounds after one to warm up; `read` is the bytes that must move at least once."""
+def kernel_entropy(logits, ids, **options):
+    return pk.log_probs(logits, ids, with_entropy=True, **options)
 
-    def once():
-        with torch.set_grad_enabled(backward):
-            result = run()
-        if backward:
-            result.sum().backward()
-            for one in leaves:
-                one.grad = None
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
 
-    if DEVICE == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    benchmark.pedantic(once, rounds=5, warmup_rounds=1)
-    if benchmark.stats is not None:
-        benchmark.extra_info["GB/s"] = round(read / benchmark.stats.stats.median / 1e9, 1)
-        benchmark.extra_info["device"] = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
-        if DEVICE == "cuda":
-            benchmark.extra_info["peak MiB"] = torch.cuda.max_memory_allocated() >> 20
+def kernel_in_place(logits, ids, **options):
+    return pk.log_probs(logits, ids, inplace_backward=True, **options)
+
+
+def trl(logits, ids):
+    trl_utils = pytest.importorskip("trl.trainer.utils", reason="trl is not installed")
+    return trl_utils.selective_log_softmax(logits, ids)
+
+
+def liger(logits, ids):
+    ops = pytest.importorskip("liger_kernel.transformers.functional", reason="liger-kernel is not installed")
+    return -ops.liger_cross_entropy(logits, ids, reduction="none")
+
+
+def quack(logits, ids):
+    ops = pytest.importorskip("quack.cross_entropy", reason="quack-kernels is not installed")
+    return -ops.cross_entropy(logits, ids, reduction="none")
+
+
+def on(backend, function):
+    """``function`` with its kernels on one backend."""
+
+    def call(*arguments):
+        return function(*arguments, backend=backend)
+
+    def skip(*arguments):
+        pytest.skip(f"backend {backend!r}: {reason}")
+
+    reason = pk.available_backends()[backend]
+    return call if reason is None else skip
+
+
+BACKENDS = ("triton", "cuda") if DEVICE == "cuda" else ("cpu",)
+PEERS = {"trl": trl, "liger": liger, "quack": quack} if DEVICE == "cuda" else {}
+
+
+def ways(plain, ours, peers):
+    return {"eager": plain, "compile": torch.compile(plain)} | {name: on(name, ours) for name in BACKENDS} | peers
+
+
+RATIOS = ways(eager_ratios, kernel_ratios, {})
+SINGLE = ways(eager, kernel, PEERS)
+ENTROPY = ways(eager_entropy, kernel_entropy, {})
 
 
 @pytest.fixture
@@ -62,19 +91,42 @@ def ids():
     return torch.randint(VOCABULARY, (TOKENS,), device=DEVICE)
 
 
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
-@pytest.mark.parametrize("way", [plain, kernel], ids=["plain", "kernel"])
-@pytest.mark.benchmark(group="log_probs")
-def test_log_probs(benchmark, ids, way, backward):
-    logits = leaf(TOKENS, VOCABULARY, scale=3.0)
-    traffic = logits.nbytes * (3 if backward else 1)
-    timed(benchmark, lambda: way(logits, ids), [logits], backward, traffic)
+def logits():
+    return leaf(TOKENS, VOCABULARY, scale=3.0)
 
 
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
-@pytest.mark.parametrize("way", [plain_linear, kernel_linear], ids=["plain", "kernel"])
-@pytest.mark.benchmark(group="linear_log_probs")
-def test_linear_log_probs(benchmark, ids, way, backward):
-    hidden, weight = leaf(TOKENS, WIDTH), leaf(VOCABULARY, WIDTH, scale=0.1)
-    traffic = (hidden.nbytes + weight.nbytes) * (3 if backward else 1)
-    timed(benchmark, lambda: way(hidden, weight, ids), [hidden, weight], backward, traffic)
+@pytest.mark.parametrize("way", RATIOS)
+@pytest.mark.benchmark(group="log_ratios of three models, forward")
+def test_log_ratios(benchmark, ids, way):
+    models = [logits() for _ in range(3)]
+    timed(benchmark, without_gradients(lambda: RATIOS[way](*models, ids)), sum(z.nbytes for z in models))
+
+
+@pytest.mark.parametrize("way", SINGLE)
+@pytest.mark.benchmark(group="log_probs, forward")
+def test_log_probs(benchmark, ids, way):
+    z = logits()
+    timed(benchmark, without_gradients(lambda: SINGLE[way](z, ids)), z.nbytes)
+
+
+@pytest.mark.parametrize("way", SINGLE)
+@pytest.mark.benchmark(group="log_probs, forward and backward")
+def test_log_probs_backward(benchmark, ids, way):
+    z = logits()
+    timed(benchmark, forward_backward(lambda: SINGLE[way](z, ids), [z]), 3 * z.nbytes)
+
+
+@pytest.mark.parametrize("way", BACKENDS)
+@pytest.mark.benchmark(group="log_probs, forward and backward")
+def test_log_probs_backward_in_place(benchmark, ids, way):
+    """The logits become gradients of gradients from round to round, which takes as long."""
+    z = logits()
+    ours = on(way, kernel_in_place)
+    timed(benchmark, forward_backward(lambda: ours(z, ids), [z]), 3 * z.nbytes)
+
+
+@pytest.mark.parametrize("way", ENTROPY)
+@pytest.mark.benchmark(group="log_probs with entropy, forward")
+def test_entropy(benchmark, ids, way):
+    z = logits()
+    timed(benchmark, without_gradients(lambda: ENTROPY[way](z, ids)), z.nbytes)

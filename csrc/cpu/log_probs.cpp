@@ -91,36 +91,49 @@ RowResult forward_in_double(const void* z, int64_t n, int64_t id, int32_t dtype,
   return {value_at(z, id, dtype) / temperature - highest - log_sum, highest + log_sum, log_sum - weighted / sum};
 }
 
-RowResult forward_row(const void* z, int64_t n, int64_t id, int32_t dtype, double temperature, bool with_entropy) {
-  const double log2_scale = 1.0 / (temperature * kLn2);
-  const auto take = row_kernels().softmax[dtype][with_entropy];
-  const float infinity = std::numeric_limits<float>::infinity();
-  RowSoftmax rest{static_cast<float>(log2_scale), -infinity, 0.0, 0.0, 0.0};
-  const double target = value_at(z, id, dtype);
+// The softmax of a row but for the target; false where it must be computed in double.
+bool take_rest(const void* z, int64_t n, int64_t id, int32_t dtype, double target, bool weighted, RowSoftmax& rest) {
   if (std::isfinite(target)) {
     // A first guess at the maximum.
     const float shift = static_cast<float>(target) * rest.scale;
-    if (!(std::fabs(shift) < kFarthest)) return forward_in_double(z, n, id, dtype, temperature);
+    if (!(std::fabs(shift) < kFarthest)) return false;
     rest.highest = static_cast<float>(target);
-    rest.offset = with_entropy ? 0.0 : target * rest.scale - shift;
+    rest.offset = weighted ? 0.0 : target * rest.scale - shift;
   }
-  if (!take(z, id, &rest) || !take(at(z, id + 1, dtype), n - id - 1, &rest)) {
-    return forward_in_double(z, n, id, dtype, temperature);
-  }
+  const auto take = row_kernels().softmax[dtype][weighted];
+  return take(z, id, &rest) && take(at(z, id + 1, dtype), n - id - 1, &rest);
+}
+
+RowResult forward_row(const void* z, int64_t n, int64_t id, int32_t dtype, double temperature, bool with_entropy) {
+  const double log2_scale = 1.0 / (temperature * kLn2);
+  const float infinity = std::numeric_limits<float>::infinity();
+  const RowSoftmax nothing{static_cast<float>(log2_scale), -infinity, 0.0, 0.0, 0.0};
+  RowSoftmax rest = nothing;
+  const double target = value_at(z, id, dtype);
+  if (!take_rest(z, n, id, dtype, target, false, rest)) return forward_in_double(z, n, id, dtype, temperature);
   if (rest.highest == -infinity) {
     // Nothing but -inf (or NaN, which is in the sum): no distribution.
     return {kNaN, std::isnan(rest.sum) || std::isnan(target) ? kNaN : -kInf, kNaN};
   }
-  const double factor = std::exp2(-rest.offset);
-  const double others = rest.sum * factor;
+  // The sums are relative to the rounded bias; what rounding it took from the maximum goes back in here.
+  const double others = rest.sum * std::exp2(-rest.offset);
   const double t = (target - rest.highest) * log2_scale;
   const double p = std::exp2(t);
-  const double sum = others + p;
-  const double log_sum = std::log(sum);
-  const double weighted = factor * (rest.weighted - rest.offset * rest.sum) + (p == 0.0 ? 0.0 : p * t);
+  const double log_sum = std::log(others + p);
   // log1p, because beside a 1 the others would lose their digits; where the target vanishes there is nothing to lose.
   const double logp = p > 1e-280 ? -std::log1p(others / p) : kLn2 * t - log_sum;
-  return {logp, rest.highest / temperature + log_sum, log_sum - kLn2 * weighted / sum};
+  RowResult result{logp, rest.highest / temperature + log_sum, 0.0};
+  if (with_entropy) {
+    // A pass of its own over a row that is still in the cache: the log-prob keeps the same bits with and without it.
+    RowSoftmax all = nothing;
+    if (!take_rest(z, n, id, dtype, target, true, all)) return forward_in_double(z, n, id, dtype, temperature);
+    const double own_t = (target - all.highest) * log2_scale;
+    const double own_p = std::exp2(own_t);
+    const double sum = all.sum + own_p;
+    const double weighted = all.weighted + (own_p == 0.0 ? 0.0 : own_p * own_t);
+    result.entropy = std::log(sum) - kLn2 * weighted / sum;
+  }
+  return result;
 }
 
 // The same formulas in double, one element at a time: for what the float loops leave out.

@@ -237,6 +237,9 @@ def run(
         return logp, entropy if with_entropy else None
     if logits.stride(-1) != 1 and not inplace_backward:
         logits = logits.contiguous()
+    if backend != "eager" and not (logits.requires_grad and torch.is_grad_enabled()):
+        logp, _, entropy = kernel_forward([logits], ids, mask, [temperature], with_entropy, backend)
+        return logp[0], None if entropy is None else entropy[0]
     return _LogProbs.apply(logits, ids, mask, temperature, with_entropy, inplace_backward, backend)
 
 

@@ -11,7 +11,7 @@ TESTS = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["triton_backend/interpreted", "ops/test_log_probs.py"])
+@pytest.mark.parametrize("what", ["triton_backend/interpreted", "ops/test_log_probs.py", "ops/test_fuzz.py"])
 def test_interpreted(what, seed):
     pytest.importorskip("triton", reason="triton is not installed: pip install 'prime-kernels[triton]'")
     environment = {

@@ -1,0 +1,6 @@
+"""Benchmarks are collected without touching sys.path; this lets them share measure.py."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))

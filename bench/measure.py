@@ -1,0 +1,89 @@
+"""What every benchmark shares: where it runs, its rounds, and how much memory a call takes beyond its inputs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+DEVICE = os.environ.get("PRIME_BENCH_DEVICE", "cpu")
+# The smallest sizes, to see that a benchmark still works.
+SMALL = bool(os.environ.get("PRIME_BENCH_SMALL"))
+ROUNDS = 2 if SMALL else 9
+
+
+def timed(benchmark, call: Callable[[], object], traffic: int = 0, flops: int = 0) -> None:
+    """Time ``call`` (median of ROUNDS after one to warm up) and record rates and peak memory.
+
+    Args:
+        benchmark: the fixture of pytest-benchmark.
+        call: what to time.
+        traffic: bytes that must move at least once.
+        flops: floating-point operations that are needed at least.
+    """
+
+    def once() -> None:
+        call()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+
+    once()
+    benchmark.pedantic(once, rounds=ROUNDS, warmup_rounds=1)
+    benchmark.extra_info["device"] = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
+    benchmark.extra_info["peak MiB"] = round(peak_bytes(once) / 2**20, 1)
+    if benchmark.stats is not None:
+        median = benchmark.stats.stats.median
+        if traffic:
+            benchmark.extra_info["GB/s"] = round(traffic / median / 1e9, 1)
+        if flops:
+            benchmark.extra_info["TFLOP/s"] = round(flops / median / 1e12, 3)
+
+
+def peak_bytes(call: Callable[[], None]) -> int:
+    """The most memory that ``call`` holds at once beyond what was there before it."""
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from what is held now
+    before = _status("VmRSS")
+    call()
+    return max(0, _status("VmHWM") - before)
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def leaf(*shape: int, scale: float = 1.0, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """Random numbers that want a gradient."""
+    return (torch.randn(*shape, device=DEVICE) * scale).to(dtype).requires_grad_()
+
+
+def forward_backward(run: Callable[[], torch.Tensor], leaves: list[torch.Tensor]) -> Callable[[], None]:
+    """A call that runs, takes the gradient of the weighted sum of the results, and drops it again."""
+    weights: list[torch.Tensor] = []
+
+    def once() -> None:
+        result = run()
+        if not weights:
+            weights.append(torch.randn_like(result))
+        result.backward(weights[0])
+        for one in leaves:
+            one.grad = None
+
+    return once
+
+
+def without_gradients(run: Callable[[], object]) -> Callable[[], None]:
+    """A call that runs without recording a graph."""
+
+    def once() -> None:
+        with torch.no_grad():
+            run()
+
+    return once

@@ -1,0 +1,55 @@
+"""Turns the JSON of a benchmark run into a table to commit.
+
+usage: python bench/table.py RESULTS.json > TABLE.md
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from prime_trainer.environment import environment
+
+COLUMNS = ("GB/s", "TFLOP/s", "peak MiB")
+
+
+def main(path: Path) -> None:
+    run = json.loads(path.read_text())
+    groups: dict[str, list[dict]] = {}
+    for one in run["benchmarks"]:
+        groups.setdefault(one["group"], []).append(one)
+    columns = [name for name in COLUMNS if any(name in one["extra_info"] for one in run["benchmarks"])]
+    head = ["operation", "way", "median ms", *columns, "faster than eager", "faster than torch.compile"]
+    print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|")
+    for group, members in groups.items():
+        base = {way(one): one["stats"]["median"] for one in members}
+        for one in members:
+            median = one["stats"]["median"]
+            ratios = [f"{base[name] / median:.1f}x" if name in base else "" for name in ("eager", "compile")]
+            extra = [str(one["extra_info"].get(name, "")) for name in columns]
+            print("| " + " | ".join([group, way(one), f"{median * 1e3:.2f}", *extra, *ratios]) + " |")
+    print("\n" + setting(run))
+
+
+def way(one: dict) -> str:
+    label = (one["params"] or {}).get("way") or one["name"].removeprefix("test_").replace("_", " ")
+    return f"{label}, in place" if "in_place" in one["name"] else label
+
+
+def setting(run: dict) -> str:
+    here = environment()
+    device = next(iter({one["extra_info"]["device"] for one in run["benchmarks"]}))
+    where = device if device != "cpu" else f"{here['cores']} cores of {here['processor']}"
+    packages = ", ".join(f"{name} {version}" for name, version in here["packages"].items())
+    sets = f" ({', '.join(here['vector_sets'])})" if device == "cpu" else ""
+    return (
+        f"Measured in one run on {where}{sets}: Python {here['python']}, {packages}, commit {here['commit']}. "
+        "Peak MiB is what a call holds at once beyond its inputs."
+    )
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    main(Path(sys.argv[1]))
