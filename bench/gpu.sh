@@ -19,11 +19,19 @@ part() {
   [ "$rc" -eq 0 ] || { echo "== $name: exit $rc"; status=$rc; }
 }
 
+on_gpu=(env PRIME_KERNELS_TEST_DEVICE=cuda "PRIME_KERNELS_TEST_BACKENDS=triton cuda")
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv | tee "$out/device.txt"
 "$python" -c 'import sys, torch; print(sys.version.split()[0], torch.__version__, torch.version.cuda)' | tee -a "$out/device.txt"
-part build 150 "$python" -m pip install -q --no-build-isolation --no-deps .
+part build 120 "$python" -m pip install -q --no-build-isolation --no-deps .
 part info 30 "$python" -c 'import json, prime_kernels as pk; from prime_kernels import _native; print(json.dumps(pk.available_backends(), indent=1), _native.build_info())'
-part tests 180 "$python" -m pytest -q -m gpu tests/ops
-part bench_cpu 90 "$python" -m pytest -q bench --benchmark-enable --benchmark-json="$out/bench_cpu.json"
-part bench_gpu 90 env PRIME_BENCH_DEVICE=cuda "$python" -m pytest -q bench --benchmark-enable --benchmark-json="$out/bench_gpu.json"
+part tests 100 "$python" -m pytest -q -m gpu tests/ops
+part tests_log_probs 120 "${on_gpu[@]}" "$python" -m pytest -q tests/ops/test_log_probs.py
+part tests_fuzz 60 "${on_gpu[@]}" "$python" -m pytest -q tests/ops/test_fuzz.py
+part bench_gpu 100 env PRIME_BENCH_DEVICE=cuda "$python" -m pytest -q bench --benchmark-enable --benchmark-json="$out/bench_gpu.json"
+part table_gpu 30 env PYTHONPATH=python "$python" bench/table.py "$out/bench_gpu.json" "$out/gpu" "On a GPU"
+part tune 60 "$python" bench/tune.py "$out/tune.json"
+if command -v compute-sanitizer >/dev/null; then
+  part memcheck 90 "${on_gpu[@]}" env PRIME_KERNELS_TEST_BACKENDS=cuda compute-sanitizer --error-exitcode 9 \
+    "$python" -m pytest -q tests/ops/test_log_probs.py -k "strided or masked or block_edges"
+fi
 exit "$status"

@@ -1,6 +1,6 @@
-"""Turns the JSON of a benchmark run into a table to commit.
+"""Turns the JSON of a benchmark run into what is committed: a table, and the numbers in it.
 
-usage: python bench/table.py RESULTS.json > TABLE.md
+usage: python bench/table.py RESULTS.json bench/results/NAME [TITLE]
 """
 
 from __future__ import annotations
@@ -14,22 +14,31 @@ from prime_trainer.environment import environment
 COLUMNS = ("GB/s", "TFLOP/s", "peak MiB")
 
 
-def main(path: Path) -> None:
-    run = json.loads(path.read_text())
+def main(source: Path, target: Path, title: str) -> None:
+    run = json.loads(source.read_text())
     groups: dict[str, list[dict]] = {}
     for one in run["benchmarks"]:
         groups.setdefault(one["group"], []).append(one)
     columns = [name for name in COLUMNS if any(name in one["extra_info"] for one in run["benchmarks"])]
     head = ["operation", "way", "median ms", *columns, "faster than eager", "faster than torch.compile"]
-    print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|")
+    lines = [head, ["---"] * len(head)]
     for group, members in groups.items():
         base = {way(one): one["stats"]["median"] for one in members}
         for one in members:
             median = one["stats"]["median"]
             ratios = [f"{base[name] / median:.1f}x" if name in base else "" for name in ("eager", "compile")]
             extra = [str(one["extra_info"].get(name, "")) for name in columns]
-            print("| " + " | ".join([group, way(one), f"{median * 1e3:.2f}", *extra, *ratios]) + " |")
-    print("\n" + setting(run))
+            lines.append([group, way(one), f"{median * 1e3:.2f}", *extra, *ratios])
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    target.mkdir(parents=True, exist_ok=True)
+    (target / "README.md").write_text(f"# {title}\n\n{table}\n\n{setting(run)}\n")
+    numbers = [
+        {"group": one["group"], "way": way(one), "seconds": one["stats"]["data"], **one["extra_info"]}
+        for one in run["benchmarks"]
+    ]
+    (target / "results.json").write_text(
+        json.dumps({"environment": environment(), "results": numbers}, indent=1) + "\n"
+    )
 
 
 def way(one: dict) -> str:
@@ -50,6 +59,6 @@ def setting(run: dict) -> str:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if len(sys.argv) not in (3, 4):
         sys.exit(__doc__)
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] if len(sys.argv) == 4 else Path(sys.argv[2]).name)

@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("PRIME_KERNELS_SHARED", ROOT.parent / "shared"))
 # What the fixture `backend` runs on; tests/triton_backend has its own process, with Triton's interpreter.
 BACKENDS = os.environ.get("PRIME_KERNELS_TEST_BACKENDS", "eager cpu").split()
+# Where the tests make their tensors: "cuda" puts the tests of an operation on a GPU, as bench/gpu.sh does.
+DEVICE = os.environ.get("PRIME_KERNELS_TEST_DEVICE", "cpu")
 SEED = int(os.environ.get("PRIME_KERNELS_TEST_SEED", int.from_bytes(os.urandom(4), "little")))
 
 settings.register_profile("prime", max_examples=25, deadline=None)
@@ -26,6 +28,8 @@ settings.load_profile("prime")
 
 def pytest_configure() -> None:
     torch.set_num_threads(1)
+    if DEVICE != "cpu":
+        torch.set_default_device(DEVICE)
 
 
 @pytest.fixture(autouse=True)

@@ -160,7 +160,10 @@ __global__ void __launch_bounds__(kBlock) forward_kernel(pk_log_probs_args args,
       take_pack<T, kEntropy>(softmax, pack[u], head + (i + u * kBlock) * Pack<T>::kSize, id, scale);
     }
   }
-  for (; i < packs; i += kBlock) take_pack<T, kEntropy>(softmax, body[i], head + i * Pack<T>::kSize, id, scale);
+  for (; i < packs; i += kBlock) {
+    const Pack<T> pack = body[i];  // whole, not element by element
+    take_pack<T, kEntropy>(softmax, pack, head + i * Pack<T>::kSize, id, scale);
+  }
   for (int64_t c = head + packs * Pack<T>::kSize + threadIdx.x; c < args.n_cols; c += kBlock) take_one(c);
 
   __shared__ Softmax partial[kBlock / kWarp];

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 PROGRAMS_PER_MULTIPROCESSOR = 4
 MAX_SPLITS = 64
 MIN_BLOCK = 128
-# A thread takes this many bytes of a block, as 16-byte loads that are under way together.
-BYTES_PER_THREAD = 64
 
 
 @dataclass(frozen=True)
@@ -16,6 +14,23 @@ class Device:
 
     multiprocessors: int = 1
     capability: tuple[int, int] = (9, 0)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What bench/tune.py searches: bytes of a block, bytes of it that a thread takes, stages of the loop."""
+
+    block_bytes: int
+    bytes_per_thread: int
+    num_stages: int
+
+
+# The first entry whose compute capability a device has at least. Reasoned, not yet measured: a thread has four 16-byte
+# loads under way, and blocks are larger where there is more bandwidth to keep busy.
+TUNED = {
+    (9, 0): Tuning(16384, 64, 1),
+    (0, 0): Tuning(8192, 64, 1),
+}
 
 
 @dataclass(frozen=True)
@@ -28,20 +43,18 @@ class Config:
     splits: int
 
 
-def choose(rows: int, vocabulary: int, itemsize: int, device: Device) -> Config:
+def choose(rows: int, vocabulary: int, itemsize: int, device: Device, tuning: Tuning | None = None) -> Config:
     """The configuration for ``rows`` rows in all (of every model) of ``vocabulary`` elements of ``itemsize`` bytes.
 
-    Blocks are 16 KiB, 8 KiB before compute capability 9, which has less bandwidth to keep busy; 8,192 columns of
-    bfloat16 or 4,096 of float32. Rows are split only where they are too few to fill the device, and into no more parts
-    than they have blocks. Reasoned, not yet measured on a GPU.
+    Rows are split only where they are too few to fill the device, and into no more parts than they have blocks.
     """
-    block_bytes = 16384 if device.capability >= (9, 0) else 8192
-    block = max(MIN_BLOCK, min(power_of_two_from(vocabulary), block_bytes // itemsize))
-    num_warps = max(1, block * itemsize // (32 * BYTES_PER_THREAD))
+    tuning = tuning or next(found for capability, found in TUNED.items() if device.capability >= capability)
+    block = max(MIN_BLOCK, min(power_of_two_from(vocabulary), tuning.block_bytes // itemsize))
+    num_warps = max(1, block * itemsize // (32 * tuning.bytes_per_thread))
     wanted = device.multiprocessors * PROGRAMS_PER_MULTIPROCESSOR // max(1, rows)
     blocks = -(-vocabulary // block)
     splits = power_of_two_to(max(1, min(wanted, blocks, MAX_SPLITS)))
-    return Config(block, num_warps, 1, splits)
+    return Config(block, num_warps, tuning.num_stages, splits)
 
 
 def power_of_two_from(value: int) -> int:

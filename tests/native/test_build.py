@@ -51,15 +51,37 @@ def test_missing_extension_is_explained():
     assert "prime_kernels._C" in said and "pip install" in said
 
 
-@pytest.mark.parametrize("op", ["log_probs", "segment_scan"])
-def test_cuda_kernels_do_not_spill(nvcc, tmp_path, op):
-    source = ROOT / "csrc" / "cuda" / f"{op}.cu"
-    command = [nvcc, "-std=c++17", "-arch=sm_80", "-Xptxas", "-v", f"-I{ROOT / 'csrc/include'}", "-cubin"]
-    done = subprocess.run([*command, "-o", tmp_path / "a.cubin", source], capture_output=True, text=True)
+@pytest.fixture(scope="module")
+def nvdisasm():
+    """From the triton package, which has it wherever it is installed."""
+    pytest.importorskip("triton", reason="nvdisasm comes with triton: pip install 'prime-kernels[triton]'")
+    from triton import knobs
+
+    return knobs.nvidia.nvdisasm.path
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("op, wide", [("log_probs", True), ("segment_scan", False)])
+def test_cuda_kernels_keep_to_registers(nvcc, nvdisasm, tmp_path, op, wide, architecture):
+    """No spills, no local memory, and 16 bytes a load where a row is read."""
+    source, cubin = ROOT / "csrc" / "cuda" / f"{op}.cu", tmp_path / "a.cubin"
+    command = [nvcc, "-std=c++17", f"-arch={architecture}", "-Xptxas", "-v", f"-I{ROOT / 'csrc/include'}", "-cubin"]
+    done = subprocess.run([*command, "-o", cubin, source], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     report = done.stdout + done.stderr
     spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
     assert spills and all(numbers == ("0", "0", "0") for numbers in spills), report
+    # Blocks of 1,024 threads share 65,536 registers.
+    assert all(int(registers) <= 64 for registers in re.findall(r"Used (\d+) registers", report)), report
+    sass = subprocess.run([nvdisasm, "-c", cubin], capture_output=True, text=True, check=True).stdout
+    assert not re.search(r"\b(LDL|STL)\b", sass)
+    kernels = re.split(r"^\.text\.", sass, flags=re.MULTILINE)[1:]
+    assert len(kernels) == len(spills)
+    for kernel in kernels if wide else []:
+        # Four loads under way together, and the rest one by one; the backward writes as wide.
+        assert len(re.findall(r"\bLDG\.E[.\w]*\.128", kernel)) >= 5, kernel[:200]
+        if "backward" in kernel[:200]:
+            assert len(re.findall(r"\bSTG\.E[.\w]*\.128", kernel)) >= 5, kernel[:200]
 
 
 def configure(build, *options, **environment):

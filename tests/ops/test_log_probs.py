@@ -320,3 +320,16 @@ def test_ratio_of_close_models_is_not_rounded_to_half(backend):
     result = pk.log_ratios(prm, ref, ids, backend=backend)
     truth = pk.log_ratios(prm.double(), ref.double(), ids, backend="eager")
     assert_close("logp", result.log_ratio, truth.log_ratio)
+
+
+@pytest.mark.parametrize("vocabulary", [2000, 49152])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ratio_of_nearly_equal_models(backend, dtype, vocabulary):
+    """A relative difference of 1e-3, as after some steps of training: the ratio is right to 1e-5."""
+    ref = torch.randn(3, vocabulary) * 4
+    prm = (ref * (1 + 1e-3 * torch.randn(3, vocabulary))).to(dtype)
+    ref, ids = ref.to(dtype), torch.randint(vocabulary, (3,))
+    result = pk.log_ratios(prm, ref, ids, backend=backend)
+    truth = pk.log_ratios(prm.double(), ref.double(), ids, backend="eager")
+    assert truth.log_ratio.abs().max() > 1e-5
+    assert (result.log_ratio - truth.log_ratio).abs().max() <= 1e-5

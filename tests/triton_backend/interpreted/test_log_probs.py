@@ -1,6 +1,8 @@
 """The row kernels by themselves: small blocks, split rows, three models, strides, gradients in place."""
 
+import importlib.util
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from support import assert_close, gradient_kind
 
 import prime_kernels as pk
 from prime_kernels._triton import log_probs as kernels
-from prime_kernels._triton._config import Config
+from prime_kernels._triton._config import Config, Tuning
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Blocks of 128 columns, so that a few hundred columns are several blocks; whole rows and rows in parts.
@@ -224,3 +226,15 @@ def test_takes_cpu_tensors_only_because_it_is_interpreted():
         pk.log_probs(torch.zeros(1, 2).double(), torch.zeros(1, dtype=torch.int64), backend="triton")
     with pytest.raises(IndexError, match="ids"):
         pk.log_probs(torch.zeros(1, 2), torch.tensor([2]), backend="triton")
+
+
+def test_the_search_for_a_configuration_runs():
+    """bench/tune.py at a small size: rates of every candidate, whatever they are worth here."""
+    path = Path(__file__).resolve().parents[3] / "bench" / "tune.py"
+    spec = importlib.util.spec_from_file_location("tune", path)
+    tune = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tune)
+    candidates = [Tuning(512, 64, 1), Tuning(1024, 32, 2)]
+    rows = list(tune.sweep(2, 300, torch.bfloat16, torch.device("cpu"), candidates))
+    assert [row["block_bytes"] for row in rows] == [512, 1024]
+    assert all(row["forward"] >= 0 and row["backward"] >= 0 for row in rows)

@@ -1,0 +1,79 @@
+"""Searches the launch configuration of the Triton row kernels on the GPU that is there.
+
+usage: python bench/tune.py [RESULTS.json]
+
+The best of each dtype goes, by hand, into TUNED of prime_kernels/_triton/_config.py: users never pay for a search.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from prime_kernels._triton import log_probs as kernels
+from prime_kernels._triton._config import Tuning, choose
+
+CANDIDATES = [
+    Tuning(block_bytes, bytes_per_thread, num_stages)
+    for block_bytes, bytes_per_thread, num_stages in itertools.product((8192, 16384, 32768), (32, 64, 128), (1, 2))
+]
+ROWS, VOCABULARY, ROUNDS = 8192, 151936, 5
+
+
+def sweep(
+    rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device, candidates: Sequence[Tuning] = CANDIDATES
+) -> Iterator[dict]:
+    """Yield the rates of each candidate, in GB/s of the bytes that must move."""
+    logits = torch.randn(rows, vocabulary, device=device).to(dtype)
+    ids = torch.randint(vocabulary, (rows,), device=device)
+    grad, out = torch.randn(rows, device=device), torch.empty_like(logits)
+    for tuning in candidates:
+        config = choose(rows, vocabulary, logits.element_size(), kernels._device(device), tuning)
+
+        def forward(config=config):
+            return kernels.forward([logits], ids, None, [1.0], False, config)
+
+        lse = forward()[1][0]
+
+        def backward(config=config, lse=lse):
+            kernels.backward(logits, ids, None, lse, None, grad, None, 1.0, out, config)
+
+        rates = {"forward": logits.nbytes / seconds(forward), "backward": 2 * logits.nbytes / seconds(backward)}
+        rates = {name: round(rate / 1e9, 1) for name, rate in rates.items()}
+        yield {"dtype": str(dtype), **vars(tuning), "num_warps": config.num_warps, **rates}
+
+
+def seconds(call) -> float:
+    """The median of some rounds, each waited for."""
+    taken = []
+    for _ in range(ROUNDS + 1):
+        start = time.perf_counter()
+        call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken[1:])
+
+
+def main(target: Path | None) -> None:
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        for row in sweep(ROWS, VOCABULARY, dtype, torch.device("cuda")):
+            print(row, flush=True)
+            found.append(row)
+    for dtype, which in itertools.product(("torch.bfloat16", "torch.float32"), ("forward", "backward")):
+        best = max((row for row in found if row["dtype"] == dtype), key=lambda row: row[which])
+        print(f"best {which} {dtype}: {best}")
+    if target is not None:
+        target.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else None)
