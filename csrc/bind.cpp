@@ -68,7 +68,7 @@ pk_log_probs_args forward_args(const std::vector<Model>& models, uintptr_t ids, 
 pk_log_probs_grad_args backward_args(uintptr_t logits, int64_t logits_stride, int dtype, double temperature,
                                      uintptr_t ids, uintptr_t mask, int64_t n_rows, int64_t n_cols, uintptr_t lse,
                                      uintptr_t entropy, uintptr_t grad_logp, uintptr_t grad_entropy, uintptr_t out,
-                                     int64_t out_stride) {
+                                     int64_t out_stride, bool partial) {
   pk_log_probs_grad_args args{};
   args.logits = pointer<const void>(logits);
   args.logits_stride = logits_stride;
@@ -84,6 +84,7 @@ pk_log_probs_grad_args backward_args(uintptr_t logits, int64_t logits_stride, in
   args.grad_entropy = pointer<const float>(grad_entropy);
   args.out = pointer<void>(out);
   args.out_stride = out_stride;
+  args.partial = partial ? 1 : 0;
   return args;
 }
 

@@ -11,6 +11,7 @@ reference), ``"cpu"``, ``"triton"`` or ``"cuda"``. See :func:`use_backend` and :
 from prime_kernels._dispatch import BackendUnavailable, available_backends, use_backend
 from prime_kernels.ops import _compile as _compile
 from prime_kernels.ops.linear_log_probs import Head, linear_log_probs, linear_log_ratios
+from prime_kernels.ops.linear_losses import linear_nll, linear_ppo_loss
 from prime_kernels.ops.log_probs import log_probs
 from prime_kernels.ops.log_ratios import LogRatios, log_ratios
 from prime_kernels.ops.ppo_loss import PPOLoss, ppo_loss
@@ -32,6 +33,8 @@ __all__ = [
     "available_backends",
     "linear_log_probs",
     "linear_log_ratios",
+    "linear_nll",
+    "linear_ppo_loss",
     "log_probs",
     "log_ratios",
     "ppo_loss",

@@ -2,7 +2,7 @@
 
 Messages read "argument: expected ..., got ...". A wrong type or dtype raises TypeError, a label outside the vocabulary
 IndexError, anything else ValueError. Checks that need tensor values read them on CPU tensors; on CUDA tensors they
-become device-side asserts, so that no check waits for the GPU.
+become device-side asserts, so that no check waits for the GPU; inside torch.compile they are asserts of the graph.
 """
 
 import math
@@ -173,7 +173,7 @@ def _all(name: str, value: Tensor, valid: Tensor | None, test: Callable[[Tensor]
 
 
 def _require(condition: Tensor, error: Callable[[], Exception], message: str) -> None:
-    if condition.device.type == "cuda":
+    if condition.device.type == "cuda" or torch.compiler.is_compiling():
         torch._assert_async(condition, message)
     elif not condition:
         raise error()

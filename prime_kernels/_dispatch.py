@@ -23,8 +23,10 @@ ENVIRONMENT_VARIABLE = "PRIME_KERNELS_BACKEND"
 
 # What each operation runs on besides eager, which implements all of them.
 _KERNELS: dict[str, tuple[str, ...]] = {
-    "linear_log_probs": ("cpu",),
-    "linear_log_ratios": ("cpu",),
+    "linear_log_probs": ("cpu", "triton", "cuda"),
+    "linear_log_ratios": ("cpu", "triton", "cuda"),
+    "linear_nll": ("cpu", "triton", "cuda"),
+    "linear_ppo_loss": ("cpu", "triton", "cuda"),
     "log_probs": ("cpu", "triton", "cuda"),
     "log_ratios": ("cpu", "triton", "cuda"),
     "ppo_loss": (),

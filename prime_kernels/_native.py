@@ -82,8 +82,12 @@ def backward(
     grad_entropy: Tensor | None,
     temperature: float,
     out: Tensor,
+    partial: bool = False,
 ) -> None:
-    """Write d loss / d logits [N, V] to ``out``, which may be ``logits`` itself. ``entropy`` is that of the forward."""
+    """Write d loss / d logits [N, V] to ``out``, which may be ``logits`` itself. ``entropy`` is that of the forward.
+
+    ``partial``: these are some of the columns of a row, with the lse and entropy of all, and ids may lie outside them.
+    """
     rows, vocabulary = logits.shape
     device = logits.device
     assert is_rows(logits) and is_rows(out) and out.device == device
@@ -92,7 +96,7 @@ def backward(
     columns = [column(each, torch.float32, rows, device) for each in (lse, entropy, grad_logp, grad_entropy)]
     fields = (logits.data_ptr(), row_stride(logits), _DTYPES[logits.dtype], temperature, ids.data_ptr(), _address(mask))
     addresses = [_address(each) for each in columns]
-    _run("log_probs_backward", device, *fields, rows, vocabulary, *addresses, out.data_ptr(), row_stride(out))
+    _run("log_probs_backward", device, *fields, rows, vocabulary, *addresses, out.data_ptr(), row_stride(out), partial)
 
 
 def segment_scan(values: Tensor, cu_seqlens: Tensor, gamma: float, reverse: bool) -> Tensor:

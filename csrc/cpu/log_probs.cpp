@@ -57,8 +57,9 @@ bool read_row(const uint8_t* mask, int64_t row) { return mask == nullptr || mask
 
 // Checked ahead of the parallel loop: the lowest offending row is reported whatever the threads do.
 template <typename Args>
-int check_rows(const Args& args) {
+int check_rows(const Args& args, bool ids_may_lie_outside = false) {
   if (args.n_rows < 0 || args.n_cols < 1 || args.bad_row == nullptr) return PK_BAD_ARGUMENT;
+  if (ids_may_lie_outside) return PK_OK;
   for (int64_t row = 0; row < args.n_rows; ++row) {
     if (!read_row(args.mask, row)) continue;
     if (args.ids[row] < 0 || args.ids[row] >= args.n_cols) {
@@ -173,16 +174,19 @@ void backward_row(const pk_log_probs_grad_args& args, int64_t row, bool stream) 
   const double factor = -std::exp(residue) / args.temperature;
   by.a = static_cast<float>(factor * (grad_logp + grad_entropy * (entropy + residue)));
   by.b = static_cast<float>(factor * grad_entropy * kLn2);
-  const double log_p = value_at(z, args.ids[row], args.dtype) / args.temperature - lse;
+  const int64_t id = args.ids[row];
+  const bool has_target = id >= 0 && id < args.n_cols;
+  const double log_p = has_target ? value_at(z, id, args.dtype) / args.temperature - lse : 0.0;
   if (!std::isfinite(by.scale) || !(std::fabs(by.bias) < kFarthest) || !std::isfinite(by.a) || !std::isfinite(by.b)) {
     return backward_in_double(args, z, out, row, entropy);
   }
   row_kernels().gradient[args.dtype][args.grad_entropy != nullptr](z, args.n_cols, by, stream, out);
+  if (!has_target) return;
   // expm1, because 1 - p loses every digit where the model is sure.
   const double p = std::exp(log_p);
   const double curvature = p == 0.0 ? 0.0 : p * (log_p + entropy);
   const double target = -grad_logp * std::expm1(log_p) - grad_entropy * curvature;
-  put_at(out, args.ids[row], args.dtype, static_cast<float>(target / args.temperature));
+  put_at(out, id, args.dtype, static_cast<float>(target / args.temperature));
 }
 
 // Fresh memory comes in pages of 4 KiB, each of which costs a fault; asked for before the first touch, the system may
@@ -232,7 +236,7 @@ extern "C" int pk_cpu_log_probs_backward(const pk_log_probs_grad_args* args) {
   using namespace pk;
   if (args == nullptr || !known_dtype(args->dtype) || !(args->temperature > 0.0)) return PK_BAD_ARGUMENT;
   if (args->grad_entropy != nullptr && args->entropy == nullptr) return PK_BAD_ARGUMENT;
-  if (const int status = check_rows(*args)) return status;
+  if (const int status = check_rows(*args, args->partial != 0)) return status;
   const int threads = thread_count(args->n_threads, args->n_rows, args->n_rows * args->n_cols);
   (void)threads;
   const int64_t bytes = args->n_rows * args->n_cols * item_size(args->dtype);

@@ -201,7 +201,8 @@ __global__ void __launch_bounds__(kBlock) backward_kernel(pk_log_probs_grad_args
   const double grad_logp = args.grad_logp == nullptr ? 0.0 : args.grad_logp[row];
   const double grad_entropy = args.grad_entropy == nullptr ? 0.0 : args.grad_entropy[row];
   const double lse = args.lse[row];
-  const bool valid = id >= 0 && id < args.n_cols;
+  const bool has_target = id >= 0 && id < args.n_cols;
+  const bool valid = has_target || args.partial != 0;
   // A finite lse vouches for the row: no NaN and no infinity hides behind the zero gradient.
   const bool nothing = masked || (valid && grad_logp == 0.0 && grad_entropy == 0.0 && isfinite(lse));
   const T* z = static_cast<const T*>(args.logits) + row * args.logits_stride;
@@ -232,7 +233,7 @@ __global__ void __launch_bounds__(kBlock) backward_kernel(pk_log_probs_grad_args
   const double factor = -exp(residue) * inverse_temperature;
   const float a = static_cast<float>(factor * (grad_logp + grad_entropy * (entropy + residue)));
   const float b = static_cast<float>(factor * grad_entropy * kLn2);
-  const double log_p = to_float(z[id]) * inverse_temperature - lse;
+  const double log_p = has_target ? to_float(z[id]) * inverse_temperature - lse : 0.0;
   const double p = exp(log_p);
   const double curvature = p == 0.0 ? 0.0 : p * (log_p + entropy);
   const float target =

@@ -87,8 +87,13 @@ def backward(
     temperature: float,
     out: Tensor,
     config: Config | None = None,
+    partial: bool = False,
 ) -> None:
-    """Write d loss / d logits [N, V] to ``out``, which may be ``logits`` itself. ``entropy`` is that of the forward."""
+    """Write d loss / d logits [N, V] to ``out``, which may be ``logits`` itself. ``entropy`` is that of the forward.
+
+    ``partial``: these are some of the columns of a row, with the lse and entropy of all, and ids may lie outside them.
+    The kernel takes every id: one that is outside has no column to write to.
+    """
     rows, vocabulary = logits.shape
     device = logits.device
     assert is_rows(logits) and is_rows(out) and out.dtype == logits.dtype and out.shape == logits.shape

@@ -1,4 +1,4 @@
-"""log_probs and log_ratios as single nodes of a torch.compile graph.
+"""Log-probabilities, from logits or from hidden states, as single nodes of a torch.compile graph.
 
 Registered operators with fake kernels, so that fullgraph=True works and the compiler never looks inside: arguments are
 checked and the backend is chosen when the graph runs, with the same errors as without a compiler. The eager call does
@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from prime_kernels import _checks, _dispatch
+from prime_kernels.ops import _linear_tiles as tiles
+from prime_kernels.ops import linear_log_probs as linear
 from prime_kernels.ops import log_probs as rows
 from prime_kernels.ops import log_ratios as ratios
 from prime_kernels.ops._segments import result_dtype
@@ -23,19 +25,11 @@ def _values(
     backend: str,
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """(logp, lse, entropy) of each model; entropy is empty where it is not asked for."""
-    if backend != "eager":
-        dense = [z if z.stride(-1) == 1 else z.contiguous() for z in models]
-        logp, lse, entropy = rows.kernel_forward(dense, ids, mask, temperatures, with_entropy, backend)
-        columns = [logp, lse, logp.new_empty(len(models), 0) if entropy is None else entropy]
-        # Results of an operator must not share memory.
-        return [tuple(column[place].clone() for column in columns) for place in range(len(models))]
-    results = []
-    for z, temperature in zip(models, temperatures, strict=True):
-        logp, entropy = rows.reference(z, ids, mask, temperature)
-        lse = (z.to(logp.dtype) / temperature).logsumexp(-1)
-        lse = lse if mask is None else lse.masked_fill(~mask, 0.0)
-        results.append((logp, lse, entropy if with_entropy else logp.new_empty(0)))
-    return results
+    dense = [z if z.stride(-1) == 1 else z.contiguous() for z in models]
+    logp, lse, entropy = rows.kernel_forward(dense, ids, mask, temperatures, with_entropy, backend)
+    columns = [logp, lse, logp.new_empty(len(models), 0) if entropy is None else entropy]
+    # Results of an operator must not share memory.
+    return [tuple(column[place].clone() for column in columns) for place in range(len(models))]
 
 
 def _fake_values(logits: Tensor, ids: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -70,8 +64,6 @@ def log_probs_backward(
 ) -> Tensor:
     ids = _checks.labels("ids", ids, mask, logits.shape[-1])
     chosen = _dispatch.resolve("log_probs", logits, backend)
-    if chosen == "eager":
-        return rows.reference_gradient(logits, ids, mask, temperature, grad_logp, grad_entropy).contiguous()
     dense = logits if logits.stride(-1) == 1 else logits.contiguous()
     out = torch.empty_like(dense, memory_format=torch.contiguous_format)
     rows.kernel_backward(dense, ids, mask, lse, entropy, grad_logp, grad_entropy, temperature, out, chosen)
@@ -147,3 +139,103 @@ def _log_ratios_gradient(ctx, grad_prm, _grad_ref, grad_policy, _grad_prm_lse, _
 
 
 log_ratios.register_autograd(_log_ratios_gradient, setup_context=_keep_log_ratios)
+
+
+@torch.library.custom_op("prime_kernels::linear_log_probs", mutates_args=())
+def linear_log_probs(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    temperature: float,
+    with_entropy: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    head, ids, temperature, chosen = linear.check(hidden, weight, ids, bias, mask, temperature, with_entropy, backend)
+    head = _as_computed(head, chosen)
+    flat, flat_ids, valid = linear.compact(head.hidden, ids, mask)
+    if not len(flat):
+        zeros = _fake_values(hidden, ids, with_entropy)
+        return tuple(column.zero_() for column in zeros)
+    columns = tiles.forward(flat, head.weight, head.bias, flat_ids, temperature, with_entropy, chosen)
+    logp, lse, entropy = (None if column is None else linear.spread(column, valid, ids.shape) for column in columns)
+    # Results of an operator must not share memory.
+    return logp.clone(), lse.clone(), logp.new_empty(0) if entropy is None else entropy.clone()
+
+
+@linear_log_probs.register_fake
+def _(hidden, weight, ids, bias, mask, temperature, with_entropy, backend):
+    return _fake_values(hidden, ids, with_entropy)
+
+
+@torch.library.custom_op("prime_kernels::linear_log_probs_backward", mutates_args=())
+def linear_log_probs_backward(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    lse: Tensor,
+    entropy: Tensor | None,
+    grad_logp: Tensor | None,
+    grad_entropy: Tensor | None,
+    temperature: float,
+    wanted: list[bool],
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight and bias; empty where they are not wanted."""
+    ids = _checks.labels("ids", ids, mask, weight.shape[0])
+    chosen = _dispatch.resolve("linear_log_probs", hidden, backend)
+    head = _as_computed(linear.Head(hidden, weight, bias), chosen)
+    flat, flat_ids, valid = linear.compact(head.hidden, ids, mask)
+    columns = [None if each is None else each.reshape(-1) for each in (lse, entropy, grad_logp, grad_entropy)]
+    if valid is not None:
+        columns = [None if each is None else each[valid] for each in columns]
+    gradients = [each.new_zeros(each.shape) if want else each.new_empty(0) for each, want in _wanted(head, wanted)]
+    if len(flat):
+        found = tiles.backward(flat, head.weight, head.bias, flat_ids, temperature, *columns, wanted, chosen)
+        if found[0] is not None:
+            rows_of = slice(None) if valid is None else valid
+            gradients[0].view(-1, hidden.shape[-1])[rows_of] = found[0]
+        gradients[1:] = [given if each is None else each for given, each in zip(gradients[1:], found[1:], strict=True)]
+    return tuple(each.to(hidden.dtype) for each in gradients)
+
+
+@linear_log_probs_backward.register_fake
+def _(hidden, weight, ids, bias, mask, lse, entropy, grad_logp, grad_entropy, temperature, wanted, backend):
+    each_wanted = _wanted(linear.Head(hidden, weight, bias), wanted)
+    return tuple(each.new_empty(each.shape if want else (0,)) for each, want in each_wanted)
+
+
+def _wanted(head: linear.Head, wanted: list[bool]) -> list[tuple[Tensor, bool]]:
+    """What each gradient looks like, and whether it is wanted."""
+    bias = head.weight if head.bias is None else head.bias
+    return [(head.hidden, wanted[0]), (head.weight, wanted[1]), (bias, wanted[2] and head.bias is not None)]
+
+
+def _as_computed(head: linear.Head, backend: str) -> linear.Head:
+    """The eager product is float32 whatever the inputs."""
+    if backend != "eager":
+        return head
+    dtype = result_dtype(head.hidden)
+    return linear.Head(*(None if each is None else each.to(dtype) for each in head))
+
+
+def _keep_linear(ctx, inputs, output):
+    hidden, weight, ids, bias, mask, ctx.temperature, ctx.with_entropy, ctx.backend = inputs
+    ctx.save_for_backward(hidden, weight, ids, bias, mask, *output[1:])
+
+
+def _linear_gradient(ctx, grad_logp, _grad_lse, grad_entropy):
+    hidden, weight, ids, bias, mask, lse, entropy = ctx.saved_tensors
+    if not ctx.with_entropy:
+        entropy = grad_entropy = None
+    wanted = [ctx.needs_input_grad[place] for place in (0, 1, 3)]
+    columns = (lse, entropy, grad_logp, grad_entropy)
+    found = linear_log_probs_backward(hidden, weight, ids, bias, mask, *columns, ctx.temperature, wanted, ctx.backend)
+    of_hidden, of_weight, of_bias = (each if want else None for each, want in zip(found, wanted, strict=True))
+    return of_hidden, of_weight, None, of_bias, None, None, None, None
+
+
+linear_log_probs.register_autograd(_linear_gradient, setup_context=_keep_linear)

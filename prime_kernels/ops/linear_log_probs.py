@@ -5,15 +5,16 @@ logits of a chunk again instead of keeping them, so memory is one chunk of float
 gradient.
 """
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from prime_kernels import _checks, _dispatch
+from prime_kernels.ops import _linear_tiles as tiles
 from prime_kernels.ops import log_probs as rows
 from prime_kernels.ops._segments import result_dtype
 from prime_kernels.ops.log_ratios import LogRatios
@@ -58,11 +59,7 @@ def reference(head: Head, ids: Tensor, mask: Tensor | None, temperature: float) 
 
 
 class _Tiled(torch.autograd.Function):
-    """Library product for a tile of tokens into one buffer, the extension's row kernel on it while it is in cache.
-
-    The product has the dtype of the inputs, as the model's own forward pass has it; the softmax is float32. Backward
-    computes the tile again and turns it into its own gradient in place, so that one tile is all the memory there is.
-    """
+    """The tiles of _linear_tiles, on the vocabulary of this process or on its share of one."""
 
     @staticmethod
     def forward(
@@ -73,88 +70,84 @@ class _Tiled(torch.autograd.Function):
         ids: Tensor,
         temperature: float,
         with_entropy: bool,
+        backend: str,
+        group: dist.ProcessGroup | None,
     ) -> tuple[Tensor, Tensor | None]:
-        from prime_kernels import _native
-
-        tiles = _tiles(hidden, weight, bias)
-        parts = [_native.forward([z], ids[span], None, [temperature], with_entropy) for span, z in tiles]
-        logp, lse, entropy = (
-            None if column[0] is None else torch.cat(column, 1)[0] for column in zip(*parts, strict=True)
-        )
+        first = 0 if group is None else dist.get_rank(group) * len(weight)
+        results = tiles.forward(hidden, weight, bias, ids - first, temperature, with_entropy, backend)
+        if group is not None:
+            results = _join_shares(results, ids // len(weight), group)
+        logp, lse, entropy = results
         ctx.save_for_backward(hidden, weight, bias, ids, lse, entropy)
-        ctx.temperature = temperature
+        ctx.temperature, ctx.backend, ctx.group, ctx.first = temperature, backend, group, first
         ctx.set_materialize_grads(False)
         return logp, entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
-        from prime_kernels import _native
-
         hidden, weight, bias, ids, lse, entropy = ctx.saved_tensors
         if grad_logp is None and grad_entropy is None:
-            return (None,) * 6
-        wanted = ctx.needs_input_grad
-        grad_hidden = torch.empty_like(hidden) if wanted[0] else None
-        # Sums over tiles are float32: in bfloat16 a long batch would stop counting.
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32) if wanted[1] else None
-        grad_bias = torch.zeros(bias.shape, dtype=torch.float32) if bias is not None and wanted[2] else None
-        for span, z in _tiles(hidden, weight, bias):
-            _native.backward(
-                z,
-                ids[span],
-                None,
-                lse[span],
-                None if entropy is None else entropy[span],
-                None if grad_logp is None else grad_logp[span],
-                None if grad_entropy is None else grad_entropy[span],
-                ctx.temperature,
-                z,
-            )
-            if grad_hidden is not None:
-                torch.mm(z, weight, out=grad_hidden[span])
-            if grad_weight is not None:
-                grad_weight += z.T @ hidden[span]
-            if grad_bias is not None:
-                grad_bias += z.sum(0, dtype=torch.float32)
-        grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, None if grad_bias is None else grad_bias.to(bias.dtype), None, None, None
+            return (None,) * 8
+        upstream = [None if grad is None else grad.contiguous() for grad in (grad_logp, grad_entropy)]
+        entropy = None if grad_entropy is None else entropy
+        arguments = (ids - ctx.first, ctx.temperature, lse, entropy, *upstream)
+        gradients = tiles.backward(hidden, weight, bias, *arguments, ctx.needs_input_grad[:3], ctx.backend)
+        if ctx.group is not None and gradients[0] is not None:
+            total = gradients[0].float()
+            dist.all_reduce(total, group=ctx.group)
+            gradients = (total.to(hidden.dtype), *gradients[1:])
+        return *gradients, None, None, None, None, None
 
 
-def _tiles(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
-    """(tokens, their logits) tile by tile, all in the same buffer."""
-    size = min(len(hidden), max(1, CHUNK_ELEMENTS // weight.shape[0]))
-    buffer = hidden.new_empty(size, weight.shape[0])
-    for start in range(0, len(hidden), size):
-        span = slice(start, min(start + size, len(hidden)))
-        z = buffer[: span.stop - start]
-        if bias is None:
-            torch.mm(hidden[span], weight.T, out=z)
-        else:
-            torch.addmm(bias, hidden[span], weight.T, out=z)
-        yield span, z
+def _join_shares(
+    results: tuple[Tensor, Tensor, Tensor | None], owner: Tensor, group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The softmax over all processes from that of each over its own rows of the head: one collective."""
+    mine = torch.stack([column for column in results if column is not None])
+    every = mine.new_empty(dist.get_world_size(group), *mine.shape)
+    dist.all_gather_into_tensor(every, mine, group=group)
+    return tiles.join([(part[0], part[1], part[2] if len(part) > 2 else None) for part in every], owner)
 
 
-def _run(
-    head: Head, ids: Tensor, mask: Tensor | None, temperature: float, with_entropy: bool, backend: str
+def run(
+    head: Head,
+    ids: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    with_entropy: bool,
+    backend: str,
+    group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    if backend == "eager" or ids.numel() == 0:
+    """(logp, entropy or None) of checked arguments on a resolved backend."""
+    if ids.numel() == 0 or (backend == "eager" and group is None):
         return reference(head, ids, mask, temperature)
-    hidden, flat_ids = head.hidden.reshape(-1, head.hidden.shape[-1]), ids.reshape(-1)
-    valid = None if mask is None else mask.reshape(-1).nonzero().squeeze(-1)
-    if valid is not None:
-        if not len(valid):
-            return reference(head, ids, mask, temperature)
-        hidden, flat_ids = hidden[valid], flat_ids[valid]
-    logp, entropy = _Tiled.apply(hidden, head.weight, head.bias, flat_ids, temperature, with_entropy)
-    columns = [logp, entropy]
-    if valid is not None:
-        columns = [None if c is None else c.new_zeros(ids.numel()).index_put((valid,), c) for c in columns]
-    return tuple(None if column is None else column.view(ids.shape) for column in columns)
+    hidden, flat_ids, valid = compact(head.hidden, ids, mask)
+    if not len(hidden):
+        return reference(head, ids, mask, temperature)
+    arguments = (flat_ids, temperature, with_entropy, backend, group)
+    columns = _Tiled.apply(hidden, head.weight, head.bias, *arguments)
+    return tuple(None if column is None else spread(column, valid, ids.shape) for column in columns)
 
 
-def _check_head(head: Head, ids: Tensor, mask: Tensor | None, prefix: str) -> Tensor:
-    """Check one head against the tokens; the labels as log_probs wants them."""
+def compact(hidden: Tensor, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(hidden [N, D], ids [N], places) of the tokens that count; places is None where all do."""
+    hidden, flat_ids = hidden.reshape(-1, hidden.shape[-1]), ids.reshape(-1)
+    if mask is None:
+        return hidden, flat_ids, None
+    valid = mask.reshape(-1).nonzero().squeeze(-1)
+    return hidden[valid], flat_ids[valid], valid
+
+
+def spread(column: Tensor, valid: Tensor | None, shape: torch.Size) -> Tensor:
+    """Values of the tokens that count back in their places, 0 elsewhere."""
+    if valid is not None:
+        column = column.new_zeros(shape.numel()).index_put((valid,), column)
+    return column.view(shape)
+
+
+def check_head(head: Head, ids: Tensor, mask: Tensor | None, prefix: str, shares: int = 1) -> Tensor:
+    """Check one head, or one of the equal shares of it, against the tokens; the labels as log_probs wants them."""
     hidden, weight, bias = f"{prefix}hidden", f"{prefix}weight", f"{prefix}bias"
     _checks.floating(hidden, head.hidden)
     if head.hidden.ndim == 0 or head.hidden.shape[-1] == 0:
@@ -170,7 +163,7 @@ def _check_head(head: Head, ids: Tensor, mask: Tensor | None, prefix: str) -> Te
         _checks.tensor(bias, head.bias, (head.hidden.dtype,), ndim=1)
         _checks.shape(bias, head.bias, (vocabulary,), f"[V] with the V of {weight}")
         _checks.device(bias, head.bias, head.hidden, hidden)
-    return rows.check_arguments(head.hidden, ids, mask, name=hidden, vocabulary=vocabulary)
+    return rows.check_arguments(head.hidden, ids, mask, name=hidden, vocabulary=vocabulary * shares)
 
 
 def linear_log_probs(
@@ -182,12 +175,14 @@ def linear_log_probs(
     mask: Tensor | None = None,
     temperature: float = 1.0,
     with_entropy: bool = False,
+    process_group: dist.ProcessGroup | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of each token from hidden states and an output layer, without ever holding all logits.
 
     As ``log_probs(hidden @ weight.T + bias, ids, ...)``. "eager" keeps the product in float32 whatever the inputs;
-    "cpu" has it in their dtype, as the model's own forward pass does, and the softmax in float32.
+    kernels have it in their dtype, as the model's own forward pass does, and the softmax in float32. Scratch memory is
+    one tile of logits, whatever N and V (32 MB on CPUs; forward 8 or 16 MB).
     Differentiable in ``hidden``, ``weight`` and ``bias``.
 
     Args:
@@ -199,6 +194,9 @@ def linear_log_probs(
             computed. "eager" waits for the device once to count valid tokens.
         temperature: above 0, divides the logits.
         with_entropy: also return the entropy, in nats.
+        process_group: the processes that share the head, each with V / size rows of it in the order of their ranks
+            (``weight`` and ``bias`` are this process's; pad with a bias of -inf). Every process passes the same tokens
+            and gets the same results and the same gradient of ``hidden``; that of ``weight`` is its own.
         backend: see :mod:`prime_kernels`.
 
     Returns:
@@ -212,13 +210,44 @@ def linear_log_probs(
 
     Source: arXiv 2502.01456, section 2; logits by chunks as in arXiv 2411.09009.
     """
-    head = Head(hidden, weight, bias)
-    ids = _check_head(head, ids, mask, "")
+    if torch.compiler.is_compiling() and process_group is None:
+        arguments = (hidden, weight, ids, bias, mask, temperature, with_entropy, backend)
+        logp, _, entropy = torch.ops.prime_kernels.linear_log_probs(*arguments)
+        return (logp, entropy) if with_entropy else logp
+    head, ids, temperature, chosen = check(
+        hidden, weight, ids, bias, mask, temperature, with_entropy, backend, process_group
+    )
+    logp, entropy = run(head, ids, mask, temperature, with_entropy, chosen, process_group)
+    return (logp, entropy) if with_entropy else logp
+
+
+def check(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    temperature: float,
+    with_entropy: bool,
+    backend: str | None,
+    process_group: dist.ProcessGroup | None = None,
+) -> tuple[Head, Tensor, float, str]:
+    """(head, ids, temperature, backend) of arguments that have passed every check."""
+    head = Head(hidden, whole(weight), whole(bias))
+    shares = 1 if process_group is None else dist.get_world_size(process_group)
+    ids = check_head(head, ids, mask, "", shares)
     temperature = rows.check_temperature("temperature", temperature)
     _checks.flag("with_entropy", with_entropy)
-    backend = _dispatch.resolve("linear_log_probs", hidden, backend)
-    logp, entropy = _run(head, ids, mask, temperature, with_entropy, backend)
-    return (logp, entropy) if with_entropy else logp
+    chosen = _dispatch.resolve("linear_log_probs", hidden, backend)
+    if process_group is not None and chosen == "eager":
+        kernels = "float32, bfloat16 or float16 tensors and backend None, 'cpu', 'triton' or 'cuda'"
+        raise ValueError(f"process_group: expected {kernels}, got {hidden.dtype} on backend 'eager'")
+    return head, ids, temperature, chosen
+
+
+def whole(parameter: Tensor | None) -> Tensor | None:
+    """The full tensor of a parameter that FSDP2 keeps in shards (a DTensor); any other as it is."""
+    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
 
 
 def linear_log_ratios(
@@ -257,18 +286,29 @@ def linear_log_ratios(
     Source: arXiv 2412.01981 and arXiv 2502.01456, section 2.
     """
     heads = {"prm": prm, "ref": ref} | ({} if policy is None else {"policy": policy})
-    checked = {}
     for name, head in heads.items():
         if not isinstance(head, Head):
             raise TypeError(f"{name}: expected a Head, got {type(head).__name__}")
-        checked[name] = _check_head(head, ids, mask, f"{name}.")
-    policy_temperature = rows.check_temperature("policy_temperature", policy_temperature)
-    # One for each head: they may differ in dtype, and float64 runs on "eager" alone.
-    runs_on = {name: _dispatch.resolve("linear_log_ratios", head.hidden, backend) for name, head in heads.items()}
-    prm_logp = _run(prm, checked["prm"], mask, 1.0, False, runs_on["prm"])[0]
+
+    if torch.compiler.is_compiling():
+
+        def logp(name: str, temperature: float) -> Tensor:
+            return linear_log_probs(
+                *heads[name][:2], ids, bias=heads[name].bias, mask=mask, temperature=temperature, backend=backend
+            )
+
+    else:
+        heads = {name: Head(head.hidden, whole(head.weight), whole(head.bias)) for name, head in heads.items()}
+        checked = {name: check_head(head, ids, mask, f"{name}.") for name, head in heads.items()}
+        policy_temperature = rows.check_temperature("policy_temperature", policy_temperature)
+
+        def logp(name: str, temperature: float) -> Tensor:
+            # Each head resolves for itself: they may differ in dtype, and float64 runs on "eager" alone.
+            runs_on = _dispatch.resolve("linear_log_ratios", heads[name].hidden, backend)
+            return run(heads[name], checked[name], mask, temperature, False, runs_on)[0]
+
+    prm_logp = logp("prm", 1.0)
     with torch.no_grad():
-        ref_logp = _run(ref, checked["ref"], mask, 1.0, False, runs_on["ref"])[0]
-    policy_logp = None
-    if policy is not None:
-        policy_logp = _run(policy, checked["policy"], mask, policy_temperature, False, runs_on["policy"])[0]
+        ref_logp = logp("ref", 1.0)
+    policy_logp = None if policy is None else logp("policy", policy_temperature)
     return LogRatios(prm_logp - ref_logp, prm_logp, ref_logp, policy_logp)

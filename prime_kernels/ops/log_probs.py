@@ -20,46 +20,17 @@ from prime_kernels.ops._segments import result_dtype
 
 def reference(logits: Tensor, ids: Tensor, mask: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
     """(logp, entropy) of each row, in float32 or float64. Masked rows are 0 and pass no gradient."""
-    log_p = _log_softmax(logits, mask, temperature)
+    scaled = logits.to(result_dtype(logits)) / temperature
+    if mask is not None:
+        scaled = scaled.masked_fill(~mask.unsqueeze(-1), 0.0)
+    # Not log_softmax: its sum over a large vocabulary drifts. This one is pairwise, and its backward is faster.
+    log_p = scaled - scaled.logsumexp(-1, keepdim=True)
     logp = log_p.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
     # An impossible token has p = 0 and log p = -inf; filling before the product keeps 0 * -inf out of the gradient too.
     entropy = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum(-1)
     if mask is not None:
         logp, entropy = logp.masked_fill(~mask, 0.0), entropy.masked_fill(~mask, 0.0)
     return logp, entropy
-
-
-def reference_gradient(
-    logits: Tensor,
-    ids: Tensor,
-    mask: Tensor | None,
-    temperature: float,
-    grad_logp: Tensor | None,
-    grad_entropy: Tensor | None,
-) -> Tensor:
-    """d loss / d logits by the formulas above, where autograd cannot be asked: inside an operator."""
-    log_p = _log_softmax(logits, mask, temperature)
-    p = log_p.exp()
-    gradient = torch.zeros_like(p)
-    if grad_logp is not None:
-        grad_logp = grad_logp.unsqueeze(-1)
-        gradient = (-grad_logp * p).scatter_add(-1, ids.unsqueeze(-1), grad_logp)
-    if grad_entropy is not None:
-        finite = log_p.masked_fill(log_p == -torch.inf, 0.0)
-        entropy = -(p * finite).sum(-1, keepdim=True)
-        gradient = gradient - grad_entropy.unsqueeze(-1) * p * (finite + entropy)
-    gradient = gradient / temperature
-    if mask is not None:
-        gradient = gradient.masked_fill(~mask.unsqueeze(-1), 0.0)
-    return gradient.to(logits.dtype)
-
-
-def _log_softmax(logits: Tensor, mask: Tensor | None, temperature: float) -> Tensor:
-    scaled = logits.to(result_dtype(logits)) / temperature
-    if mask is not None:
-        scaled = scaled.masked_fill(~mask.unsqueeze(-1), 0.0)
-    # Not log_softmax: its sum over a large vocabulary drifts. This one is pairwise, and its backward is faster.
-    return scaled - scaled.logsumexp(-1, keepdim=True)
 
 
 def row_views(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -74,7 +45,7 @@ def row_views(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 class _LogProbs(torch.autograd.Function):
-    """Kernels on [rows, V] views, or the reference where only its gradient is to go into the logits' storage."""
+    """Kernels on [rows, V] views; the eager ones where only its gradient is to go into the logits' storage."""
 
     @staticmethod
     def forward(
@@ -87,13 +58,9 @@ class _LogProbs(torch.autograd.Function):
         inplace: bool,
         backend: str,
     ) -> tuple[Tensor, Tensor | None]:
-        if backend == "eager":
-            logp, entropy = reference(logits, ids, mask, temperature)
-            lse, entropy = None, entropy if with_entropy else None
-        else:
-            columns = kernel_forward([logits], ids, mask, [temperature], with_entropy, backend)
-            # Copies of a few bytes a token: a view of one tensor made here could not be changed in place by the caller.
-            logp, lse, entropy = (None if column is None else column[0].clone() for column in columns)
+        columns = kernel_forward([logits], ids, mask, [temperature], with_entropy, backend)
+        # Copies of a few bytes a token: a view of one tensor made here could not be changed in place by the caller.
+        logp, lse, entropy = (None if column is None else column[0].clone() for column in columns)
         ctx.save_for_backward(logits, ids, mask, lse, entropy)
         ctx.temperature, ctx.inplace, ctx.backend, ctx.overwritten = temperature, inplace, backend, False
         ctx.set_materialize_grads(False)
@@ -111,11 +78,8 @@ class _LogProbs(torch.autograd.Function):
         out = logits.detach() if ctx.inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
         if grad_logp is None and grad_entropy is None:
             return (None,) * 7
-        if ctx.backend == "eager":
-            out.copy_(reference_gradient(logits, ids, mask, ctx.temperature, grad_logp, grad_entropy))
-        else:
-            columns = (ids, mask, lse, entropy, grad_logp, grad_entropy)
-            kernel_backward(logits, *columns, ctx.temperature, out, ctx.backend)
+        columns = (ids, mask, lse, entropy, grad_logp, grad_entropy)
+        kernel_backward(logits, *columns, ctx.temperature, out, ctx.backend)
         if ctx.inplace:
             ctx.overwritten = True
             # Whoever else saved these logits for backward now gets an error from autograd, not a wrong gradient.
@@ -129,6 +93,10 @@ def kernels(backend: str) -> Any:
         from prime_kernels._triton import log_probs as triton_kernels
 
         return triton_kernels
+    if backend == "eager":
+        from prime_kernels.ops import _eager_rows
+
+        return _eager_rows
     from prime_kernels import _native
 
     return _native

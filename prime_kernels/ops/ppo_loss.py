@@ -109,19 +109,20 @@ def ppo_loss(
     _checks.mask(mask, logp, "logp")
     clip_low = _checks.number("clip_low", clip_low, 0.0, 1.0)
     clip_high = _checks.number("clip_high", clip_high, 0.0, math.inf)
-    if isinstance(denominator, Tensor):
-        denominator = _check_denominator(denominator, logp)
-    elif denominator is not None:
-        denominator = _checks.number("denominator", denominator, 0.0, math.inf, above_low=True)
+    if denominator is not None:
+        denominator = check_denominator(denominator, logp, "logp")
     _dispatch.resolve("ppo_loss", logp, backend)
     return reference(logp, old_logp, advantages, mask, weights, clip_low, clip_high, denominator)
 
 
-def _check_denominator(denominator: Tensor, logp: Tensor) -> Tensor:
+def check_denominator(denominator: Tensor | float, like: Tensor, source: str) -> Tensor | float:
+    """A number above 0, or a tensor of one such number on the device of ``like``, the argument ``source``."""
+    if not isinstance(denominator, Tensor):
+        return _checks.number("denominator", denominator, 0.0, math.inf, above_low=True)
     _checks.tensor("denominator", denominator, (*_checks.FLOATS, *_checks.INTEGERS))
     if denominator.numel() != 1:
         raise ValueError(f"denominator: expected one element, got shape {list(denominator.shape)}")
-    _checks.device("denominator", denominator, logp, "logp")
+    _checks.device("denominator", denominator, like, source)
     denominator = denominator.detach().double().reshape(())
     _checks.positive("denominator", denominator)
     return denominator

@@ -7,13 +7,22 @@ from hypothesis import strategies as st
 from support import assert_close, gradient_kind, seeds
 
 import prime_kernels as pk
+from prime_kernels.ops import _linear_tiles
 from prime_kernels.ops import linear_log_probs as op
 
 
-@pytest.fixture(params=[1, 3, 1000], ids="rows={}".format)
+def set_tiles(monkeypatch, tokens, columns):
+    """Tiles of some tokens by some of the vocabulary, in every place that has a size of its own."""
+    monkeypatch.setattr(op, "CHUNK_ELEMENTS", 11 * tokens)
+    monkeypatch.setattr(_linear_tiles, "TOKENS", tokens)
+    for name in ("FORWARD_ELEMENTS", "BACKWARD_ELEMENTS"):
+        monkeypatch.setattr(_linear_tiles, name, {"cpu": tokens * columns, "cuda": tokens * columns})
+
+
+@pytest.fixture(params=[(1, 11), (3, 11), (1000, 11), (3, 4), (8, 1), (1, 10)], ids="{0[0]}x{0[1]}".format)
 def rows_a_chunk(request, monkeypatch):
-    """Chunks of one row, of a few with a remainder, and one for all; heads below have 11 tokens in their vocabulary."""
-    monkeypatch.setattr(op, "CHUNK_ELEMENTS", 11 * request.param)
+    """Tiles of one row, of a few with a remainder, one for all, and parts of the vocabulary of 11 tokens."""
+    set_tiles(monkeypatch, *request.param)
 
 
 @pytest.fixture
@@ -148,7 +157,7 @@ def test_tiles_never_hold_more_than_one_tile_of_logits(cpu, monkeypatch):
             return result
 
     tokens, width, vocabulary = 64, 3, 50
-    monkeypatch.setattr(op, "CHUNK_ELEMENTS", vocabulary * 4)
+    set_tiles(monkeypatch, 4, vocabulary)
     given_head = head(tokens=tokens, width=width, vocabulary=vocabulary)
     with Watch():
         logp = pk.linear_log_probs(
@@ -245,7 +254,7 @@ def test_leading_dimensions_and_frozen_head(backend):
 
 
 def test_logits_of_all_tokens_never_exist(monkeypatch):
-    monkeypatch.setattr(op, "CHUNK_ELEMENTS", 11 * 4)
+    set_tiles(monkeypatch, 4, 11)
     sizes = []
     plain = torch.nn.functional.linear
 

@@ -62,6 +62,7 @@ typedef struct pk_log_probs_grad_args {
   const float* grad_entropy;  // [n_rows] or null for zero
   void* out;                  // dtype of logits; may be the logits themselves
   int64_t out_stride;
+  int32_t partial;   // not 0: these are some of the columns of a row, and ids may lie outside them
   int64_t* bad_row;  // as in the forward
 } pk_log_probs_grad_args;
 

@@ -1,0 +1,205 @@
+"""Logits that exist one tile at a time: a library product into a buffer, the row kernels on it while it is in cache.
+
+A tile is some tokens by some of the vocabulary. Forward joins the softmax of a token's tiles; backward computes a tile
+again and turns it into its own gradient in place. Scratch memory is one tile, whatever the tokens and the vocabulary.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from prime_kernels.ops.log_probs import kernels
+
+# Tokens of a tile: enough for a product at full speed.
+TOKENS = 1024
+# Logits alive at once, by device. Forward wants them in cache; in backward fewer, larger tiles mean fewer roundings of
+# 16-bit partial sums and longer products.
+FORWARD_ELEMENTS = {"cpu": 2**22, "cuda": 2**27}
+BACKWARD_ELEMENTS = {"cpu": 2**24, "cuda": 2**28}
+
+
+def spans(total: int, size: int) -> Iterator[slice]:
+    """Slices of at most ``size`` that cover ``total``."""
+    for start in range(0, total, size):
+        yield slice(start, min(start + size, total))
+
+
+class Tiles:
+    """Products of tokens [N, D] with parts of a head [V, D], all in one buffer of bounded size."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, elements: dict[str, int]) -> None:
+        self.hidden, self.weight, self.bias = hidden, weight, bias
+        limit = elements["cpu" if hidden.device.type == "cpu" else "cuda"]
+        self.tokens = max(1, min(len(hidden), TOKENS))
+        self.columns = max(1, min(len(weight), limit // self.tokens))
+        if self.columns == len(weight):
+            self.tokens = max(self.tokens, min(len(hidden), limit // self.columns))
+        self.buffer = hidden.new_empty(self.tokens * self.columns)
+
+    def whole_rows(self, elements: int) -> None:
+        """Tiles of all the vocabulary, and as few tokens as that takes."""
+        self.columns = len(self.weight)
+        self.tokens = max(1, min(len(self.hidden), elements // self.columns))
+        self.buffer = self.hidden.new_empty(self.tokens * self.columns)
+
+    def token_spans(self) -> Iterator[slice]:
+        return spans(len(self.hidden), self.tokens)
+
+    def column_spans(self) -> Iterator[slice]:
+        return spans(len(self.weight), self.columns)
+
+    def logits(self, tokens: slice, columns: slice) -> Tensor:
+        """The tile [tokens, columns], in the dtype of the inputs, as the model's own forward pass has it."""
+        hidden, weight = self.hidden[tokens], self.weight[columns]
+        out = self.buffer[: len(hidden) * len(weight)].view(len(hidden), len(weight))
+        if self.bias is None:
+            return torch.mm(hidden, weight.T, out=out)
+        return torch.addmm(self.bias[columns], hidden, weight.T, out=out)
+
+
+def join(parts: Sequence[tuple[Tensor, Tensor, Tensor | None]], owner: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(logp, lse, entropy) of rows from those of the parts of their vocabulary; ``owner`` is the part of the target."""
+    if len(parts) == 1:
+        return parts[0]
+    logp, lse = (torch.stack([part[k] for part in parts]).double() for k in range(2))
+    every = lse.logsumexp(0)
+    own_logp, own_lse = (column.gather(0, owner.unsqueeze(0)).squeeze(0) for column in (logp, lse))
+    others = lse.scatter(0, owner.unsqueeze(0), -torch.inf).logsumexp(0)
+    # Relative to the target's own part, so that a log-probability near 0 keeps its digits. A part of nothing but -inf
+    # has no distribution of its own, and its tokens probability 0.
+    joined = own_logp - torch.nn.functional.softplus(others - own_lse)
+    impossible = (own_lse == -torch.inf) & (every > -torch.inf)
+    joined = joined.masked_fill(impossible, -torch.inf)
+    entropy = None
+    if parts[0][2] is not None:
+        log_share = lse - every
+        share = log_share.exp()
+        terms = share * (torch.stack([part[2] for part in parts]).double() - log_share)
+        # Where every is NaN or infinite there is no distribution, and 0 * every says so.
+        entropy = (terms.where(share > 0, 0.0).sum(0) + 0.0 * every).float()
+    return joined.float(), every.float(), entropy
+
+
+def forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    temperature: float,
+    with_entropy: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(logp, lse, entropy or None) of tokens [N]. Ids may lie outside the head: their logp then means nothing."""
+    run = kernels(backend).forward
+    tiles = Tiles(hidden, weight, bias, FORWARD_ELEMENTS)
+    blocks = []
+    for tokens in tiles.token_spans():
+        parts = []
+        for columns in tiles.column_spans():
+            z = tiles.logits(tokens, columns)
+            inside = (ids[tokens] - columns.start).clamp(0, z.shape[1] - 1)
+            parts.append([None if c is None else c[0] for c in run([z], inside, None, [temperature], with_entropy)])
+        last = -(-len(weight) // tiles.columns) - 1
+        blocks.append(join(parts, (ids[tokens] // tiles.columns).clamp(0, last)))
+    return tuple(None if column[0] is None else torch.cat(column) for column in zip(*blocks, strict=True))
+
+
+def backward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    temperature: float,
+    lse: Tensor,
+    entropy: Tensor | None,
+    grad_logp: Tensor | None,
+    grad_entropy: Tensor | None,
+    wanted: Sequence[bool],
+    backend: str,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of (hidden, weight, bias) where ``wanted``. Ids may lie outside the head."""
+    run = kernels(backend).backward
+    tiles = Tiles(hidden, weight, bias, BACKWARD_ELEMENTS)
+    one_column_span, one_token_span = tiles.columns >= len(weight), tiles.tokens >= len(hidden)
+    grad_hidden = Sum(hidden, once=one_column_span) if wanted[0] else None
+    grad_weight = torch.empty_like(weight) if wanted[1] else None
+    grad_bias = torch.empty_like(bias) if bias is not None and wanted[2] else None
+    for columns in tiles.column_spans():
+        part = Sum(weight[columns], once=one_token_span) if wanted[1] else None
+        bias_part = 0.0
+        for tokens in tiles.token_spans():
+            z = tiles.logits(tokens, columns)
+            of_rows = [None if c is None else c[tokens] for c in (lse, entropy, grad_logp, grad_entropy)]
+            run(z, ids[tokens] - columns.start, None, *of_rows, temperature, z, partial=True)
+            if grad_hidden is not None:
+                grad_hidden.add(z, weight[columns], tokens)
+            if part is not None:
+                part.add(z.T, hidden[tokens])
+            if grad_bias is not None:
+                bias_part = bias_part + z.sum(0, dtype=torch.float32)
+        if part is not None:
+            grad_weight[columns] = part.total
+        if grad_bias is not None:
+            grad_bias[columns] = bias_part.to(bias.dtype)
+    return None if grad_hidden is None else grad_hidden.total.to(hidden.dtype), grad_weight, grad_bias
+
+
+def fused(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    temperature: float,
+    grad_of: Callable[[Tensor, slice], Tensor],
+    wanted: Sequence[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """(logp, gradients of hidden, weight, bias): both from one product, where a token's gradient follows from its logp.
+
+    ``grad_of(logp, tokens)`` is d loss / d logp of a span of tokens.
+    """
+    run = kernels(backend)
+    tiles = Tiles(hidden, weight, bias, BACKWARD_ELEMENTS)
+    tiles.whole_rows(BACKWARD_ELEMENTS["cpu" if hidden.device.type == "cpu" else "cuda"])
+    columns = slice(0, len(weight))
+    one = tiles.tokens >= len(hidden)
+    grad_hidden = Sum(hidden, once=True) if wanted[0] else None
+    grad_weight = Sum(weight, once=one) if wanted[1] else None
+    grad_bias = torch.zeros(len(weight), device=hidden.device) if bias is not None and wanted[2] else None
+    parts = []
+    for tokens in tiles.token_spans():
+        z = tiles.logits(tokens, columns)
+        logp, lse, _ = (None if c is None else c[0] for c in run.forward([z], ids[tokens], None, [temperature], False))
+        parts.append(logp)
+        if not any(wanted):
+            continue
+        run.backward(z, ids[tokens], None, lse, None, grad_of(logp, tokens), None, temperature, z)
+        if grad_hidden is not None:
+            grad_hidden.add(z, weight, tokens)
+        if grad_weight is not None:
+            grad_weight.add(z.T, hidden[tokens])
+        if grad_bias is not None:
+            grad_bias += z.sum(0, dtype=torch.float32)
+    totals = [None if each is None else each.total.to(hidden.dtype) for each in (grad_hidden, grad_weight)]
+    return torch.cat(parts), *totals, None if grad_bias is None else grad_bias.to(bias.dtype)
+
+
+class Sum:
+    """A sum of products: written once where there is one term, else float32, as a 16-bit sum would stop counting."""
+
+    def __init__(self, like: Tensor, *, once: bool) -> None:
+        self.once = once
+        self.total = (
+            torch.empty_like(like) if once else torch.zeros(like.shape, dtype=torch.float32, device=like.device)
+        )
+
+    def add(self, a: Tensor, b: Tensor, rows: slice = slice(None)) -> None:
+        """Add ``a @ b`` to these rows."""
+        at = self.total[rows]
+        if self.once:
+            torch.mm(a, b, out=at)
+        elif a.dtype == torch.float32:
+            at.addmm_(a, b)
+        else:
+            at.add_(a @ b)

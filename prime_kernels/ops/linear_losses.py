@@ -1,0 +1,210 @@
+"""Token losses straight from hidden states, with gradients made in the forward pass.
+
+Where the loss of a token follows from its log-probability alone, d loss / d logp is known as soon as the token's logits
+are: one product serves the loss and its gradient, where linear_log_probs computes it again in backward. The price is
+that the gradients of ``hidden`` and of the head are held from forward to backward.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from prime_kernels import _checks, _dispatch
+from prime_kernels.ops import _linear_tiles as tiles
+from prime_kernels.ops import linear_log_probs as linear
+from prime_kernels.ops.ppo_loss import PPOLoss, check_denominator, ppo_loss
+
+# d loss / d logp of the tokens [n] in a span.
+GradientOf = Callable[[Tensor, slice], Tensor]
+
+
+class _Fused(torch.autograd.Function):
+    """The loss of all tokens, and their log-probabilities, which carry no gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        ids: Tensor,
+        temperature: float,
+        loss_of: Callable[[Tensor, slice], Tensor],
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        def grad_of(logp: Tensor, tokens: slice) -> Tensor:
+            with torch.enable_grad():
+                leaf = logp.detach().requires_grad_()
+                return torch.autograd.grad(loss_of(leaf, tokens), leaf)[0]
+
+        logp, *gradients = tiles.fused(
+            hidden, weight, bias, ids, temperature, grad_of, ctx.needs_input_grad[:3], backend
+        )
+        ctx.save_for_backward(*gradients)
+        ctx.mark_non_differentiable(logp)
+        return loss_of(logp, slice(0, len(logp))).clone(), logp
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _grad_logp: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = [None if each is None else each * grad.to(each.dtype) for each in ctx.saved_tensors]
+        return *gradients, None, None, None, None
+
+
+def _fused_loss(
+    head: linear.Head,
+    ids: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    columns: list[Tensor | None],
+    loss_of: Callable[..., Tensor],
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """(loss, logp of the tokens that count): ``loss_of(logp, *columns)`` of those tokens."""
+    hidden, flat_ids, valid = linear.compact(head.hidden, ids, mask)
+    flat = [None if column is None else column.detach().reshape(-1) for column in columns]
+    if valid is not None:
+        flat = [None if column is None else column[valid] for column in flat]
+
+    def of_span(logp: Tensor, tokens: slice) -> Tensor:
+        return loss_of(logp, *(None if column is None else column[tokens] for column in flat))
+
+    if backend == "eager" or not len(hidden):
+        logp, _ = linear.reference(linear.Head(hidden, head.weight, head.bias), flat_ids, None, temperature)
+        return of_span(logp, slice(0, len(logp))), logp.detach()
+    return _Fused.apply(hidden, head.weight, head.bias, flat_ids, temperature, of_span, backend)
+
+
+def _count(ids: Tensor, mask: Tensor | None) -> Tensor:
+    count = torch.full((), ids.numel(), device=ids.device) if mask is None else mask.sum()
+    return count.clamp(min=1)
+
+
+def _column(name: str, value: Tensor, ids: Tensor) -> Tensor:
+    _checks.like(name, _checks.floating(name, value), ids, "ids")
+    return value
+
+
+def linear_nll(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    weights: Tensor | None = None,
+    temperature: float = 1.0,
+    denominator: Tensor | float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Negative log-likelihood (cross-entropy) of tokens from hidden states, gradients made in the forward pass.
+
+    loss = -sum_t weights_t * logp_t / denominator with logp as of ``linear_log_probs``. Differentiable in ``hidden``,
+    ``weight`` and ``bias``. For supervised fine-tuning: one product fewer than ``linear_log_probs`` and its backward.
+
+    Args:
+        hidden: [..., D], as in :func:`prime_kernels.linear_log_probs`.
+        weight: [V, D], the dtype of ``hidden``.
+        ids: [...], int32 or int64, in [0, V).
+        bias: [V], the dtype of ``hidden``, or None.
+        mask: [...], bool, or None for all: the tokens that count.
+        weights: [...], floating point, or None for 1: factors of the token losses. Constants.
+        temperature: above 0, divides the logits.
+        denominator: what to divide by: a number or a tensor of one element above 0. Give the token count of the whole
+            batch so that micro-batch losses add up. None: the valid tokens given here.
+        backend: see :mod:`prime_kernels`.
+
+    Returns:
+        The loss, a scalar, float32 (float64 for float64 inputs); 0 without valid tokens.
+
+    Raises:
+        TypeError, ValueError, IndexError, BackendUnavailable: as in :func:`prime_kernels.linear_log_probs`.
+
+    Source: cross-entropy; gradients in the forward pass as in arXiv 2410.10989, section 3.
+    """
+    if torch.compiler.is_compiling():
+        logp = linear.linear_log_probs(
+            hidden, weight, ids, bias=bias, mask=mask, temperature=temperature, backend=backend
+        )
+        return _nll(logp, weights, _count(ids, mask) if denominator is None else denominator)
+    head, ids, temperature, _ = linear.check(hidden, weight, ids, bias, mask, temperature, False, None)
+    weights = None if weights is None else _column("weights", weights, ids)
+    denominator = _count(ids, mask) if denominator is None else check_denominator(denominator, ids, "ids")
+    chosen = _dispatch.resolve("linear_nll", hidden, backend)
+
+    def loss_of(logp: Tensor, weights: Tensor | None) -> Tensor:
+        return _nll(logp, weights, denominator)
+
+    return _fused_loss(head, ids, mask, temperature, [weights], loss_of, chosen)[0]
+
+
+def _nll(logp: Tensor, weights: Tensor | None, denominator: Tensor | float) -> Tensor:
+    terms = logp if weights is None else logp * weights.to(logp.dtype)
+    return (-terms.double().sum() / denominator).to(logp.dtype)
+
+
+def linear_ppo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    old_logp: Tensor,
+    advantages: Tensor,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    weights: Tensor | None = None,
+    temperature: float = 1.0,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    denominator: Tensor | float | None = None,
+    backend: str | None = None,
+) -> PPOLoss:
+    """Clipped PPO loss from hidden states, gradients made in the forward pass.
+
+    ``ppo_loss(linear_log_probs(hidden, weight, ids), old_logp, advantages)`` with one product fewer. Differentiable in
+    ``hidden``, ``weight`` and ``bias``.
+
+    Args:
+        hidden: [..., D], as in :func:`prime_kernels.linear_log_probs`.
+        weight: [V, D], the dtype of ``hidden``.
+        ids: [...], int32 or int64, in [0, V).
+        old_logp: [...], floating point, as in :func:`prime_kernels.ppo_loss`, as are the next arguments.
+        advantages: [...].
+        bias: [V], the dtype of ``hidden``, or None.
+        mask: [...], bool, or None for all: the tokens that count.
+        weights: [...] or None.
+        temperature: above 0, divides the logits.
+        clip_low: in [0, 1].
+        clip_high: at least 0.
+        denominator: a number or a tensor of one element above 0, or None for the valid tokens given here.
+        backend: see :mod:`prime_kernels`.
+
+    Returns:
+        PPOLoss of three scalars, float32 (float64 for float64 inputs).
+
+    Raises:
+        TypeError, ValueError, IndexError, BackendUnavailable: as in the two functions it stands for.
+
+    Source: arXiv 1707.06347, equation 7; gradients in the forward pass as in arXiv 2410.10989, section 3.
+    """
+    clip = {"clip_low": clip_low, "clip_high": clip_high}
+    if torch.compiler.is_compiling():
+        logp = linear.linear_log_probs(
+            hidden, weight, ids, bias=bias, mask=mask, temperature=temperature, backend=backend
+        )
+        return ppo_loss(logp, old_logp, advantages, mask=mask, weights=weights, denominator=denominator, **clip)
+    head, ids, temperature, _ = linear.check(hidden, weight, ids, bias, mask, temperature, False, None)
+    columns = [_column("old_logp", old_logp, ids), _column("advantages", advantages, ids)]
+    columns.append(None if weights is None else _column("weights", weights, ids))
+    denominator = _count(ids, mask) if denominator is None else check_denominator(denominator, ids, "ids")
+    chosen = _dispatch.resolve("linear_ppo_loss", hidden, backend)
+
+    def loss_of(logp: Tensor, old_logp: Tensor, advantages: Tensor, weights: Tensor | None) -> Tensor:
+        return ppo_loss(logp, old_logp, advantages, weights=weights, denominator=denominator, **clip).loss
+
+    loss, logp = _fused_loss(head, ids, mask, temperature, columns, loss_of, chosen)
+    logp = linear.spread(logp, None if mask is None else mask.reshape(-1).nonzero().squeeze(-1), ids.shape)
+    return PPOLoss(loss, *ppo_loss(logp, old_logp, advantages, mask=mask, **clip)[1:])
