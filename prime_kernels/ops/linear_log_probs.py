@@ -105,9 +105,10 @@ def _join_shares(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The softmax over all processes from that of each over its own rows of the head: one collective."""
     mine = torch.stack([column for column in results if column is not None])
-    every = mine.new_empty(dist.get_world_size(group), *mine.shape)
+    every = mine.new_empty(dist.get_world_size(group) * len(mine), mine.shape[1])
     dist.all_gather_into_tensor(every, mine, group=group)
-    return tiles.join([(part[0], part[1], part[2] if len(part) > 2 else None) for part in every], owner)
+    shares = every.view(-1, *mine.shape)
+    return tiles.join([(part[0], part[1], part[2] if len(part) > 2 else None) for part in shares], owner)
 
 
 def run(
@@ -239,15 +240,20 @@ def check(
     temperature = rows.check_temperature("temperature", temperature)
     _checks.flag("with_entropy", with_entropy)
     chosen = _dispatch.resolve("linear_log_probs", hidden, backend)
-    if process_group is not None and chosen == "eager":
-        kernels = "float32, bfloat16 or float16 tensors and backend None, 'cpu', 'triton' or 'cuda'"
-        raise ValueError(f"process_group: expected {kernels}, got {hidden.dtype} on backend 'eager'")
     return head, ids, temperature, chosen
 
 
 def whole(parameter: Tensor | None) -> Tensor | None:
-    """The full tensor of a parameter that FSDP2 keeps in shards (a DTensor); any other as it is."""
-    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+    """The full tensor of a parameter that FSDP2 keeps in shards (a DTensor); any other as it is.
+
+    As in FSDP2, the gradient of a process's own tokens is averaged over the processes and goes back in shards.
+    """
+    if not hasattr(parameter, "full_tensor"):
+        return parameter
+    from torch.distributed.tensor import Partial
+
+    placements = [Partial("avg") if placement.is_shard() else placement for placement in parameter.placements]
+    return parameter.full_tensor(grad_placements=placements)
 
 
 def linear_log_ratios(

@@ -126,3 +126,47 @@ def test_operators_keep_their_promises(backend, with_entropy):
     upstream = (torch.randn_like(logp), torch.randn_like(logp) if with_entropy else None)
     columns = (ids, mask, lse, entropy if with_entropy else None, *upstream)
     opcheck(ops.log_probs_backward.default, (prm.detach(), *columns, 0.7, backend))
+
+
+def linear_inputs(dtype=torch.float32):
+    leaves = torch.randn(2, 3, 8), torch.randn(VOCABULARY, 8), torch.randn(VOCABULARY)
+    mask = torch.tensor([[True, False, True], [True, True, True]])
+    ids = torch.randint(VOCABULARY, (2, 3)).where(mask, -1)
+    return [leaf.to(dtype).requires_grad_() for leaf in leaves], ids, mask
+
+
+@pytest.mark.parametrize("with_entropy", [True, False])
+def test_linear_log_probs_in_one_graph(backend, with_entropy):
+    leaves, ids, mask = linear_inputs()
+    hidden, weight, bias = leaves
+
+    def call():
+        options = {"bias": bias, "mask": mask, "temperature": 0.7, "with_entropy": with_entropy, "backend": backend}
+        found = pk.linear_log_probs(hidden, weight, ids, **options)
+        return list(found) if with_entropy else [found]
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    assert_same(results_and_gradients(compiled, leaves), results_and_gradients(call, leaves))
+
+
+def test_linear_losses_and_ratios_in_one_graph(backend):
+    (hidden, weight, _), ids, mask = linear_inputs()
+    columns = torch.randn(2, 3) - 5.0, torch.randn(2, 3)
+
+    def call():
+        head = pk.Head(hidden, weight)
+        ratios = pk.linear_log_ratios(head, head, ids, policy=head, mask=mask, backend=backend)
+        nll = pk.linear_nll(hidden, weight, ids, mask=mask, backend=backend)
+        ppo = pk.linear_ppo_loss(hidden, weight, ids, *columns, mask=mask, backend=backend)
+        return [ratios.log_ratio, ratios.policy_logp, nll, *ppo]
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    assert_same(results_and_gradients(compiled, [hidden, weight]), results_and_gradients(call, [hidden, weight]))
+
+
+def test_linear_operator_keeps_its_promises(backend):
+    (hidden, weight, bias), ids, mask = linear_inputs()
+    op = torch.ops.prime_kernels.linear_log_probs.default
+    opcheck(op, (hidden, weight, ids, bias, mask, 0.7, True, backend))
+    opcheck(op, (hidden.detach(), weight, ids.clamp(0), None, None, 1.0, False, backend))
+    opcheck(op, (hidden, weight.detach(), ids, bias, torch.zeros_like(mask), 1.0, True, backend))

@@ -67,6 +67,20 @@ def linear_log_ratios(backend=None, **changed):
     return pk.linear_log_ratios(a["prm"], a["ref"], a["ids"], policy=a["policy"], mask=a["mask"], backend=backend)
 
 
+def linear_nll(backend=None, **changed):
+    a = tensors() | changed
+    options = {k: a[k] for k in ("weights", "denominator", "temperature", "bias") if k in a}
+    return pk.linear_nll(a["hidden"], a["weight"], a["ids"], mask=a["mask"], backend=backend, **options)
+
+
+def linear_ppo_loss(backend=None, **changed):
+    a = tensors()
+    a = {"old": a["values"], "advantages": a["values"]} | a | changed
+    options = {k: a[k] for k in ("weights", "denominator", "clip_low") if k in a}
+    columns = (a["old"], a["advantages"])
+    return pk.linear_ppo_loss(a["hidden"], a["weight"], a["ids"], *columns, mask=a["mask"], backend=backend, **options)
+
+
 def segment_scan(backend=None, **changed):
     a = {"gamma": 0.5, "reverse": False} | tensors() | changed
     return pk.segment_scan(a["values"], a["cu"], gamma=a["gamma"], reverse=a["reverse"], backend=backend)
@@ -155,6 +169,16 @@ CASES = [
         "[7, 3]",
     ),
     (linear_log_ratios, {"ids": t(0, 7, 0, 0, 0)}, IndexError, "ids: expected labels in [0, 7)", "got 7 at [1]"),
+    (linear_nll, {"weight": torch.zeros(7, 3)}, ValueError, "weight: expected shape [7, 4]", "[7, 3]"),
+    (linear_nll, {"ids": t(0, 7, 0, 0, 0)}, IndexError, "ids: expected labels in [0, 7)", "got 7 at [1]"),
+    (linear_nll, {"weights": torch.zeros(4)}, ValueError, "weights: expected shape [5] as of ids", "[4]"),
+    (linear_nll, {"weights": t(1, 1, 1, 1, 1)}, TypeError, "weights: expected dtype float32", "int64"),
+    (linear_nll, {"denominator": 0}, ValueError, "denominator: expected a finite number in (0, inf)", "got 0"),
+    (linear_nll, {"temperature": -1.0}, ValueError, "temperature: expected a finite number", "got -1.0"),
+    (linear_ppo_loss, {"old": torch.zeros(4)}, ValueError, "old_logp: expected shape [5] as of ids", "[4]"),
+    (linear_ppo_loss, {"advantages": None}, TypeError, "advantages: expected a tensor", "NoneType"),
+    (linear_ppo_loss, {"clip_low": 1.1}, ValueError, "clip_low: expected a finite number in [0, 1]", "got 1.1"),
+    (linear_ppo_loss, {"denominator": t(1.0, 2.0)}, ValueError, "denominator: expected one element", "[2]"),
     (segment_scan, {"values": torch.zeros(5, 1)}, ValueError, "values: expected 1 dimension", "[5, 1]"),
     (segment_scan, {"cu": t(0.0, 5.0)}, TypeError, "cu_seqlens: expected dtype int32 or int64", "float32"),
     (segment_scan, {"cu": t(1, 5)}, ValueError, "cu_seqlens: expected to start at 0", "got 1"),
