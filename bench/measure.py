@@ -14,14 +14,15 @@ SMALL = bool(os.environ.get("PRIME_BENCH_SMALL"))
 ROUNDS = 2 if SMALL else 9
 
 
-def timed(benchmark, call: Callable[[], object], traffic: int = 0, flops: int = 0) -> None:
-    """Time ``call`` (median of ROUNDS after one to warm up) and record rates and peak memory.
+def timed(benchmark, call: Callable[[], object], traffic: int = 0, flops: int = 0, rounds: int = ROUNDS) -> None:
+    """Time ``call`` (median of some rounds after one to warm up) and record rates and peak memory.
 
     Args:
         benchmark: the fixture of pytest-benchmark.
         call: what to time.
         traffic: bytes that must move at least once.
         flops: floating-point operations that are needed at least.
+        rounds: how often.
     """
 
     def once() -> None:
@@ -30,7 +31,7 @@ def timed(benchmark, call: Callable[[], object], traffic: int = 0, flops: int = 
             torch.cuda.synchronize()
 
     once()
-    benchmark.pedantic(once, rounds=ROUNDS, warmup_rounds=1)
+    benchmark.pedantic(once, rounds=rounds, warmup_rounds=1)
     benchmark.extra_info["device"] = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
     benchmark.extra_info["peak MiB"] = round(peak_bytes(once) / 2**20, 1)
     if benchmark.stats is not None:

@@ -16,11 +16,23 @@ def eager(hidden, weight, ids):
     return (hidden @ weight.T).float().log_softmax(-1).gather(-1, ids[:, None]).squeeze(-1)
 
 
-def kernel(hidden, weight, ids):
-    return pk.linear_log_probs(hidden, weight, ids)
+def eager_nll(hidden, weight, ids):
+    return torch.nn.functional.cross_entropy((hidden @ weight.T).float(), ids)
 
 
-WAYS = {"eager": eager, "compile": torch.compile(eager), "kernel": kernel}
+def eager_ratios(prm, ref, policy, weight, ids):
+    prm_logp, ref_logp = eager(prm, weight, ids), eager(ref, weight, ids)
+    return prm_logp - ref_logp, prm_logp, ref_logp, eager(policy, weight, ids)
+
+
+def kernel_ratios(prm, ref, policy, weight, ids):
+    heads = [pk.Head(hidden, weight) for hidden in (prm, ref, policy)]
+    return pk.linear_log_ratios(*heads[:2], ids, policy=heads[2])
+
+
+WAYS = {"eager": eager, "compile": torch.compile(eager), "kernel": pk.linear_log_probs}
+NLL = {"eager": eager_nll, "compile": torch.compile(eager_nll), "kernel": pk.linear_nll}
+RATIOS = {"eager": eager_ratios, "compile": torch.compile(eager_ratios), "kernel": kernel_ratios}
 
 
 @pytest.fixture
@@ -41,6 +53,45 @@ def test_product_alone(benchmark, inputs):
     hidden, weight, _ = inputs
     buffer = torch.empty(TOKENS, VOCABULARY, dtype=hidden.dtype, device=DEVICE)
     timed(benchmark, without_gradients(lambda: torch.mm(hidden, weight.T, out=buffer)), flops=FLOPS)
+
+
+@pytest.mark.parametrize("way", RATIOS)
+@pytest.mark.benchmark(group="linear_log_ratios of three models, forward")
+def test_ratios(benchmark, inputs, way):
+    hidden, weight, ids = inputs
+    others = [leaf(TOKENS, WIDTH) for _ in range(2)]
+    timed(benchmark, without_gradients(lambda: RATIOS[way](hidden, *others, weight, ids)), flops=3 * FLOPS)
+
+
+@pytest.mark.parametrize("way", NLL)
+@pytest.mark.benchmark(group="linear_nll, forward and backward")
+def test_nll(benchmark, inputs, way):
+    timed(benchmark, forward_backward(lambda: NLL[way](*inputs), list(inputs[:2])), flops=3 * FLOPS)
+
+
+@pytest.mark.benchmark(group="linear_nll, forward and backward")
+def test_three_products_alone(benchmark, inputs):
+    """Logits and both gradients into buffers that are there already."""
+    hidden, weight, _ = inputs
+    buffer = torch.empty(TOKENS, VOCABULARY, dtype=hidden.dtype, device=DEVICE)
+    grad_hidden, grad_weight = torch.empty_like(hidden), torch.empty_like(weight)
+
+    def products():
+        torch.mm(hidden, weight.T, out=buffer)
+        torch.mm(buffer, weight, out=grad_hidden)
+        torch.mm(buffer.T, hidden, out=grad_weight)
+
+    timed(benchmark, without_gradients(products), flops=3 * FLOPS)
+
+
+@pytest.mark.parametrize("tokens", [1024, 8192, 65536])
+@pytest.mark.benchmark(group="memory of linear_log_probs forward, vocabulary of 151936")
+def test_memory(benchmark, tokens):
+    """Beyond inputs and results: the same for any number of tokens. The width is small, as it does not matter here."""
+    tokens, vocabulary = (64, 512) if SMALL else (tokens, 151936)
+    hidden, weight = leaf(tokens, 16), leaf(vocabulary, 16)
+    ids = torch.randint(vocabulary, (tokens,), device=DEVICE)
+    timed(benchmark, without_gradients(lambda: pk.linear_log_probs(hidden, weight, ids)), rounds=1)
 
 
 @pytest.mark.parametrize("way", WAYS)

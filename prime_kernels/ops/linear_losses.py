@@ -150,7 +150,7 @@ def linear_ppo_loss(
     hidden: Tensor,
     weight: Tensor,
     ids: Tensor,
-    old_logp: Tensor,
+    old_logp: Tensor | None,
     advantages: Tensor,
     *,
     bias: Tensor | None = None,
@@ -171,7 +171,8 @@ def linear_ppo_loss(
         hidden: [..., D], as in :func:`prime_kernels.linear_log_probs`.
         weight: [V, D], the dtype of ``hidden``.
         ids: [...], int32 or int64, in [0, V).
-        old_logp: [...], floating point, as in :func:`prime_kernels.ppo_loss`, as are the next arguments.
+        old_logp: [...], floating point, as in :func:`prime_kernels.ppo_loss`, as are the next arguments; or None where
+            this very policy sampled: every ratio is 1.
         advantages: [...].
         bias: [V], the dtype of ``hidden``, or None.
         mask: [...], bool, or None for all: the tokens that count.
@@ -195,16 +196,20 @@ def linear_ppo_loss(
         logp = linear.linear_log_probs(
             hidden, weight, ids, bias=bias, mask=mask, temperature=temperature, backend=backend
         )
+        old_logp = logp if old_logp is None else old_logp
         return ppo_loss(logp, old_logp, advantages, mask=mask, weights=weights, denominator=denominator, **clip)
     head, ids, temperature, _ = linear.check(hidden, weight, ids, bias, mask, temperature, False, None)
-    columns = [_column("old_logp", old_logp, ids), _column("advantages", advantages, ids)]
-    columns.append(None if weights is None else _column("weights", weights, ids))
+    columns = [
+        None if value is None and name != "advantages" else _column(name, value, ids)
+        for name, value in (("old_logp", old_logp), ("advantages", advantages), ("weights", weights))
+    ]
     denominator = _count(ids, mask) if denominator is None else check_denominator(denominator, ids, "ids")
     chosen = _dispatch.resolve("linear_ppo_loss", hidden, backend)
 
-    def loss_of(logp: Tensor, old_logp: Tensor, advantages: Tensor, weights: Tensor | None) -> Tensor:
+    def loss_of(logp: Tensor, old_logp: Tensor | None, advantages: Tensor, weights: Tensor | None) -> Tensor:
+        old_logp = logp if old_logp is None else old_logp
         return ppo_loss(logp, old_logp, advantages, weights=weights, denominator=denominator, **clip).loss
 
     loss, logp = _fused_loss(head, ids, mask, temperature, columns, loss_of, chosen)
     logp = linear.spread(logp, None if mask is None else mask.reshape(-1).nonzero().squeeze(-1), ids.shape)
-    return PPOLoss(loss, *ppo_loss(logp, old_logp, advantages, mask=mask, **clip)[1:])
+    return PPOLoss(loss, *ppo_loss(logp, logp if old_logp is None else old_logp, advantages, mask=mask, **clip)[1:])

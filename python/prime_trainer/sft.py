@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+import prime_kernels as pk
+
 from . import checkpoint, demonstrations, models
 from .batch import Batch, Group, Response
 from .config import RunConfig
@@ -17,7 +19,7 @@ from .interrupt import stop_signal
 from .metrics import MetricsWriter
 from .progress import progress_bar
 from .rollout import derive_seed
-from .score import log_probs
+from .score import predicting
 from .tasks import load_task
 
 
@@ -47,7 +49,9 @@ def run(cfg: RunConfig) -> Path:
             batch = Batch([examples[i] for i in order[at * size : (at + 1) * size]], model.device)
             loss = 0.0
             for micro in batch.micro_batches(range(len(batch.groups)), cfg.micro_batch_tokens):
-                part = -log_probs(model, micro, batch.ids[micro.tokens]).sum() / batch.num_tokens
+                at = models.head(model, predicting(model, micro))
+                ids = batch.ids[micro.tokens]
+                part = pk.linear_nll(at.hidden, at.weight, ids, bias=at.bias, denominator=batch.num_tokens)
                 part.backward()
                 loss += part.item()
             step += 1

@@ -52,17 +52,18 @@ def policy_update(
 def _loss(policy, batch, micro, advantages, old_logp, ref_logp, cfg, per_token, tokens, responses):
     at = head(policy.model, predicting(policy.model, micro))
     ids = batch.ids[micro.tokens]
-    out = pk.linear_log_probs(at.hidden, at.weight, ids, bias=at.bias, with_entropy=cfg.entropy_coef > 0)
-    logp, entropy = out if cfg.entropy_coef > 0 else (out, None)
-    old = logp.detach() if old_logp is None else old_logp[micro.tokens]
     by_token = cfg.loss_mean == "token"
     # One weight a token turns the token mean into the mean over responses of each response's mean.
     weights = None if by_token else per_token[micro.tokens]
     denominator = tokens if by_token else responses
-    ppo = pk.ppo_loss(
-        logp, old, advantages[micro.tokens],
-        weights=weights, clip_low=cfg.clip_low, clip_high=cfg.clip_high, denominator=denominator,
-    )  # fmt: skip
+    old = None if old_logp is None else old_logp[micro.tokens]
+    options = {"weights": weights, "clip_low": cfg.clip_low, "clip_high": cfg.clip_high, "denominator": denominator}
+    if cfg.entropy_coef == 0 and cfg.kl_coef == 0:
+        ppo = pk.linear_ppo_loss(at.hidden, at.weight, ids, old, advantages[micro.tokens], bias=at.bias, **options)
+    else:
+        out = pk.linear_log_probs(at.hidden, at.weight, ids, bias=at.bias, with_entropy=cfg.entropy_coef > 0)
+        logp, entropy = out if cfg.entropy_coef > 0 else (out, None)
+        ppo = pk.ppo_loss(logp, logp.detach() if old is None else old, advantages[micro.tokens], **options)
     loss = ppo.loss
     share = len(micro.tokens) / max(1, tokens)
     metrics = {
@@ -74,7 +75,7 @@ def _loss(policy, batch, micro, advantages, old_logp, ref_logp, cfg, per_token, 
     def mean(values: Tensor) -> Tensor:
         return (values if weights is None else values * weights).sum() / denominator
 
-    if entropy is not None:
+    if cfg.entropy_coef > 0:
         loss = loss - cfg.entropy_coef * mean(entropy)
     if cfg.kl_coef > 0:
         gap = ref_logp[micro.tokens] - logp
