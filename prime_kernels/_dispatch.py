@@ -78,8 +78,8 @@ def use_backend(name: str) -> Iterator[None]:
 def resolve(op: str, tensor: torch.Tensor, backend: str | None) -> str:
     """The backend that runs ``op`` on ``tensor``, by the rules above.
 
-    While torch.compile traces it is always "eager": what is no operator of its own is plain PyTorch, for the compiler to
-    fuse.
+    While torch.compile traces it is always "eager": what is no operator of its own is plain PyTorch, which the compiler
+    may fuse.
     """
     if torch.compiler.is_compiling():
         return "eager"

@@ -37,13 +37,14 @@ def with_gradients(loss, leaves, upstream=1.0):
 
 # As a share of the largest value: 16-bit logits are rounded before their softmax, as in the model itself, then their
 # gradient is, then the result.
-ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2**-6, torch.float16: 2**-9}
+ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2**-5, torch.float16: 2**-8}
 
 
 def compare(got, want, dtype):
     for mine, exact in zip(got, want, strict=True):
         exact = exact.detach().double()
-        allowed = ROUNDING[dtype] * max(1e-3, exact.abs().max().item())
+        # A loss is a sum of terms of either sign.
+        allowed = ROUNDING[dtype] * max(1.0 if exact.ndim == 0 else 1e-3, exact.abs().max().item())
         torch.testing.assert_close(mine.double(), exact, rtol=0.0, atol=allowed)
 
 
