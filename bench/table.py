@@ -42,7 +42,7 @@ def main(source: Path, target: Path, title: str) -> None:
 
 
 def way(one: dict) -> str:
-    label = (one["params"] or {}).get("way") or one["name"].removeprefix("test_").replace("_", " ")
+    label = (one["params"] or {}).get("way") or one["name"].split("[")[0].removeprefix("test_").replace("_", " ")
     label = f"{label}, {one['params']['tokens']} tokens" if "tokens" in (one["params"] or {}) else label
     return f"{label}, in place" if "in_place" in one["name"] else label
 

@@ -17,6 +17,8 @@ TOKENS = 1024
 # 16-bit partial sums and longer products.
 FORWARD_ELEMENTS = {"cpu": 2**22, "cuda": 2**27}
 BACKWARD_ELEMENTS = {"cpu": 2**24, "cuda": 2**28}
+# Tiles of all the vocabulary, whose gradient of the head is summed over tiles: the fewer the better.
+FUSED_BYTES = 2**27
 
 
 def spans(total: int, size: int) -> Iterator[slice]:
@@ -28,20 +30,15 @@ def spans(total: int, size: int) -> Iterator[slice]:
 class Tiles:
     """Products of tokens [N, D] with parts of a head [V, D], all in one buffer of bounded size."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, elements: dict[str, int]) -> None:
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, elements: int, *, whole_rows: bool = False
+    ) -> None:
         self.hidden, self.weight, self.bias = hidden, weight, bias
-        limit = elements["cpu" if hidden.device.type == "cpu" else "cuda"]
         self.tokens = max(1, min(len(hidden), TOKENS))
-        self.columns = max(1, min(len(weight), limit // self.tokens))
+        self.columns = len(weight) if whole_rows else max(1, min(len(weight), elements // self.tokens))
         if self.columns == len(weight):
-            self.tokens = max(self.tokens, min(len(hidden), limit // self.columns))
+            self.tokens = max(1, min(len(hidden), elements // self.columns))
         self.buffer = hidden.new_empty(self.tokens * self.columns)
-
-    def whole_rows(self, elements: int) -> None:
-        """Tiles of all the vocabulary, and as few tokens as that takes."""
-        self.columns = len(self.weight)
-        self.tokens = max(1, min(len(self.hidden), elements // self.columns))
-        self.buffer = self.hidden.new_empty(self.tokens * self.columns)
 
     def token_spans(self) -> Iterator[slice]:
         return spans(len(self.hidden), self.tokens)
@@ -92,7 +89,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(logp, lse, entropy or None) of tokens [N]. Ids may lie outside the head: their logp then means nothing."""
     run = kernels(backend).forward
-    tiles = Tiles(hidden, weight, bias, FORWARD_ELEMENTS)
+    tiles = Tiles(hidden, weight, bias, FORWARD_ELEMENTS[_kind(hidden)])
     blocks = []
     for tokens in tiles.token_spans():
         parts = []
@@ -120,7 +117,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of (hidden, weight, bias) where ``wanted``. Ids may lie outside the head."""
     run = kernels(backend).backward
-    tiles = Tiles(hidden, weight, bias, BACKWARD_ELEMENTS)
+    tiles = Tiles(hidden, weight, bias, BACKWARD_ELEMENTS[_kind(hidden)])
     one_column_span, one_token_span = tiles.columns >= len(weight), tiles.tokens >= len(hidden)
     grad_hidden = Sum(hidden, once=one_column_span) if wanted[0] else None
     grad_weight = torch.empty_like(weight) if wanted[1] else None
@@ -160,8 +157,7 @@ def fused(
     ``grad_of(logp, tokens)`` is d loss / d logp of a span of tokens.
     """
     run = kernels(backend)
-    tiles = Tiles(hidden, weight, bias, BACKWARD_ELEMENTS)
-    tiles.whole_rows(BACKWARD_ELEMENTS["cpu" if hidden.device.type == "cpu" else "cuda"])
+    tiles = Tiles(hidden, weight, bias, FUSED_BYTES // hidden.element_size(), whole_rows=True)
     columns = slice(0, len(weight))
     one = tiles.tokens >= len(hidden)
     grad_hidden = Sum(hidden, once=True) if wanted[0] else None
@@ -183,6 +179,10 @@ def fused(
             grad_bias += z.sum(0, dtype=torch.float32)
     totals = [None if each is None else each.total.to(hidden.dtype) for each in (grad_hidden, grad_weight)]
     return torch.cat(parts), *totals, None if grad_bias is None else grad_bias.to(bias.dtype)
+
+
+def _kind(tensor: Tensor) -> str:
+    return "cpu" if tensor.device.type == "cpu" else "cuda"
 
 
 class Sum:

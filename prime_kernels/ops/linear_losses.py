@@ -50,7 +50,10 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _grad_logp: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = [None if each is None else each * grad.to(each.dtype) for each in ctx.saved_tensors]
+        gradients = ctx.saved_tensors
+        # On a GPU looking at the factor would wait for it.
+        if grad.device.type != "cpu" or grad != 1.0:
+            gradients = [None if each is None else each * grad.to(each.dtype) for each in gradients]
         return *gradients, None, None, None, None
 
 

@@ -13,8 +13,8 @@ TOKENS, WIDTH, VOCABULARY = 9, 6, 13
 
 @pytest.fixture(params=[1, 4, 1000], ids="rows={}".format)
 def rows_a_tile(request, monkeypatch):
-    limit = request.param * VOCABULARY
-    monkeypatch.setattr(_linear_tiles, "BACKWARD_ELEMENTS", {"cpu": limit, "cuda": limit})
+    # In bytes of float32; 16-bit tiles have twice the rows.
+    monkeypatch.setattr(_linear_tiles, "FUSED_BYTES", 4 * request.param * VOCABULARY)
 
 
 def inputs(dtype=torch.float32, masked=True):
