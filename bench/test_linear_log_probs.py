@@ -30,7 +30,20 @@ def kernel_ratios(prm, ref, policy, weight, ids):
     return pk.linear_log_ratios(*heads[:2], ids, policy=heads[2])
 
 
+def fused(hidden, weight, ids):
+    """The Triton kernel of product and softmax, which is not the default until it measures faster."""
+    from prime_kernels._triton import _config
+
+    before, _config.FUSED_LINEAR = _config.FUSED_LINEAR, True
+    try:
+        return pk.linear_log_probs(hidden, weight, ids, backend="triton")
+    finally:
+        _config.FUSED_LINEAR = before
+
+
 WAYS = {"eager": eager, "compile": torch.compile(eager), "kernel": pk.linear_log_probs}
+if DEVICE == "cuda":
+    WAYS["fused"] = fused
 NLL = {"eager": eager_nll, "compile": torch.compile(eager_nll), "kernel": pk.linear_nll}
 RATIOS = {"eager": eager_ratios, "compile": torch.compile(eager_ratios), "kernel": kernel_ratios}
 

@@ -35,7 +35,7 @@ def sweep(
     ids = torch.randint(vocabulary, (rows,), device=device)
     grad, out = torch.randn(rows, device=device), torch.empty_like(logits)
     for tuning in candidates:
-        config = choose(rows, vocabulary, logits.element_size(), kernels._device(device), tuning)
+        config = choose(rows, vocabulary, logits.element_size(), kernels.device_of(device), tuning)
 
         def forward(config=config):
             return kernels.forward([logits], ids, None, [1.0], False, config)

@@ -57,6 +57,43 @@ def choose(rows: int, vocabulary: int, itemsize: int, device: Device, tuning: Tu
     return Config(block, num_warps, tuning.num_stages, splits)
 
 
+@dataclass(frozen=True)
+class LinearConfig:
+    """Blocks of a product, warps and stages of its loop, parts of the vocabulary, and programs in all."""
+
+    block_rows: int
+    block_columns: int
+    block_width: int
+    num_warps: int
+    num_stages: int
+    splits: int
+    programs: int
+
+
+# Whether the product and the softmax of linear_log_probs are one kernel on "triton", or a library product into a tile
+# and the row kernel on it. The latter until a committed measurement favours the former.
+FUSED_LINEAR = False
+
+
+def choose_linear(rows: int, vocabulary: int, itemsize: int, device: Device) -> LinearConfig:
+    """The configuration for [rows, D] hidden states of ``itemsize`` bytes and a [vocabulary, D] head.
+
+    Reasoned, not yet measured: a 128 x 256 accumulator on 8 warps is what Hopper's tensor cores ask for; smaller ones
+    have fewer registers and less shared memory. Tiles are at least twice as many as programs, which evens out the end.
+    """
+    if itemsize == 4:
+        blocks = (64, 64, 32, 4, 2)
+    elif device.capability >= (9, 0):
+        blocks = (128, 256, 64, 8, 3)
+    else:
+        blocks = (128, 128, 32, 8, 3)
+    row_blocks, column_blocks = -(-rows // blocks[0]), -(-vocabulary // blocks[1])
+    wanted = -(-2 * device.multiprocessors // row_blocks)
+    splits = power_of_two_from(max(1, min(wanted, column_blocks, MAX_SPLITS)))
+    splits = min(splits, MAX_SPLITS, power_of_two_to(column_blocks))
+    return LinearConfig(*blocks, splits, min(device.multiprocessors, row_blocks * splits))
+
+
 def power_of_two_from(value: int) -> int:
     """The lowest power of two that is at least ``value``."""
     return 1 << (value - 1).bit_length()

@@ -187,8 +187,12 @@ def combine_kernel(
     MASKED: tl.constexpr,
     ENTROPY: tl.constexpr,
     SPLITS: tl.constexpr,
+    ONE_OWNER: tl.constexpr,
 ):
-    """Program (row, model): results from the parts of a row."""
+    """Program (row, model): results from the parts of a row.
+
+    Every part has the target's logit, or with ONE_OWNER the part that it lies in, and the others 0.
+    """
     row = tl.program_id(0).to(tl.int64)
     model = tl.program_id(1)
     at = model * rows + row
@@ -202,7 +206,10 @@ def combine_kernel(
     highest = tl.load(parts_ptr)
     total = tl.load(parts_ptr + field)
     weighted = tl.load(parts_ptr + 2 * field)
-    target = tl.load(partial_ptr + 3 * field + at * SPLITS)
+    if ONE_OWNER:
+        target = tl.sum(tl.load(parts_ptr + 3 * field), axis=0)
+    else:
+        target = tl.load(partial_ptr + 3 * field + at * SPLITS)
     top, all_total, all_weighted = _join(highest, total, weighted, inverse * LOG2E)
     _store_results(
         top, all_total, all_weighted, target, inverse, logp_ptr + at, lse_ptr + at, entropy_ptr + at, ENTROPY

@@ -42,7 +42,7 @@ def forward(
     entropy = torch.empty_like(lse) if with_entropy else None
     if rows == 0:
         return logp, lse, entropy
-    config = config or choose(count * rows, vocabulary, first.element_size(), _device(first.device))
+    config = config or choose(count * rows, vocabulary, first.element_size(), device_of(first.device))
     splits = config.splits
     partial = lse if splits == 1 else first.new_empty(PARTIAL_FIELDS, count, rows, splits, dtype=torch.float32)
     unit = _unit(*models)
@@ -52,7 +52,7 @@ def forward(
     common = {"MODELS": count, "MASKED": mask is not None, "ENTROPY": with_entropy, "SPLITS": splits}
     outputs = (logp, lse, lse if entropy is None else entropy)
     mask = ids if mask is None else mask
-    with _on(first.device):
+    with on_device(first.device):
         forward_kernel[(rows, splits, count)](
             *padded,
             *[row_stride(z) // unit for z in padded],
@@ -72,7 +72,9 @@ def forward(
             num_stages=config.num_stages,
         )
         if splits > 1:
-            combine_kernel[(rows, count)](partial, *inverses, mask, *outputs, rows, **common, num_warps=1)
+            combine_kernel[(rows, count)](
+                partial, *inverses, mask, *outputs, rows, **common, ONE_OWNER=False, num_warps=1
+            )
     return logp, lse, entropy
 
 
@@ -105,9 +107,9 @@ def backward(
     lse, entropy, grad_logp, grad_entropy = (
         column(each, torch.float32, rows, device) for each in (lse, entropy, grad_logp, grad_entropy)
     )
-    config = config or choose(rows, vocabulary, logits.element_size(), _device(device))
+    config = config or choose(rows, vocabulary, logits.element_size(), device_of(device))
     unit = _unit(logits, out)
-    with _on(device):
+    with on_device(device):
         backward_kernel[(rows, config.splits)](
             logits,
             out,
@@ -146,12 +148,12 @@ def _unit(*tensors: Tensor) -> int:
     return ALIGNED_COLUMNS if aligned else 1
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager:
+def on_device(device: torch.device) -> contextlib.AbstractContextManager:
     """Launches go to the current device, which need not be that of the tensors."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def _device(device: torch.device) -> Device:
+def device_of(device: torch.device) -> Device:
     return Device() if device.type != "cuda" or interpreted() else _cuda_device(device)
 
 

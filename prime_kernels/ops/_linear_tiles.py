@@ -11,8 +11,8 @@ from torch import Tensor
 
 from prime_kernels.ops.log_probs import kernels
 
-# Tokens of a tile: enough for a product at full speed.
-TOKENS = 1024
+# Tokens of a tile, by device: enough for a product at full speed.
+TOKENS = {"cpu": 1024, "cuda": 8192}
 # Logits alive at once, by device. Forward wants them in cache; in backward fewer, larger tiles mean fewer roundings of
 # 16-bit partial sums and longer products.
 FORWARD_ELEMENTS = {"cpu": 2**22, "cuda": 2**27}
@@ -34,7 +34,7 @@ class Tiles:
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, elements: int, *, whole_rows: bool = False
     ) -> None:
         self.hidden, self.weight, self.bias = hidden, weight, bias
-        self.tokens = max(1, min(len(hidden), TOKENS))
+        self.tokens = max(1, min(len(hidden), TOKENS[_kind(hidden)]))
         self.columns = len(weight) if whole_rows else max(1, min(len(weight), elements // self.tokens))
         if self.columns == len(weight):
             self.tokens = max(1, min(len(hidden), elements // self.columns))
@@ -88,6 +88,8 @@ def forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(logp, lse, entropy or None) of tokens [N]. Ids may lie outside the head: their logp then means nothing."""
+    if backend == "triton" and (fused_kernel := _fused_kernel(hidden, weight)) is not None:
+        return fused_kernel(hidden, weight, bias, ids.clamp(0, len(weight) - 1), temperature, with_entropy)
     run = kernels(backend).forward
     tiles = Tiles(hidden, weight, bias, FORWARD_ELEMENTS[_kind(hidden)])
     blocks = []
@@ -179,6 +181,17 @@ def fused(
             grad_bias += z.sum(0, dtype=torch.float32)
     totals = [None if each is None else each.total.to(hidden.dtype) for each in (grad_hidden, grad_weight)]
     return torch.cat(parts), *totals, None if grad_bias is None else grad_bias.to(bias.dtype)
+
+
+def _fused_kernel(hidden: Tensor, weight: Tensor) -> Callable | None:
+    """The Triton kernel that makes no tile at all, where it is the faster way and takes these tensors."""
+    from prime_kernels._triton import _config
+
+    if not _config.FUSED_LINEAR:
+        return None
+    from prime_kernels._triton import linear_log_probs
+
+    return linear_log_probs.forward if linear_log_probs.supported(hidden, weight) else None
 
 
 def _kind(tensor: Tensor) -> str:

@@ -14,9 +14,9 @@ from prime_kernels.ops import linear_log_probs as op
 def set_tiles(monkeypatch, tokens, columns):
     """Tiles of some tokens by some of the vocabulary, in every place that has a size of its own."""
     monkeypatch.setattr(op, "CHUNK_ELEMENTS", 11 * tokens)
-    monkeypatch.setattr(_linear_tiles, "TOKENS", tokens)
-    for name in ("FORWARD_ELEMENTS", "BACKWARD_ELEMENTS"):
-        monkeypatch.setattr(_linear_tiles, name, {"cpu": tokens * columns, "cuda": tokens * columns})
+    sizes = {"TOKENS": tokens, "FORWARD_ELEMENTS": tokens * columns, "BACKWARD_ELEMENTS": tokens * columns}
+    for name, size in sizes.items():
+        monkeypatch.setattr(_linear_tiles, name, {"cpu": size, "cuda": size})
 
 
 @pytest.fixture(params=[(1, 11), (3, 11), (1000, 11), (3, 4), (8, 1), (1, 10)], ids="{0[0]}x{0[1]}".format)

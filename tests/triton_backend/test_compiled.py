@@ -18,7 +18,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from prime_kernels._triton import _log_probs_kernels as kernels
-from prime_kernels._triton._config import Device, choose
+from prime_kernels._triton._config import Device, choose, choose_linear
+from prime_kernels._triton._linear_kernels import linear_forward_kernel
 
 CAPABILITIES = [80, 90]
 DTYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
@@ -51,7 +52,7 @@ def config_for(dtype, capability, rows=ROWS):
     return choose(rows, VOCABULARY, dtype.itemsize, Device(132, divmod(capability, 10)))
 
 
-def build(kernel, types, constants, capability, num_warps, tmp_path):
+def build(kernel, types, constants, capability, num_warps, tmp_path, num_stages=1):
     """(resource usage, SASS) of a kernel whose remaining arguments are ``constants``."""
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     aligned = {name for name, kind in signature.items() if kind.startswith("*")} | {"vocabulary", "chunk"}
@@ -61,7 +62,9 @@ def build(kernel, types, constants, capability, num_warps, tmp_path):
         {name: constants[name] for name, kind in signature.items() if kind == "constexpr"},
         {(n,): [["tt.divisibility", 16]] for n, name in enumerate(kernel.arg_names) if name in aligned},
     )
-    compiled = triton.compile(source, GPUTarget("cuda", capability, 32), {"num_warps": num_warps, "num_stages": 1})
+    compiled = triton.compile(
+        source, GPUTarget("cuda", capability, 32), {"num_warps": num_warps, "num_stages": num_stages}
+    )
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
     usage = output(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin)
@@ -117,5 +120,26 @@ def test_backward(capability, dtype, entropy, tmp_path):
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_combine(capability, tmp_path):
     types = {key: COMMON[key] for key in ("mask_ptr", "lse_ptr", "entropy_ptr")} | RESULTS | INVERSES
-    constants = {"MODELS": 3, "MASKED": True, "ENTROPY": True, "SPLITS": 64}
+    constants = {"MODELS": 3, "MASKED": True, "ENTROPY": True, "SPLITS": 64, "ONE_OWNER": True}
     assert_no_spills(*build(kernels.combine_kernel, types, constants, capability, 1, tmp_path))
+
+
+@pytest.mark.parametrize("entropy", [True, False])
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_fused_product(capability, entropy, tmp_path):
+    """On Hopper: tiles come by bulk copies (TMA), products are warpgroup instructions, nothing spills."""
+    config = choose_linear(ROWS, VOCABULARY, 2, Device(132, divmod(capability, 10)))
+    a, b = (f"tensordesc<bf16[{rows}, {config.block_width}]>" for rows in (config.block_rows, config.block_columns))
+    types = {"hidden": a, "weight": b, "bias_ptr": "*bf16", "ids_ptr": "*i64", "inverse": "fp32", "rows": "i32"}
+    types |= {"partial_ptr": "*fp32", "vocabulary": "i32", "width": "i32", "chunk": "i32"}
+    constants = {"BIAS": False, "ENTROPY": entropy, "SPLITS": config.splits, "PROGRAMS": config.programs}
+    constants |= {"BLOCK_ROWS": config.block_rows, "BLOCK_COLUMNS": config.block_columns}
+    constants |= {"BLOCK_WIDTH": config.block_width}
+    options = (capability, config.num_warps, tmp_path, config.num_stages)
+    usage, sass = build(linear_forward_kernel, types, constants, *options)
+    assert_no_spills(usage, sass)
+    assert usage["REG"] * config.num_warps * 32 <= 65536
+    if capability >= 90:
+        assert re.search(r"\bUTMALDG\b", sass) and re.search(r"\bHGMMA\.", sass)
+    else:
+        assert re.search(r"\bHMMA\.", sass)

@@ -1,0 +1,79 @@
+"""Hidden states and a head to the softmax of their logits, which exist only in registers: product and reduction in one.
+
+A program takes tiles (rows of tokens, part of the vocabulary) in turn, so that as many programs as the device holds at
+once do all of them; tiles of one part of the head come one after another, which keeps that part in the L2 cache. A tile
+walks over its part in blocks: a product accumulated in float32, and the online softmax on the accumulator, never on a
+rounded copy. What it leaves for each row (highest, sum, weighted sum, the target's logit) the combining kernel of
+_log_probs_kernels joins, as it does for rows that are split.
+"""
+
+import triton
+import triton.language as tl
+
+from prime_kernels._triton._log_probs_kernels import LOG2E, LOWEST
+
+
+@triton.jit(do_not_specialize=["rows"])
+def linear_forward_kernel(
+    hidden,
+    weight,
+    bias_ptr,
+    ids_ptr,
+    inverse: tl.float32,
+    partial_ptr,
+    rows,
+    vocabulary,
+    width,
+    chunk,
+    BIAS: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    SPLITS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):
+    """hidden and weight are tensor descriptors [rows, width] and [vocabulary, width]; what lies outside reads as 0."""
+    scale = inverse * LOG2E
+    row_blocks = tl.cdiv(rows, BLOCK_ROWS)
+    field = rows.to(tl.int64) * SPLITS
+    for tile in tl.range(tl.program_id(0), row_blocks * SPLITS, PROGRAMS):
+        first_row = tile % row_blocks * BLOCK_ROWS
+        split = tile // row_blocks
+        row = first_row + tl.arange(0, BLOCK_ROWS)
+        inside = row < rows
+        id = tl.load(ids_ptr + row, mask=inside, other=-1).to(tl.int32)
+        highest = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_ROWS], tl.float32)
+        weighted = tl.zeros([BLOCK_ROWS], tl.float32)
+        target = tl.zeros([BLOCK_ROWS], tl.float32)
+        end = tl.minimum(split * chunk + chunk, vocabulary)
+        for first_column in tl.range(split * chunk, end, BLOCK_COLUMNS):
+            z = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
+            for k in tl.range(0, width, BLOCK_WIDTH):
+                a = hidden.load([first_row, k])
+                b = weight.load([first_column, k])
+                z = tl.dot(a, b.T, z, input_precision="ieee")
+            column = first_column + tl.arange(0, BLOCK_COLUMNS)
+            if BIAS:
+                z += tl.load(bias_ptr + column, mask=column < vocabulary, other=0.0).to(tl.float32)[None, :]
+            is_target = column[None, :] == id[:, None]
+            target += tl.sum(tl.where(is_target, z, 0.0), axis=1)
+            # Columns that pad the last block have no probability; the target is joined at the end, in float64.
+            z = tl.where(is_target | (column >= vocabulary)[None, :], float("-inf"), z)
+            raised = tl.maximum(highest, tl.max(z, axis=1))
+            shift = tl.where(raised == float("-inf"), 0.0, raised)
+            step = (highest - shift) * scale
+            factor = tl.exp2(step)
+            t = (z - shift[:, None]) * scale
+            p = tl.exp2(t)
+            if ENTROPY:
+                weighted = factor * (weighted + tl.maximum(step, LOWEST) * total)
+                weighted += tl.sum(p * tl.maximum(t, LOWEST), axis=1)
+            total = factor * total + tl.sum(p, axis=1)
+            highest = raised
+        part_ptr = partial_ptr + row.to(tl.int64) * SPLITS + split
+        tl.store(part_ptr, highest, mask=inside)
+        tl.store(part_ptr + field, total, mask=inside)
+        tl.store(part_ptr + 2 * field, weighted, mask=inside)
+        tl.store(part_ptr + 3 * field, target, mask=inside)

@@ -1,0 +1,80 @@
+"""Launch of the fused product and softmax: what linear_log_probs may call on "triton"."""
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from prime_kernels._triton._config import LinearConfig, choose_linear
+from prime_kernels._triton._linear_kernels import linear_forward_kernel
+from prime_kernels._triton._log_probs_kernels import combine_kernel
+from prime_kernels._triton.log_probs import PARTIAL_FIELDS, device_of, on_device
+
+ALIGNED_BYTES = 16
+
+
+def supported(hidden: Tensor, weight: Tensor) -> bool:
+    """Bulk copies need rows of unit stride that begin at multiples of 16 bytes."""
+    return all(
+        x.stride(1) == 1 and x.stride(0) * x.element_size() % ALIGNED_BYTES == 0 and x.data_ptr() % ALIGNED_BYTES == 0
+        for x in (hidden, weight)
+    )
+
+
+def forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    temperature: float,
+    with_entropy: bool,
+    config: LinearConfig | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(logp, lse, entropy or None), each [N] float32, of hidden [N, D] and a head [V, D]."""
+    rows, width = hidden.shape
+    vocabulary = weight.shape[0]
+    assert supported(hidden, weight) and rows > 0 and ids.shape == (rows,) and ids.dtype == torch.int64
+    config = config or choose_linear(rows, vocabulary, hidden.element_size(), device_of(hidden.device))
+    logp, lse = (hidden.new_empty(rows, dtype=torch.float32) for _ in range(2))
+    entropy = torch.empty_like(lse) if with_entropy else None
+    partial = hidden.new_empty(PARTIAL_FIELDS, rows, config.splits, dtype=torch.float32)
+    blocks = -(-vocabulary // config.block_columns)
+    chunk = -(-blocks // config.splits) * config.block_columns
+    ids, inverse = ids.contiguous(), 1.0 / temperature
+    with on_device(hidden.device):
+        linear_forward_kernel[(config.programs,)](
+            TensorDescriptor.from_tensor(hidden, [config.block_rows, config.block_width]),
+            TensorDescriptor.from_tensor(weight, [config.block_columns, config.block_width]),
+            ids if bias is None else bias.contiguous(),
+            ids,
+            inverse,
+            partial,
+            rows,
+            vocabulary,
+            width,
+            chunk,
+            BIAS=bias is not None,
+            ENTROPY=with_entropy,
+            SPLITS=config.splits,
+            PROGRAMS=config.programs,
+            BLOCK_ROWS=config.block_rows,
+            BLOCK_COLUMNS=config.block_columns,
+            BLOCK_WIDTH=config.block_width,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+        combine_kernel[(rows, 1)](
+            partial,
+            *[inverse] * 3,
+            ids,
+            logp,
+            lse,
+            lse if entropy is None else entropy,
+            rows,
+            MODELS=1,
+            MASKED=False,
+            ENTROPY=with_entropy,
+            SPLITS=config.splits,
+            ONE_OWNER=True,
+            num_warps=1,
+        )
+    return logp, lse, entropy
