@@ -138,6 +138,93 @@ void bind_segment_scan(py::module_& m, pk_segment_scan_args (*build)(Fields...))
 #endif
 }
 
+pk_rloo_args rloo_args(uintptr_t rewards, uintptr_t mask, uintptr_t cu_seqlens, int64_t n_responses, int64_t n_tokens) {
+  pk_rloo_args args{};
+  args.rewards = pointer<const float>(rewards);
+  args.mask = pointer<const uint8_t>(mask);
+  args.cu_seqlens = pointer<const int64_t>(cu_seqlens);
+  args.n_responses = n_responses;
+  args.n_tokens = n_tokens;
+  return args;
+}
+
+void bind_rloo(py::module_& m) {
+  m.def("rloo_moments", [](uintptr_t rewards, uintptr_t mask, uintptr_t cu_seqlens, int64_t n_responses,
+                           int64_t n_tokens, uintptr_t sums, uintptr_t counts, uintptr_t largest, int n_threads) {
+    pk_rloo_args args = rloo_args(rewards, mask, cu_seqlens, n_responses, n_tokens);
+    args.n_threads = n_threads;
+    raise_on(call(pk_cpu_rloo_moments, &args, pointer<double>(sums), pointer<double>(counts),
+                  pointer<double>(largest)));
+  });
+  m.def("rloo_returns", [](uintptr_t rewards, uintptr_t mask, uintptr_t cu_seqlens, int64_t n_responses,
+                           int64_t n_tokens, uintptr_t scale, uintptr_t shift, uintptr_t outcomes,
+                           double gamma_process, double gamma_outcome, double process_coef, double outcome_coef,
+                           uintptr_t out, int n_threads) {
+    pk_rloo_args args = rloo_args(rewards, mask, cu_seqlens, n_responses, n_tokens);
+    args.scale = pointer<const double>(scale);
+    args.shift = pointer<const double>(shift);
+    args.outcomes = pointer<const double>(outcomes);
+    args.gamma_process = gamma_process;
+    args.gamma_outcome = gamma_outcome;
+    args.process_coef = process_coef;
+    args.outcome_coef = outcome_coef;
+    args.n_threads = n_threads;
+    args.out = pointer<float>(out);
+    double total = 0.0;
+    raise_on(call(pk_cpu_rloo_returns, &args, &total));
+    return total;
+  });
+  m.def("centred_squares", [](uintptr_t values, int64_t n, double mean, int n_threads) {
+    double total = 0.0;
+    raise_on(call(pk_cpu_centred_squares, pointer<const float>(values), n, mean, n_threads, &total));
+    return total;
+  });
+  m.def("whiten", [](uintptr_t values, int64_t n, double mean, double factor, uintptr_t out, int n_threads) {
+    raise_on(call(pk_cpu_whiten, pointer<const float>(values), n, mean, factor, n_threads, pointer<float>(out)));
+  });
+}
+
+void bind_segments(py::module_& m) {
+  m.def("segment_sum", [](uintptr_t values, uintptr_t cu, int64_t n_segments, int64_t n_tokens, uintptr_t out,
+                          int n_threads) {
+    raise_on(call(pk_cpu_segment_sum, pointer<const float>(values), pointer<const int64_t>(cu), n_segments, n_tokens,
+                  n_threads, pointer<double>(out)));
+  });
+  m.def("segment_fill", [](uintptr_t values, uintptr_t cu, int64_t n_segments, int64_t n_tokens, uintptr_t out,
+                           int n_threads) {
+    raise_on(call(pk_cpu_segment_fill, pointer<const double>(values), pointer<const int64_t>(cu), n_segments, n_tokens,
+                  n_threads, pointer<float>(out)));
+  });
+}
+
+pk_ppo_args ppo_args(uintptr_t logp, uintptr_t old_logp, uintptr_t advantages, uintptr_t mask, uintptr_t weights,
+                     int64_t n_tokens, double clip_low, double clip_high) {
+  pk_ppo_args args{};
+  args.logp = pointer<const float>(logp);
+  args.old_logp = pointer<const float>(old_logp);
+  args.advantages = pointer<const float>(advantages);
+  args.mask = pointer<const uint8_t>(mask);
+  args.weights = pointer<const float>(weights);
+  args.n_tokens = n_tokens;
+  args.clip_low = clip_low;
+  args.clip_high = clip_high;
+  return args;
+}
+
+template <typename... Fields>
+void bind_ppo(py::module_& m, pk_ppo_args (*build)(Fields...)) {
+  m.def("ppo_loss", [build](Fields... fields, uintptr_t sums, int n_threads) {
+    pk_ppo_args args = build(fields...);
+    args.n_threads = n_threads;
+    raise_on(call(pk_cpu_ppo_loss, &args, pointer<double>(sums)));
+  });
+  m.def("ppo_loss_backward", [build](Fields... fields, double factor, uintptr_t out, int n_threads) {
+    pk_ppo_args args = build(fields...);
+    args.n_threads = n_threads;
+    raise_on(call(pk_cpu_ppo_loss_backward, &args, factor, pointer<float>(out)));
+  });
+}
+
 py::dict build_info() {
   py::dict info;
   info["compiler"] = PK_BUILD_COMPILER;
@@ -170,4 +257,7 @@ PYBIND11_MODULE(_C, m) {
   bind_rows(m, "log_probs_backward", &backward_args, &pk_cpu_log_probs_backward,
             PK_ON_CUDA(pk_cuda_log_probs_backward));
   bind_segment_scan(m, &scan_args);
+  bind_segments(m);
+  bind_rloo(m);
+  bind_ppo(m, &ppo_args);
 }

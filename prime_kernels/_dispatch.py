@@ -29,12 +29,12 @@ _KERNELS: dict[str, tuple[str, ...]] = {
     "linear_ppo_loss": ("cpu", "triton", "cuda"),
     "log_probs": ("cpu", "triton", "cuda"),
     "log_ratios": ("cpu", "triton", "cuda"),
-    "ppo_loss": (),
-    "prm_loss": (),
-    "rloo_advantages": (),
+    "ppo_loss": ("cpu",),
+    "prm_loss": ("cpu",),
+    "rloo_advantages": ("cpu",),
     "segment_scan": ("cpu", "cuda"),
-    "segment_sum": (),
-    "step_rewards": (),
+    "segment_sum": ("cpu",),
+    "step_rewards": ("cpu",),
 }
 
 # Fastest first; eager comes after all of these.

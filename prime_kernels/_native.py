@@ -111,13 +111,117 @@ def segment_scan(values: Tensor, cu_seqlens: Tensor, gamma: float, reverse: bool
     return out
 
 
-def _run(name: str, device: torch.device, *fields: Any) -> None:
+def segment_sum(values: Tensor, cu_segments: Tensor) -> Tensor:
+    """The sum of each segment, [S] float64."""
+    values, cu_segments = _packed(values, cu_segments)
+    out = torch.empty(cu_segments.numel() - 1, dtype=torch.float64)
+    _run("segment_sum", out.device, *_segments(values, cu_segments), out.data_ptr())
+    return out
+
+
+def segment_fill(values: Tensor, cu_segments: Tensor, total: int) -> Tensor:
+    """Each token's segment's value, [total] float32 from [S] float64."""
+    values = column(values, torch.float64, cu_segments.numel() - 1, values.device)
+    out = torch.empty(total, dtype=torch.float32)
+    _run("segment_fill", out.device, values.data_ptr(), cu_segments.data_ptr(), values.numel(), total, out.data_ptr())
+    return out
+
+
+def rloo_moments(rewards: Tensor, mask: Tensor | None, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(sum, count) of each response's rewards [B] and the largest |sum of a response's rewards from a token on| []."""
+    rewards, cu_seqlens = _packed(rewards, cu_seqlens)
+    mask = mask_column(mask, rewards.numel(), rewards.device)
+    sums, counts = torch.empty(2, cu_seqlens.numel() - 1, dtype=torch.float64)
+    largest = torch.empty((), dtype=torch.float64)
+    sizes = (cu_seqlens.data_ptr(), sums.numel(), rewards.numel())
+    results = (each.data_ptr() for each in (sums, counts, largest))
+    _run("rloo_moments", sums.device, rewards.data_ptr(), _address(mask), *sizes, *results)
+    return sums, counts, largest
+
+
+def rloo_returns(
+    rewards: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor,
+    total: int,
+    scale: Tensor,
+    shift: Tensor,
+    outcomes: Tensor,
+    gammas: tuple[float, float],
+    coefs: tuple[float, float],
+) -> tuple[Tensor, float]:
+    """(returns [T] float32, their sum): of scale * rewards + shift, and of the outcomes on the last tokens."""
+    responses = cu_seqlens.numel() - 1
+    if rewards is not None:
+        rewards, cu_seqlens = _packed(rewards, cu_seqlens)
+        mask = mask_column(mask, total, rewards.device)
+    columns = [column(each, torch.float64, responses, each.device) for each in (scale, shift, outcomes)]
+    out = torch.empty(total, dtype=torch.float32)
+    fields = (_address(rewards), _address(mask), cu_seqlens.data_ptr(), responses, total)
+    addresses = (each.data_ptr() for each in columns)
+    return out, _run("rloo_returns", out.device, *fields, *addresses, *gammas, *coefs, out.data_ptr())
+
+
+def centred_squares(values: Tensor, mean: float) -> float:
+    """sum (value - mean)^2."""
+    values = column(values, torch.float32, values.numel(), values.device)
+    return _run("centred_squares", values.device, values.data_ptr(), values.numel(), mean)
+
+
+def whiten(values: Tensor, mean: float, factor: float) -> Tensor:
+    """(value - mean) * factor."""
+    values = column(values, torch.float32, values.numel(), values.device)
+    out = torch.empty_like(values)
+    _run("whiten", values.device, values.data_ptr(), values.numel(), mean, factor, out.data_ptr())
+    return out
+
+
+def ppo_sums(columns: Sequence[Tensor | None], mask: Tensor | None, clip: tuple[float, float]) -> Tensor:
+    """Sums [4] float64: of the weighted token losses, of clipped tokens, of log ratios, of tokens that count.
+
+    ``columns``: logp, old_logp, advantages and weights or None, float32.
+    """
+    sums = torch.empty(4, dtype=torch.float64)
+    fields, keep = _ppo_fields(columns, mask, clip)
+    _run("ppo_loss", sums.device, *fields, sums.data_ptr())
+    del keep
+    return sums
+
+
+def ppo_gradient(
+    columns: Sequence[Tensor | None], mask: Tensor | None, clip: tuple[float, float], factor: float
+) -> Tensor:
+    """factor * d (sum of weighted token losses) / d logp, [T] float32."""
+    out = torch.empty(columns[0].numel(), dtype=torch.float32)
+    fields, keep = _ppo_fields(columns, mask, clip)
+    _run("ppo_loss_backward", out.device, *fields, factor, out.data_ptr())
+    del keep
+    return out
+
+
+def _ppo_fields(columns: Sequence[Tensor | None], mask: Tensor | None, clip: tuple[float, float]) -> tuple[Any, Any]:
+    total, device = columns[0].numel(), columns[0].device
+    logp, old_logp, advantages, weights = (column(each, torch.float32, total, device) for each in columns)
+    mask = mask_column(mask, total, device)
+    addresses = (_address(each) for each in (logp, old_logp, advantages, mask, weights))
+    return (*addresses, total, *clip), (logp, old_logp, advantages, mask, weights)
+
+
+def _packed(values: Tensor, cu_segments: Tensor) -> tuple[Tensor, Tensor]:
+    values = column(values, torch.float32, values.numel(), values.device)
+    return values, column(cu_segments, torch.int64, cu_segments.numel(), values.device)
+
+
+def _segments(values: Tensor, cu_segments: Tensor) -> tuple[int, int, int, int]:
+    return values.data_ptr(), cu_segments.data_ptr(), cu_segments.numel() - 1, values.numel()
+
+
+def _run(name: str, device: torch.device, *fields: Any) -> Any:
     if device.type == "cpu":
-        getattr(_C, name)(*fields, torch.get_num_threads())
-        return
+        return getattr(_C, name)(*fields, torch.get_num_threads())
     # A launch goes to the current device, which need not be that of the tensors.
     with torch.cuda.device(device):
-        getattr(_C, f"cuda_{name}")(*fields, torch.cuda.current_stream(device).cuda_stream)
+        return getattr(_C, f"cuda_{name}")(*fields, torch.cuda.current_stream(device).cuda_stream)
 
 
 def _address(tensor: Tensor | None) -> int:

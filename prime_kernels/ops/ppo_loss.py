@@ -6,10 +6,11 @@ loss = sum_t weights_t * loss_t / denominator
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from prime_kernels import _checks, _dispatch
 from prime_kernels.ops._segments import result_dtype
@@ -58,6 +59,49 @@ def reference(
     clip_fraction = clipping.double().sum() / count
     approx_kl = -log_rho.detach().double().sum() / count
     return PPOLoss(loss.to(dtype), clip_fraction.to(dtype), approx_kl.to(dtype))
+
+
+class _Native(torch.autograd.Function):
+    """The extension's two passes: sums, and the gradient of one of them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logp: Tensor,
+        columns: tuple[Tensor | None, ...],
+        mask: Tensor | None,
+        clip: tuple[float, float],
+        denominator: Tensor | float | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        from prime_kernels import _native
+
+        loss, clipped, log_rho, count = _native.ppo_sums((logp, *columns), mask, clip)
+        count = count.clamp(min=1.0)
+        ctx.save_for_backward(logp, *columns, mask)
+        ctx.clip, ctx.denominator = clip, float(count if denominator is None else denominator)
+        results = [(value / by).float() for value, by in ((loss, ctx.denominator), (clipped, count), (-log_rho, count))]
+        ctx.mark_non_differentiable(*results[1:])
+        return tuple(results)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_others: Tensor) -> tuple[Tensor | None, ...]:
+        from prime_kernels import _native
+
+        *columns, mask = ctx.saved_tensors
+        return _native.ppo_gradient(columns, mask, ctx.clip, float(grad) / ctx.denominator), None, None, None, None
+
+
+def _run_native(
+    logp: Tensor,
+    columns: tuple[Tensor | None, ...],
+    mask: Tensor | None,
+    clip: tuple[float, float],
+    denominator: Tensor | float | None,
+) -> PPOLoss:
+    flat = tuple(None if each is None else each.detach().reshape(-1).float() for each in columns)
+    mask = None if mask is None else mask.reshape(-1)
+    return PPOLoss(*_Native.apply(logp.reshape(-1).float(), flat, mask, clip, denominator))
 
 
 def ppo_loss(
@@ -111,7 +155,8 @@ def ppo_loss(
     clip_high = _checks.number("clip_high", clip_high, 0.0, math.inf)
     if denominator is not None:
         denominator = check_denominator(denominator, logp, "logp")
-    _dispatch.resolve("ppo_loss", logp, backend)
+    if _dispatch.resolve("ppo_loss", logp, backend) != "eager":
+        return _run_native(logp, (old_logp, advantages, weights), mask, (clip_low, clip_high), denominator)
     return reference(logp, old_logp, advantages, mask, weights, clip_low, clip_high, denominator)
 
 

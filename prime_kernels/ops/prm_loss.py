@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
 from prime_kernels import _checks, _dispatch
-from prime_kernels.ops._segments import result_dtype, segment_index, segment_total
+from prime_kernels.ops._segments import result_dtype, segment_index, segment_total, segment_total_on
 
 KINDS = ("ce", "dpo", "kto", "nca")
 PAIR_KINDS = ("dpo", "nca")
@@ -62,12 +62,18 @@ def pair_accuracy(scores: Tensor, outcomes: Tensor, counted: Tensor, cu_groups: 
 
 
 def reference(
-    log_ratio: Tensor, outcomes: Tensor, cu_seqlens: Tensor, cu_groups: Tensor | None, kind: str, beta: float
+    log_ratio: Tensor,
+    outcomes: Tensor,
+    cu_seqlens: Tensor,
+    cu_groups: Tensor | None,
+    kind: str,
+    beta: float,
+    backend: str = "eager",
 ) -> PRMLoss:
-    """The formulas above, in float64."""
+    """The formulas above, in float64. Only the sums over tokens depend on the backend."""
     responses = outcomes.numel()
     outcomes, counted = outcomes.detach().double(), cu_seqlens.diff() > 0
-    delta = segment_total(log_ratio, segment_index(cu_seqlens, log_ratio.numel()), responses)
+    delta = segment_total_on(backend, log_ratio, cu_seqlens)
     wanted = outcomes > 0.5
     if kind == "ce":
         loss = _mean(binary_cross_entropy_with_logits(beta * delta, outcomes, reduction="none"), counted)
@@ -149,5 +155,5 @@ def prm_loss(
         cu_groups = _checks.offsets("cu_groups", cu_groups, outcomes.numel(), "responses", log_ratio, "log_ratio")
     elif kind in PAIR_KINDS:
         raise ValueError(f"cu_groups: expected the offsets of prompt groups for kind={kind!r}, got None")
-    _dispatch.resolve("prm_loss", log_ratio, backend)
-    return reference(log_ratio, outcomes, cu_seqlens, cu_groups, kind, beta)
+    chosen = _dispatch.resolve("prm_loss", log_ratio, backend)
+    return reference(log_ratio, outcomes, cu_seqlens, cu_groups, kind, beta, chosen)

@@ -92,6 +92,63 @@ def reference(
     return Advantages(returns, advantages)
 
 
+def native(
+    process_rewards: Tensor | None,
+    outcomes: Tensor,
+    cu_seqlens: Tensor,
+    cu_groups: Tensor,
+    *,
+    total: int,
+    gamma_process: float,
+    gamma_outcome: float,
+    process_coef: float,
+    outcome_coef: float,
+    normalize_process: bool,
+    process_baseline: str,
+    whiten: bool,
+    process_group: Any,
+    reward_mask: Tensor | None,
+) -> Advantages:
+    """The same by the extension's passes over tokens; what is left here counts responses. Returns are float32."""
+    from prime_kernels import _native
+
+    group, groups = segment_index(cu_groups, outcomes.numel()), cu_groups.numel() - 1
+    centred = outcomes.double() - leave_one_out(outcomes.double(), cu_seqlens.diff() > 0, group, groups)[0]
+    scale = shift = torch.zeros_like(centred)
+    if process_rewards is not None:
+        process_rewards = process_rewards.float()
+        sums, counts, largest = _native.rloo_moments(process_rewards, reward_mask, cu_seqlens)
+        if process_group is not None and normalize_process:
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=process_group)
+        unit = 1.0 / (float(largest) + NORMALIZE_EPS) if normalize_process else 1.0
+        means = sums * unit / counts.clamp(min=1.0)
+        baseline, others = leave_one_out(means, counts > 0, group, groups)
+        # reward = s + (s - m_i) / (n - 1) - baseline, or without the middle term, is linear in s.
+        share = torch.zeros_like(others)
+        if process_baseline == "reference":
+            share = (1.0 / others.clamp(min=1.0)).where(others > 0, 0.0)
+        scale, shift = unit * (1.0 + share), -share * means - baseline
+    gammas, coefs = (gamma_process, gamma_outcome), (process_coef, outcome_coef)
+    returns, summed = _native.rloo_returns(
+        process_rewards, reward_mask, cu_seqlens, total, scale, shift, centred, gammas, coefs
+    )
+    if not whiten:
+        return Advantages(returns, returns.clone())
+    count, summed = _over_ranks(process_group, float(total), summed)
+    mean = summed / max(count, 1.0)
+    (squares,) = _over_ranks(process_group, _native.centred_squares(returns, mean))
+    factor = (squares / max(count - 1.0, 1.0) + WHITEN_EPS) ** -0.5
+    return Advantages(returns, _native.whiten(returns, mean, factor))
+
+
+def _over_ranks(process_group: Any, *terms: float) -> list[float]:
+    if process_group is None:
+        return list(terms)
+    sums = torch.tensor(terms, dtype=torch.float64)
+    dist.all_reduce(sums, group=process_group)
+    return sums.tolist()
+
+
 def _returns(rewards: Tensor, cu_seqlens: Tensor, gamma: float) -> Tensor:
     return segment_scan.reference(rewards, cu_seqlens, gamma, reverse=True)
 
@@ -198,9 +255,9 @@ def rloo_advantages(
     _checks.flag("normalize_process", normalize_process)
     _checks.flag("whiten", whiten)
     _checks.choice("process_baseline", process_baseline, PROCESS_BASELINES)
-    _dispatch.resolve("rloo_advantages", rewards, backend)
+    chosen = _dispatch.resolve("rloo_advantages", rewards, backend)
     with torch.no_grad():
-        result = reference(
+        result = (reference if chosen == "eager" else native)(
             process_rewards,
             outcomes,
             cu_seqlens,

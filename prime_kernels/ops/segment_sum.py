@@ -3,13 +3,12 @@
 from torch import Tensor
 
 from prime_kernels import _checks, _dispatch
-from prime_kernels.ops._segments import result_dtype, segment_index, segment_total
+from prime_kernels.ops._segments import result_dtype, segment_total_on
 
 
-def reference(values: Tensor, cu_segments: Tensor) -> Tensor:
-    """The sums, accumulated in float64; the gradient of each value is the gradient of its segment's sum."""
-    index = segment_index(cu_segments, values.numel())
-    return segment_total(values, index, cu_segments.numel() - 1).to(result_dtype(values))
+def reference(values: Tensor, cu_segments: Tensor, backend: str = "eager") -> Tensor:
+    """Accumulated in float64."""
+    return segment_total_on(backend, values, cu_segments).to(result_dtype(values))
 
 
 def segment_sum(values: Tensor, cu_segments: Tensor, *, backend: str | None = None) -> Tensor:
@@ -32,5 +31,4 @@ def segment_sum(values: Tensor, cu_segments: Tensor, *, backend: str | None = No
     """
     _checks.floating("values", values, ndim=1)
     cu_segments = _checks.offsets("cu_segments", cu_segments, values.numel(), "tokens", values, "values")
-    _dispatch.resolve("segment_sum", values, backend)
-    return reference(values, cu_segments)
+    return reference(values, cu_segments, _dispatch.resolve("segment_sum", values, backend))

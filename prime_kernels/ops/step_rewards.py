@@ -9,15 +9,14 @@ from torch import Tensor
 
 from prime_kernels import _checks, _dispatch
 from prime_kernels.ops import segment_scan
-from prime_kernels.ops._segments import result_dtype, segment_index, segment_total
+from prime_kernels.ops._segments import result_dtype, segment_total_on
 
 MODES = ("single", "cumulative")
 
 
-def reference(token_rewards: Tensor, cu_steps: Tensor, cu_seqlens: Tensor, mode: str) -> Tensor:
+def reference(token_rewards: Tensor, cu_steps: Tensor, cu_seqlens: Tensor, mode: str, backend: str = "eager") -> Tensor:
     """Step sums in float64; then a running sum of them inside each response."""
-    index, steps = segment_index(cu_steps, token_rewards.numel()), cu_steps.numel() - 1
-    rewards = segment_total(token_rewards, index, steps)
+    rewards, steps = segment_total_on(backend, token_rewards, cu_steps), cu_steps.numel() - 1
     if mode == "cumulative":
         # A response owns the steps that start in it; steps that start at the very end fall to the last response.
         cu_owned = torch.searchsorted(cu_steps[:-1], cu_seqlens)
@@ -58,5 +57,5 @@ def step_rewards(
         raise ValueError(f"cu_steps: expected no steps as cu_seqlens has no responses, got {cu_steps.numel() - 1}")
     _checks.nested("cu_steps", cu_steps, "cu_seqlens", cu_seqlens)
     _checks.choice("mode", mode, MODES)
-    _dispatch.resolve("step_rewards", token_rewards, backend)
-    return reference(token_rewards, cu_steps, cu_seqlens, mode)
+    chosen = _dispatch.resolve("step_rewards", token_rewards, backend)
+    return reference(token_rewards, cu_steps, cu_seqlens, mode, chosen)

@@ -7,6 +7,13 @@ from support import assert_close, offsets
 import prime_kernels as pk
 
 
+@pytest.fixture(autouse=True)
+def on_each_backend(backend):
+    """Every test here runs on the reference and on each backend with kernels; what one lacks, the next has."""
+    with pk.use_backend(backend):
+        yield
+
+
 @pytest.fixture(params=range(4))
 def case(request, golden):
     """One case, its padded rows packed: (constants, inputs, outputs, cu_seqlens, cu_groups)."""

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 from support import assert_close, gradient_kind, seeds
@@ -303,3 +304,20 @@ def test_ratios_match_the_whole_product(rows_a_chunk):
     (expected,) = torch.autograd.grad(truth(prm, ids, mask, 1.0)[0], prm.weight, upstream.double())
     assert_close("grad.float32", prm.weight.grad, expected)
     assert all(leaf.grad is not None for leaf in policy)
+
+
+def test_inside_activation_checkpointing_and_backward_twice(backend, rows_a_chunk):
+    """Recomputed in backward the result and the gradients are the same bits, and a kept graph gives them again."""
+    given_head, ids, upstream = head(), torch.randint(11, (8,)), torch.randn(8)
+
+    def logp(hidden, weight, bias):
+        return pk.linear_log_probs(hidden, weight, ids, bias=bias, backend=backend)
+
+    plain = logp(*given_head)
+    first = torch.autograd.grad(plain, given_head, upstream, retain_graph=True)
+    again = torch.autograd.grad(plain, given_head, upstream)
+    recomputed = torch.utils.checkpoint.checkpoint(logp, *given_head, use_reentrant=False)
+    third = torch.autograd.grad(recomputed, given_head, upstream)
+    assert torch.equal(plain, recomputed)
+    for a, b, c in zip(first, again, third, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)

@@ -11,6 +11,13 @@ from support import assert_close, seeds
 import prime_kernels as pk
 
 
+@pytest.fixture(autouse=True)
+def on_each_backend(backend):
+    """Every test here runs on the reference and on each backend with kernels; what one lacks, the next has."""
+    with pk.use_backend(backend):
+        yield
+
+
 def loop(logp, old, advantages, mask, weights, low, high, denominator):
     """(loss, clip fraction, approximate KL, gradient) with the ratio held at e^20."""
     total, clips, kl, count, gradient = 0.0, 0, 0.0, 0, [0.0] * len(logp)

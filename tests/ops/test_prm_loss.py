@@ -11,6 +11,13 @@ from support import assert_close, groups, offsets, seeds, split, uniform
 import prime_kernels as pk
 
 
+@pytest.fixture(autouse=True)
+def on_each_backend(backend):
+    """Every test here runs on the reference and on each backend with kernels; what one lacks, the next has."""
+    with pk.use_backend(backend):
+        yield
+
+
 def softplus(x: float) -> float:
     return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
 

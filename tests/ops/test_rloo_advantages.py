@@ -12,6 +12,13 @@ from support import assert_close, gammas, groups, offsets, seeds, split, uniform
 import prime_kernels as pk
 
 
+@pytest.fixture(autouse=True)
+def on_each_backend(backend):
+    """Every test here runs on the reference and on each backend with kernels; what one lacks, the next has."""
+    with pk.use_backend(backend):
+        yield
+
+
 def loop(
     process, outcomes, lengths, sizes, *, gamma_p, gamma_o, coef_p, coef_o, normalize, baseline, whiten, carries=None
 ):

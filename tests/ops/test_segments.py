@@ -11,6 +11,13 @@ from support import assert_close, gammas, lengths, offsets, scales, seeds, split
 import prime_kernels as pk
 
 
+@pytest.fixture(autouse=True)
+def on_each_backend(backend):
+    """Every test here runs on the reference and on each backend with kernels; what one lacks, the next has."""
+    with pk.use_backend(backend):
+        yield
+
+
 def loop_scan(values: list[float], sizes: list[int], gamma: float, reverse: bool) -> list[float]:
     result = []
     for part in split(values, sizes):

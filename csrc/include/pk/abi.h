@@ -77,9 +77,52 @@ typedef struct pk_segment_scan_args {
   float* out;  // [n_tokens]; may be the values themselves
 } pk_segment_scan_args;
 
+// Token passes of RLOO advantages. out[t] = process_coef * P_t + outcome_coef * O_t with, in each response r, the
+// discounted returns P of scale[r] * rewards[t] + shift[r] where the mask is set, and O of outcomes[r] on the last token.
+typedef struct pk_rloo_args {
+  const float* rewards;  // [n_tokens] or null for outcomes alone
+  const uint8_t* mask;   // [n_tokens] or null; 0 means: no process reward, not read
+  const int64_t* cu_seqlens;
+  const double* scale;     // [n_responses]
+  const double* shift;     // [n_responses]
+  const double* outcomes;  // [n_responses], centred
+  int64_t n_responses;
+  int64_t n_tokens;
+  double gamma_process;
+  double gamma_outcome;
+  double process_coef;
+  double outcome_coef;
+  int32_t n_threads;
+  float* out;  // [n_tokens]
+} pk_rloo_args;
+
+typedef struct pk_ppo_args {
+  const float* logp;
+  const float* old_logp;
+  const float* advantages;
+  const uint8_t* mask;   // or null
+  const float* weights;  // or null
+  int64_t n_tokens;
+  double clip_low;
+  double clip_high;
+  int32_t n_threads;
+} pk_ppo_args;
+
 int pk_cpu_log_probs_forward(const pk_log_probs_args* args);
 int pk_cpu_log_probs_backward(const pk_log_probs_grad_args* args);
 int pk_cpu_segment_scan(const pk_segment_scan_args* args);
+int pk_cpu_segment_sum(const float* values, const int64_t* cu, int64_t n_segments, int64_t n_tokens, int n_threads,
+                       double* out);
+int pk_cpu_segment_fill(const double* values, const int64_t* cu, int64_t n_segments, int64_t n_tokens, int n_threads,
+                        float* out);
+// Sum and number of each response's process rewards, and the largest |sum of a response's rewards from a token on|.
+int pk_cpu_rloo_moments(const pk_rloo_args* args, double* sums, double* counts, double* largest);
+int pk_cpu_rloo_returns(const pk_rloo_args* args, double* total);
+int pk_cpu_centred_squares(const float* values, int64_t n, double mean, int n_threads, double* total);
+int pk_cpu_whiten(const float* values, int64_t n, double mean, double factor, int n_threads, float* out);
+// sums: of weighted token losses, of tokens that are clipped, of log ratios, and of tokens that count.
+int pk_cpu_ppo_loss(const pk_ppo_args* args, double* sums);
+int pk_cpu_ppo_loss_backward(const pk_ppo_args* args, double factor, float* out);
 
 // `stream` is a cudaStream_t; the launch is asynchronous and all addresses are device addresses.
 int pk_cuda_log_probs_forward(const pk_log_probs_args* args, void* stream);
