@@ -45,9 +45,8 @@ PK_INLINE Token token_of(float logp, float old_logp, float advantage, float low,
   const float bounded = rho < low ? low : (rho > high ? high : rho);
   const float free = -advantage * rho;
   const float clipped = -advantage * bounded;
-  const bool clipping = clipped > free;
-  const bool constant = clipping | (log_rho > kMaxLogRho);
-  return {log_rho, clipping ? clipped : free, constant ? 0.0f : free, clipping ? 1.0f : 0.0f};
+  const float moving = log_rho > kMaxLogRho ? 0.0f : free;
+  return {log_rho, clipped > free ? clipped : free, clipped > free ? 0.0f : moving, clipped > free ? 1.0f : 0.0f};
 }
 
 bool valid(const pk_ppo_args* args) { return args != nullptr && args->n_tokens >= 0; }
@@ -59,68 +58,89 @@ struct Sums {
   double count;
 };
 
-// Whether there is a mask and whether there are weights is settled outside the loops: a branch inside would keep them
-// from vectorising.
+// Masked tokens are cut out bit by bit, not multiplied by 0: what they hold, NaN included, has no effect.
+PK_INLINE uint32_t bits_if(uint8_t flag) { return 0u - static_cast<uint32_t>(flag != 0); }
+PK_INLINE float kept(float x, uint32_t keep) { return float_of(bits_of(x) & keep); }
+
+// Whether there is a mask and whether there are weights is settled outside the loops, and the columns come as pointers
+// of their own: a branch inside, or a store that might move them, would keep the loops from vectorising.
 template <bool kMask, bool kWeights>
-Sums sums_of(const pk_ppo_args& args, int64_t begin, int64_t end) {
-  const float low = static_cast<float>(1.0 - args.clip_low);
-  const float high = static_cast<float>(1.0 + args.clip_high);
+PK_INLINE Sums sums_of(const float* logp, const float* old_logp, const float* advantages, const uint8_t* mask,
+             const float* weights, int64_t n, float low, float high, float, float*) {
   double loss = 0.0;
   double clipping = 0.0;
   double log_rho = 0.0;
   double count = 0.0;
 #pragma omp simd reduction(+ : loss, clipping, log_rho, count)
-  for (int64_t t = begin; t < end; ++t) {
-    const Token token = token_of(args.logp[t], args.old_logp[t], args.advantages[t], low, high);
-    // Selected, not multiplied: what a masked token holds, NaN included, has no effect.
-    const bool counts = kMask ? args.mask[t] != 0 : true;
-    const float weighted = kWeights ? token.loss * args.weights[t] : token.loss;
-    loss += counts ? weighted : 0.0f;
-    clipping += counts ? token.clipping : 0.0f;
-    log_rho += counts ? token.log_rho : 0.0f;
-    count += counts ? 1.0f : 0.0f;
+  for (int64_t t = 0; t < n; ++t) {
+    const Token token = token_of(logp[t], old_logp[t], advantages[t], low, high);
+    const uint32_t keep = kMask ? bits_if(mask[t]) : ~0u;
+    const float weighted = kWeights ? token.loss * weights[t] : token.loss;
+    loss += kept(weighted, keep);
+    clipping += kept(token.clipping, keep);
+    log_rho += kept(token.log_rho, keep);
+    count += kept(1.0f, keep);
   }
   return {loss, clipping, log_rho, count};
 }
 
 template <bool kMask, bool kWeights>
-void gradient_of(const pk_ppo_args& args, int64_t begin, int64_t end, float factor, float* out) {
-  const float low = static_cast<float>(1.0 - args.clip_low);
-  const float high = static_cast<float>(1.0 + args.clip_high);
-#pragma omp simd
-  for (int64_t t = begin; t < end; ++t) {
-    const Token token = token_of(args.logp[t], args.old_logp[t], args.advantages[t], low, high);
-    const bool counts = kMask ? args.mask[t] != 0 : true;
-    const float weighted = kWeights ? token.gradient * args.weights[t] : token.gradient;
-    out[t] = counts ? weighted * factor : 0.0f;
+PK_INLINE Sums gradient_of(const float* __restrict logp, const float* __restrict old_logp, const float* __restrict advantages,
+                 const uint8_t* __restrict mask, const float* __restrict weights, int64_t n, float low, float high,
+                 float factor, float* __restrict out) {
+  for (int64_t t = 0; t < n; ++t) {
+    const Token token = token_of(logp[t], old_logp[t], advantages[t], low, high);
+    const uint32_t keep = kMask ? bits_if(mask[t]) : ~0u;
+    const float weighted = kWeights ? token.gradient * weights[t] : token.gradient;
+    out[t] = kept(weighted * factor, keep);
   }
+  return {0.0, 0.0, 0.0, 0.0};
 }
 
-// body(block, begin, end) for every block of tokens, on as many threads as are worth it.
-template <typename Body>
-void for_each_block(const pk_ppo_args& args, Body body) {
+using Loop = Sums (*)(const float*, const float*, const float*, const uint8_t*, const float*, int64_t, float, float,
+                      float, float*);
+
+// One binary for every x86-64: the loader picks the widest clone that the processor has. Needs ifunc, hence glibc.
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+#define PK_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define PK_CLONES
+#endif
+#define PK_LOOP(name, loop, mask, weights)                                                                           \
+  PK_CLONES Sums name(const float* logp, const float* old_logp, const float* advantages, const uint8_t* masked,       \
+                      const float* factors, int64_t n, float low, float high, float factor, float* out) {             \
+    return loop<mask, weights>(logp, old_logp, advantages, masked, factors, n, low, high, factor, out);               \
+  }
+PK_LOOP(sums, sums_of, false, false)
+PK_LOOP(sums_weighted, sums_of, false, true)
+PK_LOOP(sums_masked, sums_of, true, false)
+PK_LOOP(sums_masked_weighted, sums_of, true, true)
+PK_LOOP(gradient, gradient_of, false, false)
+PK_LOOP(gradient_weighted, gradient_of, false, true)
+PK_LOOP(gradient_masked, gradient_of, true, false)
+PK_LOOP(gradient_masked_weighted, gradient_of, true, true)
+
+constexpr Loop kSums[2][2] = {{sums, sums_weighted}, {sums_masked, sums_masked_weighted}};
+constexpr Loop kGradient[2][2] = {{gradient, gradient_weighted}, {gradient_masked, gradient_masked_weighted}};
+
+// The loop over every block of tokens, on as many threads as are worth it; the sums of the blocks in their order.
+Sums run(const pk_ppo_args& args, const Loop (&loops)[2][2], float factor, float* out) {
+  const Loop loop = loops[args.mask != nullptr][args.weights != nullptr];
+  const float low = static_cast<float>(1.0 - args.clip_low);
+  const float high = static_cast<float>(1.0 + args.clip_high);
   const int64_t blocks = (args.n_tokens + kTokenBlock - 1) / kTokenBlock;
+  std::vector<Sums> of_blocks(static_cast<size_t>(blocks));
   const int threads = thread_count(args.n_threads, blocks, args.n_tokens);
   (void)threads;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t block = 0; block < blocks; ++block) {
-    const int64_t begin = block * kTokenBlock;
-    body(block, begin, std::min(begin + kTokenBlock, args.n_tokens));
+    const int64_t at = block * kTokenBlock;
+    const int64_t n = std::min(kTokenBlock, args.n_tokens - at);
+    of_blocks[static_cast<size_t>(block)] =
+        loop(args.logp + at, args.old_logp + at, args.advantages + at, args.mask == nullptr ? nullptr : args.mask + at,
+             args.weights == nullptr ? nullptr : args.weights + at, n, low, high, factor,
+             out == nullptr ? nullptr : out + at);
   }
-}
-
-}  // namespace
-}  // namespace pk
-
-extern "C" int pk_cpu_ppo_loss(const pk_ppo_args* args, double* sums) {
-  using namespace pk;
-  if (!valid(args)) return PK_BAD_ARGUMENT;
-  std::vector<Sums> of_blocks(static_cast<size_t>((args->n_tokens + kTokenBlock - 1) / kTokenBlock));
-  const auto run = args->mask != nullptr ? (args->weights != nullptr ? sums_of<true, true> : sums_of<true, false>)
-                                         : (args->weights != nullptr ? sums_of<false, true> : sums_of<false, false>);
-  for_each_block(*args, [&](int64_t block, int64_t begin, int64_t end) {
-    of_blocks[static_cast<size_t>(block)] = run(*args, begin, end);
-  });
   Sums total{0.0, 0.0, 0.0, 0.0};
   for (const Sums& block : of_blocks) {
     total.loss += block.loss;
@@ -128,21 +148,26 @@ extern "C" int pk_cpu_ppo_loss(const pk_ppo_args* args, double* sums) {
     total.log_rho += block.log_rho;
     total.count += block.count;
   }
-  sums[0] = total.loss;
-  sums[1] = total.clipping;
-  sums[2] = total.log_rho;
-  sums[3] = total.count;
+  return total;
+}
+
+}  // namespace
+}  // namespace pk
+
+extern "C" int pk_cpu_ppo_loss(const pk_ppo_args* args, double* totals) {
+  using namespace pk;
+  if (!valid(args)) return PK_BAD_ARGUMENT;
+  const Sums total = run(*args, kSums, 0.0f, nullptr);
+  totals[0] = total.loss;
+  totals[1] = total.clipping;
+  totals[2] = total.log_rho;
+  totals[3] = total.count;
   return PK_OK;
 }
 
 extern "C" int pk_cpu_ppo_loss_backward(const pk_ppo_args* args, double factor, float* out) {
   using namespace pk;
   if (!valid(args)) return PK_BAD_ARGUMENT;
-  const auto run = args->mask != nullptr
-                       ? (args->weights != nullptr ? gradient_of<true, true> : gradient_of<true, false>)
-                       : (args->weights != nullptr ? gradient_of<false, true> : gradient_of<false, false>);
-  for_each_block(*args, [&](int64_t, int64_t begin, int64_t end) {
-    run(*args, begin, end, static_cast<float>(factor), out);
-  });
+  run(*args, kGradient, static_cast<float>(factor), out);
   return PK_OK;
 }

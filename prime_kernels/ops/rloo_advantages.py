@@ -118,6 +118,9 @@ def native(
     if process_rewards is not None:
         process_rewards = process_rewards.float()
         sums, counts, largest = _native.rloo_moments(process_rewards, reward_mask, cu_seqlens)
+        if not sums.isfinite().all():
+            # Finite float32 rewards have finite double sums: only now is it worth a pass to find the one that is not.
+            _checks.finite("process_rewards", process_rewards, reward_mask)
         if process_group is not None and normalize_process:
             dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=process_group)
         unit = 1.0 / (float(largest) + NORMALIZE_EPS) if normalize_process else 1.0
@@ -247,7 +250,6 @@ def rloo_advantages(
         raise ValueError("reward_mask: expected None as process_rewards is None, got a mask")
     if process_rewards is not None:
         _checks.mask(reward_mask, process_rewards, "process_rewards", name="reward_mask")
-        _checks.finite("process_rewards", process_rewards, reward_mask)
     gamma_process = _checks.number("gamma_process", gamma_process, 0.0, 1.0)
     gamma_outcome = _checks.number("gamma_outcome", gamma_outcome, 0.0, 1.0)
     process_coef = _checks.number("process_coef", process_coef, -math.inf, math.inf)
@@ -256,6 +258,8 @@ def rloo_advantages(
     _checks.flag("whiten", whiten)
     _checks.choice("process_baseline", process_baseline, PROCESS_BASELINES)
     chosen = _dispatch.resolve("rloo_advantages", rewards, backend)
+    if process_rewards is not None and chosen == "eager":
+        _checks.finite("process_rewards", process_rewards, reward_mask)
     with torch.no_grad():
         result = (reference if chosen == "eager" else native)(
             process_rewards,

@@ -1,0 +1,113 @@
+"""What lies between log-probs and backward, on packed responses of very different lengths.
+
+A loop over groups and time steps, padded, as public trainers have it; the vectorised reference; the kernels.
+"""
+
+import itertools
+
+import pytest
+import torch
+from measure import DEVICE, SMALL, forward_backward, timed, without_gradients
+
+import prime_kernels as pk
+
+RESPONSES, GROUP, LONGEST, STEPS = (8, 4, 64, 4) if SMALL else (1024, 4, 4096, 20)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    uniform = torch.rand(RESPONSES, generator=generator)
+    # Log-uniform, scaled to about 1.5 million tokens in all.
+    lengths = (16.0 * (LONGEST / 16.0) ** uniform).round().long().clamp(max=LONGEST)
+    if not SMALL:
+        lengths = (lengths * (1_500_000 / lengths.sum())).round().long().clamp(min=16)
+    cu = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
+    total = int(cu[-1])
+    # Cut every response into about as many steps as asked for.
+    cuts = [torch.linspace(int(a), int(b), STEPS + 1)[:-1].long() for a, b in itertools.pairwise(cu)]
+    found = {
+        "cu": cu,
+        "groups": torch.arange(0, RESPONSES + 1, GROUP),
+        "steps": torch.cat([*cuts, cu[-1:]]),
+        "rewards": torch.randn(total, generator=generator) * 0.05,
+        "outcomes": torch.randint(2, (RESPONSES,), generator=generator).float(),
+        "old": torch.randn(total, generator=generator) - 2.0,
+        "advantages": torch.randn(total, generator=generator),
+    }
+    found["logp"] = found["old"] + 0.1 * torch.randn(total, generator=generator)
+    return {name: value.to(DEVICE) for name, value in found.items()}
+
+
+def loop(batch, gamma):
+    """Padded, group by group and time step by time step."""
+    lengths = batch["cu"].diff()
+    longest = int(lengths.max())
+    padded = torch.nn.utils.rnn.pad_sequence(batch["rewards"].split(lengths.tolist()), batch_first=True)
+    mask = torch.arange(longest)[None] < lengths[:, None]
+    process = torch.zeros_like(padded)
+    outcome = torch.zeros_like(padded)
+    scale = padded.flip(1).cumsum(1).abs().max()
+    means = (padded * mask).sum(1) / lengths
+    for first in range(0, RESPONSES, GROUP):
+        members = range(first, first + GROUP)
+        for i in members:
+            others = [j for j in members if j != i]
+            baseline = sum(means[j] for j in others) / len(others)
+            process[i] = torch.where(mask[i], (padded[i] - baseline) / scale, 0.0)
+            outcome[i, lengths[i] - 1] = batch["outcomes"][i] - sum(batch["outcomes"][j] for j in others) / len(others)
+    returns = torch.zeros_like(padded)
+    carry = torch.zeros(RESPONSES)
+    for t in reversed(range(longest)):
+        carry = process[:, t] + outcome[:, t] + gamma * carry
+        returns[:, t] = carry
+    values = returns[mask]
+    return (values - values.mean()) * torch.rsqrt(values.var() + 1e-8)
+
+
+def on(backend):
+    def rloo(batch, gamma):
+        columns = (batch["rewards"], batch["outcomes"], batch["cu"], batch["groups"])
+        return pk.rloo_advantages(*columns, gamma_process=gamma, gamma_outcome=gamma, backend=backend)
+
+    return rloo
+
+
+RLOO = {"eager": on("eager"), "kernel": on(None)} | ({"loop": loop} if DEVICE == "cpu" else {})
+BACKENDS = {"eager": "eager", "kernel": None}
+
+
+@pytest.mark.parametrize("way", RLOO)
+@pytest.mark.benchmark(group="rloo_advantages, gamma 1")
+def test_rloo(benchmark, batch, way):
+    timed(benchmark, without_gradients(lambda: RLOO[way](batch, 1.0)))
+
+
+@pytest.mark.parametrize("way", RLOO)
+@pytest.mark.benchmark(group="rloo_advantages, gamma 0.95")
+def test_rloo_discounted(benchmark, batch, way):
+    timed(benchmark, without_gradients(lambda: RLOO[way](batch, 0.95)))
+
+
+@pytest.mark.parametrize("way", BACKENDS)
+@pytest.mark.benchmark(group="step_rewards, 20 steps a response")
+def test_step_rewards(benchmark, batch, way):
+    columns = (batch["rewards"], batch["steps"], batch["cu"])
+    timed(benchmark, without_gradients(lambda: pk.step_rewards(*columns, backend=BACKENDS[way])))
+
+
+@pytest.mark.parametrize("way", BACKENDS)
+@pytest.mark.benchmark(group="ppo_loss, forward and backward")
+def test_ppo_loss(benchmark, batch, way):
+    logp = batch["logp"].clone().requires_grad_()
+    columns = (batch["old"], batch["advantages"])
+    timed(benchmark, forward_backward(lambda: pk.ppo_loss(logp, *columns, backend=BACKENDS[way]).loss, [logp]))
+
+
+@pytest.mark.parametrize("way", BACKENDS)
+@pytest.mark.benchmark(group="prm_loss, forward and backward")
+def test_prm_loss(benchmark, batch, way):
+    ratio = batch["rewards"].clone().requires_grad_()
+    columns = (batch["outcomes"], batch["cu"])
+    options = {"cu_groups": batch["groups"], "backend": BACKENDS[way]}
+    timed(benchmark, forward_backward(lambda: pk.prm_loss(ratio, *columns, **options).loss, [ratio]))
