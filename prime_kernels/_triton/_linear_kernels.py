@@ -10,7 +10,7 @@ _log_probs_kernels joins, as it does for rows that are split.
 import triton
 import triton.language as tl
 
-from prime_kernels._triton._log_probs_kernels import LOG2E, LOWEST
+from prime_kernels._triton._log_probs_kernels import LOG2E, _take
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -61,17 +61,7 @@ def linear_forward_kernel(
             target += tl.sum(tl.where(is_target, z, 0.0), axis=1)
             # Columns that pad the last block have no probability; the target is joined at the end, in float64.
             z = tl.where(is_target | (column >= vocabulary)[None, :], float("-inf"), z)
-            raised = tl.maximum(highest, tl.max(z, axis=1))
-            shift = tl.where(raised == float("-inf"), 0.0, raised)
-            step = (highest - shift) * scale
-            factor = tl.exp2(step)
-            t = (z - shift[:, None]) * scale
-            p = tl.exp2(t)
-            if ENTROPY:
-                weighted = factor * (weighted + tl.maximum(step, LOWEST) * total)
-                weighted += tl.sum(p * tl.maximum(t, LOWEST), axis=1)
-            total = factor * total + tl.sum(p, axis=1)
-            highest = raised
+            highest, total, weighted = _take(z, highest, total, weighted, scale, ENTROPY)
         part_ptr = partial_ptr + row.to(tl.int64) * SPLITS + split
         tl.store(part_ptr, highest, mask=inside)
         tl.store(part_ptr + field, total, mask=inside)
