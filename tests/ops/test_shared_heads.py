@@ -53,6 +53,8 @@ def share(rank, size, store, dtype, backend):
         close(found[2], gradients[2][mine], dtype)
         with pytest.raises(IndexError, match=r"ids: expected labels in \[0, 24\), got 24"):
             pk.linear_log_probs(hidden, weight[mine], torch.full((TOKENS,), 24), process_group=dist.group.WORLD)
+        # Nobody leaves while another may still be talking to it.
+        dist.barrier()
     finally:
         dist.destroy_process_group()
 
@@ -77,15 +79,23 @@ def sharded(rank, size, store, dtype, backend):
         torch.testing.assert_close(leaf.grad.full_tensor(), whole.grad * (1 + size) / 2)
         nll = pk.linear_nll(hidden, leaf, ids, mask=mask, backend=backend)
         torch.testing.assert_close(nll, pk.linear_nll(hidden, weight, ids, mask=mask, backend=backend))
+        # Nobody leaves while another may still be talking to it.
+        dist.barrier()
     finally:
         dist.destroy_process_group()
+
+
+def _child(rank, function, *arguments):
+    function(rank, *arguments)
+    # What remains of torch's threads now and then aborts a process on its ordinary way out, after all is done.
+    os._exit(0)
 
 
 def spawn(function, size, *arguments):
     # The children import this file by its path, and support.py beside it is on the path of the parent alone.
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(function, (size, f"{folder}/store", *arguments), nprocs=size)
+        mp.spawn(_child, (function, size, f"{folder}/store", *arguments), nprocs=size)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
