@@ -105,9 +105,8 @@ def _join_shares(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The softmax over all processes from that of each over its own rows of the head: one collective."""
     mine = torch.stack([column for column in results if column is not None])
-    every = mine.new_empty(dist.get_world_size(group) * len(mine), mine.shape[1])
-    dist.all_gather_into_tensor(every, mine, group=group)
-    shares = every.view(-1, *mine.shape)
+    shares = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(shares, mine, group=group)
     return tiles.join([(part[0], part[1], part[2] if len(part) > 2 else None) for part in shares], owner)
 
 
