@@ -25,7 +25,8 @@ def reference(logits: Tensor, ids: Tensor, mask: Tensor | None, temperature: flo
         scaled = scaled.masked_fill(~mask.unsqueeze(-1), 0.0)
     # Not log_softmax: its sum over a large vocabulary drifts. This one is pairwise, and its backward is faster.
     log_p = scaled - scaled.logsumexp(-1, keepdim=True)
-    logp = log_p.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+    # The sum of one term, not its squeeze: a view made without gradients could not be changed in place later.
+    logp = log_p.gather(-1, ids.unsqueeze(-1)).sum(-1)
     # An impossible token has p = 0 and log p = -inf; filling before the product keeps 0 * -inf out of the gradient too.
     entropy = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum(-1)
     if mask is not None:
@@ -207,7 +208,7 @@ def run(
         logits = logits.contiguous()
     if backend != "eager" and not (logits.requires_grad and torch.is_grad_enabled()):
         logp, _, entropy = kernel_forward([logits], ids, mask, [temperature], with_entropy, backend)
-        return logp[0], None if entropy is None else entropy[0]
+        return logp[0].clone(), None if entropy is None else entropy[0].clone()
     return _LogProbs.apply(logits, ids, mask, temperature, with_entropy, inplace_backward, backend)
 
 

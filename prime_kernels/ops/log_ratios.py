@@ -139,7 +139,7 @@ def log_ratios(
     else:
         dense = [z if z.stride(-1) == 1 else z.contiguous() for z in models]
         if not (torch.is_grad_enabled() and any(z.requires_grad for z in models)):
-            logp = rows.kernel_forward(dense, ids, mask, temperatures, False, chosen)[0].unbind()
+            logp = [column.clone() for column in rows.kernel_forward(dense, ids, mask, temperatures, False, chosen)[0]]
         else:
             logp = _OnePass.apply(ids, mask, temperatures, chosen, *dense)
     return LogRatios(logp[PRM] - logp[REF], logp[PRM], logp[REF], logp[POLICY] if len(logp) > POLICY else None)

@@ -333,3 +333,19 @@ def test_ratio_of_nearly_equal_models(backend, dtype, vocabulary):
     truth = pk.log_ratios(prm.double(), ref.double(), ids, backend="eager")
     assert truth.log_ratio.abs().max() > 1e-5
     assert (result.log_ratio - truth.log_ratio).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_results_may_be_changed_in_place(backend, recorded):
+    """They are tensors of their own: no view of another that autograd would not let anybody write to."""
+    with torch.set_grad_enabled(recorded):
+        logits = torch.randn(3, 40, requires_grad=recorded)
+        ids, weight = torch.randint(40, (3,)), torch.ones(3, requires_grad=True)
+        logp, entropy = pk.log_probs(logits, ids, with_entropy=True, backend=backend)
+        ratios = pk.log_ratios(logits, logits.detach(), ids, policy_logits=logits, backend=backend)
+    results = [logp, entropy, *ratios]
+    before = [result.detach().clone() for result in results]
+    for result in results:
+        result.mul_(2.0 * weight)
+    for result, was in zip(results, before, strict=True):
+        assert torch.equal(result, 2.0 * was) and result.requires_grad
