@@ -160,8 +160,7 @@ def linear_log_probs(
         return tuple(column.zero_() for column in zeros)
     columns = tiles.forward(flat, head.weight, head.bias, flat_ids, temperature, with_entropy, chosen)
     logp, lse, entropy = (None if column is None else linear.spread(column, valid, ids.shape) for column in columns)
-    # Results of an operator must not share memory.
-    return logp.clone(), lse.clone(), logp.new_empty(0) if entropy is None else entropy.clone()
+    return logp, lse, logp.new_empty(0) if entropy is None else entropy
 
 
 @linear_log_probs.register_fake

@@ -43,19 +43,14 @@ def reference(head: Head, ids: Tensor, mask: Tensor | None, temperature: float) 
     def chunk_log_probs(hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         return rows.reference(torch.nn.functional.linear(hidden.to(dtype), weight, bias), ids, None, temperature)
 
-    hidden, flat_ids = head.hidden.reshape(-1, head.hidden.shape[-1]), ids.reshape(-1)
-    valid = None if mask is None else mask.reshape(-1).nonzero().squeeze(-1)
-    if valid is not None:
-        hidden, flat_ids = hidden[valid], flat_ids[valid]
+    hidden, flat_ids, valid = compact(head.hidden, ids, mask)
     size = max(1, CHUNK_ELEMENTS // weight.shape[0])
     pieces = [
         checkpoint(chunk_log_probs, *piece, use_reentrant=False, preserve_rng_state=False)
         for piece in zip(hidden.split(size), flat_ids.split(size), strict=True)
     ]
-    columns = [torch.cat(column) for column in zip(*pieces, strict=True)]
-    if valid is not None:
-        columns = [column.new_zeros(ids.numel()).index_put((valid,), column) for column in columns]
-    return columns[0].view(ids.shape), columns[1].view(ids.shape)
+    logp, entropy = (spread(torch.cat(column), valid, ids.shape) for column in zip(*pieces, strict=True))
+    return logp, entropy
 
 
 class _Tiled(torch.autograd.Function):

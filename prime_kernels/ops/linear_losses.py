@@ -18,12 +18,12 @@ from prime_kernels.ops import _linear_tiles as tiles
 from prime_kernels.ops import linear_log_probs as linear
 from prime_kernels.ops.ppo_loss import PPOLoss, check_denominator, ppo_loss
 
-# d loss / d logp of the tokens [n] in a span.
-GradientOf = Callable[[Tensor, slice], Tensor]
+# The loss of a span of tokens from their logp [n], and whatever statistics come with it.
+LossOf = Callable[[Tensor, slice], tuple[Tensor, ...]]
 
 
 class _Fused(torch.autograd.Function):
-    """The loss of all tokens, and their log-probabilities, which carry no gradient."""
+    """The loss of all tokens and its statistics, which carry no gradient."""
 
     @staticmethod
     def forward(
@@ -33,24 +33,25 @@ class _Fused(torch.autograd.Function):
         bias: Tensor | None,
         ids: Tensor,
         temperature: float,
-        loss_of: Callable[[Tensor, slice], Tensor],
+        loss_of: LossOf,
         backend: str,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         def grad_of(logp: Tensor, tokens: slice) -> Tensor:
             with torch.enable_grad():
                 leaf = logp.detach().requires_grad_()
-                return torch.autograd.grad(loss_of(leaf, tokens), leaf)[0]
+                return torch.autograd.grad(loss_of(leaf, tokens)[0], leaf)[0]
 
         logp, *gradients = tiles.fused(
             hidden, weight, bias, ids, temperature, grad_of, ctx.needs_input_grad[:3], backend
         )
         ctx.save_for_backward(*gradients)
-        ctx.mark_non_differentiable(logp)
-        return loss_of(logp, slice(0, len(logp))).clone(), logp
+        loss, *statistics = loss_of(logp, slice(0, len(logp)))
+        ctx.mark_non_differentiable(*statistics)
+        return loss, *statistics
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _grad_logp: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, *_of_statistics: Tensor) -> tuple[Tensor | None, ...]:
         gradients = ctx.saved_tensors
         # On a GPU looking at the factor would wait for it.
         if grad.device.type != "cpu" or grad != 1.0:
@@ -64,21 +65,21 @@ def _fused_loss(
     mask: Tensor | None,
     temperature: float,
     columns: list[Tensor | None],
-    loss_of: Callable[..., Tensor],
+    loss_of: Callable[..., tuple[Tensor, ...]],
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    """(loss, logp of the tokens that count): ``loss_of(logp, *columns)`` of those tokens."""
+) -> tuple[Tensor, ...]:
+    """``loss_of(logp, *columns)`` of the tokens that count: the loss, and statistics without gradient."""
     hidden, flat_ids, valid = linear.compact(head.hidden, ids, mask)
     flat = [None if column is None else column.detach().reshape(-1) for column in columns]
     if valid is not None:
         flat = [None if column is None else column[valid] for column in flat]
 
-    def of_span(logp: Tensor, tokens: slice) -> Tensor:
+    def of_span(logp: Tensor, tokens: slice) -> tuple[Tensor, ...]:
         return loss_of(logp, *(None if column is None else column[tokens] for column in flat))
 
     if backend == "eager" or not len(hidden):
         logp, _ = linear.reference(linear.Head(hidden, head.weight, head.bias), flat_ids, None, temperature)
-        return of_span(logp, slice(0, len(logp))), logp.detach()
+        return of_span(logp, slice(0, len(logp)))
     return _Fused.apply(hidden, head.weight, head.bias, flat_ids, temperature, of_span, backend)
 
 
@@ -139,8 +140,8 @@ def linear_nll(
     denominator = _count(ids, mask) if denominator is None else check_denominator(denominator, ids, "ids")
     chosen = _dispatch.resolve("linear_nll", hidden, backend)
 
-    def loss_of(logp: Tensor, weights: Tensor | None) -> Tensor:
-        return _nll(logp, weights, denominator)
+    def loss_of(logp: Tensor, weights: Tensor | None) -> tuple[Tensor]:
+        return (_nll(logp, weights, denominator),)
 
     return _fused_loss(head, ids, mask, temperature, [weights], loss_of, chosen)[0]
 
@@ -210,10 +211,8 @@ def linear_ppo_loss(
     denominator = _count(ids, mask) if denominator is None else check_denominator(denominator, ids, "ids")
     chosen = _dispatch.resolve("linear_ppo_loss", hidden, backend)
 
-    def loss_of(logp: Tensor, old_logp: Tensor | None, advantages: Tensor, weights: Tensor | None) -> Tensor:
+    def loss_of(logp: Tensor, old_logp: Tensor | None, advantages: Tensor, weights: Tensor | None) -> PPOLoss:
         old_logp = logp if old_logp is None else old_logp
-        return ppo_loss(logp, old_logp, advantages, weights=weights, denominator=denominator, **clip).loss
+        return ppo_loss(logp, old_logp, advantages, weights=weights, denominator=denominator, **clip)
 
-    loss, logp = _fused_loss(head, ids, mask, temperature, columns, loss_of, chosen)
-    logp = linear.spread(logp, None if mask is None else mask.reshape(-1).nonzero().squeeze(-1), ids.shape)
-    return PPOLoss(loss, *ppo_loss(logp, logp if old_logp is None else old_logp, advantages, mask=mask, **clip)[1:])
+    return PPOLoss(*_fused_loss(head, ids, mask, temperature, columns, loss_of, chosen))
