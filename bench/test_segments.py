@@ -18,7 +18,7 @@ RESPONSES, GROUP, LONGEST, STEPS = (8, 4, 64, 4) if SMALL else (1024, 4, 4096, 2
 def batch():
     generator = torch.Generator().manual_seed(0)
     uniform = torch.rand(RESPONSES, generator=generator)
-    # Log-uniform, scaled to about 1.5 million tokens in all.
+    # Log-uniform over a factor of 256, then scaled to 1.5 million tokens in all.
     lengths = (16.0 * (LONGEST / 16.0) ** uniform).round().long().clamp(max=LONGEST)
     if not SMALL:
         lengths = (lengths * (1_500_000 / lengths.sum())).round().long().clamp(min=16)
