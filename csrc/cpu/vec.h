@@ -62,6 +62,19 @@ PK_INLINE F max(F a, F b) {
 #endif
 }
 
+// The smaller one; b where either is NaN.
+PK_INLINE F min(F a, F b) {
+#if PK_ISA_LANES == 16
+  return (F)_mm512_min_ps((__m512)a, (__m512)b);
+#elif PK_ISA_LANES == 8
+  return (F)_mm256_min_ps((__m256)a, (__m256)b);
+#elif defined(__SSE2__)
+  return (F)_mm_min_ps((__m128)a, (__m128)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
 // What the exponent is clamped to where a factor stands beside 2^t: 2^kLowest is 0, kLowest * 0 is not NaN.
 #if PK_ISA_LANES == 16
 constexpr float kLowest = -151.0f;
@@ -80,7 +93,7 @@ PK_INLINE F polynomial(const float (&c)[kTerms], F f) {
   return p * f + 1.0f;
 }
 
-// 2^t for t below 127; exactly 1 at 0, exactly 0 at -inf, NaN for NaN. The relative error is below 1 ulp if kPrecise and
+// 2^t, from 2^128 on infinite unless kPrecise, which is for t below 127; exactly 1 at 0, exactly 0 at -inf, NaN for NaN. The relative error is below 1 ulp if kPrecise and
 // below 2 ulp (less than 1e-8 on average) otherwise, which is enough for a sum of thousands.
 template <bool kPrecise>
 PK_INLINE F exp2(F t) {
@@ -99,6 +112,8 @@ PK_INLINE F exp2(F t) {
   constexpr float kSix[6] = {0.6931471824645996f,  0.24022647738456726f,   0.055503323674201965f,
                              0.00961843691766262f, 0.0013398875016719103f, 0.00015353361959569156f};
   t = clamp(t);
+  // A sum may meet what is far above its guess at the maximum, and must see it: the bits of the exponent would wrap.
+  if (!kPrecise) t = min(broadcast(128.0f), t);
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it leaves round(t) in the low mantissa bits
   const F shifted = t + magic;
   const F f = t - (shifted - magic);

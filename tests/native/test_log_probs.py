@@ -117,6 +117,20 @@ def test_ties(native, dtype):
             torch.testing.assert_close(got.double(), want, rtol=2e-6, atol=1e-12)
 
 
+@pytest.mark.parametrize("height", [80.0, 100.0, 200.0, 1e4])
+def test_a_peak_far_above_everything_before_it(native, height):
+    """Neither the target nor the start of the row hints at the maximum, as where tokens are forbidden by -1e4."""
+    for columns, peak in ((300, 250), (9000, 5000), (9000, 8999)):
+        logits, ids = torch.full((2, columns), -height), torch.tensor([3, peak])
+        logits[:, peak] = 0.0
+        exact = formula(logits.double(), ids, 1.0)
+        for with_entropy in (False, True):
+            found = forward(native, logits, ids, None, 1.0, with_entropy)
+            for got, want in zip(found, exact, strict=False):
+                if got is not None:
+                    torch.testing.assert_close(got.double(), want, rtol=2e-6, atol=1e-12)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_strides(native, dtype):
     wide = (torch.randn(6, 2051) * 3).to(dtype)
