@@ -3,39 +3,31 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-USAGE = """usage: prime-trainer COMMAND [run.toml] [--section.key value ...]
+from .errors import RunError
 
-commands:
-  sft     supervised warm-up on chat data or on demonstrations made for the task
-  rl      online PRIME
-  eval    accuracy of a model on the task's held-out problems
-  report  an HTML page and PNGs of a run:  prime-trainer report RUN_DIR [OTHER_RUN_DIR ...]
-
-Every setting has a key: prime-trainer rl --help lists them. The command line wins over the file.
-"""
+if TYPE_CHECKING:
+    from .config import RunConfig
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0 done, 1 a run failed, 2 bad input. Errors are one message, not a traceback."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help", "help"):
-        print(USAGE)
+        print(_usage())
         return 0 if argv else 2
-    command, rest = argv[0], argv[1:]
-    if command not in ("sft", "rl", "eval", "report"):
-        return _fail(f"unknown command {command!r}; the commands are sft, rl, eval and report")
+    name, words = argv[0], argv[1:]
+    if name not in COMMANDS:
+        return _fail(f"unknown command {name!r}; the commands are {', '.join(COMMANDS)}")
     try:
-        if command == "report":
-            return _report(rest)
-        return _run(command, rest)
+        return COMMANDS[name].main(words)
     except (ValueError, FileNotFoundError, TypeError) as error:
         return _fail(_describe(error))
-    except (RuntimeError, OSError) as error:
-        # What a run meets; any other RuntimeError is a defect and keeps its traceback.
-        if not isinstance(error, OSError) and type(error).__name__ not in ("NothingPasses", "VerifierError"):
-            raise
+    except (RunError, OSError) as error:
         return _fail(str(error), 1)
     except ModuleNotFoundError as error:
         return _fail(f"the package {error.name!r} is missing: pip install 'prime-kernels[train]'", 1)
@@ -43,22 +35,31 @@ def main(argv: list[str] | None = None) -> int:
         return _fail("stopped", 130)
 
 
-def _run(command: str, words: list[str]) -> int:
+def _config(words: list[str]) -> RunConfig:
     from .config import load
 
     toml = Path(words.pop(0)) if words and not words[0].startswith("-") else None
-    cfg = load(toml, words)
-    if command == "eval":
-        return _eval(cfg)
-    if command == "sft":
-        from .sft import run
-    else:
-        from .loop import run
+    return load(toml, words)
+
+
+def _sft(words: list[str]) -> int:
+    cfg = _config(words)
+    from .sft import run
+
     print(f"model saved to {run(cfg)}")
     return 0
 
 
-def _eval(cfg) -> int:
+def _rl(words: list[str]) -> int:
+    cfg = _config(words)
+    from .loop import run
+
+    print(f"model saved to {run(cfg)}")
+    return 0
+
+
+def _eval(words: list[str]) -> int:
+    cfg = _config(words)
     import json
 
     from . import models
@@ -118,6 +119,36 @@ def _fail(message: str, status: int = 2) -> int:
     print(f"prime-trainer: error: {message}", file=sys.stderr)
     return status
 
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS)) + 2
+    lines = [f"  {name:{width}}{command.help}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: prime-trainer COMMAND [run.toml] [--section.key value ...]",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "Every setting has a key: prime-trainer rl --help lists them. The command line wins over the file.",
+        ]
+    )
+
+
+@dataclass(frozen=True)
+class Command:
+    """`main` takes the words after the command's name and returns the exit status; what it imports, it imports late."""
+
+    main: Callable[[list[str]], int]
+    help: str
+
+
+COMMANDS = {
+    "sft": Command(_sft, "supervised warm-up on chat data or on demonstrations made for the task"),
+    "rl": Command(_rl, "online PRIME"),
+    "eval": Command(_eval, "accuracy of a model on the task's held-out problems"),
+    "report": Command(_report, "an HTML page and PNGs of a run:  prime-trainer report RUN_DIR [OTHER_RUN_DIR ...]"),
+}
 
 if __name__ == "__main__":
     sys.exit(main())

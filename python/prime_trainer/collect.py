@@ -7,13 +7,14 @@ from typing import Any
 
 from .batch import Group, Response
 from .config import RunConfig
+from .errors import RunError
 from .models import render
 from .rollout import Sampler, Sampling, derive_seed
 from .tasks import Task
 from .verify import Verifier
 
 
-class NothingPasses(RuntimeError):
+class NothingPasses(RunError):
     """Sampling found no group that the filter lets through."""
 
 

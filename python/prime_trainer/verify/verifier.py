@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from ..errors import RunError
 from .boxed import last_boxed
 from .scorers import load_key
 
@@ -27,7 +28,7 @@ _BOOT = (
 )
 
 
-class VerifierError(RuntimeError):
+class VerifierError(RunError):
     """No worker can score: a fault of the set-up, not of an answer."""
 
 
