@@ -88,20 +88,6 @@ pk_log_probs_grad_args backward_args(uintptr_t logits, int64_t logits_stride, in
   return args;
 }
 
-pk_segment_scan_args scan_args(uintptr_t values, uintptr_t cu_seqlens, int64_t n_segments, int64_t n_tokens,
-                               double gamma, bool reverse, uintptr_t out) {
-  pk_segment_scan_args args{};
-  args.values = pointer<const float>(values);
-  args.cu_seqlens = pointer<const int64_t>(cu_seqlens);
-  args.n_segments = n_segments;
-  args.n_tokens = n_tokens;
-  args.gamma = gamma;
-  args.reverse = reverse ? 1 : 0;
-  args.n_threads = 1;
-  args.out = pointer<float>(out);
-  return args;
-}
-
 // Every function has the arguments of its *_args builder above, in that order, then what the device needs: a number of
 // threads or a stream.
 template <typename Args, typename... Fields>
@@ -119,21 +105,6 @@ void bind_rows(py::module_& m, const std::string& name, Args (*build)(Fields...)
   m.def(("cuda_" + name).c_str(), [build, on_cuda](Fields... fields, uintptr_t stream) {
     Args args = build(fields...);
     raise_on(call(on_cuda, &args, pointer<void>(stream)));
-  });
-#endif
-}
-
-template <typename... Fields>
-void bind_segment_scan(py::module_& m, pk_segment_scan_args (*build)(Fields...)) {
-  m.def("segment_scan", [build](Fields... fields, int n_threads) {
-    pk_segment_scan_args args = build(fields...);
-    args.n_threads = n_threads;
-    raise_on(call(pk_cpu_segment_scan, &args));
-  });
-#ifdef PK_HAS_CUDA
-  m.def("cuda_segment_scan", [build](Fields... fields, uintptr_t stream) {
-    pk_segment_scan_args args = build(fields...);
-    raise_on(call(pk_cuda_segment_scan, &args, pointer<void>(stream)));
   });
 #endif
 }
@@ -184,7 +155,49 @@ void bind_rloo(py::module_& m) {
   });
 }
 
+pk_segment_scan_args scan_args(uintptr_t values, uintptr_t cu, int64_t n_segments, int64_t n_tokens, double gamma,
+                               bool wide, bool reverse, uintptr_t out) {
+  pk_segment_scan_args args{};
+  args.values = pointer<const void>(values);
+  args.cu_seqlens = pointer<const int64_t>(cu);
+  args.n_segments = n_segments;
+  args.n_tokens = n_tokens;
+  args.gamma = gamma;
+  args.dtype = wide ? PK_FLOAT64 : PK_FLOAT32;
+  args.reverse = reverse ? 1 : 0;
+  args.out = pointer<void>(out);
+  return args;
+}
+
+pk_pack_args pack_args(uintptr_t in, uintptr_t out, uintptr_t cu, int64_t n_rows, int64_t n_tokens, int64_t length,
+                       int64_t width, int itemsize, bool left, uint64_t fill) {
+  pk_pack_args args{};
+  args.in = pointer<const void>(in);
+  args.out = pointer<void>(out);
+  args.cu_seqlens = pointer<const int64_t>(cu);
+  args.n_rows = n_rows;
+  args.n_tokens = n_tokens;
+  args.length = length;
+  args.width = width;
+  args.itemsize = itemsize;
+  args.left = left ? 1 : 0;
+  args.fill = fill;
+  return args;
+}
+
+template <typename Args, typename... Fields>
+void bind_on_cpu(py::module_& m, const char* name, Args (*build)(Fields...), int (*kernel)(const Args*)) {
+  m.def(name, [build, kernel](Fields... fields, int n_threads) {
+    Args args = build(fields...);
+    args.n_threads = n_threads;
+    raise_on(call(kernel, &args));
+  });
+}
+
 void bind_segments(py::module_& m) {
+  bind_on_cpu(m, "segment_scan", &scan_args, &pk_cpu_segment_scan);
+  bind_on_cpu(m, "pack", &pack_args, &pk_cpu_pack);
+  bind_on_cpu(m, "unpack", &pack_args, &pk_cpu_unpack);
   m.def("segment_sum", [](uintptr_t values, uintptr_t cu, int64_t n_segments, int64_t n_tokens, uintptr_t out,
                           int n_threads) {
     raise_on(call(pk_cpu_segment_sum, pointer<const float>(values), pointer<const int64_t>(cu), n_segments, n_tokens,
@@ -211,19 +224,112 @@ pk_ppo_args ppo_args(uintptr_t logp, uintptr_t old_logp, uintptr_t advantages, u
   return args;
 }
 
-template <typename... Fields>
-void bind_ppo(py::module_& m, pk_ppo_args (*build)(Fields...)) {
-  m.def("ppo_loss", [build](Fields... fields, uintptr_t sums, int n_threads) {
-    pk_ppo_args args = build(fields...);
+void bind_ppo(py::module_& m) {
+  m.def("ppo_loss", [](uintptr_t logp, uintptr_t old_logp, uintptr_t advantages, uintptr_t mask, uintptr_t weights,
+                       int64_t n_tokens, double clip_low, double clip_high, uintptr_t sums, int n_threads) {
+    pk_ppo_args args = ppo_args(logp, old_logp, advantages, mask, weights, n_tokens, clip_low, clip_high);
     args.n_threads = n_threads;
     raise_on(call(pk_cpu_ppo_loss, &args, pointer<double>(sums)));
   });
-  m.def("ppo_loss_backward", [build](Fields... fields, double factor, uintptr_t out, int n_threads) {
-    pk_ppo_args args = build(fields...);
+  m.def("ppo_loss_backward", [](uintptr_t logp, uintptr_t old_logp, uintptr_t advantages, uintptr_t mask,
+                                uintptr_t weights, int64_t n_tokens, double clip_low, double clip_high, double factor,
+                                uintptr_t out, int n_threads) {
+    pk_ppo_args args = ppo_args(logp, old_logp, advantages, mask, weights, n_tokens, clip_low, clip_high);
     args.n_threads = n_threads;
     raise_on(call(pk_cpu_ppo_loss_backward, &args, factor, pointer<float>(out)));
   });
 }
+
+#ifdef PK_HAS_CUDA
+void bind_cuda(py::module_& m) {
+  m.attr("MAX_BLOCKS") = static_cast<int>(PK_MAX_BLOCKS);
+  m.attr("RLOO_WORKSPACE") = static_cast<int>(PK_RLOO_WORKSPACE);
+  m.def("cuda_segment_scan", [](uintptr_t values, uintptr_t cu, int64_t n_segments, int64_t n_tokens, double gamma,
+                                bool wide, bool reverse, uintptr_t out, uintptr_t workspace, uintptr_t stream) {
+    pk_segment_scan_args args = scan_args(values, cu, n_segments, n_tokens, gamma, wide, reverse, out);
+    args.workspace = pointer<void>(workspace);
+    raise_on(call(pk_cuda_segment_scan, &args, pointer<void>(stream)));
+  });
+  m.def("cuda_segment_sum", [](uintptr_t values, uintptr_t cu, int64_t n_segments, int64_t n_tokens, uintptr_t out,
+                               uintptr_t left, uintptr_t arrived, uintptr_t stream) {
+    raise_on(call(pk_cuda_segment_sum, pointer<const float>(values), pointer<const int64_t>(cu), n_segments, n_tokens,
+                  pointer<double>(out), pointer<pk_block_left>(left), pointer<uint32_t>(arrived),
+                  pointer<void>(stream)));
+  });
+  m.def("cuda_segment_fill", [](uintptr_t values, uintptr_t factor, uintptr_t cu, int64_t n_segments, int64_t n_tokens,
+                                uintptr_t out, uintptr_t stream) {
+    raise_on(call(pk_cuda_segment_fill, pointer<const double>(values), pointer<const float>(factor),
+                  pointer<const int64_t>(cu), n_segments, n_tokens, pointer<float>(out), pointer<void>(stream)));
+  });
+  for (const auto& [name, kernel] : {std::pair{"cuda_pack", &pk_cuda_pack}, std::pair{"cuda_unpack", &pk_cuda_unpack}}) {
+    m.def(name, [kernel = kernel](uintptr_t in, uintptr_t out, uintptr_t cu, int64_t n_rows, int64_t n_tokens,
+                                  int64_t length, int64_t width, int itemsize, bool left, uint64_t fill,
+                                  uintptr_t stream) {
+      const pk_pack_args args = pack_args(in, out, cu, n_rows, n_tokens, length, width, itemsize, left, fill);
+      raise_on(call(kernel, &args, pointer<void>(stream)));
+    });
+  }
+  m.def("cuda_rloo_returns", [](uintptr_t rewards, uintptr_t mask, uintptr_t outcomes, uintptr_t cu_seqlens,
+                                uintptr_t cu_groups, int64_t n_responses, int64_t n_groups, int64_t n_tokens,
+                                double gamma_process, double gamma_outcome, double process_coef, double outcome_coef,
+                                bool normalize_process, bool paper_baseline, bool moments, bool returns,
+                                uintptr_t largest, uintptr_t stats, uintptr_t workspace, uintptr_t out,
+                                uintptr_t stream) {
+    pk_cuda_rloo_args args{};
+    args.tokens = rloo_args(rewards, mask, cu_seqlens, n_responses, n_tokens);
+    args.tokens.gamma_process = gamma_process;
+    args.tokens.gamma_outcome = gamma_outcome;
+    args.tokens.process_coef = process_coef;
+    args.tokens.outcome_coef = outcome_coef;
+    args.tokens.out = pointer<float>(out);
+    args.outcomes = pointer<const double>(outcomes);
+    args.cu_groups = pointer<const int64_t>(cu_groups);
+    args.n_groups = n_groups;
+    args.normalize_process = normalize_process ? 1 : 0;
+    args.paper_baseline = paper_baseline ? 1 : 0;
+    args.moments = moments ? 1 : 0;
+    args.returns = returns ? 1 : 0;
+    args.largest = pointer<double>(largest);
+    args.stats = pointer<double>(stats);
+    args.workspace = pointer<void>(workspace);
+    int64_t blocks = 0;
+    raise_on(call(pk_cuda_rloo_returns, &args, pointer<void>(stream), &blocks));
+    return blocks;
+  });
+  m.def("cuda_whiten", [](uintptr_t values, int64_t n, uintptr_t stats, int64_t rows, uintptr_t out, uintptr_t stream) {
+    raise_on(call(pk_cuda_whiten, pointer<const float>(values), n, pointer<const double>(stats), rows,
+                  pointer<float>(out), pointer<void>(stream)));
+  });
+  m.def("cuda_ppo_loss", [](uintptr_t logp, uintptr_t old_logp, uintptr_t advantages, uintptr_t mask, uintptr_t weights,
+                            int64_t n_tokens, double clip_low, double clip_high, uintptr_t denominator,
+                            double denominator_value, uintptr_t results, uintptr_t scale, uintptr_t sums,
+                            uintptr_t arrived, uintptr_t stream) {
+    const pk_ppo_args args = ppo_args(logp, old_logp, advantages, mask, weights, n_tokens, clip_low, clip_high);
+    auto* result = pointer<float>(results);
+    const pk_ppo_results to{pointer<double>(sums), pointer<uint32_t>(arrived), pointer<const double>(denominator),
+                            denominator_value, pointer<double>(scale), result, result + 1, result + 2};
+    raise_on(call(pk_cuda_ppo_loss, &args, &to, pointer<void>(stream)));
+  });
+  m.def("cuda_ppo_loss_backward", [](uintptr_t logp, uintptr_t old_logp, uintptr_t advantages, uintptr_t mask,
+                                     uintptr_t weights, int64_t n_tokens, double clip_low, double clip_high,
+                                     uintptr_t scale, uintptr_t grad, uintptr_t out, uintptr_t stream) {
+    const pk_ppo_args args = ppo_args(logp, old_logp, advantages, mask, weights, n_tokens, clip_low, clip_high);
+    raise_on(call(pk_cuda_ppo_loss_backward, &args, pointer<const double>(scale), pointer<const float>(grad),
+                  pointer<float>(out), pointer<void>(stream)));
+  });
+  m.def("cuda_prm_loss", [](uintptr_t log_ratio, uintptr_t outcomes, uintptr_t cu_seqlens, uintptr_t cu_groups,
+                            int64_t n_tokens, int64_t n_responses, int64_t n_groups, double beta, int kind,
+                            uintptr_t delta, uintptr_t slope, uintptr_t left, uintptr_t arrived, uintptr_t results,
+                            uintptr_t stream) {
+    auto* result = pointer<float>(results);
+    const pk_prm_args args{pointer<const float>(log_ratio), pointer<const double>(outcomes),
+                           pointer<const int64_t>(cu_seqlens), pointer<const int64_t>(cu_groups), n_tokens, n_responses,
+                           n_groups, beta, kind, pointer<double>(delta), pointer<double>(slope),
+                           pointer<pk_block_left>(left), pointer<uint32_t>(arrived), result, result + 1};
+    raise_on(call(pk_cuda_prm_loss, &args, pointer<void>(stream)));
+  });
+}
+#endif
 
 py::dict build_info() {
   py::dict info;
@@ -256,8 +362,10 @@ PYBIND11_MODULE(_C, m) {
   bind_rows(m, "log_probs_forward", &forward_args, &pk_cpu_log_probs_forward, PK_ON_CUDA(pk_cuda_log_probs_forward));
   bind_rows(m, "log_probs_backward", &backward_args, &pk_cpu_log_probs_backward,
             PK_ON_CUDA(pk_cuda_log_probs_backward));
-  bind_segment_scan(m, &scan_args);
   bind_segments(m);
   bind_rloo(m);
-  bind_ppo(m, &ppo_args);
+  bind_ppo(m);
+#ifdef PK_HAS_CUDA
+  bind_cuda(m);
+#endif
 }

@@ -14,6 +14,7 @@ from prime_kernels.ops.linear_log_probs import Head, linear_log_probs, linear_lo
 from prime_kernels.ops.linear_losses import linear_nll, linear_ppo_loss
 from prime_kernels.ops.log_probs import log_probs
 from prime_kernels.ops.log_ratios import LogRatios, log_ratios
+from prime_kernels.ops.pack import pack, unpack
 from prime_kernels.ops.ppo_loss import PPOLoss, ppo_loss
 from prime_kernels.ops.prm_loss import PRMLoss, prm_loss
 from prime_kernels.ops.rloo_advantages import Advantages, rloo_advantages
@@ -37,11 +38,13 @@ __all__ = [
     "linear_ppo_loss",
     "log_probs",
     "log_ratios",
+    "pack",
     "ppo_loss",
     "prm_loss",
     "rloo_advantages",
     "segment_scan",
     "segment_sum",
     "step_rewards",
+    "unpack",
     "use_backend",
 ]

@@ -118,6 +118,15 @@ def offsets(name: str, value: object, total: int | None, unit: str, other: Tenso
     return checked
 
 
+def longest(name: str, checked: Tensor, limit: int, what: str) -> None:
+    """No segment of checked offsets is longer than ``limit``, which is ``what``."""
+    _require(
+        (checked.diff() <= limit).all(),
+        lambda: ValueError(f"{name}: expected segments of at most {limit} ({what}), got {int(checked.diff().max())}"),
+        f"{name}: expected segments of at most {limit} ({what})",
+    )
+
+
 def nested(name: str, inner: Tensor, outer_name: str, outer: Tensor) -> None:
     """No segment of ``inner`` crosses a boundary of ``outer`` (both already checked, with the same end)."""
     position = torch.searchsorted(inner, outer).clamp(max=inner.numel() - 1)

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import ModuleType
 
 import torch
 
@@ -29,13 +30,18 @@ _KERNELS: dict[str, tuple[str, ...]] = {
     "linear_ppo_loss": ("cpu", "triton", "cuda"),
     "log_probs": ("cpu", "triton", "cuda"),
     "log_ratios": ("cpu", "triton", "cuda"),
-    "ppo_loss": ("cpu",),
-    "prm_loss": ("cpu",),
-    "rloo_advantages": ("cpu",),
+    "pack": ("cpu", "cuda"),
+    "ppo_loss": ("cpu", "cuda"),
+    "prm_loss": ("cpu", "cuda"),
+    "rloo_advantages": ("cpu", "cuda"),
     "segment_scan": ("cpu", "cuda"),
-    "segment_sum": ("cpu",),
-    "step_rewards": ("cpu",),
+    "segment_sum": ("cpu", "cuda"),
+    "step_rewards": ("cpu", "cuda"),
+    "unpack": ("cpu", "cuda"),
 }
+
+# These copy elements and look at none: any dtype will do.
+_COPIES = ("pack", "unpack")
 
 # Fastest first; eager comes after all of these.
 _FASTEST: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
@@ -104,6 +110,17 @@ def resolve(op: str, tensor: torch.Tensor, backend: str | None) -> str:
     return "eager"
 
 
+def token_passes(backend: str) -> ModuleType:
+    """The kernels of a backend that work on packed tokens: modules with the same functions."""
+    if backend == "cpu":
+        from prime_kernels._native import cpu as passes
+    elif backend == "cuda":
+        from prime_kernels._native import cuda as passes
+    else:
+        from prime_kernels._triton import segments as passes
+    return passes
+
+
 def _strict(op: str, tensor: torch.Tensor, backend: str) -> str:
     if backend == "eager":
         return backend
@@ -116,7 +133,7 @@ def _strict(op: str, tensor: torch.Tensor, backend: str) -> str:
     expected = _device_types(backend)
     if tensor.device.type not in expected:
         raise ValueError(f"backend: expected {' or '.join(expected)} tensors for {backend!r}, got {tensor.device}")
-    if tensor.dtype == torch.float64:
+    if tensor.dtype == torch.float64 and op not in _COPIES:
         raise TypeError(f"backend: expected float32, bfloat16 or float16 tensors for {backend!r}, got torch.float64")
     return backend
 
@@ -124,7 +141,7 @@ def _strict(op: str, tensor: torch.Tensor, backend: str) -> str:
 def _can_run(op: str, tensor: torch.Tensor, backend: str) -> bool:
     if backend == "eager":
         return True
-    implemented = backend in _KERNELS[op] and tensor.dtype != torch.float64
+    implemented = backend in _KERNELS[op] and (tensor.dtype != torch.float64 or op in _COPIES)
     return implemented and tensor.device.type in _device_types(backend)
 
 

@@ -1,31 +1,93 @@
-// Scans and sums of packed segments, accumulated in double.
+// Scans and sums of packed segments, accumulated in double, and padded rows to packed tokens and back.
 
 #include <algorithm>
+#include <cstring>
 
 #include "pk/abi.h"
 #include "pk/threads.h"
 
+namespace pk {
+namespace {
+
 // y_t = x_t + gamma * y_{t-1} inside each segment (y_{t+1} in reverse).
+template <typename T>
+void scan(const pk_segment_scan_args& args) {
+  const T* values = static_cast<const T*>(args.values);
+  T* out = static_cast<T*>(args.out);
+  for_each_segment(args.cu_seqlens, args.n_segments, args.n_tokens, args.n_threads,
+                   [&](int64_t, int64_t begin, int64_t end) {
+                     double y = 0.0;
+                     if (args.reverse) {
+                       for (int64_t t = end; t-- > begin;) {
+                         y = values[t] + args.gamma * y;
+                         out[t] = static_cast<T>(y);
+                       }
+                     } else {
+                       for (int64_t t = begin; t < end; ++t) {
+                         y = values[t] + args.gamma * y;
+                         out[t] = static_cast<T>(y);
+                       }
+                     }
+                   });
+}
+
+// body(row, columns before its tokens, first token, tokens) for every row.
+template <typename Body>
+int for_each_row(const pk_pack_args* args, Body body) {
+  if (args == nullptr || args->n_rows < 0 || args->length < 0 || args->width < 1) return PK_BAD_ARGUMENT;
+  if (!valid_offsets(args->cu_seqlens, args->n_rows, args->n_tokens)) return PK_BAD_ARGUMENT;
+  for (int64_t r = 0; r < args->n_rows; ++r) {
+    if (args->cu_seqlens[r + 1] - args->cu_seqlens[r] > args->length) return PK_BAD_ARGUMENT;
+  }
+  const int threads = thread_count(args->n_threads, args->n_rows, args->n_rows * args->length * args->width);
+  (void)threads;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (int64_t r = 0; r < args->n_rows; ++r) {
+    const int64_t tokens = args->cu_seqlens[r + 1] - args->cu_seqlens[r];
+    body(r, args->left ? args->length - tokens : 0, args->cu_seqlens[r], tokens);
+  }
+  return PK_OK;
+}
+
+}  // namespace
+}  // namespace pk
+
 extern "C" int pk_cpu_segment_scan(const pk_segment_scan_args* args) {
   using namespace pk;
   if (args == nullptr || args->n_segments < 0 || args->n_tokens < 0) return PK_BAD_ARGUMENT;
   if (!valid_offsets(args->cu_seqlens, args->n_segments, args->n_tokens)) return PK_BAD_ARGUMENT;
-  const auto scan = [args](int64_t, int64_t begin, int64_t end) {
-    double y = 0.0;
-    if (args->reverse) {
-      for (int64_t t = end; t-- > begin;) {
-        y = args->values[t] + args->gamma * y;
-        args->out[t] = static_cast<float>(y);
-      }
+  if (args->dtype != PK_FLOAT32 && args->dtype != PK_FLOAT64) return PK_BAD_ARGUMENT;
+  args->dtype == PK_FLOAT64 ? scan<double>(*args) : scan<float>(*args);
+  return PK_OK;
+}
+
+extern "C" int pk_cpu_pack(const pk_pack_args* args) {
+  const auto* in = static_cast<const char*>(args->in);
+  auto* out = static_cast<char*>(args->out);
+  const int64_t token = args->width * args->itemsize;
+  return pk::for_each_row(args, [=](int64_t row, int64_t skipped, int64_t first, int64_t tokens) {
+    if (tokens > 0) std::memcpy(out + first * token, in + (row * args->length + skipped) * token, tokens * token);
+  });
+}
+
+extern "C" int pk_cpu_unpack(const pk_pack_args* args) {
+  const auto* in = static_cast<const char*>(args->in);
+  auto* out = static_cast<char*>(args->out);
+  const int64_t token = args->width * args->itemsize;
+  const auto pad = [=](char* to, int64_t tokens) {
+    if (args->fill == 0) {
+      std::memset(to, 0, tokens * token);
     } else {
-      for (int64_t t = begin; t < end; ++t) {
-        y = args->values[t] + args->gamma * y;
-        args->out[t] = static_cast<float>(y);
-      }
+      // Little-endian, as every processor that this builds for: an element's bits are the low bytes.
+      for (int64_t i = 0; i < tokens * args->width; ++i) std::memcpy(to + i * args->itemsize, &args->fill, args->itemsize);
     }
   };
-  for_each_segment(args->cu_seqlens, args->n_segments, args->n_tokens, args->n_threads, scan);
-  return PK_OK;
+  return pk::for_each_row(args, [=](int64_t row, int64_t skipped, int64_t first, int64_t tokens) {
+    char* to = out + row * args->length * token;
+    if (skipped > 0) pad(to, skipped);
+    if (tokens > 0) std::memcpy(to + skipped * token, in + first * token, tokens * token);
+    if (skipped + tokens < args->length) pad(to + (skipped + tokens) * token, args->length - skipped - tokens);
+  });
 }
 
 extern "C" int pk_cpu_segment_sum(const float* values, const int64_t* cu, int64_t n_segments, int64_t n_tokens,

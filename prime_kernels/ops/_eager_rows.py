@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from prime_kernels.ops._segments import result_dtype
+from prime_kernels._packed import result_dtype
 
 
 def forward(

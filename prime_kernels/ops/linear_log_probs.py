@@ -14,9 +14,9 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from prime_kernels import _checks, _dispatch
+from prime_kernels._packed import result_dtype
 from prime_kernels.ops import _linear_tiles as tiles
 from prime_kernels.ops import log_probs as rows
-from prime_kernels.ops._segments import result_dtype
 from prime_kernels.ops.log_ratios import LogRatios
 
 # Logits alive at once: 2^24 float32 values are 64 MiB, enough rows for a product to run at full speed.

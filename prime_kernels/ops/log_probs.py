@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from prime_kernels import _checks, _dispatch
-from prime_kernels.ops._segments import result_dtype
+from prime_kernels._packed import result_dtype
 
 
 def reference(logits: Tensor, ids: Tensor, mask: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from prime_kernels import _checks, _dispatch
-from prime_kernels.ops._segments import result_dtype
+from prime_kernels._packed import result_dtype
 
 # The ratio is held at e^20 for a token whose probability exploded, where float32 would overflow to inf and NaN.
 MAX_LOG_RHO = 20.0
@@ -61,8 +61,8 @@ def reference(
     return PPOLoss(loss.to(dtype), clip_fraction.to(dtype), approx_kl.to(dtype))
 
 
-class _Native(torch.autograd.Function):
-    """The extension's two passes: sums, and the gradient of one of them."""
+class _Fused(torch.autograd.Function):
+    """A backend's two passes: sums, and the gradient of one of them."""
 
     @staticmethod
     def forward(
@@ -72,27 +72,25 @@ class _Native(torch.autograd.Function):
         mask: Tensor | None,
         clip: tuple[float, float],
         denominator: Tensor | float | None,
+        backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        from prime_kernels import _native
-
-        loss, clipped, log_rho, count = _native.ppo_sums((logp, *columns), mask, clip)
-        count = count.clamp(min=1.0)
-        ctx.save_for_backward(logp, *columns, mask)
-        ctx.clip, ctx.denominator = clip, float(count if denominator is None else denominator)
-        results = [(value / by).float() for value, by in ((loss, ctx.denominator), (clipped, count), (-log_rho, count))]
-        ctx.mark_non_differentiable(*results[1:])
-        return tuple(results)
+        passes = _dispatch.token_passes(backend)
+        loss, clip_fraction, approx_kl, scale = passes.ppo_forward((logp, *columns), mask, clip, denominator)
+        ctx.save_for_backward(logp, *columns, mask, scale)
+        ctx.clip, ctx.backend = clip, backend
+        ctx.mark_non_differentiable(clip_fraction, approx_kl)
+        return loss, clip_fraction, approx_kl
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_others: Tensor) -> tuple[Tensor | None, ...]:
-        from prime_kernels import _native
+        *columns, mask, scale = ctx.saved_tensors
+        passes = _dispatch.token_passes(ctx.backend)
+        return passes.ppo_backward(columns, mask, ctx.clip, scale, grad), None, None, None, None, None
 
-        *columns, mask = ctx.saved_tensors
-        return _native.ppo_gradient(columns, mask, ctx.clip, float(grad) / ctx.denominator), None, None, None, None
 
-
-def _run_native(
+def _run_fused(
+    backend: str,
     logp: Tensor,
     columns: tuple[Tensor | None, ...],
     mask: Tensor | None,
@@ -101,7 +99,7 @@ def _run_native(
 ) -> PPOLoss:
     flat = tuple(None if each is None else each.detach().reshape(-1).float() for each in columns)
     mask = None if mask is None else mask.reshape(-1)
-    return PPOLoss(*_Native.apply(logp.reshape(-1).float(), flat, mask, clip, denominator))
+    return PPOLoss(*_Fused.apply(logp.reshape(-1).float(), flat, mask, clip, denominator, backend))
 
 
 def ppo_loss(
@@ -155,8 +153,9 @@ def ppo_loss(
     clip_high = _checks.number("clip_high", clip_high, 0.0, math.inf)
     if denominator is not None:
         denominator = check_denominator(denominator, logp, "logp")
-    if _dispatch.resolve("ppo_loss", logp, backend) != "eager":
-        return _run_native(logp, (old_logp, advantages, weights), mask, (clip_low, clip_high), denominator)
+    chosen = _dispatch.resolve("ppo_loss", logp, backend)
+    if chosen != "eager":
+        return _run_fused(chosen, logp, (old_logp, advantages, weights), mask, (clip_low, clip_high), denominator)
     return reference(logp, old_logp, advantages, mask, weights, clip_low, clip_high, denominator)
 
 

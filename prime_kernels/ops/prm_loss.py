@@ -13,14 +13,16 @@ Wanted means a_i > 0.5; pairs (w, l) are all wanted x unwanted responses of a gr
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
 from prime_kernels import _checks, _dispatch
-from prime_kernels.ops._segments import result_dtype, segment_index, segment_total, segment_total_on
+from prime_kernels._packed import result_dtype, segment_index, segment_total
+from prime_kernels.ops._segments import segment_total_on
 
 KINDS = ("ce", "dpo", "kto", "nca")
 PAIR_KINDS = ("dpo", "nca")
@@ -97,6 +99,35 @@ def reference(
     return PRMLoss(loss.to(dtype), accuracy.to(dtype))
 
 
+class _Fused(torch.autograd.Function):
+    """One pass for the loss and its slope in each response's sum, one that hands the slopes to the tokens."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        log_ratio: Tensor,
+        outcomes: Tensor,
+        cu_seqlens: Tensor,
+        cu_groups: Tensor | None,
+        kind: str,
+        beta: float,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        passes = _dispatch.token_passes(backend)
+        loss, accuracy, slope = passes.prm_forward(log_ratio, outcomes, cu_seqlens, cu_groups, kind, beta)
+        ctx.save_for_backward(slope, cu_seqlens)
+        ctx.total, ctx.backend = log_ratio.numel(), backend
+        ctx.mark_non_differentiable(accuracy)
+        return loss, accuracy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _accuracy: Tensor) -> tuple[Tensor | None, ...]:
+        slope, cu_seqlens = ctx.saved_tensors
+        passes = _dispatch.token_passes(ctx.backend)
+        return passes.segment_fill(slope, cu_seqlens, ctx.total, factor=grad), None, None, None, None, None, None
+
+
 def _mean(values: Tensor, counted: Tensor) -> Tensor:
     """Mean over the counted values; 0, still attached to the graph, if there are none."""
     return values.where(counted, 0.0).sum() / counted.sum().clamp(min=1)
@@ -156,4 +187,7 @@ def prm_loss(
     elif kind in PAIR_KINDS:
         raise ValueError(f"cu_groups: expected the offsets of prompt groups for kind={kind!r}, got None")
     chosen = _dispatch.resolve("prm_loss", log_ratio, backend)
-    return reference(log_ratio, outcomes, cu_seqlens, cu_groups, kind, beta, chosen)
+    if chosen in ("eager", "cpu"):
+        return reference(log_ratio, outcomes, cu_seqlens, cu_groups, kind, beta, chosen)
+    outcomes = outcomes.detach().double()
+    return PRMLoss(*_Fused.apply(log_ratio.float(), outcomes, cu_seqlens, cu_groups, kind, beta, chosen))

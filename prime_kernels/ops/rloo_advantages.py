@@ -20,8 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from prime_kernels import _checks, _dispatch
+from prime_kernels._packed import leave_one_out, merge_moments, result_dtype, segment_index, segment_total
 from prime_kernels.ops import segment_scan
-from prime_kernels.ops._segments import result_dtype, segment_index, segment_total
 
 PROCESS_BASELINES = ("reference", "paper")
 NORMALIZE_EPS = 1e-6
@@ -35,121 +35,97 @@ class Advantages(NamedTuple):
     advantages: Tensor
 
 
-def leave_one_out(values: Tensor, counted: Tensor, group: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """For each response: (mean of the other counted responses of its group, how many these are).
+class Settings(NamedTuple):
+    """What makes returns of rewards: the options of :func:`rloo_advantages` that kernels take as they are."""
 
-    The mean is 0 where there are none: a group of one has baseline 0.
-    """
-    values = values.where(counted, 0.0)
-    others = (segment_total(counted, group, groups)[group] - counted.double()).clamp(min=0.0)
-    return (segment_total(values, group, groups)[group] - values) / others.clamp(min=1.0), others
+    gamma_process: float
+    gamma_outcome: float
+    process_coef: float
+    outcome_coef: float
+    normalize_process: bool
+    process_baseline: str
 
 
 def reference(
     process_rewards: Tensor | None,
+    reward_mask: Tensor | None,
     outcomes: Tensor,
     cu_seqlens: Tensor,
     cu_groups: Tensor,
-    *,
     total: int,
-    gamma_process: float,
-    gamma_outcome: float,
-    process_coef: float,
-    outcome_coef: float,
-    normalize_process: bool,
-    process_baseline: str,
+    settings: Settings,
     whiten: bool,
     process_group: Any,
-    reward_mask: Tensor | None,
 ) -> Advantages:
     """All in float64, so that the order in which responses are packed does not show in float32 results."""
-    responses = outcomes.numel()
     token_response = segment_index(cu_seqlens, total)
-    group, groups = segment_index(cu_groups, responses), cu_groups.numel() - 1
-
     outcomes, not_empty = outcomes.double(), cu_seqlens.diff() > 0
-    centred = outcomes - leave_one_out(outcomes, not_empty, group, groups)[0]
+    centred = outcomes - leave_one_out(outcomes, not_empty, cu_groups)[0]
     last = torch.arange(total, device=outcomes.device) == cu_seqlens[1:][token_response] - 1
-    returns = outcome_coef * _returns(centred[token_response].where(last, 0.0), cu_seqlens, gamma_outcome)
+    of_outcomes = _returns(centred[token_response].where(last, 0.0), cu_seqlens, settings.gamma_outcome)
+    returns = settings.outcome_coef * of_outcomes
 
     if process_rewards is not None:
         scores = process_rewards.double()
         carries = torch.ones_like(scores, dtype=torch.bool) if reward_mask is None else reward_mask
         scores = scores.where(carries, 0.0)
-        if normalize_process:
+        if settings.normalize_process:
             scores = scores / (_largest_return(scores, cu_seqlens, process_group) + NORMALIZE_EPS)
+        responses = outcomes.numel()
         carried = segment_total(carries, token_response, responses)
         means = segment_total(scores, token_response, responses) / carried.clamp(min=1.0)
-        baseline, others = leave_one_out(means, carried > 0, group, groups)
-        if process_baseline == "reference":
+        baseline, others = leave_one_out(means, carried > 0, cu_groups)
+        if settings.process_baseline == "reference":
             # The same as in the formula: s * n/(n-1) - sum_j m_j/(n-1) = s - others' mean + (s - m_i)/(n-1).
             excess = (scores - means[token_response]) / others.clamp(min=1.0)[token_response]
             scores = scores + excess.where((others > 0)[token_response], 0.0)
         rewards = (scores - baseline[token_response]).where(carries, 0.0)
-        returns = returns + process_coef * _returns(rewards, cu_seqlens, gamma_process)
+        returns = returns + settings.process_coef * _returns(rewards, cu_seqlens, settings.gamma_process)
 
     advantages = _whitened(returns, process_group) if whiten else returns
     return Advantages(returns, advantages)
 
 
-def native(
+def fused(
+    backend: str,
     process_rewards: Tensor | None,
+    reward_mask: Tensor | None,
     outcomes: Tensor,
     cu_seqlens: Tensor,
     cu_groups: Tensor,
-    *,
     total: int,
-    gamma_process: float,
-    gamma_outcome: float,
-    process_coef: float,
-    outcome_coef: float,
-    normalize_process: bool,
-    process_baseline: str,
+    settings: Settings,
     whiten: bool,
     process_group: Any,
-    reward_mask: Tensor | None,
 ) -> Advantages:
-    """The same by the extension's passes over tokens; what is left here counts responses. Returns are float32."""
-    from prime_kernels import _native
-
-    group, groups = segment_index(cu_groups, outcomes.numel()), cu_groups.numel() - 1
-    centred = outcomes.double() - leave_one_out(outcomes.double(), cu_seqlens.diff() > 0, group, groups)[0]
-    scale = shift = torch.zeros_like(centred)
+    """The same by a backend's token passes. Returns are float32, sums and moments float64."""
+    passes = _dispatch.token_passes(backend)
     if process_rewards is not None:
         process_rewards = process_rewards.float()
-        sums, counts, largest = _native.rloo_moments(process_rewards, reward_mask, cu_seqlens)
-        if not sums.isfinite().all():
-            # Finite float32 rewards have finite double sums: only now is it worth a pass to find the one that is not.
-            _checks.finite("process_rewards", process_rewards, reward_mask)
-        if process_group is not None and normalize_process:
-            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=process_group)
-        unit = 1.0 / (float(largest) + NORMALIZE_EPS) if normalize_process else 1.0
-        means = sums * unit / counts.clamp(min=1.0)
-        baseline, others = leave_one_out(means, counts > 0, group, groups)
-        # reward = s + (s - m_i) / (n - 1) - baseline, or without the middle term, is linear in s.
-        share = torch.zeros_like(others)
-        if process_baseline == "reference":
-            share = (1.0 / others.clamp(min=1.0)).where(others > 0, 0.0)
-        scale, shift = unit * (1.0 + share), -share * means - baseline
-    gammas, coefs = (gamma_process, gamma_outcome), (process_coef, outcome_coef)
-    returns, summed = _native.rloo_returns(
-        process_rewards, reward_mask, cu_seqlens, total, scale, shift, centred, gammas, coefs
-    )
+    over_ranks = None if process_group is None else lambda largest: _all_reduce_max(largest, process_group)
+    returns, moments = passes.rloo_returns(
+        process_rewards, reward_mask, outcomes.double(), cu_seqlens, cu_groups, total,
+        **settings._asdict(), over_ranks=over_ranks,
+    )  # fmt: skip
+    if backend == "cpu" and process_rewards is not None and not moments.isfinite().all():
+        # Finite rewards seldom leave anything else: only now is it worth a pass to find the one that is not.
+        _checks.finite("process_rewards", process_rewards, reward_mask)
     if not whiten:
         return Advantages(returns, returns.clone())
-    count, summed = _over_ranks(process_group, float(total), summed)
-    mean = summed / max(count, 1.0)
-    (squares,) = _over_ranks(process_group, _native.centred_squares(returns, mean))
-    factor = (squares / max(count - 1.0, 1.0) + WHITEN_EPS) ** -0.5
-    return Advantages(returns, _native.whiten(returns, mean, factor))
+    if process_group is not None:
+        moments = _gathered(merge_moments(moments), process_group)
+    return Advantages(returns, passes.whiten(returns, moments))
 
 
-def _over_ranks(process_group: Any, *terms: float) -> list[float]:
-    if process_group is None:
-        return list(terms)
-    sums = torch.tensor(terms, dtype=torch.float64)
-    dist.all_reduce(sums, group=process_group)
-    return sums.tolist()
+def _gathered(values: Tensor, process_group: Any) -> Tensor:
+    """[ranks, ...]: what each rank holds."""
+    ranks = [torch.empty_like(values) for _ in range(dist.get_world_size(process_group))]
+    dist.all_gather(ranks, values.contiguous(), group=process_group)
+    return torch.stack(ranks)
+
+
+def _all_reduce_max(value: Tensor, process_group: Any) -> None:
+    dist.all_reduce(value, op=dist.ReduceOp.MAX, group=process_group)
 
 
 def _returns(rewards: Tensor, cu_seqlens: Tensor, gamma: float) -> Tensor:
@@ -161,7 +137,7 @@ def _largest_return(scores: Tensor, cu_seqlens: Tensor, process_group: Any) -> T
     sums = _returns(scores, cu_seqlens, 1.0).abs()
     largest = torch.cat((sums, sums.new_zeros(1))).max()
     if process_group is not None:
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=process_group)
+        _all_reduce_max(largest, process_group)
     return largest
 
 
@@ -258,23 +234,14 @@ def rloo_advantages(
     _checks.flag("whiten", whiten)
     _checks.choice("process_baseline", process_baseline, PROCESS_BASELINES)
     chosen = _dispatch.resolve("rloo_advantages", rewards, backend)
-    if process_rewards is not None and chosen == "eager":
+    if process_rewards is not None and chosen != "cpu":
         _checks.finite("process_rewards", process_rewards, reward_mask)
+    settings = Settings(gamma_process, gamma_outcome, process_coef, outcome_coef, normalize_process, process_baseline)
+    total = int(cu_seqlens[-1]) if total is None else total
+    tensors = (process_rewards, reward_mask, outcomes, cu_seqlens, cu_groups)
     with torch.no_grad():
-        result = (reference if chosen == "eager" else native)(
-            process_rewards,
-            outcomes,
-            cu_seqlens,
-            cu_groups,
-            total=int(cu_seqlens[-1]) if total is None else total,
-            gamma_process=gamma_process,
-            gamma_outcome=gamma_outcome,
-            process_coef=process_coef,
-            outcome_coef=outcome_coef,
-            normalize_process=normalize_process,
-            process_baseline=process_baseline,
-            whiten=whiten,
-            process_group=process_group,
-            reward_mask=reward_mask,
-        )
+        if chosen == "eager":
+            result = reference(*tensors, total, settings, whiten, process_group)
+        else:
+            result = fused(chosen, *tensors, total, settings, whiten, process_group)
     return Advantages(*(values.to(result_dtype(rewards)) for values in result))

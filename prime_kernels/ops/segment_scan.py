@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from prime_kernels import _checks, _dispatch
-from prime_kernels.ops._segments import result_dtype, segment_index
+from prime_kernels._packed import result_dtype, segment_index
 
 
 def reference(values: Tensor, cu_seqlens: Tensor, gamma: float, reverse: bool) -> Tensor:
@@ -36,22 +36,27 @@ def reference(values: Tensor, cu_seqlens: Tensor, gamma: float, reverse: bool) -
     return scanned.to(result_dtype(values))
 
 
-class _NativeScan(torch.autograd.Function):
+class _Scan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, cu_seqlens: Tensor, gamma: float, reverse: bool) -> Tensor:
-        from prime_kernels import _native
-
+    def forward(ctx: Any, values: Tensor, cu_seqlens: Tensor, gamma: float, reverse: bool, backend: str) -> Tensor:
         ctx.save_for_backward(cu_seqlens)
-        ctx.gamma, ctx.reverse = gamma, reverse
-        return _native.segment_scan(values.contiguous(), cu_seqlens, gamma, reverse)
+        ctx.gamma, ctx.reverse, ctx.backend = gamma, reverse, backend
+        return _dispatch.token_passes(backend).segment_scan(values, cu_seqlens, gamma, reverse)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        from prime_kernels import _native
-
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (cu_seqlens,) = ctx.saved_tensors
-        return _native.segment_scan(grad.contiguous(), cu_seqlens, ctx.gamma, not ctx.reverse), None, None, None
+        passes = _dispatch.token_passes(ctx.backend)
+        return passes.segment_scan(grad, cu_seqlens, ctx.gamma, not ctx.reverse), None, None, None, None
+
+
+def scan_on(backend: str, values: Tensor, offsets: Tensor, gamma: float, reverse: bool) -> Tensor:
+    """The scan of float32 or float64 values over checked offsets, in their dtype, on a resolved backend."""
+    # Without a discount there is nothing for a kernel to do, and 0 * inf would be NaN in one that multiplies.
+    if backend == "eager" or gamma == 0.0:
+        return reference(values, offsets, gamma, reverse)
+    return _Scan.apply(values, offsets, gamma, reverse, backend)
 
 
 def segment_scan(
@@ -83,7 +88,4 @@ def segment_scan(
     gamma = _checks.number("gamma", gamma, 0.0, 1.0)
     _checks.flag("reverse", reverse)
     chosen = _dispatch.resolve("segment_scan", values, backend)
-    # Without a discount there is nothing for a kernel to do, and 0 * inf would be NaN in one that multiplies.
-    if chosen == "eager" or gamma == 0.0:
-        return reference(values, cu_seqlens, gamma, reverse)
-    return _NativeScan.apply(values.float(), cu_seqlens, gamma, reverse)
+    return scan_on(chosen, values.to(result_dtype(values)), cu_seqlens, gamma, reverse)

@@ -3,7 +3,8 @@
 from torch import Tensor
 
 from prime_kernels import _checks, _dispatch
-from prime_kernels.ops._segments import result_dtype, segment_total_on
+from prime_kernels._packed import result_dtype
+from prime_kernels.ops._segments import segment_total_on
 
 
 def reference(values: Tensor, cu_segments: Tensor, backend: str = "eager") -> Tensor:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from prime_kernels import _checks, _dispatch
+from prime_kernels._packed import result_dtype
 from prime_kernels.ops import segment_scan
-from prime_kernels.ops._segments import result_dtype, segment_total_on
+from prime_kernels.ops._segments import segment_total_on
 
 MODES = ("single", "cumulative")
 
@@ -21,7 +22,7 @@ def reference(token_rewards: Tensor, cu_steps: Tensor, cu_seqlens: Tensor, mode:
         # A response owns the steps that start in it; steps that start at the very end fall to the last response.
         cu_owned = torch.searchsorted(cu_steps[:-1], cu_seqlens)
         cu_owned[-1] = steps
-        rewards = segment_scan.reference(rewards, cu_owned, 1.0, reverse=False)
+        rewards = segment_scan.scan_on(backend, rewards, cu_owned, 1.0, reverse=False)
     return rewards.to(result_dtype(token_rewards))
 
 

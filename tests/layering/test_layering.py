@@ -18,7 +18,7 @@ import prime_kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS, TRAINER = ROOT / "prime_kernels", ROOT / "python" / "prime_trainer"
-TRITON_KERNELS = KERNELS / "_triton"
+TRITON_KERNELS, NATIVE = KERNELS / "_triton", KERNELS / "_native"
 
 
 class Import(NamedTuple):
@@ -105,13 +105,14 @@ def test_imported_in_one_file_inside_functions(module):
 
 
 def test_extension_is_imported_by_native_alone():
-    importers = {found.file.name for found in imports_under(KERNELS, TRAINER) if names(found, "prime_kernels._C")}
-    assert importers == {"_native.py"}
+    importers = {found.file for found in imports_under(KERNELS, TRAINER) if names(found, "prime_kernels._C")}
+    assert importers == {NATIVE / "__init__.py"}
 
 
 def test_native_is_imported_inside_functions():
     """It loads the extension when it is imported itself."""
-    wrong = [found for found in imports_under(KERNELS) if names(found, "prime_kernels._native") and not found.lazy]
+    found = [one for one in imports_under(KERNELS) if names(one, "prime_kernels._native") and not one.lazy]
+    wrong = [one for one in found if NATIVE not in one.file.parents]
     assert not wrong, listed(wrong)
 
 
@@ -128,8 +129,8 @@ def test_triton_stays_among_its_kernels():
     assert not eager, listed(eager)
 
 
-def test_triton_kernels_are_leaves():
-    wrong = [found for found in imports_under(TRITON_KERNELS) if names(found, "prime_kernels.ops")]
+def test_kernels_are_leaves():
+    wrong = [found for found in imports_under(TRITON_KERNELS, NATIVE) if names(found, "prime_kernels.ops")]
     assert not wrong, listed(wrong)
 
 

@@ -8,3 +8,10 @@ def native():
     if _native.unavailable_reason() is not None:
         pytest.skip(_native.unavailable_reason())
     return _native
+
+
+@pytest.fixture
+def passes(native):
+    from prime_kernels._native import cpu
+
+    return cpu

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-CUDA_FUNCTIONS = ["cuda_log_probs_forward", "cuda_log_probs_backward", "cuda_segment_scan"]
+CUDA_FUNCTIONS = ["cuda_log_probs_forward", "cuda_log_probs_backward", "cuda_segment_scan", "cuda_rloo_returns"]
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def nvdisasm():
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
-@pytest.mark.parametrize("op, wide", [("log_probs", True), ("segment_scan", False)])
+@pytest.mark.parametrize("op, wide", [("log_probs", True), ("losses", False), ("rloo", False), ("segments", False)])
 def test_cuda_kernels_keep_to_registers(nvcc, nvdisasm, tmp_path, op, wide, architecture):
     """No spills, no local memory, and 16 bytes a load where a row is read."""
     source, cubin = ROOT / "csrc" / "cuda" / f"{op}.cu", tmp_path / "a.cubin"
@@ -71,8 +71,9 @@ def test_cuda_kernels_keep_to_registers(nvcc, nvdisasm, tmp_path, op, wide, arch
     report = done.stdout + done.stderr
     spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
     assert spills and all(numbers == ("0", "0", "0") for numbers in spills), report
-    # Blocks of 1,024 threads share 65,536 registers.
-    assert all(int(registers) <= 64 for registers in re.findall(r"Used (\d+) registers", report)), report
+    # 65,536 registers are for a block of 1,024 threads, or for two of 256, as the token passes have them.
+    most = 64 if wide else 128
+    assert all(int(registers) <= most for registers in re.findall(r"Used (\d+) registers", report)), report
     sass = subprocess.run([nvdisasm, "-c", cubin], capture_output=True, text=True, check=True).stdout
     assert not re.search(r"\b(LDL|STL)\b", sass)
     kernels = re.split(r"^\.text\.", sass, flags=re.MULTILINE)[1:]

@@ -102,6 +102,18 @@ def rloo_advantages(backend=None, **changed):
     return pk.rloo_advantages(a["values"], a["outcomes"], a["cu"], a["groups"], backend=backend, **options)
 
 
+def pack(backend=None, **changed):
+    a = {"padded": torch.zeros(3, 4)} | tensors() | changed
+    options = {k: v for k, v in changed.items() if k in ("total", "padding")}
+    return pk.pack(a["padded"], a["cu"], backend=backend, **options)
+
+
+def unpack(backend=None, **changed):
+    a = tensors() | changed
+    options = {k: v for k, v in changed.items() if k in ("length", "padding", "fill")}
+    return pk.unpack(a["values"], a["cu"], backend=backend, **options)
+
+
 def ppo_loss(backend=None, **changed):
     a = tensors()
     a = {"old": a["values"], "advantages": a["values"]} | a | changed
@@ -192,6 +204,21 @@ CASES = [
     (step_rewards, {"steps": t(0, 3, 5)}, ValueError, "cu_steps: expected every offset of cu_seqlens", "none at 2"),
     (step_rewards, {"mode": "sum"}, ValueError, "mode: expected one of 'single', 'cumulative'", "got 'sum'"),
     (step_rewards, {"cu": t(0, 4)}, ValueError, "cu_seqlens: expected to end at 5 tokens", "got 4"),
+    (pack, {"padded": [1.0]}, TypeError, "padded: expected a tensor", "got list"),
+    (pack, {"padded": torch.zeros(3, 4, dtype=torch.complex128)}, TypeError, "padded: expected a dtype", "complex128"),
+    (pack, {"padded": torch.zeros(3)}, ValueError, "padded: expected at least 2 dimensions", "[3]"),
+    (pack, {"padded": torch.zeros(2, 4)}, ValueError, "padded: expected shape [3, 4] as of the rows", "[2, 4]"),
+    (pack, {"padded": torch.zeros(3, 2)}, ValueError, "cu_seqlens: expected segments of at most 2", "got 3"),
+    (pack, {"total": 4}, ValueError, "cu_seqlens: expected to end at 4 tokens", "got 5"),
+    (pack, {"total": 5.0}, TypeError, "total: expected a whole number or None", "got float"),
+    (pack, {"padding": "both"}, ValueError, "padding: expected one of 'right', 'left'", "got 'both'"),
+    (unpack, {"values": torch.zeros(())}, ValueError, "values: expected at least 1 dimensions", "[]"),
+    (unpack, {"cu": t(0, 4)}, ValueError, "cu_seqlens: expected to end at 5 tokens", "got 4"),
+    (unpack, {"length": 2}, ValueError, "cu_seqlens: expected segments of at most 2 (length)", "got 3"),
+    (unpack, {"length": -1}, ValueError, "length: expected at least 0", "got -1"),
+    (unpack, {"fill": "0"}, TypeError, "fill: expected a number", "got str"),
+    (unpack, {"values": t(1, 2, 3, 4, 5), "fill": 0.5}, ValueError, "fill: expected a whole number", "got 0.5"),
+    (unpack, {"values": t(1, 2, 3, 4, 5), "fill": 2**70}, ValueError, "fill: expected a value of", "got 11805916207"),
     (rloo_advantages, {"outcomes": t(1.0, NAN, 0.0)}, ValueError, "outcomes: expected finite values", "got nan at [1]"),
     (rloo_advantages, {"outcomes": t(1.0, 0.0)}, ValueError, "outcomes: expected shape [3]", "[2]"),
     (rloo_advantages, {"outcomes": t(1, 0, 1)}, TypeError, "outcomes: expected dtype float32", "int64"),

@@ -19,6 +19,7 @@ typedef enum pk_dtype {
   PK_FLOAT32 = 0,
   PK_BFLOAT16 = 1,
   PK_FLOAT16 = 2,
+  PK_FLOAT64 = 3,  // scans only
 } pk_dtype;
 
 enum { PK_MAX_MODELS = 3 };
@@ -67,14 +68,16 @@ typedef struct pk_log_probs_grad_args {
 } pk_log_probs_grad_args;
 
 typedef struct pk_segment_scan_args {
-  const float* values;        // [n_tokens]
+  const void* values;         // [n_tokens]
   const int64_t* cu_seqlens;  // [n_segments + 1], from 0 to n_tokens
   int64_t n_segments;
   int64_t n_tokens;
   double gamma;
+  int32_t dtype;  // PK_FLOAT32 or PK_FLOAT64
   int32_t reverse;
   int32_t n_threads;
-  float* out;  // [n_tokens]; may be the values themselves
+  void* workspace;  // CUDA: [PK_MAX_BLOCKS] pk_block_left
+  void* out;        // [n_tokens]; may be the values themselves
 } pk_segment_scan_args;
 
 // Token passes of RLOO advantages. out[t] = process_coef * P_t + outcome_coef * O_t with, in each response r, the
@@ -108,6 +111,21 @@ typedef struct pk_ppo_args {
   int32_t n_threads;
 } pk_ppo_args;
 
+// What padded rows and packed tokens are copied between: [n_rows, length, width] and [n_tokens, width].
+typedef struct pk_pack_args {
+  const void* in;
+  void* out;
+  const int64_t* cu_seqlens;  // [n_rows + 1]
+  int64_t n_rows;
+  int64_t n_tokens;
+  int64_t length;
+  int64_t width;     // elements
+  int32_t itemsize;  // 1, 2, 4 or 8 bytes
+  int32_t left;      // not 0: padding comes first
+  int32_t n_threads;
+  uint64_t fill;  // the bits of an element of padding, in the low bytes
+} pk_pack_args;
+
 int pk_cpu_log_probs_forward(const pk_log_probs_args* args);
 int pk_cpu_log_probs_backward(const pk_log_probs_grad_args* args);
 int pk_cpu_segment_scan(const pk_segment_scan_args* args);
@@ -123,11 +141,81 @@ int pk_cpu_whiten(const float* values, int64_t n, double mean, double factor, in
 // sums: of weighted token losses, of tokens that are clipped, of log ratios, and of tokens that count.
 int pk_cpu_ppo_loss(const pk_ppo_args* args, double* sums);
 int pk_cpu_ppo_loss_backward(const pk_ppo_args* args, double factor, float* out);
+int pk_cpu_pack(const pk_pack_args* args);
+int pk_cpu_unpack(const pk_pack_args* args);
+
+// CUDA kernels. Scratch memory comes from the caller; a counter `arrived` is 0 before and after every launch.
+enum { PK_MAX_BLOCKS = 1024, PK_RLOO_WORKSPACE = 6 * 8 * PK_MAX_BLOCKS };
+
+// What a block leaves to the next of the segment that is open at its end.
+typedef struct pk_block_left {
+  double weight;
+  double value;
+} pk_block_left;
+
+typedef struct pk_cuda_rloo_args {
+  pk_rloo_args tokens;        // without scale, shift and outcomes
+  const double* outcomes;     // [n_responses]
+  const int64_t* cu_groups;   // [n_groups + 1]
+  int64_t n_groups;
+  int32_t normalize_process;
+  int32_t paper_baseline;
+  int32_t moments;   // what to do in this launch: sums of responses, and
+  int32_t returns;   // what comes after the largest return is known
+  double* largest;   // null if both are done
+  double* stats;     // [PK_MAX_BLOCKS, 3]: count, mean and squares around it of each block's returns
+  void* workspace;   // PK_RLOO_WORKSPACE bytes, and 8 * (PK_MAX_BLOCKS + 5 * n_responses)
+} pk_cuda_rloo_args;
+
+typedef struct pk_ppo_results {
+  double* sums;  // [PK_MAX_BLOCKS, 4]
+  uint32_t* arrived;
+  const double* denominator;  // or null
+  double denominator_value;   // then; at most 0 means: the tokens that count
+  double* scale;              // 1 / denominator
+  float* loss;
+  float* clip_fraction;
+  float* approx_kl;
+} pk_ppo_results;
+
+typedef enum pk_prm_kind { PK_PRM_CE = 0, PK_PRM_DPO = 1, PK_PRM_KTO = 2, PK_PRM_NCA = 3 } pk_prm_kind;
+
+typedef struct pk_prm_args {
+  const float* log_ratio;     // [n_tokens]
+  const double* outcomes;     // [n_responses]
+  const int64_t* cu_seqlens;  // [n_responses + 1]
+  const int64_t* cu_groups;   // [n_groups + 1] or null
+  int64_t n_tokens;
+  int64_t n_responses;
+  int64_t n_groups;
+  double beta;
+  int32_t kind;
+  double* delta;  // [n_responses], scratch
+  double* slope;  // [n_responses]: d loss / d delta
+  pk_block_left* left;  // [PK_MAX_BLOCKS]
+  uint32_t* arrived;
+  float* loss;
+  float* accuracy;  // NaN without groups
+} pk_prm_args;
 
 // `stream` is a cudaStream_t; the launch is asynchronous and all addresses are device addresses.
 int pk_cuda_log_probs_forward(const pk_log_probs_args* args, void* stream);
 int pk_cuda_log_probs_backward(const pk_log_probs_grad_args* args, void* stream);
 int pk_cuda_segment_scan(const pk_segment_scan_args* args, void* stream);
+int pk_cuda_segment_sum(const float* values, const int64_t* cu, int64_t n_segments, int64_t n_tokens, double* out,
+                        pk_block_left* left, uint32_t* arrived, void* stream);
+// `factor` is one number, or null for 1.
+int pk_cuda_segment_fill(const double* values, const float* factor, const int64_t* cu, int64_t n_segments,
+                         int64_t n_tokens, float* out, void* stream);
+int pk_cuda_pack(const pk_pack_args* args, void* stream);
+int pk_cuda_unpack(const pk_pack_args* args, void* stream);
+// *blocks: how many rows of the statistics are written.
+int pk_cuda_rloo_returns(const pk_cuda_rloo_args* args, void* stream, int64_t* blocks);
+int pk_cuda_whiten(const float* values, int64_t n, const double* stats, int64_t rows, float* out, void* stream);
+int pk_cuda_ppo_loss(const pk_ppo_args* args, const pk_ppo_results* results, void* stream);
+int pk_cuda_ppo_loss_backward(const pk_ppo_args* args, const double* scale, const float* grad, float* out,
+                              void* stream);
+int pk_cuda_prm_loss(const pk_prm_args* args, void* stream);
 
 #ifdef __cplusplus
 }

@@ -1,0 +1,227 @@
+// PPO and PRM losses, one launch each way: the last block to arrive turns the blocks' sums into the results, so that
+// nothing comes back to the host in between.
+
+#include "segment_sums.cuh"
+
+namespace pk {
+namespace {
+
+constexpr float kMaxLogRho = 20.0f;  // e^20: beyond it the ratio stays and passes no gradient
+
+struct Token {
+  float log_rho;
+  float loss;      // before its weight
+  float gradient;  // d loss / d logp, before its weight
+  bool clipping;
+};
+
+__device__ bool counts(const pk_ppo_args& args, int64_t t) { return args.mask == nullptr || args.mask[t] != 0; }
+
+__device__ Token token_at(const pk_ppo_args& args, int64_t t) {
+  const float advantage = args.advantages[t];
+  const float log_rho = args.logp[t] - args.old_logp[t];
+  const float rho = expf(log_rho > kMaxLogRho ? kMaxLogRho : log_rho);
+  const float low = static_cast<float>(1.0 - args.clip_low);
+  const float high = static_cast<float>(1.0 + args.clip_high);
+  const float bounded = rho < low ? low : (rho > high ? high : rho);
+  const float free = -advantage * rho;
+  const float clipped = -advantage * bounded;
+  const bool clipping = clipped > free;
+  return {log_rho, clipping ? clipped : free, clipping || log_rho > kMaxLogRho ? 0.0f : free, clipping};
+}
+
+__global__ void __launch_bounds__(kThreads) ppo_kernel(pk_ppo_args args, pk_ppo_results results) {
+  double loss = 0.0;
+  double clipping = 0.0;
+  double log_rho = 0.0;
+  double count = 0.0;
+  const Share share(args.n_tokens, blockIdx.x, gridDim.x);
+  for (int64_t t = share.begin + threadIdx.x; t < share.end; t += kThreads) {
+    if (!counts(args, t)) continue;
+    const Token token = token_at(args, t);
+    loss += args.weights == nullptr ? token.loss : token.loss * args.weights[t];
+    clipping += token.clipping ? 1.0 : 0.0;
+    log_rho += token.log_rho;
+    count += 1.0;
+  }
+  double* sums = results.sums + 4 * blockIdx.x;
+  loss = block_sum(loss);
+  clipping = block_sum(clipping);
+  log_rho = block_sum(log_rho);
+  count = block_sum(count);
+  if (threadIdx.x == 0) {
+    sums[0] = loss;
+    sums[1] = clipping;
+    sums[2] = log_rho;
+    sums[3] = count;
+  }
+  if (!arrives_last(results.arrived)) return;
+  double totals[4];
+  for (int k = 0; k < 4; ++k) {
+    double sum = 0.0;
+    for (unsigned b = threadIdx.x; b < gridDim.x; b += kThreads) sum += results.sums[4 * b + k];
+    totals[k] = block_sum(sum);
+  }
+  if (threadIdx.x == 0) {
+    const double tokens = fmax(totals[3], 1.0);
+    double denominator = results.denominator != nullptr ? *results.denominator : results.denominator_value;
+    if (denominator <= 0.0) denominator = tokens;
+    *results.scale = 1.0 / denominator;
+    *results.loss = static_cast<float>(totals[0] / denominator);
+    *results.clip_fraction = static_cast<float>(totals[1] / tokens);
+    *results.approx_kl = static_cast<float>(-totals[2] / tokens);
+  }
+}
+
+__global__ void __launch_bounds__(kThreads) ppo_gradient_kernel(pk_ppo_args args, const double* scale, const float* grad,
+                                                                float* out) {
+  const float factor = static_cast<float>(*scale * static_cast<double>(*grad));
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
+  for (int64_t t = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x; t < args.n_tokens; t += step) {
+    float gradient = 0.0f;
+    if (counts(args, t)) {
+      gradient = token_at(args, t).gradient * factor;
+      if (args.weights != nullptr) gradient *= args.weights[t];
+    }
+    out[t] = gradient;
+  }
+}
+
+__device__ double softplus(double x) { return fmax(x, 0.0) + log1p(exp(-fabs(x))); }
+__device__ double sigmoid(double x) { return x >= 0.0 ? 1.0 / (1.0 + exp(-x)) : exp(x) / (1.0 + exp(x)); }
+
+// The losses of one response and d (sum of losses) / d Delta of it, both before the mean is taken over `terms`.
+struct Terms {
+  double loss;
+  double slope;
+  double terms;
+};
+
+__device__ Terms response_terms(const pk_prm_args& args, int64_t r, double kl) {
+  const double delta = args.delta[r];
+  const double outcome = args.outcomes[r];
+  if (args.kind == PK_PRM_CE) {
+    const double z = args.beta * delta;
+    return {softplus(z) - z * outcome, args.beta * (sigmoid(z) - outcome), 1.0};
+  }
+  const double sign = outcome > 0.5 ? -1.0 : 1.0;
+  const double p = sigmoid(args.beta * sign * (delta - kl));
+  return {p, sign * args.beta * p * (1.0 - p), 1.0};
+}
+
+// Each response with all of its group that it makes a pair with. A pair's loss is counted once, with its better one.
+__device__ Terms pair_terms(const pk_prm_args& args, int64_t r, const Segment& group) {
+  const int64_t* cu = args.cu_seqlens;
+  const bool wanted = args.outcomes[r] > 0.5;
+  const double beta = args.beta;
+  const double mine = beta * args.delta[r];
+  Terms all{0.0, 0.0, 0.0};
+  for (int64_t j = group.begin; j < group.end; ++j) {
+    if (cu[j] == cu[j + 1] || (args.outcomes[j] > 0.5) == wanted) continue;
+    const double theirs = beta * args.delta[j];
+    if (args.kind == PK_PRM_DPO) {
+      const double margin = wanted ? mine - theirs : theirs - mine;
+      all.slope += (wanted ? -beta : beta) * sigmoid(-margin);
+      if (wanted) all.loss += softplus(-margin);
+    } else if (wanted) {
+      all.slope += beta * (0.5 * sigmoid(mine) - sigmoid(-mine));
+      all.loss += softplus(-mine) + 0.5 * softplus(mine) + 0.5 * softplus(theirs);
+    } else {
+      all.slope += 0.5 * beta * sigmoid(mine);
+    }
+    if (wanted) all.terms += 1.0;
+  }
+  return all;
+}
+
+// The mean over groups of the share of pairs in the right order, weighted by how far their outcomes lie apart.
+__device__ double pair_accuracy(const pk_prm_args& args) {
+  const int64_t* cu = args.cu_seqlens;
+  double shares = 0.0;
+  for (int64_t g = threadIdx.x; g < args.n_groups; g += kThreads) {
+    double apart = 0.0;
+    double agreeing = 0.0;
+    for (int64_t i = args.cu_groups[g]; i < args.cu_groups[g + 1]; ++i) {
+      if (cu[i] == cu[i + 1]) continue;
+      for (int64_t j = i + 1; j < args.cu_groups[g + 1]; ++j) {
+        if (cu[j] == cu[j + 1]) continue;
+        const double gap = fabs(args.outcomes[i] - args.outcomes[j]);
+        apart += gap;
+        if ((args.delta[i] > args.delta[j]) == (args.outcomes[i] > args.outcomes[j])) agreeing += gap;
+      }
+    }
+    shares += apart > 0.0 ? agreeing / apart : 0.5;
+  }
+  shares = block_sum(shares);
+  return args.n_groups > 0 ? shares / static_cast<double>(args.n_groups) : 0.5;
+}
+
+// By one block, when the sums of all responses are there.
+__device__ void response_losses(const pk_prm_args& args) {
+  const int64_t* cu = args.cu_seqlens;
+  const bool pairs = args.kind == PK_PRM_DPO || args.kind == PK_PRM_NCA;
+  double kl = 0.0;
+  if (args.kind == PK_PRM_KTO) {
+    double sum = 0.0;
+    double count = 0.0;
+    for (int64_t r = threadIdx.x; r < args.n_responses; r += kThreads) {
+      if (cu[r] == cu[r + 1]) continue;
+      sum += args.delta[r];
+      count += 1.0;
+    }
+    sum = block_sum(sum);
+    kl = fmax(sum / fmax(block_sum(count), 1.0), 0.0);
+  }
+  Terms all{0.0, 0.0, 0.0};
+  Segment group;
+  for (int64_t r = threadIdx.x; r < args.n_responses; r += kThreads) {
+    args.slope[r] = 0.0;
+    if (cu[r] == cu[r + 1]) continue;
+    if (pairs) group.seek(args.cu_groups, args.n_groups, r);
+    const Terms terms = pairs ? pair_terms(args, r, group) : response_terms(args, r, kl);
+    args.slope[r] = terms.slope;
+    all.loss += terms.loss;
+    all.terms += terms.terms;
+  }
+  const double loss = block_sum(all.loss);
+  const double terms = fmax(block_sum(all.terms), 1.0);
+  for (int64_t r = threadIdx.x; r < args.n_responses; r += kThreads) args.slope[r] /= terms;
+  const double accuracy = args.cu_groups == nullptr ? nan("") : pair_accuracy(args);
+  if (threadIdx.x == 0) {
+    *args.loss = static_cast<float>(loss / terms);
+    *args.accuracy = static_cast<float>(accuracy);
+  }
+}
+
+__global__ void __launch_bounds__(kThreads, 2) prm_kernel(pk_prm_args args) {
+  const Packed packed{args.cu_seqlens, args.n_responses, args.n_tokens, true};
+  sum_segments(args.log_ratio, packed, args.delta, args.left);
+  if (!arrives_last(args.arrived)) return;
+  join_segments(packed, args.delta, args.left);
+  __syncthreads();
+  response_losses(args);
+}
+
+}  // namespace
+}  // namespace pk
+
+extern "C" int pk_cuda_ppo_loss(const pk_ppo_args* args, const pk_ppo_results* results, void* stream) {
+  using namespace pk;
+  if (args == nullptr || results == nullptr || args->n_tokens < 0) return PK_BAD_ARGUMENT;
+  return launch(ppo_kernel, blocks_for(args->n_tokens), false, stream, *args, *results);
+}
+
+extern "C" int pk_cuda_ppo_loss_backward(const pk_ppo_args* args, const double* scale, const float* grad, float* out,
+                                         void* stream) {
+  using namespace pk;
+  if (args == nullptr || args->n_tokens < 0) return PK_BAD_ARGUMENT;
+  if (args->n_tokens == 0) return PK_OK;
+  return launch(ppo_gradient_kernel, blocks_over(args->n_tokens, 8), false, stream, *args, scale, grad, out);
+}
+
+extern "C" int pk_cuda_prm_loss(const pk_prm_args* args, void* stream) {
+  using namespace pk;
+  if (args == nullptr || args->n_responses < 0 || args->n_tokens < 0) return PK_BAD_ARGUMENT;
+  if (args->n_responses == 0 && args->n_tokens > 0) return PK_BAD_ARGUMENT;
+  return launch(prm_kernel, blocks_for(args->n_tokens), false, stream, *args);
+}

@@ -1,0 +1,198 @@
+// CUDA kernels on a CPU, for tests of what they compute: each thread of a block is a fiber, and a barrier or a shuffle
+// hands over to the next one. All threads of a block must meet at the same ones, which is checked. Blocks run one after
+// another, from the first on or from the last on in turns, and up to a barrier over the grid.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __shared__ static
+#define __launch_bounds__(...)
+
+using std::max;
+using std::min;
+
+struct dim3 {
+  unsigned x;
+  dim3(unsigned x = 1) : x(x) {}
+};
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess = 0 };
+enum { cudaDevAttrMultiProcessorCount };
+
+namespace emulator {
+
+enum class At { start, barrier, shuffle, grid, end };
+
+struct Thread {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  At at = At::start;
+};
+
+struct State {
+  ucontext_t scheduler;
+  Thread* running = nullptr;
+  dim3 thread, block, grid;
+  unsigned threads = 0;
+  uint64_t rounds = 0;
+  std::vector<uint64_t> slots[2];
+  std::function<void()>* body = nullptr;
+  unsigned launches = 0;
+};
+
+inline State& state() {
+  static State shared;
+  return shared;
+}
+
+inline void wait(At at) {
+  State& s = state();
+  s.running->at = at;
+  swapcontext(&s.running->context, &s.scheduler);
+}
+
+inline void enter() {
+  State& s = state();
+  (*s.body)();
+  s.running->at = At::end;
+  swapcontext(&s.running->context, &s.scheduler);
+}
+
+// Runs the threads of a block until all have ended or wait for the grid.
+inline At run_block(std::vector<Thread>& threads) {
+  State& s = state();
+  for (;;) {
+    ++s.rounds;
+    for (unsigned i = 0; i < threads.size(); ++i) {
+      if (threads[i].at == At::end) continue;
+      s.thread = dim3(i);
+      s.running = &threads[i];
+      swapcontext(&s.scheduler, &threads[i].context);
+    }
+    for (const Thread& thread : threads) {
+      if (thread.at != threads[0].at) {
+        std::fprintf(stderr, "emulator: threads of a block wait at different places\n");
+        std::abort();
+      }
+    }
+    if (threads[0].at == At::end || threads[0].at == At::grid) return threads[0].at;
+  }
+}
+
+inline void run(unsigned blocks, unsigned threads, bool cooperative, std::function<void()> body) {
+  State& s = state();
+  s.grid = dim3(blocks);
+  s.threads = threads;
+  s.body = &body;
+  for (auto& slots : s.slots) slots.assign(threads, 0);
+  std::vector<unsigned> order(blocks);
+  for (unsigned b = 0; b < blocks; ++b) order[b] = s.launches % 2 == 0 ? b : blocks - 1 - b;
+  ++s.launches;
+  std::vector<std::vector<Thread>> grid(blocks);
+  bool waiting = true;
+  while (waiting) {
+    waiting = false;
+    for (const unsigned b : order) {
+      s.block = dim3(b);
+      if (grid[b].empty()) {
+        grid[b] = std::vector<Thread>(threads);
+        for (Thread& thread : grid[b]) {
+          constexpr size_t kStack = 64 * 1024;
+          thread.stack.reset(new char[kStack]);
+          getcontext(&thread.context);
+          thread.context.uc_stack.ss_sp = thread.stack.get();
+          thread.context.uc_stack.ss_size = kStack;
+          makecontext(&thread.context, enter, 0);
+        }
+      }
+      if (run_block(grid[b]) == At::grid) {
+        if (!cooperative) std::abort();
+        waiting = true;
+      } else if (!cooperative) {
+        grid[b].clear();
+        grid[b].shrink_to_fit();
+      }
+    }
+  }
+}
+
+template <typename... P, size_t... I>
+void call(void (*kernel)(P...), void** arguments, std::index_sequence<I...>) {
+  kernel(*static_cast<P*>(arguments[I])...);
+}
+
+template <typename... P>
+cudaError_t launch(void (*kernel)(P...), dim3 blocks, dim3 threads, void** arguments, bool cooperative) {
+  run(blocks.x, threads.x, cooperative, [=] { call(kernel, arguments, std::index_sequence_for<P...>()); });
+  return cudaSuccess;
+}
+
+template <typename T>
+T shuffle(T value, unsigned from) {
+  static_assert(sizeof(T) == sizeof(uint64_t));
+  State& s = state();
+  std::vector<uint64_t>& slots = s.slots[s.rounds % 2];
+  std::memcpy(&slots[s.thread.x], &value, sizeof value);
+  wait(At::shuffle);
+  T other;
+  std::memcpy(&other, &slots[from], sizeof other);
+  return other;
+}
+
+}  // namespace emulator
+
+#define threadIdx (emulator::state().thread)
+#define blockIdx (emulator::state().block)
+#define gridDim (emulator::state().grid)
+
+inline void __syncthreads() { emulator::wait(emulator::At::barrier); }
+inline void __threadfence() {}
+inline double __shfl_up_sync(unsigned, double value, int distance) {
+  const unsigned thread = threadIdx.x;
+  const unsigned lane = thread % 32;
+  return emulator::shuffle(value, lane < static_cast<unsigned>(distance) ? thread : thread - distance);
+}
+inline double __shfl_xor_sync(unsigned, double value, int mask) {
+  const unsigned thread = threadIdx.x;
+  return emulator::shuffle(value, thread ^ static_cast<unsigned>(mask));
+}
+inline uint32_t atomicAdd(uint32_t* at, uint32_t value) {
+  const uint32_t before = *at;
+  *at += value;
+  return before;
+}
+inline double rsqrt(double x) { return 1.0 / std::sqrt(x); }
+
+template <typename... P>
+cudaError_t cudaLaunchKernel(void (*kernel)(P...), dim3 blocks, dim3 threads, void** arguments, size_t, cudaStream_t) {
+  return emulator::launch(kernel, blocks, threads, arguments, false);
+}
+template <typename... P>
+cudaError_t cudaLaunchCooperativeKernel(void (*kernel)(P...), dim3 blocks, dim3 threads, void** arguments, size_t,
+                                        cudaStream_t) {
+  return emulator::launch(kernel, blocks, threads, arguments, true);
+}
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) {
+  const char* set = std::getenv("PK_EMULATED_MULTIPROCESSORS");
+  *value = set == nullptr ? 3 : std::atoi(set);
+  return cudaSuccess;
+}

@@ -1,0 +1,45 @@
+"""Every test of the operations on packed tokens, on the CUDA kernels run by an emulator."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from emulated import build
+
+ROOT = Path(__file__).resolve().parents[2]
+TESTS = [
+    f"tests/ops/test_{name}.py"
+    for name in ["long_batches", "segments", "rloo_advantages", "ppo_loss", "prm_loss", "pack", "golden"]
+]
+
+
+@pytest.fixture(scope="module")
+def extension(tmp_path_factory):
+    pytest.importorskip("pybind11", reason="pybind11 is not installed")
+    return build(tmp_path_factory.mktemp("emulated"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("multiprocessors", [3, 11])
+def test_emulated(extension, multiprocessors, seed):
+    environment = {
+        "PRIME_KERNELS_EMULATED": str(extension),
+        "PK_EMULATED_MULTIPROCESSORS": str(multiprocessors),
+        "PRIME_KERNELS_TEST_BACKENDS": "cuda",
+        "PRIME_KERNELS_TEST_SEED": str(seed),
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": "1",
+    }
+    # More blocks take part only where tokens are many.
+    select = TESTS if multiprocessors == 3 else TESTS[:1]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-rs", "-p", "emulated", *select],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert "passed" in done.stdout and "skipped" not in done.stdout, done.stdout[-2000:]
