@@ -1,0 +1,91 @@
+"""Launches of the segment kernels on checked tensors: what the operations on packed segments call."""
+
+import torch
+from torch import Tensor
+
+from prime_kernels._rows import column
+from prime_kernels._triton._config import ShareConfig
+from prime_kernels._triton._launch import counter, launch_phases, log2, shares
+from prime_kernels._triton._segments_kernels import fill_kernel, scan_kernel, sum_kernel
+from prime_kernels._triton.log_probs import on_device
+
+
+def segment_scan(
+    values: Tensor, cu_seqlens: Tensor, gamma: float, reverse: bool, config: ShareConfig | None = None
+) -> Tensor:
+    """[T] in the dtype of ``values``, float32 or float64: y = x + gamma * y_before in each segment, in one launch."""
+    total, segments, device = values.numel(), cu_seqlens.numel() - 1, values.device
+    assert values.dtype in (torch.float32, torch.float64) and segments < 2**31
+    values, cu_seqlens = (
+        column(values, values.dtype, total, device),
+        column(cu_seqlens, torch.int64, segments + 1, device),
+    )
+    out = torch.empty_like(values)
+    if total == 0:
+        return out
+    config = config or shares(total, device)
+    published = values.new_empty(2, config.slots, dtype=torch.float64)
+    with on_device(device):
+        sizes = (total, segments, config.tiles, gamma, log2(gamma))
+        arguments = (values, cu_seqlens, out, published, counter(device), *sizes)
+        launch_phases(scan_kernel, config, arguments, 0, 1, REVERSE=reverse)
+    return out
+
+
+def segment_sum(values: Tensor, cu_segments: Tensor, config: ShareConfig | None = None) -> Tensor:
+    """[S] float64: the sum of each segment of [T] float32, 0 where it is empty, in one launch."""
+    total, segments, device = values.numel(), cu_segments.numel() - 1, values.device
+    assert segments < 2**31
+    values, cu_segments = (
+        column(values, torch.float32, total, device),
+        column(cu_segments, torch.int64, segments + 1, device),
+    )
+    if total == 0:
+        return values.new_zeros(segments, dtype=torch.float64)
+    sums = values.new_empty(segments, dtype=torch.float64)
+    config = config or shares(total, device)
+    published = values.new_empty(2, config.slots, dtype=torch.float64)
+    with on_device(device):
+        sum_kernel[(config.programs,)](
+            values,
+            cu_segments,
+            sums,
+            published,
+            counter(device),
+            total,
+            segments,
+            config.tiles,
+            BLOCK=config.block,
+            SLOTS=config.slots,
+            num_warps=config.num_warps,
+        )
+    return sums
+
+
+def segment_fill(
+    values: Tensor, cu_segments: Tensor, total: int, factor: Tensor | None = None, config: ShareConfig | None = None
+) -> Tensor:
+    """[total] float32: each token its segment's value of [S] float64 times ``factor``, a scalar, in one launch."""
+    segments, device = values.numel(), values.device
+    assert segments < 2**31 and (factor is None or factor.numel() == 1)
+    values, cu_segments = (
+        column(values, torch.float64, segments, device),
+        column(cu_segments, torch.int64, segments + 1, device),
+    )
+    out = values.new_empty(total, dtype=torch.float32)
+    if total == 0:
+        return out
+    config = config or shares(total, device)
+    with on_device(device):
+        fill_kernel[(-(-total // config.block),)](
+            values,
+            cu_segments,
+            values if factor is None else factor,
+            out,
+            total,
+            segments,
+            SCALED=factor is not None,
+            BLOCK=config.block,
+            num_warps=config.num_warps,
+        )
+    return out
