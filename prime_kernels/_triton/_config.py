@@ -140,3 +140,18 @@ def choose_shares(total: int, device: Device, tuning: ShareTuning = SHARES) -> S
     tiles = max(1, -(-total // (wanted * tuning.block)))
     programs = max(1, -(-total // (tiles * tuning.block)))
     return ShareConfig(tuning.block, tuning.num_warps, tiles, programs, power_of_two_from(device.multiprocessors))
+
+
+@dataclass(frozen=True)
+class PackConfig:
+    """Tokens that a program moves, elements of each, and warps."""
+
+    tokens: int
+    width: int
+    num_warps: int
+
+
+def choose_pack(width: int) -> PackConfig:
+    """2048 elements a program: of one token if it is that wide, else of as many as fit."""
+    wide = min(power_of_two_from(width), 2048)
+    return PackConfig(2048 // wide, wide, 4)

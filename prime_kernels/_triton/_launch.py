@@ -6,9 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prime_kernels._rows import column
 from prime_kernels._triton import interpreted
 from prime_kernels._triton._config import ShareConfig, choose_shares
 from prime_kernels._triton.log_probs import device_of
+
+# Offsets are counted in int32 within kernels, with room for a step of a loop.
+MAX_SEGMENTS = 2**30
 
 # A counter for each (device, stream): launches on one stream follow each other, and each leaves it 0.
 _counters: dict[tuple[torch.device, int], Tensor] = {}
@@ -23,9 +27,7 @@ def counter(device: torch.device) -> Tensor:
 
     Within the capture of a CUDA graph it is a new one: its zero becomes part of the graph, which may run beside others.
     """
-    if device.type != "cuda":
-        return torch.zeros(1, dtype=torch.int32, device=device)
-    if torch.cuda.is_current_stream_capturing():
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return torch.zeros(1, dtype=torch.int32, device=device)
     key = (device, torch.cuda.current_stream(device).cuda_stream)
     if key not in _counters:
@@ -45,6 +47,13 @@ def launch_phases(kernel: Any, config: ShareConfig, arguments: tuple, first: int
             kernel[grid](*arguments, FIRST=phase, LAST=phase, **constants)
     else:
         kernel[grid](*arguments, FIRST=first, LAST=last, launch_cooperative_grid=last > first, **constants)
+
+
+def offsets(cu: Tensor, device: torch.device) -> tuple[Tensor, int]:
+    """Checked offsets [S + 1] int64, and S."""
+    segments = cu.numel() - 1
+    assert segments < MAX_SEGMENTS
+    return column(cu, torch.int64, segments + 1, device), segments
 
 
 def log2(gamma: float) -> float:

@@ -302,10 +302,10 @@ def rloo_kernel(
     """
     program = tl.program_id(0)
     sums_ptr = columns_ptr
-    counts_ptr = columns_ptr + responses
-    scale_ptr = columns_ptr + 2 * responses
-    shift_ptr = columns_ptr + 3 * responses
-    centred_ptr = columns_ptr + 4 * responses
+    counts_ptr = sums_ptr + responses
+    scale_ptr = counts_ptr + responses
+    shift_ptr = scale_ptr + responses
+    centred_ptr = shift_ptr + responses
     maxima_ptr = published_ptr + 6 * SLOTS
     if FIRST <= 0:
         # What the last program's share adds up to concerns no other.

@@ -4,16 +4,17 @@ import triton
 import triton.language as tl
 
 from prime_kernels._triton._shares import (
+    add_carries,
     arrives_last,
     begins,
     carry_in,
-    follow,
     open_part,
     power,
     scan_tile,
     segment_of,
     segments_of_share,
     share_of,
+    share_totals,
     tile_start,
     wait_for_all,
     weights_to_end,
@@ -76,52 +77,6 @@ def scan_kernel(
             tl.store(out_ptr + token, y.to(out_ptr.dtype.element_ty), mask=inside)
     if FIRST < LAST:
         arrives_last(counter_ptr, 1)
-
-
-@triton.jit
-def share_totals(
-    values_ptr,
-    cu_ptr,
-    sums_ptr,
-    published_ptr,
-    total,
-    segments,
-    tiles,
-    BLOCK: tl.constexpr,
-    SLOTS: tl.constexpr,
-):
-    """Write the sum, as far as this share goes, of each segment whose first token lies in it; publish (w, x)."""
-    program = tl.program_id(0)
-    first, end = share_of(program, total, tiles, BLOCK, True)
-    low, high = segments_of_share(cu_ptr, first, end, segments)
-    count = tl.cdiv(end - first, BLOCK).to(tl.int32)
-    carry = tl.sum(tl.zeros([2], tl.float64), axis=0)
-    for number in range(count):
-        token = tile_start(first, count, number, BLOCK, True) + tl.arange(0, BLOCK)
-        inside = token < total
-        value = tl.load(values_ptr + token, mask=inside, other=0.0).to(tl.float64)
-        segment = segment_of(cu_ptr, token, low, high)
-        y, carry = scan_tile(value, begins(cu_ptr, token, segment, True), 1.0, carry, BLOCK, True)
-        tl.store(sums_ptr + segment, y, mask=inside & begins(cu_ptr, token, segment, False))
-    fresh = tl.load(cu_ptr + low + 1) <= end
-    tl.store(published_ptr + program, tl.where(fresh, 0.0, 1.0).to(tl.float64))
-    tl.store(published_ptr + SLOTS + program, carry)
-
-
-@triton.jit
-def add_carries(cu_ptr, sums_ptr, published_ptr, total, segments, tiles, BLOCK: tl.constexpr, SLOTS: tl.constexpr):
-    """Complete the sums of segments that end in another share than they start in, those of all programs at once."""
-    slot = tl.arange(0, SLOTS)
-    before = slot < tl.num_programs(0) - 1
-    w = tl.load(published_ptr + slot, mask=before, other=0.0)
-    x = tl.load(published_ptr + SLOTS + slot, mask=before, other=0.0)
-    w, x = tl.associative_scan((w, x), 0, follow)
-    # What stands at a slot is carried into the program after it, whose share is a full one.
-    first, end = share_of(tl.minimum(slot + 1, tl.num_programs(0) - 1), total, tiles, BLOCK, True)
-    segment = segment_of(cu_ptr, end - 1, 0, segments - 1)
-    start, stop = tl.load(cu_ptr + segment), tl.load(cu_ptr + segment + 1)
-    open = before & (start >= first) & (stop > end)
-    tl.store(sums_ptr + segment, tl.load(sums_ptr + segment, mask=open, other=0.0) + x, mask=open)
 
 
 @triton.jit(do_not_specialize=["total", "segments", "tiles"])

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from prime_kernels._rows import column, mask_column
 from prime_kernels._triton._config import ShareConfig
-from prime_kernels._triton._launch import counter, launch_phases, log2, shares
+from prime_kernels._triton._launch import counter, launch_phases, log2, offsets, shares
 from prime_kernels._triton._rloo_kernels import rloo_kernel, whiten_kernel
 from prime_kernels._triton.log_probs import on_device
 
@@ -40,11 +40,9 @@ def rloo_returns(
     or two if rewards are normalised over ranks: between them ``over_ranks`` gets the largest suffix sum, a float64
     scalar, and puts that of all ranks in its place. It is then called whether there are tokens here or not.
     """
-    device, responses, groups = outcomes.device, outcomes.numel(), cu_groups.numel() - 1
-    assert max(responses, groups) < 2**31
+    device = outcomes.device
+    (cu_seqlens, responses), (cu_groups, groups) = offsets(cu_seqlens, device), offsets(cu_groups, device)
     outcomes = column(outcomes, torch.float64, responses, device)
-    cu_seqlens = column(cu_seqlens, torch.int64, responses + 1, device)
-    cu_groups = column(cu_groups, torch.int64, groups + 1, device)
     process_rewards = column(process_rewards, torch.float32, total, device)
     mask = mask_column(reward_mask, total, device)
     with_process = process_rewards is not None
