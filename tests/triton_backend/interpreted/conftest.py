@@ -1,8 +1,13 @@
-"""Repairs of Triton's interpreter that these tests need."""
+"""Repairs of Triton's interpreter that these tests need, and small shares of the tokens."""
+
+from collections.abc import Callable
 
 import numpy as np
+import pytest
 import triton.language as tl
 from triton.runtime import interpreter
+
+from prime_kernels._triton._config import Device, ShareConfig, ShareTuning, choose_shares
 
 _patch_tensor = interpreter._patch_lang_tensor
 
@@ -51,3 +56,13 @@ def _scan(self, tensors):
 
 
 interpreter.ScanOps.generic_scan = _scan
+
+
+@pytest.fixture
+def cut() -> Callable[..., ShareConfig]:
+    """Tokens cut into tiles of 8 and shares of up to five programs, so that a few dozen are several of each."""
+
+    def choose(total: int, programs: int = 5) -> ShareConfig:
+        return choose_shares(total, Device(programs), ShareTuning(block=8, num_warps=1, worth=1))
+
+    return choose
