@@ -129,6 +129,11 @@ class ShareConfig:
     programs: int
     slots: int
 
+    @property
+    def registers(self) -> int:
+        """Of a thread, at most: one program has a multiprocessor to itself, and need not spill to let in a second."""
+        return min(255, 65536 // (32 * self.num_warps))
+
 
 def choose_shares(total: int, device: Device, tuning: ShareTuning = SHARES) -> ShareConfig:
     """Equal shares of ``total`` tokens in whole tiles, whatever the segments; at most one program a multiprocessor.

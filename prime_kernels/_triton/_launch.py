@@ -35,13 +35,22 @@ def counter(device: torch.device) -> Tensor:
     return _counters[key]
 
 
+def options(config: ShareConfig) -> dict[str, int]:
+    """What every launch over shares has besides its arguments."""
+    return {
+        "BLOCK": config.block,
+        "SLOTS": config.slots,
+        "num_warps": config.num_warps,
+        "maxnreg": config.registers,
+    }
+
+
 def launch_phases(kernel: Any, config: ShareConfig, arguments: tuple, first: int, last: int, **constants: Any) -> None:
     """Phases ``first`` to ``last`` of a kernel whose programs wait for each other between them: one launch.
 
     The interpreter runs programs one after another, where waiting would never end: there each phase is a launch.
     """
-    grid = (config.programs,)
-    constants |= {"BLOCK": config.block, "SLOTS": config.slots, "num_warps": config.num_warps}
+    grid, constants = (config.programs,), options(config) | constants
     if interpreted():
         for phase in range(first, last + 1):
             kernel[grid](*arguments, FIRST=phase, LAST=phase, **constants)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from prime_kernels._rows import column, mask_column
 from prime_kernels._triton._config import ShareConfig
-from prime_kernels._triton._launch import counter, offsets, shares
+from prime_kernels._triton._launch import counter, offsets, options, shares
 from prime_kernels._triton._ppo_kernels import ppo_backward_kernel, ppo_forward_kernel
 from prime_kernels._triton._prm_kernels import prm_kernel
 from prime_kernels._triton.log_probs import on_device
@@ -58,9 +58,7 @@ def ppo_forward(
             MASKED=mask is not None,
             WEIGHTED=weights is not None,
             DENOMINATOR=kind,
-            BLOCK=config.block,
-            SLOTS=config.slots,
-            num_warps=config.num_warps,
+            **options(config),
         )
     return (*results, scale)
 
@@ -145,9 +143,7 @@ def prm_forward(
             KIND=kind,
             GROUPED=grouped,
             RESPONSES=RESPONSES,
-            BLOCK=config.block,
-            SLOTS=config.slots,
-            num_warps=config.num_warps,
+            **options(config),
         )
     return loss, accuracy, slope
 

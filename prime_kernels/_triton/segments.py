@@ -5,7 +5,7 @@ from torch import Tensor
 
 from prime_kernels._rows import column
 from prime_kernels._triton._config import ShareConfig
-from prime_kernels._triton._launch import counter, launch_phases, log2, offsets, shares
+from prime_kernels._triton._launch import counter, launch_phases, log2, offsets, options, shares
 from prime_kernels._triton._segments_kernels import fill_kernel, scan_kernel, sum_kernel
 from prime_kernels._triton.log_probs import on_device
 from prime_kernels._triton.losses import ppo_backward, ppo_forward, prm_forward
@@ -64,9 +64,7 @@ def segment_sum(values: Tensor, cu_segments: Tensor, config: ShareConfig | None 
             total,
             segments,
             config.tiles,
-            BLOCK=config.block,
-            SLOTS=config.slots,
-            num_warps=config.num_warps,
+            **options(config),
         )
     return sums
 

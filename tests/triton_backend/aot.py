@@ -13,7 +13,7 @@ CAPABILITIES = [80, 90]
 ALIGNED = {"vocabulary", "chunk", "width"}
 
 
-def build(kernel, types, constants, capability, num_warps, tmp_path, num_stages=1):
+def build(kernel, types, constants, capability, num_warps, tmp_path, num_stages=1, maxnreg=None):
     """(resource usage, SASS) of a kernel whose remaining arguments are ``constants``."""
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     aligned = {name for name, kind in signature.items() if kind.startswith("*")} | ALIGNED
@@ -24,7 +24,9 @@ def build(kernel, types, constants, capability, num_warps, tmp_path, num_stages=
         {(n,): [["tt.divisibility", 16]] for n, name in enumerate(kernel.arg_names) if name in aligned},
     )
     compiled = triton.compile(
-        source, GPUTarget("cuda", capability, 32), {"num_warps": num_warps, "num_stages": num_stages}
+        source,
+        GPUTarget("cuda", capability, 32),
+        {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg},
     )
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])

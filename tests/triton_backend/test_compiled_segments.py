@@ -39,7 +39,8 @@ pytestmark = pytest.mark.parametrize("capability", CAPABILITIES)
 
 def compiled(kernel, constants, capability, tmp_path, types=None, num_warps=CONFIG.num_warps):
     """The machine code of a kernel that has no spills, and of which a multiprocessor holds a program."""
-    usage, sass = build(kernel, TYPES | (types or {}), constants, capability, num_warps, tmp_path)
+    maxnreg = CONFIG.registers if "SLOTS" in kernel.arg_names else None
+    usage, sass = build(kernel, TYPES | (types or {}), constants, capability, num_warps, tmp_path, maxnreg=maxnreg)
     assert_no_spills(usage, sass)
     assert usage["REG"] * 32 * num_warps <= REGISTERS
     return sass
