@@ -5,6 +5,7 @@ time, each in a process of its own on shared memory, in the one launch that a GP
 """
 
 import multiprocessing
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -18,6 +19,8 @@ from prime_kernels._triton import losses as loss_kernels
 LENGTHS = [0, 3, 0, 17, 1, 1, 30, 0, 9, 6]
 GROUPS = [1, 0, 4, 5]
 TOTAL, PROGRAMS = sum(LENGTHS), 5
+# Seconds until programs that wait for each other are held to wait for ever.
+PATIENCE = 60
 
 
 def returns(config, **options):
@@ -97,12 +100,17 @@ def run_at_once(kernel, config, arguments, first, last, **constants):
         kernel[(1,)](*placed, FIRST=first, LAST=last, **_launch.options(config), **constants)
 
     context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=program, args=(number,)) for number in range(config.programs)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-        process.kill()
+    processes = [context.Process(target=program, args=(number,), daemon=True) for number in range(config.programs)]
+    deadline = time.monotonic() + PATIENCE
+    try:
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
     assert [process.exitcode for process in processes] == [0] * config.programs
     for each, copy in shared.values():
         each.copy_(copy)
