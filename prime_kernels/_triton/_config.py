@@ -102,3 +102,61 @@ def power_of_two_from(value: int) -> int:
 def power_of_two_to(value: int) -> int:
     """The highest power of two that is at most ``value``."""
     return 1 << (value.bit_length() - 1)
+
+
+@dataclass(frozen=True)
+class ShareTuning:
+    """Tokens of a tile, warps of a program, and tokens that are worth a program of their own."""
+
+    block: int
+    num_warps: int
+    worth: int
+
+
+# Reasoned, not yet measured: four or eight tokens a thread, so that a tile's loads are wide and its doubles fit into
+# registers; fewer than two tiles a program would be mostly waiting for the other programs.
+SHARES = ShareTuning(block=2048, num_warps=8, worth=4096)
+
+
+@dataclass(frozen=True)
+class ShareConfig:
+    """Tokens of a tile, warps of a program, tiles of a program's share of the tokens, programs, and places for what
+    the programs publish: a power of two that is at least their number."""
+
+    block: int
+    num_warps: int
+    tiles: int
+    programs: int
+    slots: int
+
+    @property
+    def registers(self) -> int:
+        """Of a thread, at most: one program has a multiprocessor to itself, and need not spill to let in a second."""
+        return min(255, 65536 // (32 * self.num_warps))
+
+
+def choose_shares(total: int, device: Device, tuning: ShareTuning = SHARES) -> ShareConfig:
+    """Equal shares of ``total`` tokens in whole tiles, whatever the segments; at most one program a multiprocessor.
+
+    All programs are then resident at once, as a barrier between them needs. Only the number of tiles and programs
+    depends on ``total``, and no kernel is compiled anew for these.
+    """
+    wanted = max(1, min(-(-total // tuning.worth), device.multiprocessors))
+    tiles = max(1, -(-total // (wanted * tuning.block)))
+    programs = max(1, -(-total // (tiles * tuning.block)))
+    return ShareConfig(tuning.block, tuning.num_warps, tiles, programs, power_of_two_from(device.multiprocessors))
+
+
+@dataclass(frozen=True)
+class PackConfig:
+    """Tokens that a program moves, elements of each, and warps."""
+
+    tokens: int
+    width: int
+    num_warps: int
+
+
+def choose_pack(width: int) -> PackConfig:
+    """2048 elements a program: of one token if it is that wide, else of as many as fit."""
+    wide = min(power_of_two_from(width), 2048)
+    return PackConfig(2048 // wide, wide, 4)

@@ -3,25 +3,19 @@
 The specialization is that of a real launch: 16-byte aligned addresses, a vocabulary that is a multiple of 16.
 """
 
-import os
 import re
-import subprocess
 
 import pytest
 
 pytest.importorskip("triton", reason="triton is not installed: pip install 'prime-kernels[triton]'")
 
 import torch
-import triton
-from triton import knobs
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton_backend.aot import CAPABILITIES, assert_no_spills, build
 
 from prime_kernels._triton import _log_probs_kernels as kernels
 from prime_kernels._triton._config import Device, choose, choose_linear
 from prime_kernels._triton._linear_kernels import linear_forward_kernel
 
-CAPABILITIES = [80, 90]
 DTYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 ROWS, VOCABULARY = 8192, 151936
 
@@ -37,49 +31,8 @@ RESULTS = {"logp_ptr": "*fp32", "partial_ptr": "*fp32", "rows": "i64"}
 INVERSES = {f"inverse_{model}": "fp32" for model in "abc"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    before = os.environ.get("TRITON_CACHE_DIR")
-    os.environ["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    yield
-    if before is None:
-        del os.environ["TRITON_CACHE_DIR"]
-    else:
-        os.environ["TRITON_CACHE_DIR"] = before
-
-
 def config_for(dtype, capability, rows=ROWS):
     return choose(rows, VOCABULARY, dtype.itemsize, Device(132, divmod(capability, 10)))
-
-
-def build(kernel, types, constants, capability, num_warps, tmp_path, num_stages=1):
-    """(resource usage, SASS) of a kernel whose remaining arguments are ``constants``."""
-    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
-    aligned = {name for name, kind in signature.items() if kind.startswith("*")} | {"vocabulary", "chunk"}
-    source = ASTSource(
-        kernel,
-        signature,
-        {name: constants[name] for name, kind in signature.items() if kind == "constexpr"},
-        {(n,): [["tt.divisibility", 16]] for n, name in enumerate(kernel.arg_names) if name in aligned},
-    )
-    compiled = triton.compile(
-        source, GPUTarget("cuda", capability, 32), {"num_warps": num_warps, "num_stages": num_stages}
-    )
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    usage = output(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin)
-    (used,) = re.findall(r"REG:\d+ .*", usage)
-    fields = {name: int(value) for name, value in re.findall(r"(\w+(?:\[\d+\])?):(\d+)", used)}
-    return fields, output(knobs.nvidia.nvdisasm.path, "-c", cubin)
-
-
-def output(*command):
-    return subprocess.run([str(part) for part in command], check=True, capture_output=True, text=True).stdout
-
-
-def assert_no_spills(usage, sass):
-    assert usage["STACK"] == usage["LOCAL"] == 0, usage
-    assert not re.search(r"\b(LDL|STL)\b", sass)
 
 
 @pytest.mark.parametrize("models, entropy, rows", [(1, True, ROWS), (3, False, ROWS), (1, True, 1), (3, False, 1)])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from prime_kernels._triton._config import MAX_SPLITS, Config, Device, choose
+from prime_kernels._triton._config import MAX_SPLITS, Config, Device, ShareConfig, choose, choose_pack, choose_shares
 
 H100, A100 = Device(132, (9, 0)), Device(108, (8, 0))
 
@@ -34,3 +34,27 @@ def test_configurations_are_few():
     """A kernel is compiled once for each: row counts must not multiply them."""
     seen = {choose(rows, 151936, 2, H100) for rows in range(20000)}
     assert len(seen) <= 6
+
+
+def test_shares_of_many_tokens():
+    want = ShareConfig(block=2048, num_warps=8, tiles=6, programs=123, slots=256)
+    assert choose_shares(1_500_000, H100) == want and want.registers == 255
+    assert choose_shares(1_500_000, A100) == ShareConfig(2048, 8, 7, 105, 128)
+
+
+@pytest.mark.parametrize("total", [0, 1, 2048, 2049, 4096, 4097, 8193, 540_672, 540_673, 10**6, 2**33])
+@pytest.mark.parametrize("device", [H100, A100, Device()])
+def test_shares_cover_all_tokens(total, device):
+    """Every program has a share that is not empty, and they are resident at once."""
+    config = choose_shares(total, device)
+    share = config.tiles * config.block
+    assert 1 <= config.programs <= device.multiprocessors <= config.slots
+    assert (config.programs - 1) * share < max(total, 1) and total <= config.programs * share
+    # What a kernel is compiled for does not depend on the number of tokens.
+    assert (config.block, config.num_warps, config.slots) == (2048, 8, choose_shares(1, device).slots)
+
+
+def test_blocks_of_padded_tokens():
+    for width in (1, 3, 64, 2048, 4096, 100_000):
+        config = choose_pack(width)
+        assert config.tokens * config.width == 2048 and config.width >= min(width, 2048)

@@ -1,8 +1,13 @@
-"""Repairs of Triton's interpreter that these tests need."""
+"""Repairs of Triton's interpreter that these tests need, and small shares of the tokens."""
+
+from collections.abc import Callable
 
 import numpy as np
+import pytest
 import triton.language as tl
 from triton.runtime import interpreter
+
+from prime_kernels._triton._config import Device, ShareConfig, ShareTuning, choose_shares
 
 _patch_tensor = interpreter._patch_lang_tensor
 
@@ -31,3 +36,33 @@ def _dot(self, a, b, d, *options):
 
 
 interpreter.InterpreterBuilder.create_dot = _dot
+
+
+def _scan(self, tensors):
+    """By doubling, whole arrays at a time: element by element, each step of Python, takes seconds (Triton 3.6)."""
+    arrays = [tensor.handle.data for tensor in tensors]
+    place = np.arange(arrays[0].shape[self.axis])
+    shape = [-1 if axis == self.axis else 1 for axis in range(arrays[0].ndim)]
+    shift = 1
+    while shift < place.size:
+        nearer = [np.take(array, np.maximum(place - shift, 0), axis=self.axis) for array in arrays]
+        pairs = zip([*nearer, *arrays], [*tensors, *tensors], strict=True)
+        joined = self.combine_fn.fn(*(self.to_tensor(array, like.dtype) for array, like in pairs))
+        joined = joined if isinstance(joined, tuple) else (joined,)
+        far = (place >= shift).reshape(shape)
+        arrays = [np.where(far, new.handle.data, old) for new, old in zip(joined, arrays, strict=True)]
+        shift *= 2
+    return [self.to_tensor(array, like.dtype) for array, like in zip(arrays, tensors, strict=True)]
+
+
+interpreter.ScanOps.generic_scan = _scan
+
+
+@pytest.fixture
+def cut() -> Callable[..., ShareConfig]:
+    """Tokens cut into tiles of 8 and shares of up to five programs, so that a few dozen are several of each."""
+
+    def choose(total: int, programs: int = 5) -> ShareConfig:
+        return choose_shares(total, Device(programs), ShareTuning(block=8, num_warps=1, worth=1))
+
+    return choose

@@ -1,0 +1,222 @@
+"""Losses of an implicit process reward model with their slopes, with the formulas of ops/prm_loss.py, in float64.
+
+Sums of responses are made over equal shares of the tokens; who comes last does the rest, which counts responses.
+"""
+
+import triton
+import triton.language as tl
+
+from prime_kernels._triton._shares import add_carries, arrives_last, segment_of, share_totals
+
+
+@triton.jit
+def _sigmoid(x):
+    e = tl.exp(-tl.abs(x))
+    return tl.where(x >= 0.0, 1.0, e) / (1.0 + e)
+
+
+@triton.jit
+def _softplus(x):
+    """log(1 + e^x), the tail of which keeps its digits: (u - 1) / log u is as wrong as u - 1 is."""
+    e = tl.exp(-tl.abs(x))
+    u = 1.0 + e
+    log1p = tl.where(u == 1.0, e, tl.log(u) * (e / tl.maximum(u - 1.0, 1e-16)))
+    return tl.where(x > 0.0, x, 0.0) + log1p
+
+
+@triton.jit
+def _response(deltas_ptr, outcomes_ptr, cu_ptr, response, use):
+    """(delta, outcome, whether it has tokens) of each response; 0 where it has none or is not to be used."""
+    length = tl.load(cu_ptr + response + 1, mask=use, other=0) - tl.load(cu_ptr + response, mask=use, other=0)
+    counted = use & (length > 0)
+    delta = tl.load(deltas_ptr + response, mask=counted, other=0.0)
+    return delta, tl.load(outcomes_ptr + response, mask=counted, other=0.0), counted
+
+
+@triton.jit
+def _mean_delta(deltas_ptr, outcomes_ptr, cu_ptr, responses, RESPONSES: tl.constexpr):
+    """max(0, mean delta), the KL of "kto"."""
+    summed = tl.zeros([RESPONSES], tl.float64)
+    number = tl.zeros([RESPONSES], tl.float64)
+    for at in range(0, responses, RESPONSES):
+        response = at + tl.arange(0, RESPONSES)
+        delta, _, counted = _response(deltas_ptr, outcomes_ptr, cu_ptr, response, response < responses)
+        summed += delta
+        number += counted.to(tl.float64)
+    mean = tl.sum(summed, axis=0) / tl.maximum(tl.sum(number, axis=0), 1.0)
+    return tl.where(mean < 0.0, 0.0, mean)
+
+
+@triton.jit
+def _of_one(delta, outcome, kl, beta, KIND: tl.constexpr):
+    """(loss, slope) of responses whose loss is their own."""
+    if KIND == "ce":
+        return _softplus(beta * delta) - outcome * beta * delta, beta * (_sigmoid(beta * delta) - outcome)
+    sign = tl.where(outcome > 0.5, -1.0, 1.0).to(tl.float64)
+    p = _sigmoid(sign * beta * (delta - kl))
+    return p, sign * beta * p * _sigmoid(-sign * beta * (delta - kl))
+
+
+@triton.jit
+def _in_group(
+    deltas_ptr,
+    outcomes_ptr,
+    cu_ptr,
+    groups_ptr,
+    response,
+    responses,
+    groups,
+    beta,
+    KIND: tl.constexpr,
+    RESPONSES: tl.constexpr,
+):
+    """Of each of a block of responses with the others of its group: (loss and number of the pairs in which it is the
+    better, slope, weight of the pairs in which it comes first, what of it agrees)."""
+    inside = response < responses
+    delta, outcome, counted = _response(deltas_ptr, outcomes_ptr, cu_ptr, response, inside)
+    group = segment_of(groups_ptr, response, 0, groups - 1)
+    begin = tl.load(groups_ptr + group).to(tl.int32)
+    size = tl.where(inside, tl.load(groups_ptr + group + 1).to(tl.int32) - begin, 0)
+    wanted = outcome > 0.5
+    loss = tl.zeros([RESPONSES], tl.float64)
+    pairs = tl.zeros([RESPONSES], tl.float64)
+    slope = tl.zeros([RESPONSES], tl.float64)
+    weight = tl.zeros([RESPONSES], tl.float64)
+    agreed = tl.zeros([RESPONSES], tl.float64)
+    partners = tl.zeros([RESPONSES], tl.float64)
+    for member in range(tl.max(size, axis=0)):
+        other = begin + member
+        other_delta, other_outcome, there = _response(deltas_ptr, outcomes_ptr, cu_ptr, other, member < size)
+        there = there & counted
+        gap = tl.where(there & (other > response), tl.abs(outcome - other_outcome), 0.0)
+        weight += gap
+        agreed += tl.where((delta > other_delta) == (outcome > other_outcome), gap, 0.0)
+        pair = there & (wanted != (other_outcome > 0.5))
+        partners += pair.to(tl.float64)
+        if KIND == "dpo":
+            ahead = beta * tl.where(wanted, delta - other_delta, other_delta - delta)
+            loss += tl.where(pair & wanted, _softplus(-ahead), 0.0)
+            slope += tl.where(pair, _sigmoid(-ahead), 0.0)
+    if KIND == "dpo":
+        slope *= tl.where(wanted, -beta, beta)
+        pairs = tl.where(wanted, partners, 0.0)
+    if KIND == "nca":
+        # Each term of a pair depends on one of the two: it counts as often as there are partners.
+        half = 0.5 * _softplus(beta * delta)
+        lose = 0.5 * beta * _sigmoid(beta * delta)
+        some = partners > 0.0
+        loss = tl.where(some, partners * tl.where(wanted, _softplus(-beta * delta) + half, half), 0.0)
+        slope = tl.where(some, partners * tl.where(wanted, lose - beta * _sigmoid(-beta * delta), lose), 0.0)
+        pairs = tl.where(wanted, partners, 0.0)
+    return loss, pairs, slope, weight, agreed
+
+
+@triton.jit
+def _accuracy(groups_ptr, weight_ptr, agreed_ptr, groups, RESPONSES: tl.constexpr):
+    """Mean over groups of the weight of pairs that agree, 0.5 where there is none."""
+    shares = tl.zeros([RESPONSES], tl.float64)
+    for at in range(0, groups, RESPONSES):
+        group = at + tl.arange(0, RESPONSES)
+        inside = group < groups
+        begin = tl.load(groups_ptr + group, mask=inside, other=0)
+        size = tl.load(groups_ptr + group + 1, mask=inside, other=0) - begin
+        weight = tl.zeros([RESPONSES], tl.float64)
+        agreed = tl.zeros([RESPONSES], tl.float64)
+        for member in range(tl.max(size, axis=0).to(tl.int32)):
+            weight += tl.load(weight_ptr + begin + member, mask=member < size, other=0.0)
+            agreed += tl.load(agreed_ptr + begin + member, mask=member < size, other=0.0)
+        share = tl.where(weight > 0.0, agreed / tl.where(weight > 0.0, weight, 1.0), 0.5)
+        shares += tl.where(inside, share, 0.0)
+    return tl.where(groups > 0, tl.sum(shares, axis=0) / tl.maximum(groups, 1), 0.5)
+
+
+@triton.jit
+def _of_responses(
+    outcomes_ptr,
+    cu_ptr,
+    groups_ptr,
+    deltas_ptr,
+    loss_ptr,
+    accuracy_ptr,
+    slope_ptr,
+    responses,
+    groups,
+    beta,
+    KIND: tl.constexpr,
+    GROUPED: tl.constexpr,
+    RESPONSES: tl.constexpr,
+):
+    PAIRED: tl.constexpr = KIND == "dpo" or KIND == "nca"
+    weight_ptr = deltas_ptr + responses
+    agreed_ptr = weight_ptr + responses
+    kl = 0.0
+    if KIND == "kto":
+        kl = _mean_delta(deltas_ptr, outcomes_ptr, cu_ptr, responses, RESPONSES)
+    losses = tl.zeros([RESPONSES], tl.float64)
+    number = tl.zeros([RESPONSES], tl.float64)
+    for at in range(0, responses, RESPONSES):
+        response = at + tl.arange(0, RESPONSES)
+        inside = response < responses
+        if GROUPED:
+            loss, terms, slope, weight, agreed = _in_group(
+                deltas_ptr, outcomes_ptr, cu_ptr, groups_ptr, response, responses, groups, beta, KIND, RESPONSES
+            )
+            tl.store(weight_ptr + response, weight, mask=inside)
+            tl.store(agreed_ptr + response, agreed, mask=inside)
+        if not PAIRED:
+            delta, outcome, counted = _response(deltas_ptr, outcomes_ptr, cu_ptr, response, inside)
+            loss, slope = _of_one(delta, outcome, kl, beta, KIND)
+            loss = tl.where(counted, loss, 0.0)
+            slope = tl.where(counted, slope, 0.0)
+            terms = counted.to(tl.float64)
+        losses += loss
+        number += terms
+        tl.store(slope_ptr + response, slope, mask=inside)
+    count = tl.maximum(tl.sum(number, axis=0), 1.0)
+    tl.store(loss_ptr, (tl.sum(losses, axis=0) / count).to(tl.float32))
+    tl.debug_barrier()
+    for at in range(0, responses, RESPONSES):
+        response = at + tl.arange(0, RESPONSES)
+        slope = tl.load(slope_ptr + response, mask=response < responses, other=0.0)
+        tl.store(slope_ptr + response, slope / count, mask=response < responses)
+    if GROUPED:
+        accuracy = _accuracy(groups_ptr, weight_ptr, agreed_ptr, groups, RESPONSES)
+        tl.store(accuracy_ptr, accuracy.to(tl.float32))
+    else:
+        tl.store(accuracy_ptr, float("nan"))
+
+
+@triton.jit(do_not_specialize=["total", "responses", "groups", "tiles"])
+def prm_kernel(
+    log_ratio_ptr,
+    outcomes_ptr,
+    cu_ptr,
+    groups_ptr,
+    loss_ptr,
+    accuracy_ptr,
+    slope_ptr,
+    deltas_ptr,
+    published_ptr,
+    counter_ptr,
+    total: tl.int64,
+    responses,
+    groups,
+    tiles,
+    beta: tl.float64,
+    KIND: tl.constexpr,
+    GROUPED: tl.constexpr,
+    RESPONSES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    """deltas is [3, responses]: sums of responses, and two columns of what their pairs come to."""
+    if total > 0:
+        share_totals(log_ratio_ptr, cu_ptr, deltas_ptr, published_ptr, total, responses, tiles, BLOCK, SLOTS)
+    if arrives_last(counter_ptr, 0):
+        if total > 0:
+            add_carries(cu_ptr, deltas_ptr, published_ptr, total, responses, tiles, BLOCK, SLOTS)
+            tl.debug_barrier()
+        _of_responses(
+            outcomes_ptr, cu_ptr, groups_ptr, deltas_ptr, loss_ptr, accuracy_ptr, slope_ptr, responses, groups, beta,
+            KIND, GROUPED, RESPONSES,
+        )  # fmt: skip

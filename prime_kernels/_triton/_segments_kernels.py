@@ -1,0 +1,114 @@
+"""Discounted scans, sums and fills over packed segments, each one launch."""
+
+import triton
+import triton.language as tl
+
+from prime_kernels._triton._shares import (
+    add_carries,
+    arrives_last,
+    begins,
+    carry_in,
+    open_part,
+    power,
+    scan_tile,
+    segment_of,
+    segments_of_share,
+    share_of,
+    share_totals,
+    tile_start,
+    wait_for_all,
+    weights_to_end,
+)
+
+
+@triton.jit(do_not_specialize=["total", "segments", "tiles"])
+def scan_kernel(
+    values_ptr,
+    cu_ptr,
+    out_ptr,
+    published_ptr,
+    counter_ptr,
+    total: tl.int64,
+    segments,
+    tiles,
+    gamma: tl.float64,
+    log2_gamma: tl.float64,
+    REVERSE: tl.constexpr,
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    """Phases FIRST to LAST of: 0, publish (w, x) of the share; 1, scan it. One launch if programs can wait in it."""
+    program = tl.program_id(0)
+    first, end = share_of(program, total, tiles, BLOCK, REVERSE)
+    low, high = segments_of_share(cu_ptr, first, end, segments)
+    count = tl.cdiv(end - first, BLOCK).to(tl.int32)
+    lane = tl.arange(0, BLOCK)
+    if FIRST == 0:
+        # The share of the last program concerns no other, and it alone ends in the midst of a tile.
+        if program < tl.num_programs(0) - 1:
+            start, stop, fresh = open_part(cu_ptr, first, end, low, high, REVERSE)
+            weights = weights_to_end(log2_gamma, BLOCK, REVERSE)
+            a_tile = power(log2_gamma, tl.full([1], BLOCK, tl.float64))
+            x = tl.zeros([1], tl.float64)
+            skipped = ((start - first) // BLOCK).to(tl.int32)
+            if REVERSE:
+                skipped = count - tl.cdiv(stop - first, BLOCK).to(tl.int32)
+            for number in range(skipped, count):
+                token = tile_start(first, count, number, BLOCK, REVERSE) + lane
+                inside = (token >= start) & (token < stop)
+                value = tl.load(values_ptr + token, mask=inside, other=0.0).to(tl.float64)
+                x = x * a_tile + tl.sum(value * weights, axis=0)
+            w = tl.where(fresh, 0.0, power(log2_gamma, (end - first + tl.zeros([1], tl.int64)).to(tl.float64)))
+            one = tl.arange(0, 1)
+            tl.store(published_ptr + program + one, w)
+            tl.store(published_ptr + SLOTS + program + one, x)
+    if FIRST < LAST:
+        wait_for_all(counter_ptr, 1)
+    if LAST == 1:
+        carry = carry_in(published_ptr, program, SLOTS)
+        for number in range(count):
+            token = tile_start(first, count, number, BLOCK, REVERSE) + lane
+            inside = token < total
+            value = tl.load(values_ptr + token, mask=inside, other=0.0).to(tl.float64)
+            fresh = begins(cu_ptr, token, segment_of(cu_ptr, token, low, high), REVERSE)
+            y, carry = scan_tile(value, fresh, gamma, carry, BLOCK, REVERSE)
+            tl.store(out_ptr + token, y.to(out_ptr.dtype.element_ty), mask=inside)
+    if FIRST < LAST:
+        arrives_last(counter_ptr, 1)
+
+
+@triton.jit(do_not_specialize=["total", "segments", "tiles"])
+def sum_kernel(
+    values_ptr,
+    cu_ptr,
+    sums_ptr,
+    published_ptr,
+    counter_ptr,
+    total: tl.int64,
+    segments,
+    tiles,
+    BLOCK: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    for at in range(tl.program_id(0) * BLOCK, segments, tl.num_programs(0) * BLOCK):
+        segment = at + tl.arange(0, BLOCK)
+        inside = segment < segments
+        start = tl.load(cu_ptr + segment, mask=inside, other=0)
+        empty = inside & (tl.load(cu_ptr + segment + 1, mask=inside, other=1) == start)
+        tl.store(sums_ptr + segment, tl.zeros([BLOCK], tl.float64), mask=empty)
+    share_totals(values_ptr, cu_ptr, sums_ptr, published_ptr, total, segments, tiles, BLOCK, SLOTS)
+    if arrives_last(counter_ptr, 0):
+        add_carries(cu_ptr, sums_ptr, published_ptr, total, segments, tiles, BLOCK, SLOTS)
+
+
+@triton.jit(do_not_specialize=["total", "segments"])
+def fill_kernel(
+    values_ptr, cu_ptr, factor_ptr, out_ptr, total: tl.int64, segments, SCALED: tl.constexpr, BLOCK: tl.constexpr
+):
+    token = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(values_ptr + segment_of(cu_ptr, token, 0, segments - 1))
+    if SCALED:
+        value *= tl.load(factor_ptr).to(tl.float64)
+    tl.store(out_ptr + token, value.to(tl.float32), mask=token < total)

@@ -1,0 +1,154 @@
+"""Launches of the loss kernels on checked tensors: what ppo_loss and prm_loss call."""
+
+import torch
+from torch import Tensor
+
+from prime_kernels._rows import column, mask_column
+from prime_kernels._triton._config import ShareConfig
+from prime_kernels._triton._launch import counter, offsets, options, shares
+from prime_kernels._triton._ppo_kernels import ppo_backward_kernel, ppo_forward_kernel
+from prime_kernels._triton._prm_kernels import prm_kernel
+from prime_kernels._triton.log_probs import on_device
+
+# Sums that programs publish; responses that the last one takes at once, and columns it keeps of them.
+PPO_SUMS, RESPONSES, RESPONSE_COLUMNS = 4, 512, 3
+
+Columns = tuple[Tensor, Tensor, Tensor, Tensor | None]
+
+
+def ppo_forward(
+    columns: Columns,
+    mask: Tensor | None,
+    clip: tuple[float, float],
+    denominator: Tensor | float | None,
+    config: ShareConfig | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, clip_fraction, approx_kl, 1 / denominator) of (logp, old_logp, advantages, weights or None), [T] float32.
+
+    Scalars, the last in float64, in one launch. ``denominator`` None is the number of valid tokens, at least 1.
+    """
+    columns, mask, total, device = _checked(columns, mask)
+    logp, old_logp, advantages, weights = columns
+    config = config or shares(total, device)
+    results = [logp.new_empty(()) for _ in range(3)]
+    scale = logp.new_empty((), dtype=torch.float64)
+    published = logp.new_empty(PPO_SUMS, config.slots, dtype=torch.float64)
+    kind = "number"
+    if denominator is None or isinstance(denominator, Tensor):
+        kind = "count" if denominator is None else "tensor"
+    by = column(denominator, torch.float64, 1, device) if kind == "tensor" else scale
+    with on_device(device):
+        ppo_forward_kernel[(config.programs,)](
+            logp,
+            old_logp,
+            advantages,
+            # Unused places repeat a tensor that is there: a kernel never touches them.
+            logp if weights is None else weights,
+            logp if mask is None else mask,
+            by,
+            *results,
+            scale,
+            published,
+            counter(device),
+            total,
+            config.tiles,
+            1.0 - clip[0],
+            1.0 + clip[1],
+            denominator if kind == "number" else 1.0,
+            MASKED=mask is not None,
+            WEIGHTED=weights is not None,
+            DENOMINATOR=kind,
+            **options(config),
+        )
+    return (*results, scale)
+
+
+def ppo_backward(
+    columns: Columns,
+    mask: Tensor | None,
+    clip: tuple[float, float],
+    scale: Tensor,
+    grad: Tensor,
+    config: ShareConfig | None = None,
+) -> Tensor:
+    """[T] float32: d loss / d logp times ``grad``, a float32 scalar; ``scale`` is that of the forward. One launch."""
+    columns, mask, total, device = _checked(columns, mask)
+    logp, old_logp, advantages, weights = columns
+    out = torch.empty_like(logp)
+    if total == 0:
+        return out
+    config = config or shares(total, device)
+    with on_device(device):
+        ppo_backward_kernel[(-(-total // config.block),)](
+            logp,
+            old_logp,
+            advantages,
+            logp if weights is None else weights,
+            logp if mask is None else mask,
+            column(scale, torch.float64, 1, device),
+            column(grad, torch.float32, 1, device),
+            out,
+            total,
+            1.0 - clip[0],
+            1.0 + clip[1],
+            MASKED=mask is not None,
+            WEIGHTED=weights is not None,
+            BLOCK=config.block,
+            num_warps=config.num_warps,
+        )
+    return out
+
+
+def prm_forward(
+    log_ratio: Tensor,
+    outcomes: Tensor,
+    cu_seqlens: Tensor,
+    cu_groups: Tensor | None,
+    kind: str,
+    beta: float,
+    config: ShareConfig | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, pair accuracy, slope) of [T] float32 log-ratios and [B] float64 outcomes, in one launch.
+
+    Two float32 scalars, and d loss / d Delta of each response, [B] float64. Without groups the accuracy is NaN.
+    """
+    total, device = log_ratio.numel(), log_ratio.device
+    assert cu_groups is not None or kind in ("ce", "kto")
+    log_ratio, (cu_seqlens, responses) = column(log_ratio, torch.float32, total, device), offsets(cu_seqlens, device)
+    outcomes = column(outcomes, torch.float64, responses, device)
+    grouped = cu_groups is not None
+    # Unused places repeat a tensor that is there: a kernel never touches them.
+    cu_groups, groups = offsets(cu_groups, device) if grouped else (cu_seqlens, 0)
+    config = config or shares(total, device)
+    loss, accuracy, slope = log_ratio.new_empty(()), log_ratio.new_empty(()), torch.empty_like(outcomes)
+    deltas = outcomes.new_empty(RESPONSE_COLUMNS, responses)
+    published = outcomes.new_empty(2, config.slots)
+    with on_device(device):
+        prm_kernel[(config.programs,)](
+            log_ratio,
+            outcomes,
+            cu_seqlens,
+            cu_groups,
+            loss,
+            accuracy,
+            slope,
+            deltas,
+            published,
+            counter(device),
+            total,
+            responses,
+            groups,
+            config.tiles,
+            beta,
+            KIND=kind,
+            GROUPED=grouped,
+            RESPONSES=RESPONSES,
+            **options(config),
+        )
+    return loss, accuracy, slope
+
+
+def _checked(columns: Columns, mask: Tensor | None) -> tuple[Columns, Tensor | None, int, torch.device]:
+    total, device = columns[0].numel(), columns[0].device
+    dense = tuple(column(each, torch.float32, total, device) for each in columns)
+    return dense, mask_column(mask, total, device), total, device

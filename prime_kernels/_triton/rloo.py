@@ -1,0 +1,117 @@
+"""Launches of the return and whitening kernels on checked tensors: what rloo_advantages calls."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from prime_kernels._rows import column, mask_column
+from prime_kernels._triton._config import ShareConfig
+from prime_kernels._triton._launch import counter, launch_phases, log2, offsets, shares
+from prime_kernels._triton._rloo_kernels import rloo_kernel, whiten_kernel
+from prime_kernels._triton.log_probs import on_device
+
+# Responses that a program looks up the groups of at once, and statistics that it joins at once.
+RESPONSES, ROWS = 256, 256
+# Rows of what programs publish, and of what is known of responses.
+PUBLISHED, COLUMNS = 7, 5
+
+
+def rloo_returns(
+    process_rewards: Tensor | None,
+    reward_mask: Tensor | None,
+    outcomes: Tensor,
+    cu_seqlens: Tensor,
+    cu_groups: Tensor,
+    total: int,
+    *,
+    gamma_process: float,
+    gamma_outcome: float,
+    process_coef: float,
+    outcome_coef: float,
+    normalize_process: bool,
+    process_baseline: str,
+    over_ranks: Callable[[Tensor], None] | None,
+    config: ShareConfig | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(returns [total] float32, statistics [programs, 3] float64), with the formulas of ops/rloo_advantages.py.
+
+    A row of the statistics is (count, mean, sum of squares about it) of the returns of some of the tokens. One launch,
+    or two if rewards are normalised over ranks: between them ``over_ranks`` gets the largest suffix sum, a float64
+    scalar, and puts that of all ranks in its place. It is then called whether there are tokens here or not.
+    """
+    device = outcomes.device
+    (cu_seqlens, responses), (cu_groups, groups) = offsets(cu_seqlens, device), offsets(cu_groups, device)
+    outcomes = column(outcomes, torch.float64, responses, device)
+    process_rewards = column(process_rewards, torch.float32, total, device)
+    mask = mask_column(reward_mask, total, device)
+    with_process = process_rewards is not None
+    across = with_process and normalize_process and over_ranks is not None
+    returns = outcomes.new_empty(total, dtype=torch.float32)
+    if total == 0:
+        if across:
+            over_ranks(outcomes.new_zeros(()))
+        return returns, outcomes.new_zeros(1, 3)
+    config = config or shares(total, device)
+    stats = outcomes.new_empty(config.programs, 3)
+    published = outcomes.new_empty(PUBLISHED, config.slots)
+    columns = outcomes.new_empty(COLUMNS, responses)
+    largest = outcomes.new_empty(())
+    with on_device(device):
+        arguments = (
+            # Unused places repeat a tensor that is there: a kernel never touches them.
+            process_rewards if with_process else returns,
+            cu_seqlens if mask is None else mask,
+            outcomes,
+            cu_seqlens,
+            cu_groups,
+            returns,
+            stats,
+            published,
+            columns,
+            largest,
+            counter(device),
+            total,
+            responses,
+            groups,
+            config.tiles,
+            gamma_process,
+            log2(gamma_process),
+            log2(gamma_outcome),
+            process_coef,
+            outcome_coef,
+        )
+        options = {
+            "PROCESS": with_process,
+            "MASKED": with_process and mask is not None,
+            "NORMALIZE": with_process and normalize_process,
+            "ACROSS": across,
+            "PAPER": process_baseline == "paper",
+            "RESPONSES": RESPONSES,
+        }
+        if across:
+            launch_phases(rloo_kernel, config, arguments, 0, 1, **options)
+            over_ranks(largest)
+            launch_phases(rloo_kernel, config, arguments, 2, 3, **options)
+        else:
+            launch_phases(rloo_kernel, config, arguments, 0 if with_process else 2, 3, **options)
+    return returns, stats
+
+
+def whiten(values: Tensor, stats: Tensor, config: ShareConfig | None = None) -> Tensor:
+    """[T] float32: (value - mean) / sqrt(unbiased variance + 1e-8) of the statistics of rloo_returns, in one launch.
+
+    ``stats`` [rows, 3] float64 may hold rows of more tokens than these, such as those of other ranks.
+    """
+    total, device = values.numel(), values.device
+    values, out = column(values, torch.float32, total, device), values.new_empty(total)
+    if total == 0:
+        return out
+    config = config or shares(total, device)
+    rows = stats.shape[0]
+    stats = column(stats, torch.float64, 3 * rows, device)
+    with on_device(device):
+        whiten_kernel[(-(-total // config.block),)](
+            values, stats, out, total, rows, ROWS=ROWS, BLOCK=config.block, num_warps=config.num_warps
+        )
+    return out
