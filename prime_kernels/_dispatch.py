@@ -30,14 +30,14 @@ _KERNELS: dict[str, tuple[str, ...]] = {
     "linear_ppo_loss": ("cpu", "triton", "cuda"),
     "log_probs": ("cpu", "triton", "cuda"),
     "log_ratios": ("cpu", "triton", "cuda"),
-    "pack": ("cpu", "cuda"),
-    "ppo_loss": ("cpu", "cuda"),
-    "prm_loss": ("cpu", "cuda"),
-    "rloo_advantages": ("cpu", "cuda"),
-    "segment_scan": ("cpu", "cuda"),
-    "segment_sum": ("cpu", "cuda"),
-    "step_rewards": ("cpu", "cuda"),
-    "unpack": ("cpu", "cuda"),
+    "pack": ("cpu", "triton", "cuda"),
+    "ppo_loss": ("cpu", "triton", "cuda"),
+    "prm_loss": ("cpu", "triton", "cuda"),
+    "rloo_advantages": ("cpu", "triton", "cuda"),
+    "segment_scan": ("cpu", "triton", "cuda"),
+    "segment_sum": ("cpu", "triton", "cuda"),
+    "step_rewards": ("cpu", "triton", "cuda"),
+    "unpack": ("cpu", "triton", "cuda"),
 }
 
 # These copy elements and look at none: any dtype will do.

@@ -14,25 +14,9 @@ from prime_kernels._triton.log_probs import device_of
 # Offsets are counted in int32 within kernels, with room for a step of a loop.
 MAX_SEGMENTS = 2**30
 
-# A counter for each (device, stream): launches on one stream follow each other, and each leaves it 0.
-_counters: dict[tuple[torch.device, int], Tensor] = {}
-
 
 def shares(total: int, device: torch.device) -> ShareConfig:
     return choose_shares(total, device_of(device))
-
-
-def counter(device: torch.device) -> Tensor:
-    """An int32 that is 0 when the next kernel on the current stream of ``device`` starts. That kernel leaves it 0.
-
-    Within the capture of a CUDA graph it is a new one: its zero becomes part of the graph, which may run beside others.
-    """
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return torch.zeros(1, dtype=torch.int32, device=device)
-    key = (device, torch.cuda.current_stream(device).cuda_stream)
-    if key not in _counters:
-        _counters[key] = torch.zeros(1, dtype=torch.int32, device=device)
-    return _counters[key]
 
 
 def options(config: ShareConfig) -> dict[str, int]:

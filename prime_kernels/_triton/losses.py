@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from prime_kernels._rows import column, mask_column
+from prime_kernels._scratch import arrivals
 from prime_kernels._triton._config import ShareConfig
-from prime_kernels._triton._launch import counter, offsets, options, shares
+from prime_kernels._triton._launch import offsets, options, shares
 from prime_kernels._triton._ppo_kernels import ppo_backward_kernel, ppo_forward_kernel
 from prime_kernels._triton._prm_kernels import prm_kernel
 from prime_kernels._triton.log_probs import on_device
@@ -49,7 +50,7 @@ def ppo_forward(
             *results,
             scale,
             published,
-            counter(device),
+            arrivals(device),
             total,
             config.tiles,
             1.0 - clip[0],
@@ -134,7 +135,7 @@ def prm_forward(
             slope,
             deltas,
             published,
-            counter(device),
+            arrivals(device),
             total,
             responses,
             groups,

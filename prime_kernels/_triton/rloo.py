@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from prime_kernels._rows import column, mask_column
+from prime_kernels._scratch import arrivals
 from prime_kernels._triton._config import ShareConfig
-from prime_kernels._triton._launch import counter, launch_phases, log2, offsets, shares
+from prime_kernels._triton._launch import launch_phases, log2, offsets, shares
 from prime_kernels._triton._rloo_kernels import rloo_kernel, whiten_kernel
 from prime_kernels._triton.log_probs import on_device
 
@@ -70,7 +71,7 @@ def rloo_returns(
             published,
             columns,
             largest,
-            counter(device),
+            arrivals(device),
             total,
             responses,
             groups,

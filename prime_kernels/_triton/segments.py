@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from prime_kernels._rows import column
+from prime_kernels._scratch import arrivals
 from prime_kernels._triton._config import ShareConfig
-from prime_kernels._triton._launch import counter, launch_phases, log2, offsets, options, shares
+from prime_kernels._triton._launch import launch_phases, log2, offsets, options, shares
 from prime_kernels._triton._segments_kernels import fill_kernel, scan_kernel, sum_kernel
 from prime_kernels._triton.log_probs import on_device
 from prime_kernels._triton.losses import ppo_backward, ppo_forward, prm_forward
@@ -40,7 +41,7 @@ def segment_scan(
     published = values.new_empty(2, config.slots, dtype=torch.float64)
     with on_device(device):
         sizes = (total, segments, config.tiles, gamma, log2(gamma))
-        arguments = (values, cu_seqlens, out, published, counter(device), *sizes)
+        arguments = (values, cu_seqlens, out, published, arrivals(device), *sizes)
         launch_phases(scan_kernel, config, arguments, 0, 1, REVERSE=reverse)
     return out
 
@@ -60,7 +61,7 @@ def segment_sum(values: Tensor, cu_segments: Tensor, config: ShareConfig | None 
             cu_segments,
             sums,
             published,
-            counter(device),
+            arrivals(device),
             total,
             segments,
             config.tiles,

@@ -1,4 +1,4 @@
-"""The Triton kernels, interpreted on the CPU: their own tests, and every test of log_probs and log_ratios."""
+"""The Triton kernels, interpreted on the CPU: their own tests, and those of the operations."""
 
 import os
 import subprocess
@@ -11,7 +11,16 @@ TESTS = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["triton_backend/interpreted", "ops/test_log_probs.py", "ops/test_fuzz.py"])
+@pytest.mark.parametrize(
+    "what",
+    [
+        ["triton_backend/interpreted"],
+        ["ops/test_log_probs.py"],
+        ["ops/test_fuzz.py"],
+        [f"ops/test_{name}.py" for name in ("segments", "rloo_advantages", "ppo_loss", "prm_loss", "pack", "golden")],
+    ],
+    ids=lambda what: what[0],
+)
 def test_interpreted(what, seed):
     pytest.importorskip("triton", reason="triton is not installed: pip install 'prime-kernels[triton]'")
     environment = {
@@ -22,9 +31,10 @@ def test_interpreted(what, seed):
     }
     # The first folder brings the repairs of the interpreter along, whatever else is run.
     folder = TESTS / "triton_backend" / "interpreted"
-    select = [] if TESTS / what == folder else [f"--deselect={folder.relative_to(TESTS.parent)}"]
+    chosen = [str(TESTS / each) for each in what]
+    select = [] if chosen == [str(folder)] else [f"--deselect={folder.relative_to(TESTS.parent)}"]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-rs", str(folder), str(TESTS / what), *select],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-rs", str(folder), *chosen, *select],
         cwd=TESTS.parent,
         env=os.environ | environment,
         capture_output=True,

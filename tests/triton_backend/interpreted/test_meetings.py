@@ -13,6 +13,7 @@ import torch
 from support import offsets
 from triton.runtime import interpreter
 
+from prime_kernels import _scratch
 from prime_kernels._triton import _launch, rloo, segments
 from prime_kernels._triton import losses as loss_kernels
 
@@ -60,14 +61,14 @@ def same_bits(one, other):
 @pytest.fixture
 def counters(monkeypatch) -> Iterator[list[torch.Tensor]]:
     """The counters of all launches, each of which must have left it 0."""
-    made, make = [], _launch.counter
+    made, make = [], _scratch.arrivals
 
-    def counter(device):
+    def arrivals(device):
         made.append(make(device))
         return made[-1]
 
     for module in (segments, rloo, loss_kernels):
-        monkeypatch.setattr(module, "counter", counter)
+        monkeypatch.setattr(module, "arrivals", arrivals)
     yield made
     assert made and all(int(each) == 0 for each in made)
 
