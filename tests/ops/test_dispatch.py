@@ -105,7 +105,7 @@ def test_triton_is_the_default_of_cuda_tensors(monkeypatch):
     half, double = OnGpu(torch.bfloat16), OnGpu(torch.float64)
     monkeypatch.setattr(_triton, "unavailable_reason", lambda: None)
     assert [_dispatch.resolve(op, half, None) for op in ("log_probs", "log_ratios")] == ["triton", "triton"]
-    assert _dispatch.resolve("log_probs", double, None) == _dispatch.resolve("ppo_loss", half, None) == "eager"
+    assert _dispatch.resolve("log_probs", double, None) == _dispatch.resolve("ppo_loss", double, None) == "eager"
     with pytest.raises(TypeError, match=r"backend: expected float32, .*'triton', got torch.float64"):
         _dispatch.resolve("log_probs", double, "triton")
     monkeypatch.setattr(_triton, "interpreted", lambda: False)
