@@ -166,6 +166,26 @@ class EvalConfig(Section):
     batch_size: PositiveInt = 128
 
 
+Benchmarks = Literal["aime24", "math500", "amc", "minerva", "olympiad", "humaneval", "mbpp"]
+
+
+class BenchConfig(Section):
+    data: Path | None = None
+    """A folder with the benchmarks' files; `generate` and `eval` then work on the benchmarks."""
+    paths: dict[Benchmarks, Path] = Field(default_factory=dict)
+    """Where single benchmarks are: a file, or a folder of a Hugging Face dataset."""
+    tasks: tuple[Benchmarks, ...] = ("aime24", "math500", "amc", "minerva", "olympiad", "humaneval", "mbpp")
+    limit: int = Field(default=0, ge=0)
+    """The first items of each benchmark alone; 0 is all."""
+    greedy: bool = True
+    samples: int = Field(default=0, ge=0)
+    """Sampled responses an item, for avg@k, maj@k and pass@k."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Of the sampled responses."""
+    max_new_tokens: PositiveInt = 3072
+    system_prompt: str | None = None
+
+
 class CheckpointConfig(Section):
     every: int = Field(default=10, ge=0)
     """Steps between checkpoints; 0 keeps only the one at the end (or at Ctrl-C)."""
@@ -199,6 +219,7 @@ class RunConfig(BaseSettings):
     policy: PolicyConfig = PolicyConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    bench: BenchConfig = BenchConfig()
 
     @classmethod
     def settings_customise_sources(

@@ -6,6 +6,7 @@ A row is either in the Eurus-2-RL-Data schema (`prompt`, `ability`, `reward_mode
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
 from collections.abc import Iterator
@@ -80,12 +81,26 @@ def _read_problems(path: Path, kind: str, cfg: TaskConfig, option: str) -> list[
 
 
 def read_rows(path: Path, kind: str, option: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of a JSONL or parquet file, each with its place for messages; nulls are left out of parquet rows."""
-    yield from _read_parquet(path, option) if kind == "parquet" else _read_jsonl(path)
+    """The rows of a file, each with its place for messages; nulls are left out of parquet rows.
+
+    `kind` is "jsonl" (gzipped if the name says so), "json" (one list) or "parquet".
+    """
+    readers = {"jsonl": _read_jsonl, "json": _read_json, "parquet": _read_parquet}
+    yield from readers[kind](path, option)
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with path.open(encoding="utf-8") as lines:
+def _read_json(path: Path, option: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{option}: {path} is not JSON: {error}") from None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{option}: {path} must hold a list of objects")
+    yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
+
+
+def _read_jsonl(path: Path, option: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue

@@ -54,10 +54,8 @@ def last_answer(text: str) -> str | None:
     Of `x = 5` the right side counts. For models that were never told to use a box; looked for in the last `_TAIL`
     characters.
     """
-    last = None
-    for last in _FORMULA.finditer(text[-_TAIL:]):
-        pass
-    if last is None:
+    found = list(_FORMULA.finditer(text[-_TAIL:]))
+    if not found:
         return None
-    found = next(group for group in last.groups() if group is not None)
-    return found.rpartition("=")[2].strip().rstrip(".,") or None
+    formula = next(group for group in found[-1].groups() if group is not None)
+    return formula.rpartition("=")[2].strip().rstrip(".,") or None

@@ -35,7 +35,7 @@ _FILES_BYTES, _FILE_BYTES = 64 << 20, 16 << 20
 _DESCRIPTORS, _THREADS = 128, 64
 # Constants: a program that reads them learns nothing. Numerical libraries would start a thread for every core.
 _ENVIRONMENT = {"LANG": "C.UTF-8", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-# Numbers that systemd leaves to nobody. Root's processes have no limit on their number, so root lends others' identities.
+# Numbers that systemd leaves to nobody. No limit on processes holds for root, so root lends other identities.
 _IDENTITIES = range(60578, 61184)
 _identity = itertools.count(random.SystemRandom().randrange(len(_IDENTITIES)))
 
@@ -288,7 +288,7 @@ class Session:
             _kill_group(process)
 
     def close(self) -> None:
-        """Kills everything in the sandbox; nothing of it runs when this returns."""
+        """Kills everything in the sandbox and waits for it."""
         self.kill()
         for process in self._processes:
             process.wait()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from .boxed import last_answer, last_boxed
@@ -120,7 +120,7 @@ class CodeOptions:
     """How programs are run; `confine` is asked at the first program."""
 
     confine: Callable[[], Confinement] = lambda: confinement("auto")
-    limits: Limits = Limits()
+    limits: Limits = field(default_factory=Limits)
     workers: int = 2
     partial_credit: bool = False
 

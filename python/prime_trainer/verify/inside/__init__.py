@@ -1,1 +1,1 @@
-"""What runs inside a sandbox. The folder is all of the project that a sandbox can read; it uses the standard library."""
+"""What runs inside a sandbox: the one folder of the project that a sandbox can read. Standard library only."""

@@ -6,6 +6,7 @@ expected results are never here, they are compared outside (`run`, `calls`) or i
 
 from __future__ import annotations
 
+import _sitebuiltins
 import builtins
 import json
 import os
@@ -15,7 +16,6 @@ import sys
 import types
 from typing import Any
 
-import _sitebuiltins
 import codec
 import confine
 
