@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from prime_trainer.config import TaskConfig
 from prime_trainer.tasks import load_task
 from prime_trainer.verify import Verdict, Verifier, last_boxed
-from prime_trainer.verify.boxed import WINDOW
+from prime_trainer.verify.boxed import WINDOW, last_answer
 from prime_trainer.verify.scorers import _settle
 
 SHARED = Path(os.environ.get("PRIME_KERNELS_SHARED", Path(__file__).resolve().parents[3] / "shared"))
@@ -82,10 +82,48 @@ def test_last_boxed_is_quick_on_ten_megabytes(text):
         ("5", "-5", WRONG),
         ("(1, 2)", "(2, 1)", WRONG),
         ("5", "", WRONG),
+        ("52_8", "52_{8}", RIGHT),
+        ("52_8", "52_9", WRONG),
+        ("52_8", "52", RIGHT),
     ],
 )
 def test_math(verifier, gold, text, verdict):
     assert verifier.score([(math(gold), box(text))]) == [verdict]
+
+
+@pytest.mark.parametrize(
+    ("text", "verdict"),
+    [("4.2", RIGHT), ("4.1", RIGHT), ("4.3\\%", RIGHT), ("4.31", WRONG), ("x", WRONG), ("-4.2", WRONG)],
+)
+def test_a_tolerance_holds_for_numbers(verifier, text, verdict):
+    assert verifier.score([({**math("4.2"), "tolerance": 0.1}, box(text))]) == [verdict]
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("no answer", None),
+        ("the answer is 1,234.", "1,234"),
+        ("first 3, then $x = \\frac{1}{2}$.", "\\frac{1}{2}"),
+        ("\\(7\\) or \\[ -8 \\]", "-8"),
+        ("about 3.5%", "3.5%"),
+        ("$" * 10**6, None),
+    ],
+)
+def test_last_answer(text, answer):
+    assert last_answer(text) == answer
+
+
+def test_any_answer_is_an_option_and_a_box_wins(verifier):
+    items = [(math("5"), "so x = 5"), (math("5"), "\\boxed{5} and not 6"), (math("5"), "nothing")]
+    assert verifier.score(items) == [WRONG, RIGHT, WRONG]
+    with Verifier(seconds=5.0, workers=1, any_answer=True) as lenient:
+        assert lenient.score(items) == [RIGHT, RIGHT, WRONG]
+
+
+def test_answers_are_grouped_by_equivalence(verifier):
+    problems = [["1/2", "0.5", None, "2", "\\frac{1}{2}", "2.0"], [], [None], ["x+1", "1+x", "x"]]
+    assert verifier.group(problems) == [[0, 0, None, 1, 0, 1], [], [None], [0, 0, 1]]
 
 
 def test_a_response_without_a_box_is_wrong_and_no_failure(verifier):
@@ -166,6 +204,8 @@ HOSTILE = {
     "latex tower": "10^{10^{10^{10}}}",
     "fractions": "\\frac{1}{" * 900 + "1" + "}" * 900,
     "roots": "\\sqrt{" * 1000 + "2" + "}" * 1000,
+    "deep fractions": "\\frac{1}{" * 1000 + "1" + "}" * 1000,
+    "megabytes of braces": "{" * 5_000_000 + "}" * 5_000_000,
     "parentheses": "(" * 4900 + ")" * 4900,
     "digits": "9" * 9999,
     "factorial": "1000000!!",
