@@ -13,8 +13,9 @@ import re
 import time
 from pathlib import Path
 
-from prime_trainer import benchmarks
+from prime_trainer import benchmarks, markdown
 from prime_trainer.config import BenchConfig
+from prime_trainer.tasks import Problem
 from prime_trainer.verify import Verifier
 from prime_trainer.verify.scorers import plain
 
@@ -39,19 +40,25 @@ def plus_one(answer: str) -> str | None:
     return answer[: number.start()] + text + answer[number.end() :]
 
 
+def cases(data: Path, every: int = 1) -> list[tuple[str, str, Problem, str]]:
+    """`(benchmark, category, problem, answer to judge)`, of every n-th problem."""
+    jobs = []
+    for name in MATH:
+        problems = benchmarks.load(name, BenchConfig(data=data))
+        for i, problem in list(enumerate(problems))[::every]:
+            answer, before = problem.reference, problems[i - 1].reference
+            variants = [answer, rewritten(answer), plus_one(answer), before if plain(before) != plain(answer) else None]
+            jobs += [(name, c, problem, v) for c, v in zip(CATEGORIES, variants, strict=True) if v is not None]
+    return jobs
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--every", type=int, default=1, help="every n-th item alone")
     args = parser.parse_args()
-    jobs = []
-    for name in MATH:
-        problems = benchmarks.load(name, BenchConfig(data=args.data))
-        for i, problem in list(enumerate(problems))[:: args.every]:
-            answer, before = problem.reference, problems[i - 1].reference
-            variants = [answer, rewritten(answer), plus_one(answer), before if plain(before) != plain(answer) else None]
-            jobs += [(name, c, problem, v) for c, v in zip(CATEGORIES, variants, strict=True) if v is not None]
+    jobs = cases(args.data, args.every)
     with Verifier(seconds=5.0, workers=2) as verifier:
         verifier.score([(jobs[0][2].answer, "\\boxed{x}"), (jobs[0][2].answer, "\\boxed{y}")])
         begin = time.perf_counter()
@@ -73,30 +80,22 @@ def render(jobs, verdicts, seconds: float) -> str:
             odd.append(
                 (name, category, problem.id, problem.reference, text, verdict.failure or f"score {verdict.score:g}")
             )
-    lines = [
-        "| benchmark | "
-        + " | ".join(f"{c}: {w}" for c, w in zip(CATEGORIES, ("accepted",) * 2 + ("rejected",) * 2))
-        + " |"
-    ]
-    lines.append("|---" * (len(CATEGORIES) + 1) + "|")
+    cells = []
     for name in [*MATH, None]:
-        row = []
+        row = {"benchmark": benchmarks.BENCHMARKS[name].title if name else "all"}
         for c in CATEGORIES:
             n, k = (sum(counts[m, c, what] for m in ([name] if name else MATH)) for what in ("items", "right"))
-            row.append(f"{k} of {n} ({100 * k / max(1, n):.2f} %)")
-        lines.append(f"| {benchmarks.BENCHMARKS[name].title if name else 'all'} | " + " | ".join(row) + " |")
-    lines += [
-        "",
-        f"{len(jobs)} answers in {seconds:.1f} s with two workers: {60 * len(jobs) / seconds:.0f} a minute.",
-        "",
+            row[c] = f"{k} of {n} ({100 * k / max(1, n):.2f} %)"
+        cells.append(row)
+    others = [
+        {"item": i, "case": c, "reference": f"`{r}`", "answer": f"`{t}`", "verdict": v} for _, c, i, r, t, v in odd
     ]
-    lines += ["| item | case | reference | answer | verdict |", "|---|---|---|---|---|"]
-    lines += [f"| {i} | {c} | {code(r)} | {code(t)} | {v} |" for _, c, i, r, t, v in odd]
-    return "\n".join(lines) + "\n"
-
-
-def code(text: str) -> str:
-    return "`" + text.replace("|", "\\|").replace("\n", " ") + "`"
+    rate = 60 * len(jobs) / seconds
+    return (
+        "Answers judged as they should be: in the first two columns accepted, in the others rejected.\n\n"
+        f"{markdown.table(cells)}\n{len(jobs)} answers in {seconds:.1f} s with two workers: {rate:.0f} a minute.\n"
+        + (f"\nThe others:\n\n{markdown.table(others)}" if others else "")
+    )
 
 
 if __name__ == "__main__":

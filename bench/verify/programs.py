@@ -2,8 +2,9 @@
 
     python bench/verify/programs.py DATA_FOLDER [--output bench/results/verify/code.md]
 
-The wrong change leaves the solution as it is and changes what its function returns: a truth is turned, a number is one
-higher, a text or a list is one longer, anything else is None. All solutions must pass, all changed ones must fail.
+The wrong change leaves the solution as it is and changes what its function returns: a truth is turned, a number is a
+tenth and one higher, a text or a list is one longer, anything else is None. All solutions must pass, all changed ones
+must fail.
 """
 
 import argparse
@@ -26,7 +27,7 @@ def {name}(*args):
     if value is None or isinstance(value, (bool, complex)) or type(value).__name__ in ("Match", "Pattern"):
         return not value
     if isinstance(value, (int, float)):
-        return value + 1
+        return value + 1 + abs(value) // 10
     if isinstance(value, (str, bytes)):
         return value + type(value)("x" if isinstance(value, str) else b"x")
     if isinstance(value, (list, tuple)):

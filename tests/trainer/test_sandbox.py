@@ -15,6 +15,7 @@ from pathlib import Path
 import hostile
 import pytest
 
+from bench.verify.programs import canonical, changed
 from prime_trainer.config import TaskConfig
 from prime_trainer.tasks import load_task
 from prime_trainer.verify import SandboxError, Verdict, Verifier, host
@@ -22,6 +23,7 @@ from prime_trainer.verify.code import CodeRunner
 from prime_trainer.verify.host import Confinement, Limits, Session, confinement, obstacle
 from prime_trainer.verify.verifier import CodeOptions
 
+SHARED = Path(os.environ.get("PRIME_KERNELS_SHARED", Path(__file__).resolve().parents[3] / "shared"))
 LIMITS = Limits(seconds=2.0, memory_mb=512)
 PACKAGES = ("numpy",)
 
@@ -306,6 +308,20 @@ def test_one_verifier_scores_mathematics_and_code_at_once_and_counts_time_outs(s
             verifier.score([sleeper] * 6)
         assert time.monotonic() - begin < 10 and nothing_left()
         assert verifier.score(items[1:2]) == [Verdict(1.0, None)]
+
+
+@pytest.mark.slow
+def test_canonical_solutions_pass_and_wrong_ones_do_not(sandbox):
+    """Every 16th program; bench/verify/programs.py runs them all."""
+    if not (SHARED / "data" / "mbpp.json").is_file():
+        pytest.skip(f"no {SHARED / 'data'}: the benchmark files are not here")
+    for jobs in canonical(SHARED / "data").values():
+        jobs = jobs[3::16]
+        assert len(jobs) >= 10
+        limits = Limits(seconds=60.0)
+        assert run(sandbox, jobs, limits=limits) == [Verdict(1.0, None)] * len(jobs)
+        wrong = run(sandbox, [(answer, changed(answer, program)) for answer, program in jobs], limits=limits)
+        assert wrong == [Verdict(0.0, None)] * len(jobs)
 
 
 def test_no_sandbox_is_refused_with_what_to_install_and_allowed_by_hand(monkeypatch, tmp_path):
