@@ -32,9 +32,11 @@ KINDS: tuple[Kind, ...] = ("bubblewrap", "landlock")
 START_SECONDS = 30.0
 _INSIDE = Path(__file__).parent / "inside"
 _FILES_BYTES, _FILE_BYTES = 64 << 20, 16 << 20
-_DESCRIPTORS, _THREADS = 128, 64
+_DESCRIPTORS = 128
 # Constants: a program that reads them learns nothing. Numerical libraries would start a thread for every core.
 _ENVIRONMENT = {"LANG": "C.UTF-8", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+DEVICES = (["/dev/null", "write"], ["/dev/urandom", "read"], ["/dev/zero", "read"])
+"""What a process may open under Landlock beside libraries."""
 # Numbers that systemd leaves to nobody. No limit on processes holds for root, so root lends other identities.
 _IDENTITIES = range(60578, 61184)
 _identity = itertools.count(random.SystemRandom().randrange(len(_IDENTITIES)))
@@ -72,19 +74,21 @@ class Confinement:
         lends = self.kind != "unsafe" and os.geteuid() == 0 and _whole_uid_map()
         uid = _IDENTITIES[next(_identity) % len(_IDENTITIES)] if lends else None
         landlock = self.kind == "landlock"
+        # A lent identity is alone with its threads, and so is what bubblewrap puts into a user namespace. Root's lent
+        # ones enter another namespace only under bubblewrap: it would take away the right to read root's files.
+        threads = {"bubblewrap": "needed" if lends else "count", "landlock": "count" if lends else "wanted"}.get(
+            self.kind
+        )
         bounds = {
             "as": limits.memory_mb << 20, "fsize": _FILE_BYTES, "nofile": _DESCRIPTORS, "core": 0,
             "memlock": 0, "msgqueue": 0,
         }  # fmt: skip
-        # Counted for each identity in each user namespace: the trainer's own processes must not count.
-        if lends or self.kind == "bubblewrap":
-            bounds["nproc"] = _THREADS
         cfg = {
             "mode": mode,
             "seconds": limits.seconds,
             "limits": bounds,
             "uid": uid,
-            "user_namespace": lends and self.kind == "bubblewrap",
+            "threads": threads,
             "landlock": [*_landlock_paths(self.packages)] if landlock else None,
             "seccomp": None if self.kind == "unsafe" else base64.b64encode(program_filter()).decode(),
             "packages": sorted({str(path.parent) for path in _package_paths(self.packages)}),
@@ -113,7 +117,7 @@ def _bubblewrap(packages: Sequence[str], lends: bool) -> list[str]:
     words += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"] if lends else ["--unshare-user"]
     for name, value in _ENVIRONMENT.items():
         words += ["--setenv", name, value]
-    below, hidden, above = [*_library_paths(), _stdlib(), _INSIDE], _site_packages(), _package_paths(packages)
+    below, hidden, above = [*library_paths(), _stdlib(), _INSIDE], _site_packages(), _package_paths(packages)
     for folder in sorted({parent for path in [*below, *above] for parent in path.parents if parent.name}):
         words += ["--perms", "0755", "--dir", str(folder)]  # else only root could pass through them
     for path in below:
@@ -134,15 +138,14 @@ def _bubblewrap(packages: Sequence[str], lends: bool) -> list[str]:
 
 
 def _landlock_paths(packages: Sequence[str]) -> Iterator[list[str]]:
-    for path in [*_library_paths(), *_package_paths(packages), _INSIDE]:
+    for path in [*library_paths(), *_package_paths(packages), _INSIDE]:
         yield [str(path), "read"]
     for parent in {_stdlib(), *(path.parent for path in _package_paths(packages))}:
         yield [str(parent), "list"]  # imports list the folder; what else lies in it cannot be opened
     for path in _stdlib().iterdir():
         if path.name not in ("site-packages", "dist-packages") and not path.is_symlink():
             yield [str(path), "read"]
-    yield ["/dev/null", "write"]
-    yield from (["/dev/urandom", "read"], ["/dev/zero", "read"])
+    yield from DEVICES
 
 
 def _stdlib() -> Path:
@@ -154,7 +157,7 @@ def _site_packages() -> list[Path]:
 
 
 @lru_cache(maxsize=1)
-def _library_paths() -> list[Path]:
+def library_paths() -> list[Path]:
     """The interpreter and the shared libraries of the system, without what else is installed."""
     triple = sysconfig.get_config_var("MULTIARCH") or ""
     found = [Path(os.path.realpath(getattr(sys, "_base_executable", sys.executable)))]
@@ -337,13 +340,18 @@ def obstacle(kind: Kind, packages: tuple[str, ...] = ()) -> str | None:
             program_filter()
     except OSError as error:
         return f"libseccomp is not installed (apt-get install libseccomp2): {error}"
+    confine, limits = Confinement(kind, packages), Limits()
     try:
-        with Session(Confinement(kind, packages), "calls", Limits()) as session:
+        with Session(confine, "calls", limits) as session:
             loaded = session.ask({"program": "import decimal\ndef probe(x):\n    return x + 1"}, 1 << 10)
-            reply = session.ask({"name": "probe", "args": [41]}, 1 << 10)
+            called = session.ask({"name": "probe", "args": [41]}, 1 << 10)
+        with Session(confine, "run", limits) as session:
+            session.send({"program": "print(input())"})
+            ran = session.ask({"stdin": "42\n", "limit": 1 << 10}, 1 << 10)
     except (Ended, Expired, SandboxError, OSError) as error:
         return f"{kind} does not work here: {str(error) or type(error).__name__}"
-    return None if (loaded, reply) == ({"loaded": True}, {"value": 42}) else f"{kind} does not run programs: {reply}"
+    works = (loaded, called, ran.get("stdout")) == ({"loaded": True}, {"value": 42}, "42\n")
+    return None if works else f"{kind} does not run programs here: {loaded}, {called}, {ran}"
 
 
 def confinement(wanted: str, packages: Sequence[str] = (), allow_unsafe: bool = False) -> Confinement:

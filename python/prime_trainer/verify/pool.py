@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import os
@@ -13,10 +14,13 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from ..errors import RunError
+from .host import DEVICES, library_paths, obstacle
 from .scorers import load_key
+from .seccomp import program_filter
 from .verdict import TIME_LIMIT, Verdict
 
 MAX_ANSWER_CHARS = 10_000
@@ -24,7 +28,7 @@ _START_SECONDS = 120.0
 _START_ATTEMPTS = 3
 _BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from prime_trainer.verify.worker import main; main(float(sys.argv[2]))"
+    "from prime_trainer.verify.worker import main; main(float(sys.argv[2]), json.loads(sys.argv[3]))"
 )
 
 
@@ -132,6 +136,22 @@ class WorkerPool:
         return [worker for worker in busy if id(worker) in ready or worker.deadline <= now]
 
 
+@lru_cache(maxsize=1)
+def _confinement() -> dict[str, Any] | None:
+    """What `inside.confine.enter` takes away from a worker; None where the kernel or libseccomp cannot.
+
+    Workers keep their identity: they run no programs, and the libraries may lie where only this user reads.
+    """
+    if obstacle("landlock") is not None:
+        return None
+    roots = {os.path.realpath(p) for p in (*sys.path, sys.prefix, sys.base_prefix, *map(str, library_paths())) if p}
+    paths = [[root, "read"] for root in sorted(roots) if os.path.exists(root) and root != "/"]
+    return {
+        "limits": {}, "uid": None, "threads": None, "landlock": [*paths, *DEVICES],
+        "seccomp": base64.b64encode(program_filter()).decode(),
+    }  # fmt: skip
+
+
 class _Worker:
     """One process, at most one request in flight. Its pipes never block the trainer, even if the process is stopped."""
 
@@ -142,7 +162,7 @@ class _Worker:
         env |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed by kill)
         self.process = subprocess.Popen(
-            [sys.executable, "-I", "-c", _BOOT, json.dumps(path), str(seconds)],
+            [sys.executable, "-I", "-c", _BOOT, json.dumps(path), str(seconds), json.dumps(_confinement())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

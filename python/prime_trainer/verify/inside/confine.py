@@ -22,6 +22,8 @@ _CAPABILITY_VERSION_3, _CAP_DAC_READ_SEARCH = 0x20080522, 2
 _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446  # the same numbers on every architecture
 _WRITE_FILE, _READ_FILE, _READ_DIR = 1 << 1, 1 << 2, 1 << 3
 
+THREADS = 64
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -36,14 +38,25 @@ def enter(cfg: dict[str, Any]) -> None:
         os.setresgid(cfg["uid"], cfg["uid"], cfg["uid"])
         os.setresuid(cfg["uid"], cfg["uid"], cfg["uid"])
         _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a change of identity clears it
-    if cfg["user_namespace"]:
-        _check(_libc.unshare(_CLONE_NEWUSER), "unshare")
+    # Threads are counted for each identity in each user namespace: where the trainer's count, there is no limit.
+    if cfg["threads"] == "count" or _leave(cfg["threads"]):
+        limit({"nproc": THREADS})
     keep = cfg["uid"] is not None and cfg["landlock"] is not None
     _capset(1 << _CAP_DAC_READ_SEARCH if keep else 0)
     _prctl(_PR_SET_DUMPABLE, 0)  # no other process of this user reads or traces it
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
     if cfg["landlock"] is not None:
         _landlock(cfg["landlock"])
+
+
+def _leave(wish: str | None) -> bool:
+    """Enters a user namespace of its own if that is "needed", or "wanted" and possible."""
+    if wish is None:
+        return False
+    left = _libc.unshare(_CLONE_NEWUSER)
+    if wish == "needed":
+        _check(left, "unshare")
+    return left == 0
 
 
 def limit(limits: dict[str, int]) -> None:
@@ -57,9 +70,13 @@ def seal(cfg: dict[str, Any]) -> None:
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     seconds = math.ceil(cfg["seconds"]) + 1
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
-    if cfg["seccomp"] is None:
-        return
-    filters = base64.b64decode(cfg["seccomp"])
+    if cfg["seccomp"] is not None:
+        filter_calls(cfg["seccomp"])
+
+
+def filter_calls(encoded: str) -> None:
+    """Leaves the system calls of a filter alone; `encoded` is `seccomp.program_filter` in base64."""
+    filters = base64.b64decode(encoded)
     code = ctypes.create_string_buffer(filters, len(filters))
     program = struct.pack("HP", len(filters) // 8, ctypes.addressof(code))
     _check(_libc.prctl(_PR_SET_SECCOMP, 2, program, 0, 0), "seccomp")
