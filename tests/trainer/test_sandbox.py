@@ -16,6 +16,7 @@ import hostile
 import pytest
 
 from bench.verify.programs import canonical, changed
+from prime_trainer import loop
 from prime_trainer.config import TaskConfig
 from prime_trainer.tasks import load_task
 from prime_trainer.verify import SandboxError, Verdict, Verifier, host
@@ -340,3 +341,38 @@ def test_no_sandbox_is_refused_with_what_to_install_and_allowed_by_hand(monkeypa
     obstacle.cache_clear()
     assert obstacle("bubblewrap") == "bubblewrap is not installed (apt-get install bubblewrap)"
     obstacle.cache_clear()
+
+
+def test_mathematics_and_code_train_in_one_batch(run_config, tmp_path, monkeypatch):
+    if all(obstacle(kind, PACKAGES) for kind in host.KINDS):
+        pytest.skip(f"no sandbox works here: {obstacle('bubblewrap', PACKAGES)}")
+    tests = json.dumps({"inputs": ["1\n"], "outputs": ["1\n"]})
+    rows = [
+        {"prompt": f"{i}?", "ability": ability, "reward_model": {"ground_truth": truth}}
+        for i in range(3)
+        for ability, truth in (("math", str(i)), ("code", tests))
+    ]
+    path = tmp_path / "mixed.jsonl"
+    path.write_text(
+        "".join(json.dumps({**row, "prompt": f"{k}: {row['prompt']}"}) + "\n" for k, row in enumerate(rows))
+    )
+    answered = []
+
+    class Watched(Verifier):
+        def score(self, items):
+            # The tiny model answers nothing: what it might say is put in its place.
+            said = {"math": "\\boxed{0}", "code": "```python\nwhile True: pass\n```"}
+            answered.extend(answer["kind"] for answer, _ in items)
+            return super().score([(answer, said[answer["kind"]]) for answer, _ in items])
+
+    cfg = run_config(
+        steps=1,
+        task={"kind": "jsonl", "path": path, "eval_size": 2, "code_seconds": 0.5},
+        rollout={"prompts_per_step": 4},
+    )
+    monkeypatch.setattr(loop, "Verifier", Watched)
+    loop.run(cfg)
+    assert set(answered) == {"math", "code"}
+    rows = [json.loads(line) for line in (cfg.output / "metrics.jsonl").read_text().splitlines()]
+    (step,) = [row for row in rows if row["stage"] == "rl"]
+    assert step["verifier_timeouts"] == step["verifier_failures"] == 2 * 3
