@@ -10,11 +10,12 @@ READY := $(VENV)/.ready
 TRITON := triton==3.6.0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test sanitize bench lint format clean
+.PHONY: help demo test sandbox sanitize bench lint format clean
 
 help:
 	@echo "make demo    train SmolLM2-135M with PRIME on arithmetic (SEED=0), then write its report"
 	@echo "make test    all tests"
+	@echo "make sandbox  install bubblewrap and libseccomp2 where apt-get can (make test does it, too)"
 	@echo "make sanitize  the kernel tests on an extension built with the address and undefined-behaviour sanitizers"
 	@echo "make bench   time the kernels against plain PyTorch"
 	@echo "make lint    ruff check and ruff format --check (make format repairs)"
@@ -43,8 +44,14 @@ demo: $(READY)
 	@$(BIN)/prime-trainer rl bench/demo/demo.toml --seed $(SEED) --model.path $(DEMO)/sft/final --output $(DEMO)/rl
 	@$(BIN)/prime-trainer report $(DEMO)/rl
 
-test: $(READY)
+test: $(READY) sandbox
 	@$(BIN)/python -m pytest -q
+
+# What confines the programs of code problems. Where it cannot be installed, its tests say so and are skipped.
+sandbox:
+	@command -v bwrap >/dev/null && /sbin/ldconfig -p | grep -q libseccomp.so.2 || { test "$$(id -u)" = 0 \
+	  && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -qq -y bubblewrap libseccomp2 >/dev/null; } \
+	  || echo "bubblewrap or libseccomp2 is missing and cannot be installed: their tests are skipped"
 
 # The sanitizers' libraries go first into the process, and libstdc++ with them: they catch its exceptions.
 SANITIZED := build/sanitize/lib

@@ -60,24 +60,25 @@ def _rl(words: list[str]) -> int:
 
 def _eval(words: list[str]) -> int:
     cfg = _config(words)
+    if cfg.bench.data is not None or cfg.bench.paths:
+        from .bench_eval import run
+
+        path = run(cfg)
+        print(f"{path.read_text(encoding='utf-8')}\ntable: {path}")
+        return 0
     import json
 
-    from . import models
-    from .evaluate import evaluate
-    from .rollout import TransformersSampler
-    from .tasks import load_task
-    from .verify import Verifier
+    from . import evaluate
 
-    tokenizer = models.load_tokenizer(cfg.model)
-    problems = load_task(cfg.task, cfg.seed).held_out()
-    sampler = TransformersSampler(models.load_model(cfg.model), tokenizer, batch_size=cfg.eval.batch_size)
-    with Verifier(cfg.task.verify_seconds, cfg.task.verify_workers) as verifier:
-        values = evaluate(
-            problems, tokenizer, sampler, verifier,
-            max_new_tokens=cfg.rollout.max_new_tokens, temperature=cfg.rollout.temperature,
-            sampled=cfg.eval.sampled, seed=cfg.seed,
-        )  # fmt: skip
-    print(json.dumps(values))
+    print(json.dumps(evaluate.run(cfg)))
+    return 0
+
+
+def _generate(words: list[str]) -> int:
+    cfg = _config(words)
+    from .generate import run
+
+    print(f"responses: {run(cfg)}")
     return 0
 
 
@@ -146,7 +147,8 @@ class Command:
 COMMANDS = {
     "sft": Command(_sft, "supervised warm-up on chat data or on demonstrations made for the task"),
     "rl": Command(_rl, "online PRIME"),
-    "eval": Command(_eval, "accuracy of a model on the task's held-out problems"),
+    "eval": Command(_eval, "accuracy on the task's held-out problems, or with bench.data the benchmarks' table"),
+    "generate": Command(_generate, "a model's responses to the benchmarks, as JSONL; goes on where it stopped"),
     "report": Command(_report, "an HTML page and PNGs of a run:  prime-trainer report RUN_DIR [OTHER_RUN_DIR ...]"),
 }
 

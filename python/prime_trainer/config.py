@@ -45,7 +45,7 @@ class TaskConfig(Section):
     params: dict[str, Any] = Field(default_factory=dict)
     """Passed to the reasoning-gym dataset."""
     path: Path | None = None
-    """A JSONL or parquet file in the Eurus-2-RL-Data schema."""
+    """A JSONL or parquet file in the Eurus-2-RL-Data schema, mathematics and code mixed as they come."""
     eval_path: Path | None = None
     """Held-out problems; without it, the first `eval_size` rows of `path` are held out."""
     template: str = "{question}"
@@ -55,6 +55,22 @@ class TaskConfig(Section):
     verify_seconds: float = Field(default=5.0, gt=0)
     """Time limit of one answer; the worker that exceeds it is killed and the answer scores 0."""
     verify_workers: PositiveInt = 1
+    any_answer: bool = False
+    """A response without a box is scored by its last formula or number; off, it scores 0."""
+    sandbox: Literal["auto", "bubblewrap", "landlock"] = "auto"
+    """What confines the programs of code problems; `auto` is the first of the others that works on this machine."""
+    allow_unsafe: bool = False
+    """Where no sandbox works, run programs of the model with this user's rights. Only in a container of its own."""
+    code_seconds: float = Field(default=15.0, gt=0)
+    """Time limit of one program over all its tests."""
+    code_memory_mb: PositiveInt = 1024
+    """Address space of one program in MiB. Programs cannot start processes, so it bounds all that they use."""
+    code_workers: PositiveInt = 8
+    """Programs that run at once."""
+    code_partial_credit: bool = False
+    """Score a program by the share of tests that it passes; off, all tests must pass."""
+    code_packages: tuple[str, ...] = ("numpy",)
+    """What programs can import beside the standard library."""
 
     @model_validator(mode="after")
     def _needs_path(self) -> TaskConfig:
@@ -150,6 +166,26 @@ class EvalConfig(Section):
     batch_size: PositiveInt = 128
 
 
+Benchmarks = Literal["aime24", "math500", "amc", "minerva", "olympiad", "humaneval", "mbpp"]
+
+
+class BenchConfig(Section):
+    data: Path | None = None
+    """A folder with the benchmarks' files; `generate` and `eval` then work on the benchmarks."""
+    paths: dict[Benchmarks, Path] = Field(default_factory=dict)
+    """Where single benchmarks are: a file, or a folder of a Hugging Face dataset."""
+    tasks: tuple[Benchmarks, ...] = ("aime24", "math500", "amc", "minerva", "olympiad", "humaneval", "mbpp")
+    limit: int = Field(default=0, ge=0)
+    """The first items of each benchmark alone; 0 is all."""
+    greedy: bool = True
+    samples: int = Field(default=0, ge=0)
+    """Sampled responses an item, for avg@k, maj@k and pass@k."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Of the sampled responses."""
+    max_new_tokens: PositiveInt = 3072
+    system_prompt: str | None = None
+
+
 class CheckpointConfig(Section):
     every: int = Field(default=10, ge=0)
     """Steps between checkpoints; 0 keeps only the one at the end (or at Ctrl-C)."""
@@ -183,6 +219,7 @@ class RunConfig(BaseSettings):
     policy: PolicyConfig = PolicyConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    bench: BenchConfig = BenchConfig()
 
     @classmethod
     def settings_customise_sources(

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .models import render
+from .config import RunConfig
+from .models import load_tokenizer, render
 from .rollout import Sampler, Sampling, derive_seed
-from .tasks import Problem
+from .tasks import Problem, load_task
 from .verify import Verifier, last_boxed
 
 
@@ -38,3 +39,21 @@ def evaluate(
             values["format"] = sum(last_boxed(t) is not None for t in texts) / len(texts)
             values["response_length"] = sum(len(s.ids) for s in samples) / len(samples)
     return values
+
+
+def run(cfg: RunConfig) -> dict[str, float]:
+    """Evaluates the model of `cfg` on the task's held-out problems."""
+    from .generate import open_sampler
+
+    tokenizer = load_tokenizer(cfg.model)
+    problems = load_task(cfg.task, cfg.seed).held_out()
+    sampler = open_sampler(cfg, tokenizer)
+    try:
+        with Verifier.from_config(cfg.task) as verifier:
+            return evaluate(
+                problems, tokenizer, sampler, verifier,
+                max_new_tokens=cfg.rollout.max_new_tokens, temperature=cfg.rollout.temperature,
+                sampled=cfg.eval.sampled, seed=cfg.seed,
+            )  # fmt: skip
+    finally:
+        sampler.close()

@@ -9,8 +9,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from .estimators import wilson
+from .markdown import table
 from .plots import DARK, FIGURES, LIGHT, draw, has_data
-from .record import Record, read_record, wilson
+from .record import Record, read_record
 
 _HEADERS = ("run", "model", "task", "method", "steps", "accuracy before", "accuracy after", "change", "training time")
 
@@ -108,10 +110,8 @@ def duration(seconds: float) -> str:
 
 def markdown_table(rows: Sequence[dict[str, str]]) -> str:
     """Returns the summary as a Markdown table."""
-    lines = [list(_HEADERS), ["---"] * len(_HEADERS)]
-    lines += [[row[key].replace("|", "\\|").replace("\n", " ") for key in _HEADERS] for row in rows]
-    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    return f"{table}\nAccuracy is greedy, on held-out problems, with the 95 % Wilson interval in brackets.\n"
+    note = "Accuracy is greedy, on held-out problems, with the 95 % Wilson interval in brackets."
+    return f"{table(rows, _HEADERS)}\n{note}\n"
 
 
 def _render(records: Sequence[Record], rows: list[dict[str, str]], figures: list[dict[str, Any]]) -> str:

@@ -22,9 +22,11 @@ def test_python_runs():
 def test_toml_loads(tmp_path):
     from prime_trainer.config import load
 
-    (text,) = blocks("toml")
-    (tmp_path / "run.toml").write_text(text)
-    assert load(tmp_path / "run.toml").rollout.prompts_per_step == 16
+    found = []
+    for text in blocks("toml"):
+        (tmp_path / "run.toml").write_text(text)
+        found.append(load(tmp_path / "run.toml"))
+    assert found[0].rollout.prompts_per_step == 16
 
 
 def test_make_targets_exist():

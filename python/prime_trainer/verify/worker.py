@@ -1,8 +1,9 @@
 """The process that scores answers. It reads one JSON request a line and writes one JSON reply a line.
 
 Model text is hostile: some scorers evaluate it. The process therefore runs apart from the trainer with an empty
-environment and limits on memory, CPU time and file size, and refuses system access while an answer is scored.
-This is a hedge, not a sandbox: who trains on untrusted tasks should run the trainer in a container.
+environment and limits on memory, CPU time and file size. Where the kernel has Landlock and seccomp it can read the
+Python installation and nothing else, and only compute; an audit hook refuses system access while an answer is scored,
+there and elsewhere.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import sys
 from typing import IO, Any
 
 from . import scorers
+from .inside import confine
 
 MEMORY_BYTES = 2 << 30
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -53,13 +55,16 @@ class Guard:
         raise PermissionError(f"{event} is refused while an answer is scored")
 
 
-def main(seconds: float) -> None:
+def main(seconds: float, confinement: dict[str, Any] | None) -> None:
     """Serves requests from standard input until it closes; `seconds` is the limit that the trainer enforces."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Scorers may print: standard output becomes the null device, the replies keep a descriptor of their own.
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     _limit()
+    if confinement is not None:
+        confine.enter(confinement)
+        confine.filter_calls(confinement["seccomp"])
     guard = Guard()
     loaded: dict[str, scorers.Scorer] = {}
     for line in sys.stdin:

@@ -1,0 +1,102 @@
+"""Every reference answer of the mathematics benchmarks against itself and against wrong ones; writes a Markdown table.
+
+    python bench/verify/math_answers.py DATA_FOLDER [--output bench/results/verify/math.md]
+
+Each reference answer is scored, in a box: as it stands; written in another way (other spacing, `\\dfrac`, a sentence
+around it), so that the comparison itself is used; plus one (numbers and formulas); and the answer of the item before it
+where that is written differently.
+"""
+
+import argparse
+import collections
+import re
+import time
+from pathlib import Path
+
+from prime_trainer import benchmarks, markdown
+from prime_trainer.config import BenchConfig
+from prime_trainer.tasks import Problem
+from prime_trainer.verify import Verifier
+from prime_trainer.verify.scorers import plain
+
+MATH = [name for name, benchmark in benchmarks.BENCHMARKS.items() if benchmark.ability == "math"]
+CATEGORIES = ("itself", "rewritten", "plus one", "neighbour's")
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+
+
+def rewritten(answer: str) -> str:
+    """The same answer in another hand."""
+    return answer.replace("\\frac", "\\dfrac").replace(",", " , ").replace("+", " + ").strip("$") + "\\,"
+
+
+def plus_one(answer: str) -> str | None:
+    """The answer with its last number one higher; None where it has no number."""
+    found = list(NUMBER.finditer(answer))
+    if not found:
+        return None
+    number = found[-1]
+    value = float(number[0]) + 1
+    text = str(int(value)) if value.is_integer() and "." not in number[0] else repr(value)
+    return answer[: number.start()] + text + answer[number.end() :]
+
+
+def cases(data: Path, every: int = 1) -> list[tuple[str, str, Problem, str]]:
+    """`(benchmark, category, problem, answer to judge)`, of every n-th problem."""
+    jobs = []
+    for name in MATH:
+        problems = benchmarks.load(name, BenchConfig(data=data))
+        for i, problem in list(enumerate(problems))[::every]:
+            answer, before = problem.reference, problems[i - 1].reference
+            variants = [answer, rewritten(answer), plus_one(answer), before if plain(before) != plain(answer) else None]
+            jobs += [(name, c, problem, v) for c, v in zip(CATEGORIES, variants, strict=True) if v is not None]
+    return jobs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--every", type=int, default=1, help="every n-th item alone")
+    args = parser.parse_args()
+    jobs = cases(args.data, args.every)
+    with Verifier(seconds=5.0, workers=2) as verifier:
+        verifier.score([(jobs[0][2].answer, "\\boxed{x}"), (jobs[0][2].answer, "\\boxed{y}")])
+        begin = time.perf_counter()
+        verdicts = verifier.score([(problem.answer, f"so \\boxed{{{text}}}.") for _, _, problem, text in jobs])
+        seconds = time.perf_counter() - begin
+    report = render(jobs, verdicts, seconds)
+    if args.output:
+        args.output.write_text(report, encoding="utf-8")
+    print(report)
+
+
+def render(jobs, verdicts, seconds: float) -> str:
+    counts, odd = collections.Counter(), []
+    for (name, category, problem, text), verdict in zip(jobs, verdicts, strict=True):
+        right = verdict.score == (category in CATEGORIES[:2])
+        counts[name, category, "items"] += 1
+        counts[name, category, "right"] += right
+        if not right:
+            odd.append(
+                (name, category, problem.id, problem.reference, text, verdict.failure or f"score {verdict.score:g}")
+            )
+    cells = []
+    for name in [*MATH, None]:
+        row = {"benchmark": benchmarks.BENCHMARKS[name].title if name else "all"}
+        for c in CATEGORIES:
+            n, k = (sum(counts[m, c, what] for m in ([name] if name else MATH)) for what in ("items", "right"))
+            row[c] = f"{k} of {n} ({100 * k / max(1, n):.2f} %)"
+        cells.append(row)
+    others = [
+        {"item": i, "case": c, "reference": f"`{r}`", "answer": f"`{t}`", "verdict": v} for _, c, i, r, t, v in odd
+    ]
+    rate = 60 * len(jobs) / seconds
+    return (
+        "Answers judged as they should be: in the first two columns accepted, in the others rejected.\n\n"
+        f"{markdown.table(cells)}\n{len(jobs)} answers in {seconds:.1f} s with two workers: {rate:.0f} a minute.\n"
+        + (f"\nThe others:\n\n{markdown.table(others)}" if others else "")
+    )
+
+
+if __name__ == "__main__":
+    main()
