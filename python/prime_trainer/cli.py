@@ -58,6 +58,14 @@ def _rl(words: list[str]) -> int:
     return 0
 
 
+def _prm(words: list[str]) -> int:
+    cfg = _config(words)
+    from .prm.train import run
+
+    print(f"PRM saved to {run(cfg)}")
+    return 0
+
+
 def _eval(words: list[str]) -> int:
     cfg = _config(words)
     import json
@@ -146,6 +154,7 @@ class Command:
 COMMANDS = {
     "sft": Command(_sft, "supervised warm-up on chat data or on demonstrations made for the task"),
     "rl": Command(_rl, "online PRIME"),
+    "prm": Command(_prm, "offline training of an implicit PRM from labelled responses"),
     "eval": Command(_eval, "accuracy of a model on the task's held-out problems"),
     "report": Command(_report, "an HTML page and PNGs of a run:  prime-trainer report RUN_DIR [OTHER_RUN_DIR ...]"),
 }
