@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .record import Record, wilson
+from .estimators import wilson
+from .record import Record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

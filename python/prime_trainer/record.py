@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,12 +58,3 @@ def read_record(run_dir: Path) -> Record:
         read_jsonl(samples) if samples.is_file() else [],
         json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {},
     )
-
-
-def wilson(share: float, count: int) -> tuple[float, float]:
-    """Returns the 95 % Wilson interval of a share observed over `count` problems."""
-    z = 1.959964
-    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    # The bounds touch 0 and 1 exactly, which rounding would miss.
-    return (0.0 if share == 0 else max(0.0, centre - half)), (1.0 if share == 1 else min(1.0, centre + half))

@@ -9,8 +9,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from .estimators import wilson
 from .plots import DARK, FIGURES, LIGHT, draw, has_data
-from .record import Record, read_record, wilson
+from .record import Record, read_record
 
 _HEADERS = ("run", "model", "task", "method", "steps", "accuracy before", "accuracy after", "change", "training time")
 

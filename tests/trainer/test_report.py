@@ -7,7 +7,7 @@ import pytest
 from prime_trainer.config import RunConfig
 from prime_trainer.metrics import MetricsWriter
 from prime_trainer.plots import FIGURES, _mean, _running_mean
-from prime_trainer.record import read_record, wilson
+from prime_trainer.record import read_record
 from prime_trainer.report import duration, markdown_table, summary_row, write_report
 
 HOSTILE = "<script>alert(1)</script>"
@@ -137,14 +137,6 @@ def test_nothing_to_report_is_an_error_with_the_path(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1}) + "\n")
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 1: expected an object with stage and step"):
         write_report(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("share", "count", "interval"),
-    [(0.5, 100, (0.4038, 0.5962)), (0.0, 10, (0.0, 0.2775)), (1.0, 10, (0.7225, 1.0)), (0.9, 200, (0.8506, 0.9344))],
-)
-def test_wilson(share, count, interval):
-    assert wilson(share, count) == pytest.approx(interval, abs=1e-4)
 
 
 def test_means_over_runs_and_steps():
