@@ -66,6 +66,30 @@ def _prm(words: list[str]) -> int:
     return 0
 
 
+def _score(words: list[str]) -> int:
+    cfg = _config(words)
+    from .prm.scoring import run
+
+    print(f"scores: {run(cfg)}")
+    return 0
+
+
+def _select(words: list[str]) -> int:
+    cfg = _config(words)
+    from .prm.select import run
+
+    print(run(cfg).read_text(encoding="utf-8"), end="")
+    return 0
+
+
+def _processbench(words: list[str]) -> int:
+    cfg = _config(words)
+    from .prm.processbench import run
+
+    print(run(cfg).read_text(encoding="utf-8"), end="")
+    return 0
+
+
 def _eval(words: list[str]) -> int:
     cfg = _config(words)
     import json
@@ -155,6 +179,9 @@ COMMANDS = {
     "sft": Command(_sft, "supervised warm-up on chat data or on demonstrations made for the task"),
     "rl": Command(_rl, "online PRIME"),
     "prm": Command(_prm, "offline training of an implicit PRM from labelled responses"),
+    "score": Command(_score, "rewards of tokens, steps and responses under a PRM, and a page to look at them"),
+    "select": Command(_select, "best-of-N, weighted best-of-N and majority voting from scored responses"),
+    "processbench": Command(_processbench, "finding the first wrong step, from scored ProcessBench rows"),
     "eval": Command(_eval, "accuracy of a model on the task's held-out problems"),
     "report": Command(_report, "an HTML page and PNGs of a run:  prime-trainer report RUN_DIR [OTHER_RUN_DIR ...]"),
 }

@@ -182,6 +182,8 @@ class ScoreConfig(Section):
     """`skip` writes such a row with an `error` field in place of rewards."""
     tokens: bool = True
     """Write every token and its reward; the page of coloured tokens needs them."""
+    name: str | None = None
+    """What tables call this reward model; without it, `model.path`."""
     window: PositiveInt = 256
     """Responses held in memory at a time: those to the same prompt share its computation."""
     page_rows: int = Field(default=200, ge=0)
@@ -198,6 +200,15 @@ class SelectConfig(Section):
     """What min, mean, sum and last are taken over. The sum of single rewards is the last cumulative one."""
     bootstrap: PositiveInt = 1000
     """Resamples of the problems for the 95 % intervals."""
+
+
+class ProcessBenchConfig(Section):
+    """`prime-trainer processbench`: where the first wrong step is, from files that `score` wrote."""
+
+    tune: Path | None = None
+    """The set on which the threshold is chosen (GSM8K on the cards)."""
+    paths: list[Path] = Field(default_factory=list)
+    """The sets on which it is used."""
 
 
 class AlgorithmConfig(Section):
@@ -265,6 +276,7 @@ class RunConfig(BaseSettings):
     train_prm: TrainPRMConfig = TrainPRMConfig()
     score: ScoreConfig = ScoreConfig()
     select: SelectConfig = SelectConfig()
+    processbench: ProcessBenchConfig = ProcessBenchConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     policy: PolicyConfig = PolicyConfig()
     eval: EvalConfig = EvalConfig()

@@ -93,8 +93,7 @@ def _item(row: dict[str, Any], place: str) -> Item:
             raise ValueError(f"response must be a non-empty string, got {response!r:.100}")
     if not messages:
         raise ValueError(f"a row needs its prompt ({', '.join(PROMPTS)}), got {sorted(row)}")
-    label = None if row.get("label") is None else _share(row["label"], "label")
-    return Item(place, messages, response, parts, label, _step_labels(row, parts), bool(row.get("finished", True)), row)
+    return Item(place, messages, response, parts, outcome(row), _step_labels(row, parts), bool(row.get("finished", True)), row)
 
 
 def _step_labels(row: dict[str, Any], parts: Sequence[str] | None) -> list[float | None] | None:
@@ -105,6 +104,12 @@ def _step_labels(row: dict[str, Any], parts: Sequence[str] | None) -> list[float
     if not isinstance(labels, (list, tuple)) or len(labels) != count:
         raise ValueError(f"step_labels must be a list of {count} values, one for each of steps, got {labels!r:.100}")
     return [None if label is None else _share(label, f"step_labels[{k}]") for k, label in enumerate(labels)]
+
+
+def outcome(row: Mapping[str, Any]) -> float | None:
+    """Whether the response is right, in [0, 1]. In ProcessBench's rows `label` is the first wrong step instead."""
+    name = "final_answer_correct" if "final_answer_correct" in row else "label"
+    return None if row.get(name) is None else _share(row[name], name)
 
 
 def _share(value: Any, name: str) -> float:
