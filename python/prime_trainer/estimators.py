@@ -11,7 +11,7 @@ _Z = 1.959964  # the 97.5 % point of the normal distribution
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
-    """Returns the unbiased estimate of P(at least one of k responses is right) from n responses, `correct` of them right.
+    """Returns the unbiased estimate of P(one of k responses is right) from n responses, `correct` of them right.
 
     `1 - C(n - correct, k) / C(n, k)` (Chen et al. 2021, arXiv 2107.03374, equation 1). Raises ValueError unless
     `1 <= k <= n` and `0 <= correct <= n`.

@@ -116,7 +116,7 @@ class ReasoningGymTask:
         )
 
     def _draw(self, stream: str, position: int, attempt: int) -> Problem:
-        from .verify.codec import encode
+        from .verify.inside.codec import encode
 
         chunk, offset = divmod(position, _CHUNK)
         epoch, spare = divmod(attempt, _SPARES)

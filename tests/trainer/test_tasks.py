@@ -6,7 +6,7 @@ import pytest
 
 from prime_trainer.config import TaskConfig
 from prime_trainer.tasks import load_task
-from prime_trainer.verify.codec import decode, encode
+from prime_trainer.verify.inside.codec import decode, encode
 
 SMALL = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}  # 200 distinct questions
 

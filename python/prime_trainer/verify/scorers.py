@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from .codec import decode
+from .inside.codec import decode
 
 Scorer = Callable[[dict[str, Any], str], float]
 
