@@ -103,7 +103,7 @@ def _eval(words: list[str]) -> int:
     tokenizer = models.load_tokenizer(cfg.model)
     problems = load_task(cfg.task, cfg.seed).held_out()
     sampler = TransformersSampler(models.load_model(cfg.model), tokenizer, batch_size=cfg.eval.batch_size)
-    with Verifier(cfg.task.verify_seconds, cfg.task.verify_workers) as verifier:
+    with Verifier.from_config(cfg.task) as verifier:
         values = evaluate(
             problems, tokenizer, sampler, verifier,
             max_new_tokens=cfg.rollout.max_new_tokens, temperature=cfg.rollout.temperature,

@@ -11,7 +11,7 @@ from .errors import RunError
 from .models import render
 from .rollout import Sampler, Sampling, derive_seed
 from .tasks import Task
-from .verify import Verifier
+from .verify import TIME_LIMIT, Verdict, Verifier
 
 
 class NothingPasses(RunError):
@@ -38,16 +38,17 @@ class Collector:
         cfg, wanted = self.cfg, self.cfg.rollout.prompts_per_step
         kept, self.surplus = self.surplus, []
         sampled: list[Group] = []
-        failures = 0
+        verdicts: list[Verdict] = []
         for _ in range(cfg.filter.max_rounds):
             if len(kept) >= wanted:
                 break
             # What passed so far tells how many prompts the rest is likely to need.
             rate = max(0.1, sum(map(self._passes, sampled)) / len(sampled)) if sampled else 1.0
-            groups, failed = self._round(min(wanted, round((wanted - len(kept)) / rate)), step, clock)
-            failures += failed
+            groups, scored = self._round(min(wanted, round((wanted - len(kept)) / rate)), step, clock)
+            verdicts += scored
             sampled += groups
             kept += [g for g in groups if self._passes(g)]
+        failures = sum(v.failure is not None for v in verdicts)
         if not kept:
             mean = sum(g.accuracy for g in sampled) / len(sampled)
             raise NothingPasses(
@@ -63,6 +64,7 @@ class Collector:
             "groups_kept": len(batch),
             "surplus": len(self.surplus),
             "verifier_failures": failures,
+            "verifier_timeouts": sum(v.failure == TIME_LIMIT for v in verdicts),
             "tokens": sum(len(r.ids) for g in batch for r in g.responses),
             "reward": sum(r.outcome for r in responses) / count,
             "response_length": sum(len(r.ids) for r in responses) / count,
@@ -78,7 +80,7 @@ class Collector:
             return False
         return cfg.low <= group.accuracy <= cfg.high
 
-    def _round(self, prompts: int, step: int, clock: Any) -> tuple[list[Group], int]:
+    def _round(self, prompts: int, step: int, clock: Any) -> tuple[list[Group], list[Verdict]]:
         cfg = self.cfg.rollout
         problems = self.task.train(self.position, prompts)
         seeds = [derive_seed(self.cfg.seed, "rollout", step, self.position + i) for i in range(len(problems))]
@@ -99,7 +101,7 @@ class Collector:
             ]
             text = problem.messages[-1]["content"]
             groups.append(Group(ids[i], responses, problem.id, text, problem.reference))
-        return groups, sum(v.failure is not None for v in verdicts)
+        return groups, verdicts
 
 
 _NEED_SAMPLES = {"reward", "response_length", "truncated", "entropy"}

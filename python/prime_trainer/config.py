@@ -47,7 +47,7 @@ class TaskConfig(Section):
     params: dict[str, Any] = Field(default_factory=dict)
     """Passed to the reasoning-gym dataset."""
     path: Path | None = None
-    """A JSONL or parquet file in the Eurus-2-RL-Data schema."""
+    """A JSONL or parquet file in the Eurus-2-RL-Data schema, mathematics and code mixed as they come."""
     eval_path: Path | None = None
     """Held-out problems; without it, the first `eval_size` rows of `path` are held out."""
     template: str = "{question}"
@@ -58,6 +58,22 @@ class TaskConfig(Section):
     verify_seconds: float = Field(default=5.0, gt=0)
     """Time limit of one answer; the worker that exceeds it is killed and the answer scores 0."""
     verify_workers: PositiveInt = 1
+    any_answer: bool = False
+    """A response without a box is scored by its last formula or number; off, it scores 0."""
+    sandbox: Literal["auto", "bubblewrap", "landlock"] = "auto"
+    """What confines the programs of code problems; `auto` is the first of the others that works on this machine."""
+    allow_unsafe: bool = False
+    """Where no sandbox works, run programs of the model with this user's rights. Only in a container of its own."""
+    code_seconds: float = Field(default=15.0, gt=0)
+    """Time limit of one program over all its tests."""
+    code_memory_mb: PositiveInt = 1024
+    """Address space of one program in MiB. Programs cannot start processes, so it bounds all that they use."""
+    code_workers: PositiveInt = 8
+    """Programs that run at once."""
+    code_partial_credit: bool = False
+    """Score a program by the share of tests that it passes; off, all tests must pass."""
+    code_packages: tuple[str, ...] = ("numpy",)
+    """What programs can import beside the standard library."""
 
     _actions = field_validator("system_prompt")(chat.system_prompt)
 

@@ -47,7 +47,7 @@ class Run:
         self.step_ends = _newline_tokens(self.tokenizer, model).to(model.device)
         self.sampler = TransformersSampler(model, self.tokenizer, batch_size=cfg.rollout.batch_size)
         self.eval_sampler = TransformersSampler(model, self.tokenizer, batch_size=cfg.eval.batch_size)
-        self.verifier = Verifier(cfg.task.verify_seconds, cfg.task.verify_workers)
+        self.verifier = Verifier.from_config(cfg.task)
         self.collector = Collector(cfg, self.task, self.tokenizer, self.sampler, self.verifier)
         self.step = 0
 

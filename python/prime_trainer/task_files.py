@@ -7,7 +7,6 @@ A row is either in the Eurus-2-RL-Data schema (`prompt`, `ability`, `reward_mode
 from __future__ import annotations
 
 import random
-import warnings
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,13 @@ from . import chat
 from .config import TaskConfig
 from .rows import jsonl_rows, parquet_rows
 from .tasks import Problem, messages_for
+from .verify import sandbox
 
 _DEFAULT_TEMPLATE = TaskConfig.model_fields["template"].default
 
 
 class FileTask:
-    """Mathematics problems of a file, reshuffled every epoch."""
+    """Mathematics and code problems of a file, reshuffled every epoch."""
 
     def __init__(self, cfg: TaskConfig, seed: int) -> None:
         if cfg.path is None:
@@ -62,27 +62,19 @@ def _shuffled(count: int, seed: int, epoch: int) -> list[int]:
 def _read_problems(path: Path, kind: str, cfg: TaskConfig, option: str) -> list[Problem]:
     if not path.is_file():
         raise ValueError(f"{option}: no such file: {path}")
-    problems, total, code = [], 0, 0
+    problems = []
     for place, row in parquet_rows(path, option) if kind == "parquet" else jsonl_rows(path):
-        total += 1
         try:
             ability = row.get("ability", "math")
-            if ability == "code":
-                code += 1
-                continue
-            if ability != "math":
+            if ability not in _ANSWERS:
                 raise ValueError(f"ability must be 'math' or 'code', got {ability!r}")
-            problems.append(Problem(f"{path.stem}/{total - 1}", _messages(row, cfg), _answer(row)))
+            problems.append(Problem(f"{path.stem}/{len(problems)}", _messages(row, cfg), _ANSWERS[ability](row)))
         except ValueError as error:
             raise ValueError(f"{path}, {place}: {error}") from None
-    if not total:
-        raise ValueError(f"{option}: {path} has no rows")
     if not problems:
-        raise ValueError(f"{option}: all {code} rows of {path} are code problems; only math is verified for now")
-    if code:
-        warnings.warn(
-            f"{path}: skipped {code} code problems of {total} rows; only math is verified for now", stacklevel=2
-        )
+        raise ValueError(f"{option}: {path} has no rows")
+    if any(problem.answer["kind"] == "code" for problem in problems):
+        sandbox(cfg)  # a machine that cannot run programs says so before anything is trained
     return problems
 
 
@@ -97,15 +89,67 @@ def _messages(row: dict[str, Any], cfg: TaskConfig) -> list[dict[str, str]]:
     return chat.with_system(messages, cfg.system_prompt)
 
 
-def _answer(row: dict[str, Any]) -> dict[str, Any]:
+def _math_answer(row: dict[str, Any]) -> dict[str, Any]:
     if "reward_model" in row:
-        field, model = "reward_model.ground_truth", row["reward_model"]
-        truth = model.get("ground_truth") if isinstance(model, dict) else None
+        field, truth = "reward_model.ground_truth", _ground_truth(row)
     else:
-        field = "reward_model" if "prompt" in row else "answer"
-        truth = row.get("answer")
+        field, truth = "reward_model" if "prompt" in row else "answer", row.get("answer")
+    return {"kind": "math", "answer": reference_text(truth, field)}
+
+
+def reference_text(truth: Any, field: str) -> str:
+    """A reference answer as text; raises ValueError, naming `field`, for what is none."""
     if isinstance(truth, float) and truth.is_integer():
         truth = int(truth)  # 142.0 in a benchmark file is the answer 142
     if isinstance(truth, bool) or not isinstance(truth, (str, int, float)) or not str(truth).strip():
         raise ValueError(f"{field} must hold the reference answer as text or a number, got {truth!r:.100}")
-    return {"kind": "math", "answer": str(truth)}
+    return str(truth)
+
+
+def _code_answer(row: dict[str, Any]) -> dict[str, Any]:
+    field, truth = "reward_model.ground_truth", _ground_truth(row)
+    if isinstance(truth, str):
+        try:
+            truth = json.loads(truth)
+        except ValueError as error:
+            raise ValueError(f"{field} of a code problem must be JSON: {error}") from None
+    tests = truth if isinstance(truth, dict) else {}
+    inputs, outputs = tests.get("inputs"), tests.get("outputs")
+    if not isinstance(inputs, list) or not isinstance(outputs, list) or not inputs or len(inputs) != len(outputs):
+        raise ValueError(f"{field} must have as many inputs as outputs, at least one, got {truth!r:.100}")
+    name = tests.get("fn_name")
+    if not name:
+        texts = [
+            [_as_text(v, f"{field}.{key}[{i}]") for i, v in enumerate(tests[key])] for key in ("inputs", "outputs")
+        ]
+        return {"kind": "code", "form": "stdio", "inputs": texts[0], "outputs": texts[1]}
+    calls = [_arguments(value, f"{field}.inputs[{i}]") for i, value in enumerate(inputs)]
+    return {"kind": "code", "form": "calls", "fn_name": str(name), "inputs": calls, "outputs": outputs}
+
+
+def _ground_truth(row: dict[str, Any]) -> Any:
+    model = row.get("reward_model")
+    return model.get("ground_truth") if isinstance(model, dict) else None
+
+
+def _as_text(value: Any, field: str) -> str:
+    if isinstance(value, list) and all(isinstance(line, str) for line in value):
+        value = "\n".join(value)
+    if not isinstance(value, str):
+        raise ValueError(f"{field} must be text or a list of lines, got {value!r:.100}")
+    return value
+
+
+def _arguments(value: Any, field: str) -> list[Any]:
+    """A list is the arguments; a text has one JSON value a line."""
+    if isinstance(value, str):
+        try:
+            return [json.loads(line) for line in value.splitlines()]
+        except ValueError as error:
+            raise ValueError(f"{field} must have one JSON value a line: {error}") from None
+    if not isinstance(value, list):
+        raise ValueError(f"{field} must be the list of arguments, got {value!r:.100}")
+    return value
+
+
+_ANSWERS = {"math": _math_answer, "code": _code_answer}

@@ -29,8 +29,9 @@ class Problem:
 
     @property
     def reference(self) -> str:
-        """The reference answer, for people to read; empty where a task has none."""
-        found = self.answer["entry"].get("answer") if self.answer["kind"] == "reasoning_gym" else self.answer["answer"]
+        """The reference answer, for people to read; empty where a task has none, as for programs."""
+        source = self.answer["entry"] if self.answer["kind"] == "reasoning_gym" else self.answer
+        found = source.get("answer")
         return "" if found is None else str(found)
 
 

@@ -143,20 +143,34 @@ def test_training_skips_held_out_questions_of_another_file(tmp_path):
     assert questions(task.train(0, 3)) == ["b?"] * 3
 
 
-CODE = row(ability="code", truth='{"inputs": [], "outputs": []}')
+def code(tests, question="write it"):
+    return row(question, json.dumps(tests) if isinstance(tests, dict) else tests, ability="code")
 
 
-def test_code_rows_are_skipped_with_their_number(tmp_path):
-    with pytest.warns(UserWarning, match="skipped 2 code problems of 4 rows"):
-        task = load_task(files(write(tmp_path / "d.jsonl", [CODE, row("a?"), CODE, row("b?")])), 0)
-    assert questions(task.held_out() + task.train(0, 1)) == ["a?", "b?"]
+def test_code_rows_are_problems_in_both_forms_beside_mathematics(tmp_path):
+    programs = code({"inputs": ["1\n", ["2", "3"]], "outputs": ["1\n", "5"]}, "a?")
+    calls = code({"inputs": [[1, [2]], "3\n[4]"], "outputs": [[3], 7], "fn_name": "f"}, "b?")
+    path = write(tmp_path / "d.jsonl", [row("c?"), programs, calls])
+    task = load_task(files(path, allow_unsafe=True), 0)
+    answers = {p.messages[0]["content"]: p.answer for p in task.held_out() + task.train(0, 2)}
+    assert answers["c?"] == {"kind": "math", "answer": "2"}
+    assert answers["a?"] == {"kind": "code", "form": "stdio", "inputs": ["1\n", "2\n3"], "outputs": ["1\n", "5"]}
+    assert answers["b?"] == {
+        "kind": "code", "form": "calls", "fn_name": "f", "inputs": [[1, [2]], [3, [4]]], "outputs": [[3], 7],
+    }  # fmt: skip
+    assert {p.reference for p in task.train(0, 2)} == {""}
 
 
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
         ([], r"task\.path: .*d\.jsonl has no rows"),
-        ([CODE, CODE], r"all 2 rows of .*d\.jsonl are code problems"),
+        ([row(), code("{1")], r"line 2: reward_model\.ground_truth of a code problem must be JSON"),
+        ([row(), code({"inputs": [""]})], r"line 2: reward_model\.ground_truth must have as many inputs as outputs"),
+        ([row(), code({"inputs": [], "outputs": []})], r"line 2: .* at least one, got \{'inputs': \[\]"),
+        ([row(), code({"inputs": [1], "outputs": [""]})], r"ground_truth\.inputs\[0\] must be text .* got 1"),
+        ([code({"inputs": [1], "outputs": [1], "fn_name": "f"})], r"inputs\[0\] must be the list of arguments, got 1"),
+        ([code({"inputs": ["x"], "outputs": [1], "fn_name": "f"})], r"inputs\[0\] must have one JSON value a line"),
         ([row()], r"no problem of .*d\.jsonl is left .* task\.eval_size \(it is 1\)"),
         ([row(), "{nonsense"], r"d\.jsonl, line 2: not JSON"),
         ([row(), "[]"], r"d\.jsonl, line 2: expected an object, got list"),

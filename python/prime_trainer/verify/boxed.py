@@ -1,4 +1,4 @@
-r"""Finds the answer a response puts in `\boxed{...}`."""
+r"""Finds the answer of a response: what it puts in `\boxed{...}`, or the last that looks like an answer."""
 
 from __future__ import annotations
 
@@ -40,3 +40,24 @@ def last_boxed(text: str) -> str | None:
             elif not boxes:
                 depth = 0  # a stray closing brace in the prose
     return None if last is None else text[slice(*last)]
+
+
+_TAIL = 2_000
+_FORMULA = re.compile(
+    r"\$\$?([^$]{1,200})\$\$?|\\\(([^$]{1,200}?)\\\)|\\\[([^$]{1,200}?)\\\]|([-+]?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?)"
+)
+
+
+def last_answer(text: str) -> str | None:
+    r"""Returns the last formula (`$..$`, `\(..\)`, `\[..\]`) or number of a response that has no box, or None.
+
+    Of `x = 5` the right side counts. For models that were never told to use a box; looked for in the last `_TAIL`
+    characters.
+    """
+    last = None
+    for last in _FORMULA.finditer(text[-_TAIL:]):
+        pass
+    if last is None:
+        return None
+    found = next(group for group in last.groups() if group is not None)
+    return found.rpartition("=")[2].strip().rstrip(".,") or None

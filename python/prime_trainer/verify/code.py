@@ -16,22 +16,17 @@ import json
 import math
 import re
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
-from .host import Confinement, Ended, Expired, Limits, Session
+from .host import Confinement, Ended, Expired, Limits, SandboxError, Session
+from .verdict import TIME_LIMIT, Verdict
 
-TIME_LIMIT = "time limit"
 MAX_PROGRAM_CHARS = 100_000
+_START_ATTEMPTS = 3
 _SPARE = 1 << 16  # bytes that an output may have beyond the expected one's before it is cut off
-
-
-class Verdict(NamedTuple):
-    """The score of a response in [0, 1]; `failure` says why it could not be scored (the score is 0 then)."""
-
-    score: float
-    failure: str | None
 
 
 _FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
@@ -39,7 +34,8 @@ _FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)^[ \t]*```", re.DOTA
 
 def last_code_block(text: str) -> str | None:
     """Returns the content of the last complete fenced block that is Python or names no language, or None."""
-    blocks = [m[2] for m in _FENCE.finditer(text[-4 * MAX_PROGRAM_CHARS :]) if m[1].lower() in ("", "python", "py", "python3")]
+    found = _FENCE.finditer(text[-4 * MAX_PROGRAM_CHARS :])
+    blocks = [match[2] for match in found if match[1].lower() in ("", "python", "py", "python3")]
     return blocks[-1] if blocks else None
 
 
@@ -68,7 +64,7 @@ class CodeRunner:
         if len(program) > MAX_PROGRAM_CHARS:
             return Verdict(0.0, "too long")
         mode, judge = _FORMS[answer["form"]]
-        with Session(self._confinement, mode, self._limits) as session:
+        with self._open(mode) as session:
             with self._lock:
                 if self._closed:
                     return Verdict(0.0, "stopped")
@@ -85,6 +81,16 @@ class CodeRunner:
         if self._partial:
             return Verdict(passed / total, None)
         return Verdict(float(passed == total), None)
+
+    def _open(self, mode: Any) -> Session:
+        for attempt in range(_START_ATTEMPTS):
+            try:
+                return Session(self._confinement, mode, self._limits)
+            except (SandboxError, OSError) as error:
+                # It worked when it was tried first: a machine that is short of something has it again soon.
+                failure = error
+                time.sleep(0.5 * (attempt + 1))
+        raise SandboxError(f"a sandbox that worked before does not start: {failure}")
 
 
 def _judge_runs(session: Session, answer: dict[str, Any], program: str, every: bool) -> tuple[int, int]:
@@ -123,7 +129,8 @@ def _judge_asserts(session: Session, answer: dict[str, Any], program: str, every
 
 def _complete(answer: dict[str, Any], program: str) -> str:
     """Puts the prompt's code before the program; a bare body continues the prompt's last function."""
-    prelude, defines = answer.get("prelude", ""), any(re.search(rf"\bdef\s+{name}\b", program) for name in answer["names"])
+    prelude = answer.get("prelude", "")
+    defines = any(re.search(rf"\bdef\s+{re.escape(name)}\b", program) for name in answer["names"])
     return f"{prelude}\n\n{program}" if defines else f"{prelude}{program}"
 
 
@@ -197,7 +204,8 @@ def _equal(got: Any, expected: Any) -> bool:
     if isinstance(expected, list):
         return isinstance(got, list) and len(got) == len(expected) and all(map(_equal, got, expected))
     if isinstance(expected, dict):
-        return isinstance(got, dict) and got.keys() == expected.keys() and all(_equal(got[k], v) for k, v in expected.items())
+        same_keys = isinstance(got, dict) and got.keys() == expected.keys()
+        return same_keys and all(_equal(got[k], v) for k, v in expected.items())
     if isinstance(expected, float) and isinstance(got, (int, float)):
         try:
             return math.isclose(got, expected, rel_tol=1e-6, abs_tol=1e-6)

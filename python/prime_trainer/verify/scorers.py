@@ -74,7 +74,7 @@ def _math_scorer() -> Scorer:
 
     def score(answer: dict[str, Any], text: str) -> float:
         gold = answer["answer"]
-        if _plain(gold) == _plain(text):
+        if plain(gold) == plain(text):
             return 1.0
         # No limits inside (they are signals, and C code ignores them): the trainer kills a worker that takes too long.
         parsed = parse(f"\\boxed{{{text}}}", parsing_timeout=None, raise_on_error=True)
@@ -84,5 +84,6 @@ def _math_scorer() -> Scorer:
     return score
 
 
-def _plain(latex: str) -> str:
+def plain(latex: str) -> str:
+    """The text without what does not change its meaning: equal results are equal answers."""
     return re.sub(r"\s+|\\[,;!:]|\\left|\\right|\$", "", latex).rstrip(".").replace("dfrac", "frac")
