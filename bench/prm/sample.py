@@ -47,6 +47,7 @@ def sample(cfg: RunConfig, sampler: Any, tokenizer: Any, verifier: Verifier, chu
         rows.append(
             {
                 "id": problem.id,
+                "benchmark": f"sums, seed {cfg.seed}",
                 "prompt": problem.messages,
                 "reference": problem.reference,
                 "completions": texts,

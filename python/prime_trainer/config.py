@@ -91,8 +91,7 @@ class SFTConfig(Section):
     """JSONL or parquet chat data: `messages`, or `instruction` and `response`. Without it, worked solutions made for
     the task (`demonstrations`)."""
     system_prompt: str | None = None
-    """Takes the place of the system message of every row of `path`; `actions` is the action-centric prompt (chat.py)."""
-    _actions = field_validator("system_prompt")(chat.system_prompt)
+    """In place of the system message of every row of `path`; `actions` is the action-centric prompt (chat.py)."""
     pack: bool = False
     """Several examples in one row of at most 1024 tokens, each blind to the others; without it, a row each, like
     lengths together. Worth it where lengths differ much within a batch."""
@@ -106,6 +105,8 @@ class SFTConfig(Section):
     """Share of the steps over which the learning rate rises."""
     grad_clip: float = Field(default=1.0, gt=0)
     max_length: PositiveInt = 1024
+
+    _actions = field_validator("system_prompt")(chat.system_prompt)
 
 
 class RolloutConfig(Section):

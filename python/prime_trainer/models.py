@@ -108,7 +108,9 @@ def _check_finite(model: Any, cfg: ModelConfig) -> None:
         if not torch.isfinite(torch.linalg.vector_norm(weight.detach(), dtype=torch.float32)):
             bad = int((~torch.isfinite(weight)).sum())
             if bad:
-                raise ModelError(f"model.path = {cfg.path!r}: {bad} of the {weight.numel()} values of {name} are not finite")
+                raise ModelError(
+                    f"model.path = {cfg.path!r}: {bad} of the {weight.numel()} values of {name} are not finite"
+                )
 
 
 def fingerprint(cfg: ModelConfig) -> str:
@@ -127,7 +129,9 @@ def fingerprint(cfg: ModelConfig) -> str:
 def tokenizer_parts(tokenizer: Any) -> dict[str, Any]:
     """What decides how text becomes ids, comparable and hashable as JSON."""
     if not tokenizer.is_fast:
-        raise ModelError("the tokenizer must be a fast one (tokenizer.json): steps need the places of tokens in the text")
+        raise ModelError(
+            "the tokenizer must be a fast one (tokenizer.json): steps need the places of tokens in the text"
+        )
     stored = json.loads(tokenizer.backend_tokenizer.to_str())
     parts = {name: stored.get(name) for name in ("model", "normalizer", "pre_tokenizer", "added_tokens")}
     return parts | {"chat_template": tokenizer.chat_template, "eos": tokenizer.eos_token}

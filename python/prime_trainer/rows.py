@@ -1,4 +1,4 @@
-"""Rows of JSONL and parquet files, one at a time and each with its place for error messages; rows added to a JSONL file."""
+"""Rows of JSONL and parquet files, one at a time and each with its place for error messages."""
 
 from __future__ import annotations
 

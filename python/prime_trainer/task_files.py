@@ -6,6 +6,7 @@ A row is either in the Eurus-2-RL-Data schema (`prompt`, `ability`, `reward_mode
 
 from __future__ import annotations
 
+import json
 import random
 from functools import lru_cache
 from pathlib import Path

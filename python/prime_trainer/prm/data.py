@@ -93,7 +93,9 @@ def _item(row: dict[str, Any], place: str) -> Item:
             raise ValueError(f"response must be a non-empty string, got {response!r:.100}")
     if not messages:
         raise ValueError(f"a row needs its prompt ({', '.join(PROMPTS)}), got {sorted(row)}")
-    return Item(place, messages, response, parts, outcome(row), _step_labels(row, parts), bool(row.get("finished", True)), row)
+    return Item(
+        place, messages, response, parts, outcome(row), _step_labels(row, parts), bool(row.get("finished", True)), row
+    )
 
 
 def _step_labels(row: dict[str, Any], parts: Sequence[str] | None) -> list[float | None] | None:

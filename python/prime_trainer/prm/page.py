@@ -1,4 +1,4 @@
-"""Scored responses as one self-contained HTML page: steps and tokens coloured by reward, the cumulative curve beside."""
+"""Scored responses as one self-contained HTML page: steps and tokens coloured by reward, the cumulative curve."""
 
 from __future__ import annotations
 

@@ -66,9 +66,13 @@ def read_chains(path: Path, key: str) -> list[Chain]:
     for place, row in read_rows(path, key):
         rewards, label = row.get("rewards"), row.get("label")
         if not isinstance(rewards, dict) or not isinstance(label, int) or isinstance(label, bool):
-            raise ValueError(f"{path}, {place}: needs rewards (from `prime-trainer score`) and label, the first wrong step")
+            raise ValueError(
+                f"{path}, {place}: needs rewards (from `prime-trainer score`) and label, the first wrong step"
+            )
         if not -1 <= label < len(rewards["cumulative"]):
-            raise ValueError(f"{path}, {place}: label must be -1 or one of {len(rewards['cumulative'])} steps, got {label}")
+            raise ValueError(
+                f"{path}, {place}: label must be -1 or one of {len(rewards['cumulative'])} steps, got {label}"
+            )
         chains.append(Chain(rewards["cumulative"], label))
     if not chains:
         raise ValueError(f"{key}: {path} has no rows")

@@ -179,7 +179,9 @@ def _step_offsets(batch: Batch) -> tuple[Tensor, list[slice]]:
     step, which only the card leaves, are a step of their own that no response owns."""
     offsets, owned = [0], []
     responses = [r for g in batch.groups for r in g.responses]
-    for start, end, response in zip(batch.cu_seqlens[:-1].tolist(), batch.cu_seqlens[1:].tolist(), responses, strict=True):
+    for start, end, response in zip(
+        batch.cu_seqlens[:-1].tolist(), batch.cu_seqlens[1:].tolist(), responses, strict=True
+    ):
         first = len(offsets) - 1
         offsets += [start + at for at in response.cu_steps[1:]]
         owned.append(slice(first, len(offsets) - 1))

@@ -61,7 +61,9 @@ def _begin(cfg: RunConfig, out: Path) -> int:
     config = cfg.output / "config.json"
     if config.is_file():
         free = {"window", "page_rows"}
-        old, new = ({"model": c["model"]} | c["score"] for c in (json.loads(config.read_text()), cfg.model_dump(mode="json")))
+        old, new = (
+            {"model": c["model"]} | c["score"] for c in (json.loads(config.read_text()), cfg.model_dump(mode="json"))
+        )
         checkpoint.check_unchanged(old, new, [key for key in new if key not in free])
     return repair_jsonl(out)
 

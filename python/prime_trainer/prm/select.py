@@ -160,7 +160,9 @@ def markdown(results: Sequence[Result], step_rewards: str) -> str:
             if len(benchmarks) > 1:
                 shares = [r.accuracy for r in row.values()]
                 values.append(f"{100 * sum(shares) / len(shares):.1f}" if len(shares) == len(benchmarks) else "–")
-            lines.append(_line([method.replace("-n", f"-{n}").replace("@n", f"@{n}"), model or "–", rewards or "–", *values]))
+            lines.append(
+                _line([method.replace("-n", f"-{n}").replace("@n", f"@{n}"), model or "–", rewards or "–", *values])
+            )
     return "\n".join(lines) + "\n"
 
 

@@ -1,8 +1,8 @@
 """Offline training of an implicit PRM from response-level labels (arXiv 2412.01981), step labels mixed in if given.
 
 The reward of a token is beta * q_t, q_t = log pi_prm - log pi_ref. Outcomes enter by `prime_kernels.prm_loss`; a step
-label y in [0, 1] by (sigmoid(Q_k - Q_{k-1}) - y)^2, the mean over the labelled steps of a batch, where Q_k is the sum of
-rewards up to the end of step k.
+label y in [0, 1] by (sigmoid(Q_k - Q_{k-1}) - y)^2, the mean over the labelled steps of a batch, where Q_k is the sum
+of rewards up to the end of step k.
 """
 
 from __future__ import annotations
@@ -233,9 +233,7 @@ def _step_groups(cfg: TrainPRMConfig, tokenizer: Any, limit: int) -> list[Group]
     return [Group(g.prompt_ids, [r]) for g in groups for r in g.responses]
 
 
-def _read_groups(
-    path: Path, key: str, cfg: TrainPRMConfig, tokenizer: Any, limit: int, *, steps: bool
-) -> list[Group]:
+def _read_groups(path: Path, key: str, cfg: TrainPRMConfig, tokenizer: Any, limit: int, *, steps: bool) -> list[Group]:
     pairs, left_out = [], 0
     for item in read_items(path, key):
         _check_labels(item, steps)

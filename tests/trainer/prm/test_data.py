@@ -89,5 +89,7 @@ def test_length_and_groups(tokenizer):
     assert [(g.prompt_ids, len(g.responses)) for g in groups] == [(pairs[0][0], 2), (pairs[1][0], 1)]
     length = len(pairs[0][0]) + 2
     check_length(items[0], *pairs[0], length)
-    with pytest.raises(ValueError, match=rf"here: prompt and response have {length} tokens, over the limit of {length - 1}"):
+    with pytest.raises(
+        ValueError, match=rf"here: prompt and response have {length} tokens, over the limit of {length - 1}"
+    ):
         check_length(items[0], *pairs[0], length - 1)

@@ -33,7 +33,9 @@ def test_colour_scale():
 def test_numbers_and_curve():
     page = render([row(1, [1.0, -0.5]), row(0, [-1.0]), row(None, [0.0])], "run")
     assert page.count('<article class="correct"') == page.count('<article class="incorrect"') == 1
-    assert re.search(r"all 3</button>.*correct 1</button>.*incorrect 1</button>.*unlabelled 1</button>", page, re.DOTALL)
+    assert re.search(
+        r"all 3</button>.*correct 1</button>.*incorrect 1</button>.*unlabelled 1</button>", page, re.DOTALL
+    )
     assert "step 2: single -0.5, cumulative +0.5" in page and "sum +0.5" in page and "lowest step -0.5" in page
     # From 0 up to 1 and down to 0.5 in a drawing of 320 x 150 with a margin of 8.
     assert 'points="8.0,142.0 160.0,8.0 312.0,75.0"' in page and 'y1="142.0"' in page

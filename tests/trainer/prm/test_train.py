@@ -1,4 +1,4 @@
-"""Offline training: losses and gradients against plain autograd, the cache, both stages, resume, and what is refused."""
+"""Offline training: losses and gradients against plain autograd, the cache, both stages, resume, what is refused."""
 
 import json
 import math
