@@ -10,11 +10,11 @@ READY := $(VENV)/.ready
 TRITON := triton==3.6.0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test sanitize bench lint format clean
+.PHONY: help debian demo test sanitize bench lint format clean
 
 help:
 	@echo "make demo    train SmolLM2-135M with PRIME on arithmetic (SEED=0), then write its report"
-	@echo "make test    all tests"
+	@echo "make test    all tests (make debian, as root, installs the Debian packages that some of them use)"
 	@echo "make sanitize  the kernel tests on an extension built with the address and undefined-behaviour sanitizers"
 	@echo "make bench   time the kernels against plain PyTorch"
 	@echo "make lint    ruff check and ruff format --check (make format repairs)"
@@ -42,6 +42,14 @@ demo: $(READY)
 	@$(BIN)/prime-trainer sft bench/demo/demo.toml --seed $(SEED) --output $(DEMO)/sft
 	@$(BIN)/prime-trainer rl bench/demo/demo.toml --seed $(SEED) --model.path $(DEMO)/sft/final --output $(DEMO)/rl
 	@$(BIN)/prime-trainer report $(DEMO)/rl
+
+# What tests use beyond Python packages; where they cannot be had the tests skip and say so.
+DEBIAN := chromium
+
+debian:
+	@for package in $(DEBIAN); do dpkg -s $$package >/dev/null 2>&1 || missing="$$missing $$package"; done; \
+	  [ -z "$$missing" ] || { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq --no-install-recommends \
+	  $$missing >/dev/null; } || echo "not installed:$$missing; the tests that need them will skip"
 
 test: $(READY)
 	@$(BIN)/python -m pytest -q

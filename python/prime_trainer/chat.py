@@ -37,7 +37,7 @@ def system_prompt(text: str | None) -> str | None:
 
 
 def checked(messages: Any, field: str, last: str) -> list[dict[str, str]]:
-    """Returns `messages` with role and content alone. Raises ValueError unless it is a chat whose end has role `last`."""
+    """Returns `messages` with role and content alone. Raises ValueError unless it is a chat that ends with `last`."""
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"{field} must be a non-empty list of messages, got {messages!r:.100}")
     found = [message(each, f"{field}[{index}]") for index, each in enumerate(messages)]

@@ -11,6 +11,7 @@ from typing import Any
 
 from .. import checkpoint, models
 from ..config import RunConfig, ScoreConfig
+from ..errors import RunError
 from ..interrupt import stop_signal
 from ..progress import progress_bar
 from ..rows import repair_jsonl
@@ -74,7 +75,9 @@ def _score(own: ScoreConfig, model: str, scorer: StepScorer, out: Path, done: in
     items = read_items(own.path, "score.path")
     _skip(items, out, done)
     with progress_bar("score", windows, done // own.window) as bar, stop_signal() as stop, out.open("a") as file:
-        while not stop.is_set():
+        while True:
+            if stop.is_set() and done < total:
+                raise RunError(f"stopped after {done} of {total} responses; --resume goes on")
             window, failure = _take(items, own.window)
             if window:
                 for row in _rows(window, scorer, own):

@@ -7,6 +7,7 @@ of rewards up to the end of step k.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -211,17 +212,23 @@ def _outcome_groups(cfg: TrainPRMConfig, tokenizer: Any, limit: int, seed: int) 
         order = torch.randperm(len(groups), generator=generator).tolist()
         held_out = [groups[k] for k in sorted(order[:count])]
         groups = [groups[k] for k in sorted(order[count:])]
-    labels = {r.outcome > 0.5 for g in groups for r in g.responses}
-    if len(labels) == 1:
-        raise ValueError(
-            f"train_prm.path: every label of the training responses in {cfg.path} is "
-            f"{'above' if labels.pop() else 'at most'} 0.5: an implicit PRM needs right and wrong responses"
-        )
+    _check_classes(groups, f"train_prm.path: {cfg.path}")
+    if cfg.eval_path is not None:
+        _check_classes(held_out, f"train_prm.eval_path: {cfg.eval_path}")
     if cfg.kind in ("dpo", "nca") and not any(len({r.outcome > 0.5 for r in g.responses}) > 1 for g in groups):
         raise ValueError(
             f"train_prm.kind = {cfg.kind!r} needs prompts with a right and a wrong response; {cfg.path} has none"
         )
     return groups, held_out
+
+
+def _check_classes(groups: Sequence[Group], where: str) -> None:
+    labels = {r.outcome > 0.5 for g in groups for r in g.responses}
+    if len(labels) == 1:
+        raise ValueError(
+            f"{where}: every label is {'above' if labels.pop() else 'at most'} 0.5: an implicit PRM needs right and "
+            "wrong responses"
+        )
 
 
 def _step_groups(cfg: TrainPRMConfig, tokenizer: Any, limit: int) -> list[Group]:
@@ -245,7 +252,8 @@ def _read_groups(path: Path, key: str, cfg: TrainPRMConfig, tokenizer: Any, limi
                 raise ValueError(f"{error} (train_prm.too_long = 'skip' leaves such rows out)") from None
             left_out += 1
             continue
-        pairs.append((prompt_ids, response))
+        # Texts of tokens and steps are for people to read; a training set of them would fill the memory.
+        pairs.append((prompt_ids, dataclasses.replace(response, pieces=[], steps=[])))
     if not pairs:
         raise ValueError(f"{key}: all {left_out} responses of {path} are longer than {limit} tokens")
     if left_out:

@@ -187,7 +187,7 @@ def test_resume_goes_on_where_it_was(prm_config, monkeypatch):
 @pytest.mark.parametrize(
     ("data", "changes", "message"),
     [
-        ([{"prompt": "?", "response": "5", "label": 1}] * 3, {}, "every label .* is above 0.5: .* right and wrong"),
+        ([{"prompt": "?", "response": "5", "label": 1}] * 3, {}, r"train\.jsonl: every label is above 0.5: .* right and wrong"),
         ([{"prompt": "?", "response": "5"}], {}, r"line 1: label is missing"),
         ([{"prompt": "a", "response": "5", "label": 1}, {"prompt": "b", "response": "5", "label": 0}] * 2,
          {"kind": "dpo", "eval_share": 0}, "kind = 'dpo' needs prompts with a right and a wrong response"),
