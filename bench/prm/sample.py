@@ -18,7 +18,7 @@ from prime_trainer.config import RunConfig, load
 from prime_trainer.progress import progress_bar
 from prime_trainer.rollout import Sampling, TransformersSampler, derive_seed
 from prime_trainer.tasks import Problem, load_task
-from prime_trainer.verify import Verifier, last_boxed
+from prime_trainer.verify import Verifier
 
 TRAIN = 300
 FIRST = 4096
@@ -52,7 +52,6 @@ def sample(cfg: RunConfig, sampler: Any, tokenizer: Any, verifier: Verifier, chu
                 "reference": problem.reference,
                 "completions": texts,
                 "correctness": [verdict.score for verdict in verdicts],
-                "answers": [last_boxed(text) for text in texts],
                 "finished": [s.finish_reason == "stop" for s in samples],
             }
         )

@@ -68,7 +68,7 @@ def _prm(words: list[str]) -> int:
 
 def _score(words: list[str]) -> int:
     cfg = _config(words)
-    from .prm.scoring import run
+    from .prm.score_file import run
 
     print(f"scores: {run(cfg)}")
     return 0

@@ -22,7 +22,7 @@ from ..rows import read_rows
 from . import steps
 
 PROMPTS = ("prompt", "instruction", "problem", "question")
-_PER_COMPLETION = {"completions": "response", "correctness": "label", "answers": "answer", "finished": "finished"}
+_PER_COMPLETION = {"completions": "response", "correctness": "label", "finished": "finished"}
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 A response's score is the min, mean, sum or last of its steps' rewards. Best-of-N takes the highest score; weighted
 best-of-N the answer with the largest sum of sigmoid(score) (arXiv 2408.03314, as the EurusPRM cards have it); majority
-the most frequent answer. Equivalent answers count as one.
+the most frequent answer. An answer is the row's `extracted_answer` or else what stands in the response's last \\boxed{};
+equivalent answers count as one.
 """
 
 from __future__ import annotations
@@ -132,12 +133,18 @@ def _read(path: Path, mode: str, found: dict[tuple[str, str], dict[str, Problem]
             name = json.dumps(next((row[prompt] for prompt in PROMPTS if row.get(prompt)), None))
         problem = found.setdefault(key, {}).setdefault(str(name), Problem([], [], {}, []))
         problem.right.append(right > 0.5)
-        answer = row["answer"] if "answer" in row else last_boxed(str(row.get("response") or ""))
-        problem.answers.append(None if answer is None else str(answer))
+        problem.answers.append(row["extracted_answer"] if "extracted_answer" in row else last_boxed(_text(row)))
         for rewards in RESPONSE_REWARDS:
             # A response that was too long to score is chosen last.
             value = -math.inf if row["rewards"] is None else row["rewards"]["response"][mode][rewards]
             problem.scores.setdefault(rewards, []).append(value)
+
+
+def _text(row: dict[str, Any]) -> str:
+    """The response, which may be given as a chat or as steps."""
+    response = row.get("response") or row.get("steps") or ""
+    parts = [part["content"] if isinstance(part, dict) else part for part in response]
+    return response if isinstance(response, str) else "\n\n".join(parts)
 
 
 def markdown(results: Sequence[Result], step_rewards: str) -> str:

@@ -47,8 +47,9 @@ def rows(model, benchmark, offset=0.0):
     for k in range(6):
         for right, answer, reward in ((1, "1/2", 0.5), (0, "3", 0.2 + offset), (1, "0.5", 0.1), (0, None, -1.0)):
             step = {"min": reward, "mean": reward, "sum": reward, "last": reward}
+            text = "x" if answer is None else f"so \\boxed{{{answer}}}"
             out.append({
-                "id": k, "prompt": "?", "response": "x", "label": right, "answer": answer,
+                "id": k, "prompt": "?", "response": text, "label": right,
                 "reward_model": model, "benchmark": benchmark,
                 "rewards": {"response": {"single": step, "cumulative": {**step, "last": -reward}}},
             })  # fmt: skip

@@ -121,7 +121,7 @@ def test_it_learns_and_its_checkpoint_scores(prm_config, tokenizer):
     assert right.cumulative[-1] > 0 > wrong.cumulative[-1]
 
 
-def test_reference_log_probs_are_computed_once(prm_config, monkeypatch, tmp_path, model_dir, tokenizer):
+def test_reference_log_probs_are_computed_once(prm_config, monkeypatch, tmp_path, model_dir, prm_dir, tokenizer):
     computed = []
     compute = Reference._compute
     monkeypatch.setattr(Reference, "_compute", lambda *a: computed.append(len(a[2])) or compute(*a))
@@ -139,10 +139,13 @@ def test_reference_log_probs_are_computed_once(prm_config, monkeypatch, tmp_path
     assert computed == [2] and torch.equal(one, again)
     reference.log_probs([groups[:1]])
     assert computed == [2, 1]
+    Reference(ModelConfig(path=str(model_dir)), tokenizer, tmp_path / "cache", 4096).log_probs([groups])
+    Reference(ModelConfig(path=str(prm_dir), dtype="float32"), tokenizer, tmp_path / "cache", 4096).log_probs([groups])
+    assert computed == [2, 1, 2, 2]
     moved = models.load_tokenizer(ModelConfig(path=str(model_dir)))
     moved.chat_template = "x"
     Reference(ModelConfig(path=str(model_dir), dtype="float32"), moved, tmp_path / "cache", 4096).log_probs([groups])
-    assert computed == [2, 1, 2]
+    assert computed == [2, 1, 2, 2, 2]
 
 
 def test_stage_two_mixes_step_labels_in(prm_config, jsonl):
@@ -187,7 +190,7 @@ def test_resume_goes_on_where_it_was(prm_config, monkeypatch):
 @pytest.mark.parametrize(
     ("data", "changes", "message"),
     [
-        ([{"prompt": "?", "response": "5", "label": 1}] * 3, {}, r"train\.jsonl: every label is above 0.5: .* right and wrong"),
+        ([{"prompt": "?", "response": "5", "label": 1}] * 3, {}, r"train\.jsonl: every label is above 0.5: .* right"),
         ([{"prompt": "?", "response": "5"}], {}, r"line 1: label is missing"),
         ([{"prompt": "a", "response": "5", "label": 1}, {"prompt": "b", "response": "5", "label": 0}] * 2,
          {"kind": "dpo", "eval_share": 0}, "kind = 'dpo' needs prompts with a right and a wrong response"),
