@@ -2,8 +2,8 @@
 
 A response's score is the min, mean, sum or last of its steps' rewards. Best-of-N takes the highest score; weighted
 best-of-N the answer with the largest sum of sigmoid(score) (arXiv 2408.03314, as the EurusPRM cards have it); majority
-the most frequent answer. An answer is the row's `extracted_answer` or else what stands in the response's last \\boxed{};
-equivalent answers count as one.
+the most frequent answer. An answer is the row's `extracted_answer` or else what stands in the last \\boxed{} of the
+response; equivalent answers count as one.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ of rewards up to the end of step k.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import math
@@ -27,9 +26,9 @@ from ..config import RunConfig, TrainPRMConfig
 from ..fit import fit
 from ..rollout import derive_seed
 from ..score import log_probs
-from .data import Item, TooLong, check_length, encode, grouped, read_items
 from .ranking import auc
 from .reference import Reference
+from .training_data import outcome_groups, step_groups
 
 
 def run(cfg: RunConfig) -> Path:
@@ -50,8 +49,8 @@ def run(cfg: RunConfig) -> Path:
         )
     model = models.load_model(cfg.model)
     limit = min(own.max_length, models.positions(model) or own.max_length)
-    train, held_out = _outcome_groups(own, tokenizer, limit, cfg.seed)
-    stage2 = [] if own.step_path is None else _step_groups(own, tokenizer, limit)
+    train, held_out = outcome_groups(own, tokenizer, limit, cfg.seed)
+    stage2 = [] if own.step_path is None else step_groups(own, tokenizer, limit)
     reference = Reference(reference_model, tokenizer, own.cache, cfg.micro_batch_tokens)
     outcomes = _Source(train, own.batch_size, reference, cfg.seed, "outcomes")
     steps = _Source(stage2, own.step_batch_size, reference, cfg.seed, "steps") if stage2 else None
@@ -199,70 +198,3 @@ def _evaluate(model: Any, source: _Source, cfg: TrainPRMConfig, max_tokens: int)
         "eval_pair_accuracy": found.pair_accuracy.item(),
         "eval_auc": auc(scores, everything.outcomes > 0.5),
     }
-
-
-def _outcome_groups(cfg: TrainPRMConfig, tokenizer: Any, limit: int, seed: int) -> tuple[list[Group], list[Group]]:
-    """(train, held out), split by prompt."""
-    groups = _read_groups(cfg.path, "train_prm.path", cfg, tokenizer, limit, steps=False)
-    if cfg.eval_path is not None:
-        held_out = _read_groups(cfg.eval_path, "train_prm.eval_path", cfg, tokenizer, limit, steps=False)
-    else:
-        count = min(len(groups) - 1, math.ceil(cfg.eval_share * len(groups)))
-        generator = torch.Generator().manual_seed(derive_seed(seed, "prm", "split"))
-        order = torch.randperm(len(groups), generator=generator).tolist()
-        held_out = [groups[k] for k in sorted(order[:count])]
-        groups = [groups[k] for k in sorted(order[count:])]
-    _check_classes(groups, f"train_prm.path: {cfg.path}")
-    if cfg.eval_path is not None:
-        _check_classes(held_out, f"train_prm.eval_path: {cfg.eval_path}")
-    if cfg.kind in ("dpo", "nca") and not any(len({r.outcome > 0.5 for r in g.responses}) > 1 for g in groups):
-        raise ValueError(
-            f"train_prm.kind = {cfg.kind!r} needs prompts with a right and a wrong response; {cfg.path} has none"
-        )
-    return groups, held_out
-
-
-def _check_classes(groups: Sequence[Group], where: str) -> None:
-    labels = {r.outcome > 0.5 for g in groups for r in g.responses}
-    if len(labels) == 1:
-        raise ValueError(
-            f"{where}: every label is {'above' if labels.pop() else 'at most'} 0.5: an implicit PRM needs right and "
-            "wrong responses"
-        )
-
-
-def _step_groups(cfg: TrainPRMConfig, tokenizer: Any, limit: int) -> list[Group]:
-    groups = _read_groups(cfg.step_path, "train_prm.step_path", cfg, tokenizer, limit, steps=True)
-    labels = {y for g in groups for r in g.responses for y in r.step_labels if y is not None}
-    if len(labels) < 2:
-        raise ValueError(f"train_prm.step_path: the step labels of {cfg.step_path} are all {labels or 'null'}")
-    # One response a group, so that batches have the size asked for.
-    return [Group(g.prompt_ids, [r]) for g in groups for r in g.responses]
-
-
-def _read_groups(path: Path, key: str, cfg: TrainPRMConfig, tokenizer: Any, limit: int, *, steps: bool) -> list[Group]:
-    pairs, left_out = [], 0
-    for item in read_items(path, key):
-        _check_labels(item, steps)
-        prompt_ids, response = models.render(tokenizer, item.messages), encode(tokenizer, item, "none")
-        try:
-            check_length(item, prompt_ids, response, limit)
-        except TooLong as error:
-            if cfg.too_long == "error":
-                raise ValueError(f"{error} (train_prm.too_long = 'skip' leaves such rows out)") from None
-            left_out += 1
-            continue
-        # Texts of tokens and steps are for people to read; a training set of them would fill the memory.
-        pairs.append((prompt_ids, dataclasses.replace(response, pieces=[], steps=[])))
-    if not pairs:
-        raise ValueError(f"{key}: all {left_out} responses of {path} are longer than {limit} tokens")
-    if left_out:
-        print(f"{key}: {left_out} of {left_out + len(pairs)} responses are longer than {limit} tokens and left out")
-    return grouped(pairs)
-
-
-def _check_labels(item: Item, steps: bool) -> None:
-    if not steps and item.label is None:
-        raise ValueError(f"{item.place}: label is missing: the outcome of the response, from 0 to 1")
-    if steps and (item.step_labels is None or all(label is None for label in item.step_labels)):
-        raise ValueError(f"{item.place}: steps and step_labels are needed, with at least one label")

@@ -13,7 +13,7 @@ from prime_trainer import fit, interrupt, models
 from prime_trainer.batch import Batch
 from prime_trainer.cli import main
 from prime_trainer.config import ModelConfig, TrainPRMConfig
-from prime_trainer.prm import score_steps, train
+from prime_trainer.prm import score_steps, train, training_data
 from prime_trainer.prm.ranking import auc
 from prime_trainer.prm.reference import Reference
 from prime_trainer.score import log_probs
@@ -73,7 +73,7 @@ def test_gradients_are_those_of_the_whole_batch(model_dir, kind, max_tokens):
 def test_step_labels_are_a_squared_error(prm_config, jsonl, model_dir, tokenizer):
     data = [{"prompt": "2 + 3?", "steps": ["so 2", "is 5", "yes"], "step_labels": [1, 0, None]}]
     path = jsonl("steps.jsonl", [*data, {"prompt": "?", "steps": ["a"], "step_labels": [1]}])
-    groups = train._step_groups(TrainPRMConfig(step_path=path), tokenizer, 500)[:1]
+    groups = training_data.step_groups(TrainPRMConfig(step_path=path), tokenizer, 500)[:1]
     prm = tiny.load(model_dir)
     (response,) = groups[0].responses
     ref_logp = torch.linspace(-9, 0, len(response.ids))
