@@ -112,8 +112,8 @@ def figure(results: list[dict[str, Any]], path: Path) -> None:
 
 
 def pick(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For the page: worked responses, wrong and right ones in turn."""
-    worked = [row for row in rows if len(row["rewards"]["steps"]) > 1]
+    """For the page: worked responses, each text once, wrong and right ones in turn."""
+    worked = {(row["id"], row["response"]): row for row in rows if len(row["rewards"]["steps"]) > 1}.values()
     kinds = [[row for row in worked if (row["label"] > 0.5) == right] for right in (False, True)]
     return [row for pair in zip(*kinds, strict=False) for row in pair][:PAGE_RESPONSES]
 

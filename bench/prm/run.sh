@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The offline PRM run for several seeds: warm-up, sampling, PRM, scores, choosing, results. Run again after an
-# interruption, it goes on with what is missing.
+# interruption, it skips what is finished; sampling and scoring go on where they were.
 # usage: bench/prm/run.sh OUTPUT ["0 1"]
 set -euo pipefail
 output=$1 seeds=${2:-0 1}

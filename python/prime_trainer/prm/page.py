@@ -67,7 +67,7 @@ def _steps(rewards: dict[str, Any], step_scale: float, token_scale: float) -> It
             "number": k + 1,
             "colour": colour(single, step_scale),
             "title": f"step {k + 1}: single {single:+.4g}, cumulative {cumulative:+.4g}",
-            "single": f"{single:+.3g}",
+            "single": f"{single:+.2g}",
             "tokens": [
                 {
                     "text": tokens[t],
