@@ -5,6 +5,7 @@ python bench/prm/results.py OUTPUT "0 1" bench/results/prm
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import subprocess
@@ -47,6 +48,26 @@ def ranking(rows: list[dict[str, Any]]) -> dict[str, float]:
     return out
 
 
+def length_bias(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Over pairs of a right and a wrong worked response to one problem: how often the right one has the higher sum of
+    rewards, the higher mean over tokens, more tokens (ties a half)."""
+    scores = {
+        "sum": lambda row: row["rewards"]["cumulative"][-1],
+        "mean_over_tokens": lambda row: row["rewards"]["cumulative"][-1] / len(row["rewards"]["tokens"]),
+        "tokens_alone": lambda row: len(row["rewards"]["tokens"]),
+    }
+    pairs = [
+        (a, b)
+        for a, b in itertools.product([r for r in rows if len(r["rewards"]["steps"]) > 1], repeat=2)
+        if a["id"] == b["id"] and a["label"] > 0.5 >= b["label"]
+    ]
+    out = {"worked_pairs": float(len(pairs))}
+    for name, score in scores.items():
+        wins = [0.5 * (1 + (score(a) > score(b)) - (score(a) < score(b))) for a, b in pairs]
+        out[f"worked_pairs_by_{name}"] = sum(wins) / len(wins)
+    return out
+
+
 def summary(rows: list[dict[str, Any]], results: list[dict[str, Any]]) -> dict[str, Any]:
     def accuracy(method: str, rewards: str = "") -> float:
         (one,) = [r for r in results if (r["method"], r["rewards"], r["n"]) == (method, rewards, N)]
@@ -59,6 +80,7 @@ def summary(rows: list[dict[str, Any]], results: list[dict[str, Any]]) -> dict[s
         "weighted best-of-16": accuracy("weighted best-of-n", "sum"),
         "pass@16": accuracy("pass@n"),
         **ranking(rows),
+        **length_bias(rows),
         **locate(rows),
     }
 

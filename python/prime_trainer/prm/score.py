@@ -6,6 +6,7 @@ the sum from the start of the response, Q_k (arXiv 2412.01981).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -154,7 +155,7 @@ class StepScorer:
         starts, token_rewards = batch.cu_seqlens.tolist(), rewards.tolist()
         for at, k in enumerate(order):
             own, response = token_rewards[starts[at] : starts[at + 1]], encoded[k].response
-            if not all(map(_finite, own)):
+            if not all(map(math.isfinite, own)):
                 raise ValueError(f"{encoded[k].place}: the rewards are not finite: a model overflows on this response")
             single, cumulative = (modes[mode][owned[at]] for mode in ("single", "cumulative"))
             out[k] = StepRewards(response.steps, response.cu_steps, response.pieces, own, single, cumulative)
@@ -188,7 +189,3 @@ def _step_offsets(batch: Batch) -> tuple[Tensor, list[slice]]:
         if offsets[-1] != end:
             offsets.append(end)
     return torch.tensor(offsets, device=batch.device), owned
-
-
-def _finite(value: float) -> bool:
-    return value - value == 0
