@@ -10,12 +10,11 @@ READY := $(VENV)/.ready
 TRITON := triton==3.6.0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test sandbox sanitize bench lint format clean
+.PHONY: help debian demo test sanitize bench lint format clean
 
 help:
 	@echo "make demo    train SmolLM2-135M with PRIME on arithmetic (SEED=0), then write its report"
-	@echo "make test    all tests"
-	@echo "make sandbox  install bubblewrap and libseccomp2 where apt-get can (make test does it, too)"
+	@echo "make test    all tests (make debian, as root, installs the Debian packages that some of them use)"
 	@echo "make sanitize  the kernel tests on an extension built with the address and undefined-behaviour sanitizers"
 	@echo "make bench   time the kernels against plain PyTorch"
 	@echo "make lint    ruff check and ruff format --check (make format repairs)"
@@ -44,14 +43,16 @@ demo: $(READY)
 	@$(BIN)/prime-trainer rl bench/demo/demo.toml --seed $(SEED) --model.path $(DEMO)/sft/final --output $(DEMO)/rl
 	@$(BIN)/prime-trainer report $(DEMO)/rl
 
-test: $(READY) sandbox
-	@$(BIN)/python -m pytest -q
+# What confines programs, and what looks at pages. Where they cannot be had the tests that need them skip and say so.
+DEBIAN := bubblewrap libseccomp2 chromium
 
-# What confines the programs of code problems. Where it cannot be installed, its tests say so and are skipped.
-sandbox:
-	@command -v bwrap >/dev/null && /sbin/ldconfig -p | grep -q libseccomp.so.2 || { test "$$(id -u)" = 0 \
-	  && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -qq -y bubblewrap libseccomp2 >/dev/null; } \
-	  || echo "bubblewrap or libseccomp2 is missing and cannot be installed: their tests are skipped"
+debian:
+	@for package in $(DEBIAN); do dpkg -s $$package >/dev/null 2>&1 || missing="$$missing $$package"; done; \
+	  [ -z "$$missing" ] || { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq --no-install-recommends \
+	  $$missing >/dev/null; } || echo "not installed:$$missing; the tests that need them will skip"
+
+test: $(READY) debian
+	@$(BIN)/python -m pytest -q
 
 # The sanitizers' libraries go first into the process, and libstdc++ with them: they catch its exceptions.
 SANITIZED := build/sanitize/lib

@@ -1,8 +1,8 @@
 """Groups of responses, packed once: flat response tokens with cu_seqlens, and how a forward pass lays them out.
 
 A forward row is a prompt followed by its responses, each of which sees the prompt and itself and nothing else, so a
-prompt is computed once however many responses it has. Long rows fall back to one response a row, where plain causal
-attention needs no mask.
+prompt is computed once however many responses it has; a packed row holds several such groups. Long rows fall back to
+one response a row, where plain causal attention needs no mask.
 """
 
 from __future__ import annotations
@@ -39,6 +39,10 @@ class Group:
     @property
     def accuracy(self) -> float:
         return sum(r.outcome for r in self.responses) / len(self.responses)
+
+
+Entry = tuple[int, list[int]]
+"""A group and those of its responses that share a row with its prompt."""
 
 
 @dataclass(frozen=True)
@@ -98,59 +102,90 @@ class Batch:
     def responses_of(self, groups: Sequence[int]) -> int:
         return sum(len(self.groups[g].responses) for g in groups)
 
-    def micro_batches(self, groups: Sequence[int], max_tokens: int) -> Iterator[Micro]:
-        """Forward passes of at most `max_tokens` padded tokens (a longer row goes alone), like lengths together."""
-        rows: list[tuple[int, list[int]]] = []  # (group, its responses in this row)
+    def micro_batches(self, groups: Sequence[int], max_tokens: int, *, pack: bool = False) -> Iterator[Micro]:
+        """Forward passes of at most `max_tokens` padded tokens (a longer row goes alone), like lengths together.
+
+        With `pack`, a row holds as many groups as fit into min(max_tokens, SHARED_ROW_LIMIT) tokens.
+        """
+        entries: list[Entry] = []
         for g in groups:
             members = list(range(self._first[g], self._first[g + 1]))
-            if self._length(g, members) <= SHARED_ROW_LIMIT:
-                rows.append((g, members))
+            if self._length((g, members)) <= SHARED_ROW_LIMIT:
+                entries.append((g, members))
             else:
-                rows.extend((g, [m]) for m in members)
-        rows.sort(key=lambda row: (self._length(*row), row[1][0]))
-        pending: list[tuple[int, list[int]]] = []
+                entries.extend((g, [m]) for m in members)
+        entries.sort(key=lambda entry: (self._length(entry), entry[1][0]))
+        rows = self._packed(entries, min(max_tokens, SHARED_ROW_LIMIT)) if pack else [[entry] for entry in entries]
+        pending: list[list[Entry]] = []
         for row in rows:
-            if pending and self._length(*row) * (len(pending) + 1) > max_tokens:
+            width = max(self._width(each) for each in [*pending, row])
+            if pending and width * (len(pending) + 1) > max_tokens:
                 yield self._micro(pending)
                 pending = []
             pending.append(row)
         if pending:
             yield self._micro(pending)
 
-    def _length(self, group: int, members: Sequence[int]) -> int:
+    def _packed(self, entries: Sequence[Entry], limit: int) -> list[list[Entry]]:
+        """First fit, longest first: few rows, all but the last nearly full."""
+        rows: list[list[Entry]] = []
+        room: list[int] = []
+        for entry in reversed(entries):
+            length = self._length(entry)
+            row = next((k for k, free in enumerate(room) if free >= length), None)
+            if row is None:
+                row = len(rows)
+                rows.append([])
+                room.append(limit)
+            rows[row].append(entry)
+            room[row] -= length
+        return rows
+
+    def _length(self, entry: Entry) -> int:
+        group, members = entry
         return len(self.groups[group].prompt_ids) + sum(self._starts[m + 1] - self._starts[m] for m in members)
 
-    def _micro(self, rows: list[tuple[int, list[int]]]) -> Micro:
-        width = max(self._length(*row) for row in rows)
-        input_ids = torch.zeros((len(rows), width), dtype=torch.int64)
-        position_ids = torch.zeros((len(rows), width), dtype=torch.int64)
-        # 0 is the prompt, k the k-th response, -1 padding (which attends to itself: softmax needs something).
-        segment = torch.full((len(rows), width), -1, dtype=torch.int64)
+    def _width(self, row: Sequence[Entry]) -> int:
+        return sum(map(self._length, row))
+
+    def _micro(self, rows: list[list[Entry]]) -> Micro:
+        width = max(map(self._width, rows))
+        shape = (len(rows), width)
+        input_ids = torch.zeros(shape, dtype=torch.int64)
+        position_ids = torch.zeros(shape, dtype=torch.int64)
+        # Which group of the row, -1 is padding (which attends to itself: softmax needs something); and in the group
+        # 0 is the prompt, k the k-th response.
+        owner = torch.full(shape, -1, dtype=torch.int64)
+        segment = torch.full(shape, -1, dtype=torch.int64)
         predictors, tokens, responses, lengths = [], [], [], []
-        for row, (g, members) in enumerate(rows):
-            prompt = self.groups[g].prompt_ids
-            at = len(prompt)
-            input_ids[row, :at] = torch.tensor(prompt)
-            position_ids[row, :at] = torch.arange(at)
-            segment[row, :at] = 0
-            for k, m in enumerate(members, 1):
-                length = self._starts[m + 1] - self._starts[m]
-                span = slice(at, at + length)
-                input_ids[row, span] = self.ids[self._starts[m] : self._starts[m + 1]].cpu()
-                position_ids[row, span] = torch.arange(len(prompt), len(prompt) + length)
-                segment[row, span] = k
-                where = torch.arange(at - 1, at + length - 1)
-                where[:1] = len(prompt) - 1  # the first token is predicted by the prompt's last
-                predictors.append(row * width + where)
-                tokens.append(torch.arange(self._starts[m], self._starts[m + 1]))
-                responses.append(m)
-                lengths.append(length)
-                at += length
+        for row, entries in enumerate(rows):
+            at = 0
+            for k_group, (g, members) in enumerate(entries):
+                prompt = self.groups[g].prompt_ids
+                span, at = slice(at, at + len(prompt)), at + len(prompt)
+                last = at - 1
+                input_ids[row, span] = torch.tensor(prompt)
+                position_ids[row, span] = torch.arange(len(prompt))
+                owner[row, span], segment[row, span] = k_group, 0
+                for k, m in enumerate(members, 1):
+                    length = self._starts[m + 1] - self._starts[m]
+                    span = slice(at, at + length)
+                    input_ids[row, span] = self.ids[self._starts[m] : self._starts[m + 1]].cpu()
+                    position_ids[row, span] = torch.arange(len(prompt), len(prompt) + length)
+                    owner[row, span], segment[row, span] = k_group, k
+                    where = torch.arange(at - 1, at + length - 1)
+                    where[:1] = last  # the first token is predicted by the prompt's last
+                    predictors.append(row * width + where)
+                    tokens.append(torch.arange(self._starts[m], self._starts[m + 1]))
+                    responses.append(m)
+                    lengths.append(length)
+                    at += length
         mask = None
-        if any(len(members) > 1 for _, members in rows):
-            query, key = segment[:, :, None], segment[:, None, :]
+        if any(len(entries) > 1 or len(entries[0][1]) > 1 for entries in rows):
+            same = owner[:, :, None] == owner[:, None, :]
+            seen = (segment[:, :, None] == segment[:, None, :]) | (segment[:, None, :] == 0)
             causal = torch.ones(width, width, dtype=torch.bool).tril()
-            mask = (((query == key) | (key == 0)) & causal)[:, None]
+            mask = (same & seen & causal)[:, None]
         to = self.device
         return Micro(
             input_ids.to(to),

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .config import BenchConfig
-from .task_files import read_rows, reference_text
+from .rows import read_rows
+from .task_files import reference_text
 from .tasks import Problem
 from .verify import last_boxed
 
@@ -51,7 +52,7 @@ def load(name: str, cfg: BenchConfig) -> list[Problem]:
     benchmark = BENCHMARKS[name]
     problems = []
     for path in _locate(name, benchmark, cfg):
-        for place, row in read_rows(path, _kind(path), "bench.data"):
+        for place, row in read_rows(path, "bench.data", _kind(path)):
             try:
                 found = benchmark.read(row)
             except ValueError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,16 @@ def begin(cfg: RunConfig) -> dict[str, Any] | None:
     if state is None:
         raise ValueError(f"--resume: {cfg.output} has no checkpoint to go on from")
     old, new = json.loads(state["config"]), json.loads(cfg.model_dump_json())
-    changed = [key for key in new if key not in FREE_ON_RESUME and old.get(key) != new[key]]
+    check_unchanged(old, new, [key for key in new if key not in FREE_ON_RESUME])
+    return state
+
+
+def check_unchanged(old: dict[str, Any], new: dict[str, Any], keys: Iterable[str]) -> None:
+    """Raises ValueError where a setting that decides the results is not what the interrupted run had."""
+    changed = [key for key in keys if old.get(key) != new[key]]
     if changed:
         detail = "; ".join(f"{key}: {old.get(key)} -> {new[key]}" for key in changed)
         raise ValueError(f"--resume: the configuration has changed ({detail})")
-    return state
 
 
 def write_config(cfg: RunConfig) -> None:

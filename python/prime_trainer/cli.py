@@ -58,6 +58,38 @@ def _rl(words: list[str]) -> int:
     return 0
 
 
+def _prm(words: list[str]) -> int:
+    cfg = _config(words)
+    from .prm.train import run
+
+    print(f"PRM saved to {run(cfg)}")
+    return 0
+
+
+def _score(words: list[str]) -> int:
+    cfg = _config(words)
+    from .prm.score_file import run
+
+    print(f"scores: {run(cfg)}")
+    return 0
+
+
+def _select(words: list[str]) -> int:
+    cfg = _config(words)
+    from .prm.select import run
+
+    print(run(cfg).read_text(encoding="utf-8"), end="")
+    return 0
+
+
+def _processbench(words: list[str]) -> int:
+    cfg = _config(words)
+    from .prm.processbench import run
+
+    print(run(cfg).read_text(encoding="utf-8"), end="")
+    return 0
+
+
 def _eval(words: list[str]) -> int:
     cfg = _config(words)
     if cfg.bench.data is not None or cfg.bench.paths:
@@ -149,6 +181,10 @@ COMMANDS = {
     "rl": Command(_rl, "online PRIME"),
     "eval": Command(_eval, "accuracy on the task's held-out problems, or with bench.data the benchmarks' table"),
     "generate": Command(_generate, "a model's responses to the benchmarks, as JSONL; goes on where it stopped"),
+    "prm": Command(_prm, "offline training of an implicit PRM from labelled responses"),
+    "score": Command(_score, "rewards of tokens, steps and responses under a PRM, and a page to look at them"),
+    "select": Command(_select, "best-of-N, weighted best-of-N and majority voting from scored responses"),
+    "processbench": Command(_processbench, "finding the first wrong step, from scored ProcessBench rows"),
     "report": Command(_report, "an HTML page and PNGs of a run:  prime-trainer report RUN_DIR [OTHER_RUN_DIR ...]"),
 }
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -19,6 +19,8 @@ from pydantic_settings import (
     SettingsError,
     TomlConfigSettingsSource,
 )
+
+from . import chat
 
 _toml_file: contextvars.ContextVar[Path | None] = contextvars.ContextVar("toml_file", default=None)
 
@@ -51,6 +53,7 @@ class TaskConfig(Section):
     template: str = "{question}"
     """The user's message; `{question}` is replaced."""
     system_prompt: str | None = None
+    """`actions` is the action-centric prompt of the Eurus-2-SFT stage (chat.py); any other text is used as it is."""
     eval_size: PositiveInt = 200
     verify_seconds: float = Field(default=5.0, gt=0)
     """Time limit of one answer; the worker that exceeds it is killed and the answer scores 0."""
@@ -72,6 +75,8 @@ class TaskConfig(Section):
     code_packages: tuple[str, ...] = ("numpy",)
     """What programs can import beside the standard library."""
 
+    _actions = field_validator("system_prompt")(chat.system_prompt)
+
     @model_validator(mode="after")
     def _needs_path(self) -> TaskConfig:
         if self.kind != "reasoning_gym" and self.path is None:
@@ -83,7 +88,13 @@ class TaskConfig(Section):
 
 class SFTConfig(Section):
     path: Path | None = None
-    """JSONL or parquet chat data (`messages`); without it, worked solutions made for the task (`demonstrations`)."""
+    """JSONL or parquet chat data: `messages`, or `instruction` and `response`. Without it, worked solutions made for
+    the task (`demonstrations`)."""
+    system_prompt: str | None = None
+    """In place of the system message of every row of `path`; `actions` is the action-centric prompt (chat.py)."""
+    pack: bool = False
+    """Several examples in one row of at most 1024 tokens, each blind to the others; without it, a row each, like
+    lengths together. The same numbers either way."""
     demonstrations: PositiveInt = 512
     worked_fraction: float = Field(default=1.0, ge=0.0, le=1.0)
     """Share of the made demonstrations that show their steps; the others give the boxed answer at once."""
@@ -94,6 +105,8 @@ class SFTConfig(Section):
     """Share of the steps over which the learning rate rises."""
     grad_clip: float = Field(default=1.0, gt=0)
     max_length: PositiveInt = 1024
+
+    _actions = field_validator("system_prompt")(chat.system_prompt)
 
 
 class RolloutConfig(Section):
@@ -131,6 +144,88 @@ class PRMConfig(Section):
     grad_clip: float = Field(default=10.0, gt=0)
     minibatches: PositiveInt = 1
     """Optimizer steps the PRM takes on a batch; whole groups stay together."""
+
+
+class TrainPRMConfig(Section):
+    """`prime-trainer prm`: offline training of an implicit PRM; `model` is what it starts from."""
+
+    path: Path | None = None
+    """JSONL or parquet rows: prompt (or instruction), response and label; or prompt, completions and correctness."""
+    eval_path: Path | None = None
+    """Held-out rows of the same forms; without it, `eval_share` of the prompts of `path` are held out."""
+    eval_share: float = Field(default=0.05, ge=0.0, lt=1.0)
+    step_path: Path | None = None
+    """Stage 2: rows with steps and step_labels, mixed in."""
+    reference: Path | None = None
+    """The frozen reference, a model directory; without it, the model that training starts from."""
+    kind: Literal["ce", "dpo", "kto", "nca"] = "ce"
+    beta: float = Field(default=0.05, gt=0)
+    lr: float = Field(default=5e-7, gt=0)
+    warmup: float = Field(default=0.03, ge=0.0, le=1.0)
+    """Share of the steps over which the learning rate rises; after that a cosine to a tenth."""
+    grad_clip: float = Field(default=1.0, gt=0)
+    batch_size: PositiveInt = 64
+    """Responses an optimizer step, in whole prompt groups."""
+    step_batch_size: PositiveInt = 16
+    """Step-labelled responses an optimizer step."""
+    step_coef: float = Field(default=1.0, ge=0)
+    """Weight of the squared error of step labels beside the loss of outcomes."""
+    epochs: PositiveInt = 1
+    max_length: PositiveInt = 8192
+    """Tokens of prompt and response, at most the model's positions; a longer row is an error, or left out."""
+    too_long: Literal["error", "skip"] = "error"
+    eval_every: int = Field(default=10, ge=0)
+    """Steps between held-out evaluations; 0 evaluates only at the end."""
+    cache: Path = Path("runs/reference-cache")
+    """Log-probs of the reference, kept between runs; keyed by model, data and tokenizer, so never stale."""
+
+
+class ScoreConfig(Section):
+    """`prime-trainer score`: rewards of responses; `model` is the PRM."""
+
+    path: Path | None = None
+    """JSONL or parquet rows: prompt and response, steps or completions."""
+    reference: Path | None = None
+    """The model that the PRM was trained from (its directory)."""
+    beta: float | None = Field(default=None, gt=0)
+    """Without it 0.05, or the card's 0.001 with `compat`."""
+    splitter: Literal["blank_line", "line", "numbered", "action", "none"] = "blank_line"
+    """Where steps of a response begin: after a blank line, on every line, at "Step n:", at [ACTION], nowhere. Rows with
+    `steps` have their own."""
+    compat: Literal["eurus-card"] | None = None
+    """`eurus-card`: number for number what the EurusPRM card's snippet gives, its index arithmetic included."""
+    max_length: PositiveInt = 8192
+    too_long: Literal["error", "skip"] = "error"
+    """`skip` writes such a row with an `error` field in place of rewards."""
+    tokens: bool = True
+    """Write every token and its reward; the page of coloured tokens needs them."""
+    name: str | None = None
+    """What tables call this reward model; without it, `model.path`."""
+    window: PositiveInt = 256
+    """Responses held in memory at a time: those to the same prompt share its computation."""
+    page_rows: int = Field(default=200, ge=0)
+    """Responses on the HTML page; 0 writes none."""
+
+
+class SelectConfig(Section):
+    """`prime-trainer select`: what choosing among n responses by their rewards gives."""
+
+    paths: list[Path] = Field(default_factory=list)
+    """Files that `score` wrote: one for each reward model and benchmark."""
+    n: list[PositiveInt] = [1, 2, 4, 8, 16, 32, 64]
+    step_rewards: Literal["single", "cumulative"] = "single"
+    """What min, mean, sum and last are taken over. The sum of single rewards is the last cumulative one."""
+    bootstrap: PositiveInt = 1000
+    """Resamples of the problems for the 95 % intervals."""
+
+
+class ProcessBenchConfig(Section):
+    """`prime-trainer processbench`: where the first wrong step is, from files that `score` wrote."""
+
+    tune: Path | None = None
+    """The set on which the threshold is chosen (GSM8K on the cards)."""
+    paths: list[Path] = Field(default_factory=list)
+    """The sets on which it is used."""
 
 
 class AlgorithmConfig(Section):
@@ -215,6 +310,10 @@ class RunConfig(BaseSettings):
     rollout: RolloutConfig = RolloutConfig()
     filter: FilterConfig = FilterConfig()
     prm: PRMConfig = PRMConfig()
+    train_prm: TrainPRMConfig = TrainPRMConfig()
+    score: ScoreConfig = ScoreConfig()
+    select: SelectConfig = SelectConfig()
+    processbench: ProcessBenchConfig = ProcessBenchConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     policy: PolicyConfig = PolicyConfig()
     eval: EvalConfig = EvalConfig()

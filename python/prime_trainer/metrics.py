@@ -13,7 +13,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-Stage = Literal["sft", "rl", "eval"]
+Stage = Literal["sft", "prm", "rl", "eval"]
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"

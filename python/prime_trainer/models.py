@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import json
 from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
@@ -96,7 +98,70 @@ def load_model(cfg: ModelConfig) -> Any:
             )
         else:
             model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+    _check_finite(model, cfg)
     return model.to(device=device(cfg), dtype=dtype).eval()
+
+
+def _check_finite(model: Any, cfg: ModelConfig) -> None:
+    for name, weight in model.named_parameters():
+        # The sum of squares in place of isfinite: no copy of the weight.
+        if not torch.isfinite(torch.linalg.vector_norm(weight.detach(), dtype=torch.float32)):
+            bad = int((~torch.isfinite(weight)).sum())
+            if bad:
+                raise ModelError(
+                    f"model.path = {cfg.path!r}: {bad} of the {weight.numel()} values of {name} are not finite"
+                )
+
+
+def fingerprint(cfg: ModelConfig) -> str:
+    """A hash of the configuration and the weights of a model, as files, and of the dtype they are computed in."""
+    directory, gguf = _locate(cfg)
+    names = [gguf] if gguf else ["config.json", *sorted(p.name for p in Path(directory).glob("*.safetensors"))]
+    if not gguf and len(names) == 1:
+        names += sorted(p.name for p in Path(directory).glob("*.bin"))
+    total = hashlib.sha256(cfg.dtype.encode())
+    for name in names:
+        with (Path(directory) / name).open("rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()
+
+
+def tokenizer_parts(tokenizer: Any) -> dict[str, Any]:
+    """What decides how text becomes ids, comparable and hashable as JSON."""
+    if not tokenizer.is_fast:
+        raise ModelError(
+            "the tokenizer must be a fast one (tokenizer.json): steps need the places of tokens in the text"
+        )
+    stored = json.loads(tokenizer.backend_tokenizer.to_str())
+    parts = {name: stored.get(name) for name in ("model", "normalizer", "pre_tokenizer", "added_tokens")}
+    return parts | {"chat_template": tokenizer.chat_template, "eos": tokenizer.eos_token}
+
+
+def check_same_tokenizer(one: Any, other: Any, names: tuple[str, str]) -> None:
+    """Log-ratios compare token by token: both models must have been given the same ids."""
+    first, second = one.get_vocab(), other.get_vocab()
+    if first != second:
+        for token in sorted(first.keys() | second.keys()):
+            if first.get(token) != second.get(token):
+                raise ModelError(
+                    f"the tokenizers of {names[0]} and {names[1]} differ: token {token!r} is "
+                    f"{first.get(token, 'missing')} in one, {second.get(token, 'missing')} in the other"
+                )
+    a, b = tokenizer_parts(one), tokenizer_parts(other)
+    for name in ("model", "normalizer", "pre_tokenizer"):
+        if a[name] != b[name]:
+            raise ModelError(f"the tokenizers of {names[0]} and {names[1]} differ in their {name}")
+
+
+def positions(model: Any) -> int | None:
+    """The longest sequence the model can read, None where it does not say."""
+    return getattr(model.config, "max_position_embeddings", None)
+
+
+def encode_with_spans(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """Token ids and the characters each covers."""
+    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    return found["input_ids"], [(int(start), int(end)) for start, end in found["offset_mapping"]]
 
 
 def render(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:

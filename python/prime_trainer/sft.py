@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,13 +11,12 @@ import torch
 
 import prime_kernels as pk
 
-from . import checkpoint, demonstrations, models
+from . import chat, checkpoint, demonstrations, models
 from .batch import Batch, Group, Response
 from .config import RunConfig
-from .interrupt import stop_signal
-from .metrics import MetricsWriter
-from .progress import progress_bar
+from .fit import fit
 from .rollout import derive_seed
+from .rows import read_rows
 from .score import predicting
 from .tasks import load_task
 
@@ -35,51 +33,30 @@ def run(cfg: RunConfig) -> Path:
     trainable = models.Trainable(model, lr=cfg.sft.lr, betas=(0.9, 0.95), grad_clip=cfg.sft.grad_clip)
     size = min(cfg.sft.batch_size, len(examples))
     per_epoch = math.ceil(len(examples) / size)
-    total, step = cfg.sft.epochs * per_epoch, 0
-    if state is not None:
-        trainable.load_state_dict(state["trainable"])
-        step = state["step"]
-    checkpoint.write_config(cfg)
-    metrics = MetricsWriter(cfg.output, resume_step=None if state is None else step, stages=("sft",))
-    with progress_bar("sft", total, step) as bar, stop_signal() as stop:
-        while step < total and not stop.is_set():
-            epoch, at = divmod(step, per_epoch)
-            generator = torch.Generator().manual_seed(derive_seed(cfg.seed, "sft", epoch))
-            order = torch.randperm(len(examples), generator=generator).tolist()
-            batch = Batch([examples[i] for i in order[at * size : (at + 1) * size]], model.device)
-            loss = 0.0
-            for micro in batch.micro_batches(range(len(batch.groups)), cfg.micro_batch_tokens):
-                at = models.head(model, predicting(model, micro))
-                ids = batch.ids[micro.tokens]
-                part = pk.linear_nll(at.hidden, at.weight, ids, bias=at.bias, denominator=batch.num_tokens)
-                part.backward()
-                loss += part.item()
-            step += 1
-            scale = schedule(step, total, cfg.sft.warmup)
-            norm = trainable.step(scale)
-            values = {"loss": loss, "lr": cfg.sft.lr * scale, "tokens": batch.num_tokens, "grad_norm": norm}
-            metrics.log("sft", step, values)
-            bar.advance(f"loss {loss:.3f}")
-            if step < total and (stop.is_set() or (cfg.checkpoint.every and step % cfg.checkpoint.every == 0)):
-                state = {"step": step, "config": cfg.model_dump_json(), "trainable": trainable.state_dict()}
-                checkpoint.save(cfg.output, step, state, cfg.checkpoint.keep)
+
+    def backward(step: int) -> dict[str, float]:
+        epoch, at = divmod(step, per_epoch)
+        generator = torch.Generator().manual_seed(derive_seed(cfg.seed, "sft", epoch))
+        order = torch.randperm(len(examples), generator=generator).tolist()
+        batch = Batch([examples[i] for i in order[at * size : (at + 1) * size]], model.device)
+        loss = 0.0
+        for micro in batch.micro_batches(range(len(batch.groups)), cfg.micro_batch_tokens, pack=cfg.sft.pack):
+            head = models.head(model, predicting(model, micro))
+            ids = batch.ids[micro.tokens]
+            part = pk.linear_nll(head.hidden, head.weight, ids, bias=head.bias, denominator=batch.num_tokens)
+            part.backward()
+            loss += part.item()
+        return {"loss": loss, "tokens": batch.num_tokens}
+
+    fit(cfg, "sft", state, trainable, cfg.sft.epochs * per_epoch, backward, warmup=cfg.sft.warmup)
     final = cfg.output / "final"
     models.save(model, tokenizer, final)
-    metrics.close()
     return final
-
-
-def schedule(step: int, total: int, warmup: float) -> float:
-    """Linear warm-up over the share `warmup` of the steps, then a cosine to zero."""
-    rise = max(1, round(total * warmup))
-    if step <= rise:
-        return step / rise
-    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, total - rise + 1)))
 
 
 def _examples(cfg: RunConfig, tokenizer: Any) -> list[Group]:
     if cfg.sft.path is not None:
-        pairs = list(_chat_rows(cfg.sft.path))
+        pairs = list(_chat_rows(cfg.sft.path, cfg.sft.system_prompt))
     else:
         made = demonstrations.make(
             load_task(cfg.task, cfg.seed), cfg.sft.demonstrations, cfg.sft.worked_fraction, cfg.seed
@@ -100,50 +77,25 @@ def _examples(cfg: RunConfig, tokenizer: Any) -> list[Group]:
     return groups
 
 
-def _chat_rows(path: Path) -> Iterator[tuple[list[dict[str, str]], str]]:
-    """(messages before the answer, answer) of each row of a JSONL or parquet file with a `messages` column."""
-    if not path.is_file():
-        raise FileNotFoundError(f"sft.path: no such file: {path}")
-    rows = _parquet_rows(path) if path.suffix == ".parquet" else _jsonl_rows(path)
+def _chat_rows(path: Path, system_prompt: str | None = None) -> Iterator[tuple[list[dict[str, str]], str]]:
+    """(messages before the answer, answer) of each row: `messages`, or `instruction` and `response`."""
     empty = True
-    for number, row in rows:
+    for place, row in read_rows(path, "sft.path"):
         empty = False
-        messages = row.get("messages") if isinstance(row, dict) else None
-        if not _is_chat(messages):
-            raise ValueError(
-                f"{path}, row {number}: field 'messages' must be a chat of role and content that ends with the "
-                "assistant's turn"
-            )
-        yield messages[:-1], messages[-1]["content"]
+        try:
+            messages = _messages(row)
+        except ValueError as error:
+            raise ValueError(f"{path}, {place}: {error}") from None
+        yield chat.with_system(messages[:-1], system_prompt), messages[-1]["content"]
     if empty:
         raise ValueError(f"sft.path: {path} has no rows")
 
 
-def _is_chat(messages: Any) -> bool:
-    return (
-        isinstance(messages, list)
-        and len(messages) > 1
-        and all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages)
-        and messages[-1].get("role") == "assistant"
-    )
-
-
-def _jsonl_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            yield number, json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}, row {number}: not JSON: {error}") from None
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.read_table(path)
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"sft.path: {path} is not a parquet file: {error}") from None
-    yield from enumerate(table.to_pylist(), 1)
+def _messages(row: dict[str, Any]) -> list[dict[str, str]]:
+    if "messages" not in row and "instruction" in row:
+        answer = {"role": "assistant", "content": row.get("response")}
+        return [*chat.prompt(row["instruction"], "instruction"), chat.message(answer, "response")]
+    messages = chat.checked(row.get("messages"), "messages", last="assistant")
+    if len(messages) < 2:
+        raise ValueError("messages must have a turn before the assistant's")
+    return messages

@@ -6,19 +6,18 @@ A row is either in the Eurus-2-RL-Data schema (`prompt`, `ability`, `reward_mode
 
 from __future__ import annotations
 
-import gzip
 import json
 import random
-from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from . import chat
 from .config import TaskConfig
+from .rows import read_rows
 from .tasks import Problem, messages_for
 from .verify import sandbox
 
-_ROLES = ("system", "user", "assistant")
 _DEFAULT_TEMPLATE = TaskConfig.model_fields["template"].default
 
 
@@ -65,7 +64,7 @@ def _read_problems(path: Path, kind: str, cfg: TaskConfig, option: str) -> list[
     if not path.is_file():
         raise ValueError(f"{option}: no such file: {path}")
     problems = []
-    for place, row in read_rows(path, kind, option):
+    for place, row in read_rows(path, option, kind):
         try:
             ability = row.get("ability", "math")
             if ability not in _ANSWERS:
@@ -80,83 +79,15 @@ def _read_problems(path: Path, kind: str, cfg: TaskConfig, option: str) -> list[
     return problems
 
 
-def read_rows(path: Path, kind: str, option: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of a file, each with its place for messages; nulls are left out of parquet rows.
-
-    `kind` is "jsonl" (gzipped if the name says so), "json" (one list) or "parquet".
-    """
-    readers = {"jsonl": _read_jsonl, "json": _read_json, "parquet": _read_parquet}
-    yield from readers[kind](path, option)
-
-
-def _read_json(path: Path, option: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{option}: {path} is not JSON: {error}") from None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{option}: {path} must hold a list of objects")
-    yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
-
-
-def _read_jsonl(path: Path, option: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: not JSON: {error}") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: expected an object, got {type(row).__name__}")
-            yield f"line {number}", row
-
-
-def _read_parquet(path: Path, option: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{option}: {path} is not a parquet file: {error}") from None
-    number = 0
-    with file:
-        for batch in file.iter_batches():
-            for row in batch.to_pylist():
-                number += 1
-                # A column that only some rows fill is null in the others.
-                yield f"row {number}", {key: value for key, value in row.items() if value is not None}
-
-
 def _messages(row: dict[str, Any], cfg: TaskConfig) -> list[dict[str, str]]:
     prompt = row.get("prompt", row.get("question", row.get("problem")))
-    if isinstance(prompt, str) and prompt.strip():
+    messages = chat.prompt(prompt, "prompt")
+    if isinstance(prompt, str):
         return messages_for(cfg, prompt)
-    if not isinstance(prompt, list) or not prompt:
-        raise ValueError(f"prompt must be a non-empty list of messages or a string, got {prompt!r:.100}")
-    messages = [_message(message, index) for index, message in enumerate(prompt)]
-    if messages[-1]["role"] != "user":
-        raise ValueError(f"prompt must end with a user message, got role {messages[-1]['role']!r}")
     # A chat is kept as it is, but what the configuration sets acts.
     if cfg.template != _DEFAULT_TEMPLATE:
         messages[-1]["content"] = cfg.template.replace("{question}", messages[-1]["content"])
-    if cfg.system_prompt is not None:
-        others = [message for message in messages if message["role"] != "system"]
-        messages = [{"role": "system", "content": cfg.system_prompt}, *others]
-    return messages
-
-
-def _message(message: Any, index: int) -> dict[str, str]:
-    if not isinstance(message, dict):
-        raise ValueError(f"prompt[{index}] must be a message with role and content, got {message!r:.100}")
-    role, content = message.get("role"), message.get("content")
-    if role not in _ROLES:
-        raise ValueError(f"prompt[{index}].role must be one of {', '.join(_ROLES)}, got {role!r:.100}")
-    if not isinstance(content, str) or not content.strip():
-        raise ValueError(f"prompt[{index}].content must be a non-empty string, got {content!r:.100}")
-    return {"role": role, "content": content}
+    return chat.with_system(messages, cfg.system_prompt)
 
 
 def _math_answer(row: dict[str, Any]) -> dict[str, Any]:

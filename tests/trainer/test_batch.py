@@ -32,20 +32,20 @@ def one_by_one(model, batch):
     return torch.cat(pieces)
 
 
-def by_micro_batches(model, batch, max_tokens, parts=None):
+def by_micro_batches(model, batch, max_tokens, pack=False):
     out = torch.zeros(batch.num_tokens)
-    for part in parts or [range(len(batch.groups))]:
-        for micro in batch.micro_batches(part, max_tokens):
-            out = out.index_put((micro.tokens,), log_probs(model, micro, batch.ids[micro.tokens]))
+    for micro in batch.micro_batches(range(len(batch.groups)), max_tokens, pack=pack):
+        out = out.index_put((micro.tokens,), log_probs(model, micro, batch.ids[micro.tokens]))
     return out
 
 
 @pytest.mark.parametrize("max_tokens", [1, 60, 10_000])
 @pytest.mark.parametrize("limit", [0, 1024])
-def test_log_probs_and_gradients_are_those_of_single_passes(model, groups, monkeypatch, max_tokens, limit):
+@pytest.mark.parametrize("pack", [False, True])
+def test_log_probs_and_gradients_are_those_of_single_passes(model, groups, monkeypatch, max_tokens, limit, pack):
     monkeypatch.setattr(batch_module, "SHARED_ROW_LIMIT", limit)
     batch = Batch(groups)
-    got, want = by_micro_batches(model, batch, max_tokens), one_by_one(model, batch)
+    got, want = by_micro_batches(model, batch, max_tokens, pack), one_by_one(model, batch)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
     upstream = torch.randn(batch.num_tokens)
     params = list(model.parameters())
@@ -55,12 +55,14 @@ def test_log_probs_and_gradients_are_those_of_single_passes(model, groups, monke
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item())
 
 
-def test_a_response_does_not_see_its_siblings(model, groups):
+@pytest.mark.parametrize("pack", [False, True])
+def test_a_response_does_not_see_its_siblings(model, groups, pack):
+    """Nor, where rows are packed, other groups."""
     with torch.no_grad():
-        before = by_micro_batches(model, Batch(groups), 10_000)
+        before = by_micro_batches(model, Batch(groups), 10_000, pack)
         changed = dataclasses.replace(groups[0].responses[0], ids=[(i + 7) % 301 for i in groups[0].responses[0].ids])
         groups[0] = dataclasses.replace(groups[0], responses=[changed, *groups[0].responses[1:]])
-        after = by_micro_batches(model, Batch(groups), 10_000)
+        after = by_micro_batches(model, Batch(groups), 10_000, pack)
     own = len(changed.ids)
     assert not torch.equal(before[:own], after[:own])
     assert torch.equal(before[own:], after[own:])
@@ -75,10 +77,21 @@ def test_long_groups_take_a_row_a_response_and_need_no_mask(groups, monkeypatch)
     assert single.input_ids.shape[0] == 3 and single.attention_mask is None
 
 
-@pytest.mark.parametrize("max_tokens", [1, 40, 100, 10_000])
-def test_micro_batches_cover_every_token_once(groups, max_tokens):
+def test_packing_fills_rows():
+    groups = [Group([1] * 4, [Response([2] * length)]) for length in (2, 90, 8, 30, 6, 50)]
     batch = Batch(groups)
-    micros = list(batch.micro_batches(range(len(groups)), max_tokens))
+    (padded,) = batch.micro_batches(range(6), 1000)
+    assert padded.input_ids.shape == (6, 94)
+    packed = list(batch.micro_batches(range(6), 110, pack=True))
+    # Longest first into the first row with room: 94 + 12, then 54 + 34 + 10 + 6 = 104.
+    assert [tuple(micro.input_ids.shape) for micro in packed] == [(1, 106), (1, 104)]
+
+
+@pytest.mark.parametrize("max_tokens", [1, 40, 100, 10_000])
+@pytest.mark.parametrize("pack", [False, True])
+def test_micro_batches_cover_every_token_once(groups, max_tokens, pack):
+    batch = Batch(groups)
+    micros = list(batch.micro_batches(range(len(groups)), max_tokens, pack=pack))
     tokens = torch.cat([m.tokens for m in micros])
     responses = torch.cat([m.responses for m in micros])
     assert sorted(tokens.tolist()) == list(range(batch.num_tokens))

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from prime_trainer import demonstrations, sft
+from prime_trainer import demonstrations, schedule, sft
 from prime_trainer.batch import Batch
 from prime_trainer.models import render
 from prime_trainer.tasks import Problem, load_task
@@ -48,12 +48,19 @@ def test_loss_is_the_mean_over_answer_tokens(run_config, model, tokenizer, tmp_p
     ("lines", "message"),
     [
         ([], "has no rows"),
-        ([chat(), {"text": "x"}], "row 2: field 'messages' must be a chat"),
-        ([{"messages": chat()["messages"][:1]}], r"row 1: field 'messages' must be a chat .* that ends with"),
-        ([{"messages": "hello"}], "row 1: field 'messages' must be a chat"),
-        ([{"messages": ["hello", "there"]}], "row 1: field 'messages' must be a chat"),
-        ([{"messages": [{"role": "user", "content": None}, {"role": "assistant", "content": 5}]}], "row 1: field"),
-        ([chat(), "{not json"], "row 2: not JSON"),
+        ([chat(), {"text": "x"}], "line 2: messages must be a non-empty list of messages, got None"),
+        ([{"messages": chat()["messages"][:1]}], "line 1: messages must end with a message of role 'assistant'"),
+        ([{"messages": chat()["messages"][1:]}], "line 1: messages must have a turn before the assistant's"),
+        ([{"messages": "hello"}], "line 1: messages must be a non-empty list"),
+        ([{"messages": ["hello", "there"]}], r"line 1: messages\[0\] must be a message with role and content"),
+        ([{"messages": [{"role": "user", "content": None}]}], r"line 1: messages\[0\]\.content must be a non-empty"),
+        ([{"instruction": "2 + 3?"}], r"line 1: response\.content must be a non-empty string, got None"),
+        (
+            [{"instruction": "", "response": "5"}],
+            "line 1: instruction must be a non-empty list of messages or a string",
+        ),
+        ([chat(), "{not json"], "line 2: not JSON"),
+        ([chat(), "[1]"], "line 2: expected an object, got list"),
     ],
 )
 def test_bad_chat_rows_are_named(tmp_path, lines, message):
@@ -73,6 +80,39 @@ def test_bad_files_are_named(run_config, tokenizer, tmp_path):
         sft._examples(run_config(sft={"path": path, "max_length": 20}), tokenizer)
 
 
+def test_instruction_rows_and_system_prompt(tmp_path, run_config):
+    path = write(
+        tmp_path / "chat.jsonl",
+        {"instruction": "2 + 3?", "response": "5"},
+        {"messages": [{"role": "system", "content": "Be brief."}, *chat()["messages"]]},
+    )
+    user = {"role": "user", "content": "2 + 3?"}
+    assert [messages for messages, _ in sft._chat_rows(path)] == [
+        [user],
+        [{"role": "system", "content": "Be brief."}, *chat()["messages"][:1]],
+    ]
+    prompt = run_config(sft={"system_prompt": "actions"}).sft.system_prompt
+    names = ["ASSESS", "ADVANCE", "VERIFY", "SIMPLIFY", "SYNTHESIZE", "PIVOT", "OUTPUT"]
+    assert [name for name in names if f"[{name}]" in prompt] == names and "Next action: [" in prompt
+    (first, _), (second, answer) = sft._chat_rows(path, prompt)
+    assert first == [{"role": "system", "content": prompt}, user]
+    assert second == [{"role": "system", "content": prompt}, *chat()["messages"][:1]] and answer == "5"
+    assert run_config(task={"system_prompt": "actions"}).task.system_prompt == prompt
+
+
+def test_packing_changes_no_number(run_config, tmp_path):
+    rows = [chat(f"What is {k} + 3?", "so " * (k % 5) + str(k + 3)) for k in range(9)]
+    path = write(tmp_path / "chat.jsonl", *rows)
+    losses = []
+    for name, pack in (("padded", False), ("packed", True)):
+        sft.run(run_config(output=tmp_path / name, sft={"path": path, "batch_size": 9, "epochs": 3, "pack": pack}))
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        losses.append([(json.loads(line)["loss"], json.loads(line)["grad_norm"]) for line in lines])
+    for padded, packed in zip(*losses, strict=True):
+        assert packed == pytest.approx(padded, rel=1e-4)
+    assert losses[0][0][0] > losses[0][2][0]
+
+
 def test_parquet_chat_data(tmp_path):
     import pyarrow
     import pyarrow.parquet
@@ -85,11 +125,11 @@ def test_parquet_chat_data(tmp_path):
 
 
 def test_schedule():
-    values = [sft.schedule(step, 10, 0.2) for step in range(1, 11)]
+    values = [schedule.cosine(step, 10, 0.2) for step in range(1, 11)]
     assert values[:2] == [0.5, 1.0]
     assert values[2:] == sorted(values[2:], reverse=True) and 0 < values[-1] < 0.05
-    assert sft.schedule(6, 10, 0.2) == pytest.approx(0.5 * (1 + torch.cos(torch.tensor(4 / 9 * torch.pi)).item()))
-    assert sft.schedule(1, 1, 0.0) == 1.0
+    assert schedule.cosine(6, 10, 0.2) == pytest.approx(0.5 * (1 + torch.cos(torch.tensor(4 / 9 * torch.pi)).item()))
+    assert schedule.cosine(1, 1, 0.0) == 1.0
 
 
 def test_an_existing_run_is_not_overwritten(run_config):

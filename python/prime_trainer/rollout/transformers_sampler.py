@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models import new_cache, stop_ids
+from ..models import new_cache, positions, stop_ids
 from .base import Sample, Sampling, derive_seed
 
 
@@ -22,7 +22,7 @@ class TransformersSampler:
         self.model, self.batch_size = model, batch_size
         self.stops = torch.tensor(stop_ids(model, tokenizer), device=model.device)
         self.pad_id = int(self.stops[0])
-        self.limit = getattr(model.config, "max_position_embeddings", None)
+        self.limit = positions(model)
         self.version = 0
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:

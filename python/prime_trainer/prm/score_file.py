@@ -1,0 +1,170 @@
+"""`prime-trainer score`: a file of responses in, a file of rewards out, a window of responses in memory at a time."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .. import checkpoint, models
+from ..config import RunConfig, ScoreConfig
+from ..errors import RunError
+from ..interrupt import stop_signal
+from ..progress import progress_bar
+from ..rows import repair_jsonl
+from .data import Item, TooLong, read_items
+from .page import write_page
+from .score import Encoded, StepRewards, StepScorer
+
+SCORES = "scores.jsonl"
+
+
+def run(cfg: RunConfig) -> Path:
+    """Scores `cfg.score.path` with the PRM `cfg.model`; returns the path of the scores.
+
+    A row of `scores.jsonl` is the input's row (of one with completions, a row each) with `reward_model`, `benchmark`
+    and `rewards`: {steps, single, cumulative, tokens, token_rewards, cu_steps, response: {single: {min, mean, sum,
+    last}, cumulative: {..}}}. Rows are written as windows are done; Ctrl-C or an error keeps them, and `--resume` goes
+    on after them.
+    """
+    own = cfg.score
+    for name in ("path", "reference"):
+        if getattr(own, name) is None:
+            raise ValueError(f"score.{name} is required")
+    out = cfg.output / SCORES
+    done = _begin(cfg, out)
+    tokenizer = models.load_tokenizer(cfg.model)
+    reference_model = cfg.model.model_copy(update={"path": str(own.reference), "gguf_file": None})
+    models.check_same_tokenizer(tokenizer, models.load_tokenizer(reference_model), ("model.path", "score.reference"))
+    total = _count(own.path)
+    if done < total or not total:
+        scorer = StepScorer(
+            models.frozen(models.load_model(cfg.model)), models.frozen(models.load_model(reference_model)), tokenizer,
+            beta=own.beta, splitter=own.splitter, compat=own.compat,
+            micro_batch_tokens=cfg.micro_batch_tokens, max_length=own.max_length,
+        )  # fmt: skip
+        checkpoint.write_config(cfg)
+        _score(own, cfg.model.path, scorer, out, done, total)
+    if own.page_rows:
+        write_page(out, cfg.output / "index.html", own.page_rows)
+    return out
+
+
+def _begin(cfg: RunConfig, out: Path) -> int:
+    """The number of rows that are there. Refuses to overwrite scores, or to go on with other settings."""
+    if not cfg.resume:
+        if out.exists():
+            raise ValueError(f"{out} already exists; give another --output, or --resume to continue it")
+        return 0
+    config = cfg.output / "config.json"
+    if config.is_file():
+        free = {"window", "page_rows"}
+        old, new = (
+            {"model": c["model"]} | c["score"] for c in (json.loads(config.read_text()), cfg.model_dump(mode="json"))
+        )
+        checkpoint.check_unchanged(old, new, [key for key in new if key not in free])
+    return repair_jsonl(out)
+
+
+def _score(own: ScoreConfig, model: str, scorer: StepScorer, out: Path, done: int, total: int) -> None:
+    windows = math.ceil(total / own.window)
+    name = own.name or model
+    items = read_items(own.path, "score.path")
+    _skip(items, out, done)
+    with progress_bar("score", windows, done // own.window) as bar, stop_signal() as stop, out.open("a") as file:
+        while True:
+            if stop.is_set() and done < total:
+                raise RunError(f"stopped after {done} of {total} responses; --resume goes on")
+            window, failure = _take(items, own.window)
+            if window:
+                for row in _rows(window, scorer, own):
+                    row |= {"reward_model": name, "benchmark": row.get("benchmark") or own.path.stem}
+                    file.write(json.dumps(row, allow_nan=False) + "\n")
+                file.flush()
+                done += len(window)
+                bar.advance(f"{done} of {total} responses")
+            if failure is not None:
+                raise failure
+            if len(window) < own.window:
+                break
+
+
+def _take(items: Iterator[Item], count: int) -> tuple[list[Item], Exception | None]:
+    """The next items, and what a bad row after them raised: those before it are scored first."""
+    window: list[Item] = []
+    try:
+        for item in itertools.islice(items, count):
+            window.append(item)
+    except ValueError as error:
+        return window, error
+    return window, None
+
+
+def _rows(window: list[Item], scorer: StepScorer, own: ScoreConfig) -> Iterator[dict[str, Any]]:
+    encoded: list[Encoded | TooLong] = []
+    failure = None
+    for item in window:
+        try:
+            encoded.append(scorer.encode(item))
+        except TooLong as error:
+            if own.too_long == "error":
+                failure = ValueError(f"{error} (score.too_long = 'skip' goes on without it)")
+                break
+            encoded.append(error)
+        except ValueError as error:
+            failure = error
+            break
+    rewards = iter(scorer.score([each for each in encoded if isinstance(each, Encoded)]))
+    for item, each in zip(window, encoded, strict=False):
+        if isinstance(each, Encoded):
+            yield {**item.row, "rewards": as_row(next(rewards), own.tokens)}
+        else:
+            yield {**item.row, "rewards": None, "error": str(each)}
+    if failure is not None:
+        raise failure
+
+
+def as_row(rewards: StepRewards, tokens: bool) -> dict[str, Any]:
+    """Seven significant digits: all that float32 has."""
+
+    def short(values: list[float]) -> list[float]:
+        return [float(f"{value:.7g}") for value in values]
+
+    row: dict[str, Any] = {"steps": rewards.steps, "cu_steps": rewards.cu_steps}
+    for mode in ("single", "cumulative"):
+        row[mode] = short(getattr(rewards, mode))
+    row["response"] = {
+        mode: {name: float(f"{value:.7g}") for name, value in rewards.response(mode).items()}
+        for mode in ("single", "cumulative")
+    }
+    if tokens:
+        row |= {"tokens": rewards.tokens, "token_rewards": short(rewards.token_rewards)}
+    return row
+
+
+def _count(path: Path) -> int:
+    """Responses in the file, up to the first bad row: for the progress bar."""
+    count = 0
+    try:
+        for _ in read_items(path, "score.path"):
+            count += 1
+    except ValueError:
+        return count
+    return count
+
+
+def _skip(items: Iterator[Item], out: Path, done: int) -> None:
+    """Passes over the responses that are scored, after checking that they are those of the file."""
+    if not done:
+        return
+    with out.open("rb") as file:
+        for line in file:
+            last = line
+    scored = json.loads(last)
+    for item in itertools.islice(items, done - 1, done):
+        if all(scored.get(key) == value for key, value in item.row.items() if key not in ("benchmark", "reward_model")):
+            return
+    raise ValueError(f"--resume: row {done} of {out} is not response {done} of score.path: the input has changed")

@@ -1,0 +1,183 @@
+"""Choosing among N responses by their rewards: best-of-N, weighted best-of-N, majority voting, pass@N.
+
+A response's score is the min, mean, sum or last of its steps' rewards. Best-of-N takes the highest score; weighted
+best-of-N the answer with the largest sum of sigmoid(score) (arXiv 2408.03314, as the EurusPRM cards have it); majority
+the most frequent answer. An answer is the row's `extracted_answer` or else what stands in the last \\boxed{} of the
+response; equivalent answers count as one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..config import RunConfig
+from ..estimators import bootstrap_interval, majority, pass_at_k
+from ..rows import read_rows
+from ..verify import Verifier, last_boxed
+from .data import PROMPTS, outcome
+from .score import RESPONSE_REWARDS
+
+
+@dataclass
+class Problem:
+    """The responses to one prompt, in the order of the file. `groups` numbers equivalent answers, None: no answer."""
+
+    right: list[bool]
+    answers: list[str | None]
+    scores: dict[str, list[float]]
+    groups: list[int | None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """An accuracy over problems with its 95 % bootstrap interval."""
+
+    benchmark: str
+    reward_model: str
+    method: str
+    rewards: str
+    """What the scores integrate: min, mean, sum or last; empty for methods without scores."""
+    n: int
+    accuracy: float
+    low: float
+    high: float
+    problems: int
+
+
+def run(cfg: RunConfig) -> Path:
+    """Writes `select.json` and `select.md` to `cfg.output`; returns the path of the table."""
+    own = cfg.select
+    if not own.paths:
+        raise ValueError("select.paths is required: files that `prime-trainer score` wrote")
+    found: dict[tuple[str, str], dict[str, Problem]] = {}
+    for path in own.paths:
+        _read(path, own.step_rewards, found)
+    with Verifier(cfg.task.verify_seconds, cfg.task.verify_workers) as verifier:
+        for problems in found.values():
+            groups = verifier.group([p.answers for p in problems.values()])
+            for problem, numbers in zip(problems.values(), groups, strict=True):
+                problem.groups = numbers
+    results = [
+        result
+        for (benchmark, model), problems in found.items()
+        for result in compare(list(problems.values()), own.n, benchmark, model, own.bootstrap, cfg.seed)
+    ]
+    cfg.output.mkdir(parents=True, exist_ok=True)
+    rows = [asdict(result) for result in results]
+    document = {"step_rewards": own.step_rewards, "results": rows}
+    (cfg.output / "select.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    table = cfg.output / "select.md"
+    table.write_text(markdown(results, own.step_rewards), encoding="utf-8")
+    return table
+
+
+def compare(
+    problems: Sequence[Problem], ns: Sequence[int], benchmark: str, model: str, resamples: int, seed: int
+) -> Iterator[Result]:
+    """Every method for every n that all problems have responses for.
+
+    With more than n responses a problem's value is the mean over as many disjoint runs of n as there are.
+    """
+    fewest = min(len(p.right) for p in problems)
+    for n in sorted(set(ns)):
+        if n > fewest:
+            continue
+        columns = {("mean accuracy of one", ""): [sum(p.right) / len(p.right) for p in problems]}
+        columns["pass@n", ""] = [pass_at_k(len(p.right), sum(p.right), n) for p in problems]
+        columns["majority voting", ""] = [_over_runs(p, n, None, _by_votes) for p in problems]
+        for method, choose in (("best-of-n", _by_score), ("weighted best-of-n", _by_votes)):
+            for rewards in RESPONSE_REWARDS:
+                columns[method, rewards] = [_over_runs(p, n, rewards, choose) for p in problems]
+        for (method, rewards), values in columns.items():
+            low, high = bootstrap_interval(values, resamples=resamples, seed=seed)
+            mean = sum(values) / len(values)
+            yield Result(benchmark, model, method, rewards, n, mean, low, high, len(values))
+
+
+def _over_runs(problem: Problem, n: int, rewards: str | None, choose: Any) -> float:
+    runs = [range(at, at + n) for at in range(0, len(problem.right) - n + 1, n)]
+    chosen = [choose(problem, members, rewards) for members in runs]
+    return sum(k is not None and problem.right[k] for k in chosen) / len(runs)
+
+
+def _by_score(problem: Problem, members: range, rewards: str) -> int:
+    return max(members, key=lambda k: problem.scores[rewards][k])  # the first of equals
+
+
+def _by_votes(problem: Problem, members: range, rewards: str | None) -> int | None:
+    weights = None if rewards is None else [_sigmoid(problem.scores[rewards][k]) for k in members]
+    chosen = majority([problem.groups[k] for k in members], weights)
+    return None if chosen is None else members[chosen]
+
+
+def _sigmoid(value: float) -> float:
+    # Half of tanh's own range: exp would overflow for very low scores.
+    return 0.5 * (1 + math.tanh(value / 2))
+
+
+def _read(path: Path, mode: str, found: dict[tuple[str, str], dict[str, Problem]]) -> None:
+    for place, row in read_rows(path, "select.paths"):
+        right = outcome(row)
+        if right is None:
+            raise ValueError(f"{path}, {place}: label is missing: whether the response is right")
+        if "rewards" not in row:
+            raise ValueError(f"{path}, {place}: rewards is missing; is this a file that `prime-trainer score` wrote?")
+        key = (str(row.get("benchmark") or path.stem), str(row.get("reward_model", "")))
+        name = row.get("id")
+        if name is None:
+            name = json.dumps(next((row[prompt] for prompt in PROMPTS if row.get(prompt)), None))
+        problem = found.setdefault(key, {}).setdefault(str(name), Problem([], [], {}, []))
+        problem.right.append(right > 0.5)
+        problem.answers.append(row["extracted_answer"] if "extracted_answer" in row else last_boxed(_text(row)))
+        for rewards in RESPONSE_REWARDS:
+            # A response that was too long to score is chosen last.
+            value = -math.inf if row["rewards"] is None else row["rewards"]["response"][mode][rewards]
+            problem.scores.setdefault(rewards, []).append(value)
+
+
+def _text(row: dict[str, Any]) -> str:
+    """The response, which may be given as a chat or as steps."""
+    response = row.get("response") or row.get("steps") or ""
+    parts = [part["content"] if isinstance(part, dict) else part for part in response]
+    return response if isinstance(response, str) else "\n\n".join(parts)
+
+
+def markdown(results: Sequence[Result], step_rewards: str) -> str:
+    """A table for every n: method x reward model x benchmark, with the mean over the benchmarks."""
+    benchmarks = list(dict.fromkeys(r.benchmark for r in results))
+    lines = [
+        f"Accuracy in percent with its 95 % bootstrap interval over problems; scores are taken over {step_rewards} "
+        "rewards of the steps.",
+    ]
+    for n in sorted({r.n for r in results}):
+        cells: dict[tuple[str, str, str], dict[str, Result]] = {}
+        for r in results:
+            if r.n == n:
+                # Without scores the reward model decides nothing: one row for all.
+                cells.setdefault((r.method, r.rewards, r.reward_model if r.rewards else ""), {})[r.benchmark] = r
+        header = ["method", "reward model", "rewards", *benchmarks, *(["mean"] if len(benchmarks) > 1 else [])]
+        lines += ["", f"## n = {n}", "", _line(header), _line(["---"] * len(header))]
+        for (method, rewards, model), row in cells.items():
+            values = [_cell(row.get(benchmark)) for benchmark in benchmarks]
+            if len(benchmarks) > 1:
+                shares = [r.accuracy for r in row.values()]
+                values.append(f"{100 * sum(shares) / len(shares):.1f}" if len(shares) == len(benchmarks) else "–")
+            lines.append(
+                _line([method.replace("-n", f"-{n}").replace("@n", f"@{n}"), model or "–", rewards or "–", *values])
+            )
+    return "\n".join(lines) + "\n"
+
+
+def _cell(result: Result | None) -> str:
+    if result is None:
+        return "–"
+    return f"{100 * result.accuracy:.1f} [{100 * result.low:.1f}, {100 * result.high:.1f}]"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"

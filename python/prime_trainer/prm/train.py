@@ -1,0 +1,200 @@
+"""Offline training of an implicit PRM from response-level labels (arXiv 2412.01981), step labels mixed in if given.
+
+The reward of a token is beta * q_t, q_t = log pi_prm - log pi_ref. Outcomes enter by `prime_kernels.prm_loss`; a step
+label y in [0, 1] by (sigmoid(Q_k - Q_{k-1}) - y)^2, the mean over the labelled steps of a batch, where Q_k is the sum
+of rewards up to the end of step k.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import prime_kernels as pk
+
+from .. import checkpoint, models
+from ..batch import Batch, Group, Micro
+from ..config import RunConfig, TrainPRMConfig
+from ..fit import fit
+from ..rollout import derive_seed
+from ..score import log_probs
+from .ranking import auc
+from .reference import Reference
+from .training_data import outcome_groups, step_groups
+
+
+def run(cfg: RunConfig) -> Path:
+    """Trains `cfg.model` on `cfg.train_prm.path`; returns the directory of the saved PRM.
+
+    Ctrl-C stops after the step at hand and leaves a checkpoint for `--resume` beside the PRM as it is then.
+    """
+    own = cfg.train_prm
+    if own.path is None:
+        raise ValueError("train_prm.path is required: the rows with labelled responses")
+    state = checkpoint.begin(cfg)
+    tokenizer = models.load_tokenizer(cfg.model)
+    reference_model = cfg.model
+    if own.reference is not None:
+        reference_model = cfg.model.model_copy(update={"path": str(own.reference), "gguf_file": None})
+        models.check_same_tokenizer(
+            tokenizer, models.load_tokenizer(reference_model), ("model.path", "train_prm.reference")
+        )
+    model = models.load_model(cfg.model)
+    limit = min(own.max_length, models.positions(model) or own.max_length)
+    train, held_out = outcome_groups(own, tokenizer, limit, cfg.seed)
+    stage2 = [] if own.step_path is None else step_groups(own, tokenizer, limit)
+    reference = Reference(reference_model, tokenizer, own.cache, cfg.micro_batch_tokens)
+    outcomes = _Source(train, own.batch_size, reference, cfg.seed, "outcomes")
+    steps = _Source(stage2, own.step_batch_size, reference, cfg.seed, "steps") if stage2 else None
+    evaluation = _Source(held_out, own.batch_size, reference, cfg.seed, "held-out") if held_out else None
+    trainable = models.Trainable(model, lr=own.lr, betas=(0.9, 0.95), grad_clip=own.grad_clip)
+    total = own.epochs * len(outcomes.batches)
+
+    def backward(step: int) -> dict[str, float]:
+        values = _backward_outcomes(model, outcomes.at(step), own, cfg.micro_batch_tokens)
+        if steps is not None:
+            values["step_loss"] = _backward_steps(model, steps.at(step), own, cfg.micro_batch_tokens)
+            values["loss"] += own.step_coef * values["step_loss"]
+        return values
+
+    def evaluate(step: int) -> dict[str, float]:
+        due = step == total or (own.eval_every and step % own.eval_every == 0)
+        return _evaluate(model, evaluation, own, cfg.micro_batch_tokens) if due and evaluation else {}
+
+    fit(cfg, "prm", state, trainable, total, backward, warmup=own.warmup, floor=0.1, evaluate=evaluate)
+    final = cfg.output / "final"
+    models.save(model, tokenizer, final)
+    return final
+
+
+@dataclass(frozen=True)
+class _Labelled:
+    """A batch on the model's device with the reference's log-probs [T]."""
+
+    groups: list[Group]
+    ref_logp: Tensor
+
+
+class _Source:
+    """Batches whose members the data alone decides, so that cached log-probs fit; the seed decides their order."""
+
+    def __init__(self, groups: Sequence[Group], size: int, reference: Reference, seed: int, name: str) -> None:
+        # By content: rows of a file often stand in an order that means something.
+        mixed = sorted(groups, key=_content)
+        per_group = sum(len(g.responses) for g in mixed) / len(mixed)
+        per_batch = max(1, round(size / per_group))
+        parts = [mixed[at : at + per_batch] for at in range(0, len(mixed), per_batch)]
+        pairs = zip(parts, reference.log_probs(parts), strict=True)
+        self.batches = [_Labelled(part, logp) for part, logp in pairs]
+        self._seed, self._name = seed, name
+
+    def at(self, step: int) -> _Labelled:
+        """The batch of a step, from 0; every epoch has an order of its own."""
+        epoch, at = divmod(step, len(self.batches))
+        generator = torch.Generator().manual_seed(derive_seed(self._seed, "prm", self._name, epoch))
+        return self.batches[torch.randperm(len(self.batches), generator=generator)[at]]
+
+
+def _content(group: Group) -> bytes:
+    return hashlib.sha256(json.dumps([group.prompt_ids, [r.ids for r in group.responses]]).encode()).digest()
+
+
+def _backward_outcomes(model: Any, labelled: _Labelled, cfg: TrainPRMConfig, max_tokens: int) -> dict[str, float]:
+    batch = Batch(labelled.groups, model.device)
+
+    def loss_of(log_ratio: Tensor) -> pk.PRMLoss:
+        return pk.prm_loss(
+            log_ratio, batch.outcomes, batch.cu_seqlens, cu_groups=batch.cu_groups, kind=cfg.kind, beta=cfg.beta
+        )
+
+    coupled = cfg.kind != "ce"
+    log_ratio = _backward(model, batch, labelled.ref_logp, lambda q: loss_of(q).loss, max_tokens, coupled=coupled)
+    found = loss_of(log_ratio)
+    return {
+        "loss": found.loss.item(),
+        "pair_accuracy": found.pair_accuracy.item(),
+        "tokens": batch.num_tokens,
+        "responses": batch.num_responses,
+    }
+
+
+def _backward_steps(model: Any, labelled: _Labelled, cfg: TrainPRMConfig, max_tokens: int) -> float:
+    batch = Batch(labelled.groups, model.device)
+    responses = [r for g in batch.groups for r in g.responses]
+    starts = batch.cu_seqlens.tolist()
+    cu_steps = [0]
+    for start, response in zip(starts, responses, strict=False):
+        cu_steps += [start + at for at in response.cu_steps[1:]]
+    cu_steps = torch.tensor(cu_steps, device=batch.device)
+    # A step without a label takes part in no mean.
+    given = [math.nan if y is None else y for r in responses for y in r.step_labels]
+    labels = torch.tensor(given, device=batch.device)
+    known = ~labels.isnan()
+
+    def loss_of(log_ratio: Tensor) -> Tensor:
+        rewards = pk.step_rewards(cfg.beta * log_ratio, cu_steps, batch.cu_seqlens)
+        return (torch.sigmoid(rewards[known]) - labels[known]).square().mean()
+
+    def scaled(log_ratio: Tensor) -> Tensor:
+        return cfg.step_coef * loss_of(log_ratio)
+
+    return loss_of(_backward(model, batch, labelled.ref_logp, scaled, max_tokens, coupled=False)).item()
+
+
+def _backward(
+    model: Any, batch: Batch, ref_logp: Tensor, loss_of: Callable[[Tensor], Tensor], max_tokens: int, *, coupled: bool
+) -> Tensor:
+    """Adds the gradients of `loss_of(log_ratio)` to the model's; returns the log-ratios [T].
+
+    Where the loss couples responses (pairs, a mean over the batch), all log-ratios must be known before the first
+    gradient is: that takes a second forward pass unless one holds the whole batch.
+    """
+    micros = list(batch.micro_batches(range(len(batch.groups)), max_tokens))
+    ref_logp = ref_logp.to(batch.device)
+    log_ratio = torch.zeros(batch.num_tokens, device=batch.device)
+    if coupled and len(micros) > 1:
+        log_ratio = _log_ratio(model, batch, ref_logp, micros)
+    for micro in micros:
+        logp = log_probs(model, micro, batch.ids[micro.tokens])
+        log_ratio[micro.tokens] = logp.detach() - ref_logp[micro.tokens]
+        leaf = log_ratio.clone().requires_grad_()
+        (upstream,) = torch.autograd.grad(loss_of(leaf), leaf)
+        logp.backward(upstream[micro.tokens])
+    return log_ratio
+
+
+@torch.no_grad()
+def _log_ratio(model: Any, batch: Batch, ref_logp: Tensor, micros: Sequence[Micro]) -> Tensor:
+    out = torch.zeros(batch.num_tokens, device=batch.device)
+    for micro in micros:
+        out[micro.tokens] = log_probs(model, micro, batch.ids[micro.tokens]) - ref_logp[micro.tokens]
+    return out
+
+
+def _evaluate(model: Any, source: _Source, cfg: TrainPRMConfig, max_tokens: int) -> dict[str, float]:
+    """Loss, pair accuracy and AUC of the summed rewards over all held-out responses."""
+    ratios = []
+    for labelled in source.batches:
+        batch = Batch(labelled.groups, model.device)
+        micros = list(batch.micro_batches(range(len(batch.groups)), max_tokens))
+        ratios.append(_log_ratio(model, batch, labelled.ref_logp.to(model.device), micros))
+    everything = Batch([group for labelled in source.batches for group in labelled.groups], model.device)
+    log_ratio = torch.cat(ratios)
+    found = pk.prm_loss(
+        log_ratio, everything.outcomes, everything.cu_seqlens,
+        cu_groups=everything.cu_groups, kind=cfg.kind, beta=cfg.beta,
+    )  # fmt: skip
+    scores = pk.segment_sum(log_ratio, everything.cu_seqlens)
+    return {
+        "eval_loss": found.loss.item(),
+        "eval_pair_accuracy": found.pair_accuracy.item(),
+        "eval_auc": auc(scores, everything.outcomes > 0.5),
+    }
