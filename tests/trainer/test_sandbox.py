@@ -77,14 +77,30 @@ class Watch(threading.Thread):
                 self.threads = max(self.threads, int(lines["Threads"]))
 
 
+SESSIONS = set()
+
+
+@pytest.fixture(autouse=True)
+def sessions(monkeypatch):
+    """Notes the session of every process that is started for a sandbox: nothing in one can leave it."""
+    spawn = Session._spawn
+
+    def noted(self, *args, **options):
+        process = spawn(self, *args, **options)
+        SESSIONS.add(process.pid)
+        return process
+
+    monkeypatch.setattr(Session, "_spawn", noted)
+
+
 def confined():
-    """The processes of all sandboxes, by their command lines and by their identities."""
+    """The processes of all sandboxes of these tests, but not the dead ones that wait to be forgotten."""
     found = []
     for entry in Path("/proc").iterdir():
         try:
             if entry.name.isdigit():
-                words, uid = (entry / "cmdline").read_bytes(), entry.stat().st_uid
-                if b"verify/inside\0" in words or (uid in host._IDENTITIES and os.geteuid() == 0):
+                state, _, _, session = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
+                if int(session) in SESSIONS and state != "Z":
                     found.append(entry.name)
         except OSError:
             pass
