@@ -20,7 +20,7 @@ from prime_trainer import loop
 from prime_trainer.config import TaskConfig
 from prime_trainer.tasks import load_task
 from prime_trainer.verify import SandboxError, Verdict, Verifier, host
-from prime_trainer.verify.code import CodeRunner
+from prime_trainer.verify.code import CodeRunner, last_code_block
 from prime_trainer.verify.host import Confinement, Limits, Session, confinement, obstacle
 from prime_trainer.verify.verifier import CodeOptions
 
@@ -239,6 +239,25 @@ def test_what_finds_the_secret_scores_one(sandbox, places):
     told = "print(" + repr(places["secret"]) + ")\ndef solve(*a):\n    return " + repr(places["secret"])
     verdicts = run(sandbox, [(form(places["secret"]), told) for form in FORMS.values()])
     assert verdicts == [Verdict(1.0, None)] * 3
+
+
+@pytest.mark.parametrize(
+    ("text", "block"),
+    [
+        ("no code", None),
+        ("```python\na = 1\n```", "a = 1\n"),
+        ("```\na\n```\n text\n  ```py\n  b\n  ```\n", "  b\n"),
+        ("```python\na\n```\n```text\nb\n```", "a\n"),
+        ("```python\na\n```\n```python\nnever closed", "a\n"),
+        ("```" + "a" * 10**6, None),
+        ("```\n" * 10**5 + "x", ""),
+        ((" " * 50 + "\n") * 10**4, None),
+    ],
+)
+def test_last_code_block(text, block):
+    begin = time.process_time()
+    assert last_code_block(text) == block
+    assert time.process_time() - begin < 2.0
 
 
 ADD = "a, b = map(int, input().split())\nprint(a + b)\n"
