@@ -582,6 +582,15 @@ def solve(*a):
 def solve(*a):
     return 10 ** 100000
 """,
+    "a deep reply": """
+import os
+for fd in range(64):
+    for line in (b'{{"loaded": true}}', b'{{"value": ' + b'[' * 900 + b']' * 900 + b'}}'):
+        try:
+            os.write(fd, line + b'\\n')
+        except OSError:
+            pass
+""",
     "a closed channel": """
 import os
 os.closerange(0, 64)

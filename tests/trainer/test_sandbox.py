@@ -20,7 +20,7 @@ from prime_trainer import loop
 from prime_trainer.config import TaskConfig
 from prime_trainer.tasks import load_task
 from prime_trainer.verify import SandboxError, Verdict, Verifier, host
-from prime_trainer.verify.code import CodeRunner
+from prime_trainer.verify.code import CodeRunner, last_code_block
 from prime_trainer.verify.host import Confinement, Limits, Session, confinement, obstacle
 from prime_trainer.verify.verifier import CodeOptions
 
@@ -77,14 +77,30 @@ class Watch(threading.Thread):
                 self.threads = max(self.threads, int(lines["Threads"]))
 
 
+SESSIONS = set()
+
+
+@pytest.fixture(autouse=True)
+def sessions(monkeypatch):
+    """Notes the session of every process that is started for a sandbox: nothing in one can leave it."""
+    spawn = Session._spawn
+
+    def noted(self, *args, **options):
+        process = spawn(self, *args, **options)
+        SESSIONS.add(process.pid)
+        return process
+
+    monkeypatch.setattr(Session, "_spawn", noted)
+
+
 def confined():
-    """The processes of all sandboxes, by their command lines and by their identities."""
+    """The processes of all sandboxes of these tests, but not the dead ones that wait to be forgotten."""
     found = []
     for entry in Path("/proc").iterdir():
         try:
             if entry.name.isdigit():
-                words, uid = (entry / "cmdline").read_bytes(), entry.stat().st_uid
-                if b"verify/inside\0" in words or (uid in host._IDENTITIES and os.geteuid() == 0):
+                state, _, _, session = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
+                if int(session) in SESSIONS and state != "Z":
                     found.append(entry.name)
         except OSError:
             pass
@@ -223,6 +239,25 @@ def test_what_finds_the_secret_scores_one(sandbox, places):
     told = "print(" + repr(places["secret"]) + ")\ndef solve(*a):\n    return " + repr(places["secret"])
     verdicts = run(sandbox, [(form(places["secret"]), told) for form in FORMS.values()])
     assert verdicts == [Verdict(1.0, None)] * 3
+
+
+@pytest.mark.parametrize(
+    ("text", "block"),
+    [
+        ("no code", None),
+        ("```python\na = 1\n```", "a = 1\n"),
+        ("```\na\n```\n text\n  ```py\n  b\n  ```\n", "  b\n"),
+        ("```python\na\n```\n```text\nb\n```", "a\n"),
+        ("```python\na\n```\n```python\nnever closed", "a\n"),
+        ("```" + "a" * 10**6, None),
+        ("```\n" * 10**5 + "x", ""),
+        ((" " * 50 + "\n") * 10**4, None),
+    ],
+)
+def test_last_code_block(text, block):
+    begin = time.process_time()
+    assert last_code_block(text) == block
+    assert time.process_time() - begin < 2.0
 
 
 ADD = "a, b = map(int, input().split())\nprint(a + b)\n"

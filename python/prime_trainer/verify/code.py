@@ -29,13 +29,14 @@ _START_ATTEMPTS = 3
 _SPARE = 1 << 16  # bytes that an output may have beyond the expected one's before it is cut off
 
 
-_FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
+# Each part ends where the next begins, so that no text makes the search slow: this runs in the trainer's process.
+_FENCE = re.compile(r"^[ \t]*```([^\n]*)\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
 
 
 def last_code_block(text: str) -> str | None:
     """Returns the content of the last complete fenced block that is Python or names no language, or None."""
     found = _FENCE.finditer(text[-4 * MAX_PROGRAM_CHARS :])
-    blocks = [match[2] for match in found if match[1].lower() in ("", "python", "py", "python3")]
+    blocks = [match[2] for match in found if match[1].strip().lower() in ("", "python", "py", "python3")]
     return blocks[-1] if blocks else None
 
 
@@ -75,6 +76,9 @@ class CodeRunner:
                 return Verdict(0.0, TIME_LIMIT)
             except Ended:
                 return Verdict(0.0, "the program ended its process")
+            except (RecursionError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+                # A reply is whatever the program wants it to be.
+                return Verdict(0.0, f"the program's reply: {type(error).__name__}")
             finally:
                 with self._lock:
                     self._live.discard(session)
