@@ -10,11 +10,12 @@ READY := $(VENV)/.ready
 TRITON := triton==3.6.0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test sanitize bench lint format clean
+.PHONY: help demo test test-integrations sanitize bench lint format clean
 
 help:
 	@echo "make demo    train SmolLM2-135M with PRIME on arithmetic (SEED=0), then write its report"
 	@echo "make test    all tests"
+	@echo "make test-integrations  the drop-ins against TRL, verl and OpenRLHF, in .venv-integrations"
 	@echo "make sanitize  the kernel tests on an extension built with the address and undefined-behaviour sanitizers"
 	@echo "make bench   time the kernels against plain PyTorch"
 	@echo "make lint    ruff check and ruff format --check (make format repairs)"
@@ -45,6 +46,27 @@ demo: $(READY)
 
 test: $(READY)
 	@$(BIN)/python -m pytest -q
+
+# An environment of its own on top of .venv, whose packages it sees, so that it adds the trainers alone. One process for
+# each trainer, as stand-ins for what one imports would mislead the next.
+INTEGRATIONS := .venv-integrations
+INTEGRATIONS_READY := $(INTEGRATIONS)/.ready
+INTEGRATIONS_PINS := tests/integrations/requirements.txt
+INTEGRATIONS_PIP := $(INTEGRATIONS)/bin/python -m pip --disable-pip-version-check -q install -c constraints.txt
+ON_INTEGRATIONS := env PYTHONPATH=$(CURDIR):$(CURDIR)/python $(INTEGRATIONS)/bin/python
+
+$(INTEGRATIONS_READY): $(READY) $(INTEGRATIONS_PINS)
+	@echo "setting up $(INTEGRATIONS)"
+	@rm -rf $(INTEGRATIONS) && $(BIN)/python -m venv $(INTEGRATIONS)
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  >$$($(INTEGRATIONS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth
+	@$(INTEGRATIONS_PIP) $$(grep -E '^(datasets|omegaconf|tensordict|trl)==' $(INTEGRATIONS_PINS))
+	@$(INTEGRATIONS_PIP) --no-deps $$(grep -E '^(openrlhf|verl)==' $(INTEGRATIONS_PINS))
+	@touch $@
+
+test-integrations: $(INTEGRATIONS_READY)
+	@for trainer in trl verl openrlhf; do \
+	  $(ON_INTEGRATIONS) -m pytest -q -p no:cacheprovider tests/integrations/installed/test_$$trainer.py || exit 1; done
 
 # The sanitizers' libraries go first into the process, and libstdc++ with them: they catch its exceptions.
 SANITIZED := build/sanitize/lib
