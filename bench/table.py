@@ -48,15 +48,17 @@ def way(one: dict) -> str:
 
 
 def setting(run: dict) -> str:
-    here = environment()
     device = next(iter({one["extra_info"]["device"] for one in run["benchmarks"]}))
+    return f"{measured_on(device)} Peak MiB is what a call holds at once beyond its inputs."
+
+
+def measured_on(device: str = "cpu") -> str:
+    """One sentence: the machine, the versions and the commit."""
+    here = environment()
     where = device if device != "cpu" else f"{here['cores']} cores of {here['processor']}"
     packages = ", ".join(f"{name} {version}" for name, version in here["packages"].items())
     sets = f" ({', '.join(here['vector_sets'])})" if device == "cpu" else ""
-    return (
-        f"Measured in one run on {where}{sets}: Python {here['python']}, {packages}, commit {here['commit']}. "
-        "Peak MiB is what a call holds at once beyond its inputs."
-    )
+    return f"Measured in one run on {where}{sets}: Python {here['python']}, {packages}, commit {here['commit']}."
 
 
 if __name__ == "__main__":

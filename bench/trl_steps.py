@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-KEYS = ("loss", "grad_norm", "entropy", "kl", "reward")
+KEYS = ("loss", "grad_norm", "entropy", "kl")
 
 
 class Stopwatch:
@@ -95,7 +95,6 @@ def run(model: Path, *, patch: bool, steps: int, tokens: int, dtype: str) -> dic
                 report_to=[],
                 use_cpu=True,
                 bf16=False,
-                gradient_checkpointing=False,
                 seed=0,
                 disable_tqdm=True,
             )
@@ -124,6 +123,31 @@ def run(model: Path, *, patch: bool, steps: int, tokens: int, dtype: str) -> dic
     }
 
 
+def part_peak(model: Path, *, patch: bool, dtype: str, tokens: int = 1024) -> float:
+    """MiB that the log-prob part alone holds beyond its inputs, forward and backward, on the model's head."""
+    from measure import peak_bytes
+    from transformers import AutoModelForCausalLM
+    from trl.trainer import utils
+
+    from prime_kernels.integrations import trl as integration
+
+    if patch:
+        integration.patch()
+    weight = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).get_output_embeddings().weight
+    hidden = torch.randn(tokens, weight.shape[1], dtype=weight.dtype).requires_grad_()
+    targets = torch.randint(len(weight), (tokens,))
+    chunk = utils._CHUNKED_LOGPROB_CHUNK_SIZE
+
+    def once() -> None:
+        outputs = ("log_probs", "entropy")
+        logp = utils._ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, chunk, None, 1.0, outputs)[0]
+        logp.sum().backward()
+        hidden.grad = weight.grad = None
+
+    once()
+    return peak_bytes(once) / 2**20
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
@@ -134,7 +158,9 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     options = vars(parser.parse_args())
     model, result = options.pop("model"), options.pop("result")
-    result.write_text(json.dumps(run(model, **options), indent=1) + "\n")
+    found = run(model, **options)
+    found["part_peak_MiB"] = part_peak(model, patch=options["patch"], dtype=options["dtype"])
+    result.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

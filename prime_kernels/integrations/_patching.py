@@ -132,5 +132,6 @@ def _exists(module: str) -> bool:
 
 def signature_of(function: Any) -> str:
     """Names and defaults of the parameters; of an autograd function, those of its forward."""
-    parameters = inspect.signature(function.forward if isinstance(function, type) else function).parameters.values()
-    return ", ".join(str(each.replace(annotation=inspect.Parameter.empty)) for each in parameters)
+    signature = inspect.signature(function.forward if isinstance(function, type) else function)
+    bare = [each.replace(annotation=inspect.Parameter.empty) for each in signature.parameters.values()]
+    return str(inspect.Signature(bare))[1:-1]

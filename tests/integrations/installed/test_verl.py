@@ -2,6 +2,7 @@
 
 import importlib
 from importlib.metadata import version
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -95,7 +96,7 @@ def test_engines_and_registry_get_them_and_lose_them(functional, algorithms):
     ours.unpatch()
     assert [getattr(functional, name) for name in LOGPROBS + ENTROPIES] == before
     assert prefix.logprobs_from_logits is before[0]
-    assert algorithms.ADV_ESTIMATOR_REGISTRY == registry
+    assert registry == algorithms.ADV_ESTIMATOR_REGISTRY
 
 
 def test_whitening_is_that_of_the_recipe(functional):
@@ -103,13 +104,8 @@ def test_whitening_is_that_of_the_recipe(functional):
     mask = torch.arange(5) < torch.tensor([5, 3, 4, 1])[:, None]
     scores, acc = torch.randn(4, 5), torch.tensor([1.0, 0.0, 1.0, 1.0])
 
-    class Data:
-        batch = {"rm_scores": scores, "acc": acc}
-
-    class Config:
-        class algorithm:
-            reward_dpo_coef, reward_gt_coef = 5.0, 2.0
-
-    advantages, returns = ours.compute_rloo_advantage_return(Data, mask, 2, Config)
+    data = SimpleNamespace(batch={"rm_scores": scores, "acc": acc})
+    config = SimpleNamespace(algorithm=SimpleNamespace(reward_dpo_coef=5.0, reward_gt_coef=2.0))
+    advantages, returns = ours.compute_rloo_advantage_return(data, mask, 2, config)
     want = functional.masked_whiten(returns, mask.float()) * mask
     torch.testing.assert_close(advantages, want, atol=1e-5, rtol=1e-5)

@@ -1,0 +1,93 @@
+"""TRL's GRPO trainer on SmolLM2-135M, with and without the patch: runs bench/trl_steps.py and writes the table.
+
+usage: python bench/trl_table.py TARGET_DIRECTORY [--steps 5] [--rounds 2]
+
+`make bench-integrations` runs it where TRL is installed. The two ways alternate, each run in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+from table import measured_on
+
+from prime_trainer.config import ModelConfig
+from prime_trainer.environment import environment
+from prime_trainer.models import SMOLLM2, load_model, load_tokenizer, save
+
+KEYS = ("loss", "grad_norm", "entropy", "kl")
+
+
+def main(target: Path, steps: int, rounds: int) -> None:
+    runs: dict[bool, list[dict]] = {False: [], True: []}
+    with tempfile.TemporaryDirectory() as folder:
+        model, result = Path(folder) / "model", Path(folder) / "result.json"
+        config = ModelConfig(path=SMOLLM2, dtype="float32", device="cpu")
+        save(load_model(config), load_tokenizer(config), model)
+        command = [sys.executable, str(Path(__file__).with_name("trl_steps.py")), model, result]
+        for _ in range(rounds):
+            for patched, found in runs.items():
+                options = ["--steps", str(steps), *(["--patch"] if patched else [])]
+                subprocess.run([*map(str, command), *options], check=True)
+                found.append(json.loads(result.read_text()))
+    target.mkdir(parents=True, exist_ok=True)
+    (target / "README.md").write_text(readme(runs, steps))
+    numbers = {"environment": environment(), "runs": [run for found in runs.values() for run in found]}
+    (target / "results.json").write_text(json.dumps(numbers) + "\n")
+
+
+def readme(runs: dict[bool, list[dict]], steps: int) -> str:
+    def middle(patched: bool, key: str) -> float:
+        return statistics.median(value for run in runs[patched] for value in run[key])
+
+    def line(name: str, unit: str, old: float, new: float) -> str:
+        digits = 0 if unit == "MiB" else 2
+        return f"| {name} | {old:.{digits}f} {unit} | {new:.{digits}f} {unit} | {old / new:.2f}x |"
+
+    rows = [
+        line(f"log-prob part, {name}", "s", middle(False, key), middle(True, key))
+        for name, key in (("forward", "forward_seconds"), ("backward", "backward_seconds"))
+    ]
+    for name, key in (("peak of the log-prob part", "part_peak_MiB"), ("peak of the process", "peak_MiB")):
+        rows.append(line(name, "MiB", *(statistics.median(run[key] for run in runs[way]) for way in (False, True))))
+    table = "\n".join(["| | TRL | patched | less by |", "|---|---|---|---|", *rows])
+    logs = [runs[way][0]["logs"] for way in (False, True)]
+    losses = "\n".join(
+        f"| {step} | " + " | ".join(f"{value[key]:.6f}" for key in ("loss", "entropy") for value in pair) + " |"
+        for step, pair in enumerate(zip(*logs, strict=True), 1)
+    )
+    largest = {key: max(abs(one[key] - two[key]) for one, two in zip(*logs, strict=True)) for key in KEYS}
+    differences = ", ".join(f"{key} {value:.1e}" for key, value in largest.items())
+    tokens = statistics.median(runs[True][0]["tokens"])
+    return f"""# TRL's GRPO trainer with and without `prime_kernels.integrations.trl.patch()`
+
+SmolLM2-135M-Instruct in float32, {steps} steps of TRL {version("trl")}: 8 completions of up to 64 tokens a step, two
+updates on each batch, a KL penalty to a reference model. Medians over all calls of {len(runs[True])} runs each, in
+turn; a call scores {tokens:.0f} tokens against 49,152 words, entropy included.
+
+{table}
+
+Largest differences in what the trainer logged: {differences}.
+
+| step | loss, TRL | loss, patched | entropy, TRL | entropy, patched |
+|---|---|---|---|---|
+{losses}
+
+{measured_on()} Peak of the log-prob part: forward and backward of 1,024 tokens beyond inputs, with the gradient of the
+head. On GPUs TRL scores completions alone and has Triton kernels of its own: nothing here speaks of them.
+"""
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("target", type=Path)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=2)
+    main(**vars(parser.parse_args()))
