@@ -3,18 +3,14 @@
 import re
 from pathlib import Path
 
+from support import code_blocks, run_page
+
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
-
-
 def test_python_runs():
-    (code,) = blocks("python")
-    names = {}
-    exec(compile(code, "README.md", "exec"), names)
+    names = run_page(ROOT / "README.md")
     assert names["prm"].hidden.grad.abs().sum() > 0
     assert names["advantages"].shape == names["logp"].shape == (12,)
 
@@ -22,7 +18,7 @@ def test_python_runs():
 def test_toml_loads(tmp_path):
     from prime_trainer.config import load
 
-    (text,) = blocks("toml")
+    (text,) = code_blocks(README, "toml")
     (tmp_path / "run.toml").write_text(text)
     assert load(tmp_path / "run.toml").rollout.prompts_per_step == 16
 

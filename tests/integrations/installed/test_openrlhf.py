@@ -5,6 +5,8 @@ from importlib.metadata import version
 
 import pytest
 import torch
+from conftest import ROOT
+from support import run_page
 
 from prime_kernels.integrations import openrlhf as ours
 
@@ -87,3 +89,7 @@ def test_actor_forward(patched, tmp_path):
     torch.testing.assert_close(logp, want[:, -4:], atol=2e-5, rtol=1e-5)
     entropy = -(log_p.exp() * log_p).sum(-1)[:, :-1]
     torch.testing.assert_close(output.entropy, entropy, atol=2e-5, rtol=1e-5)
+
+
+def test_page(utils):
+    run_page(ROOT / "docs" / "openrlhf.md")

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT
+from support import run_page
 
 from prime_kernels.integrations import trl as ours
 
@@ -147,3 +148,9 @@ def test_grpo_trains_the_same(tmp_path, trl_steps):
             assert one[key] == pytest.approx(other[key], abs=1e-4), key
     assert max(abs(entry["loss"]) for entry in mine["logs"]) > 1e-3
     assert mine["tokens"] == theirs["tokens"] and len(mine["backward_seconds"]) == 5
+
+
+def test_page(tmp_path):
+    from tiny import write_model
+
+    run_page(ROOT / "docs" / "trl.md", MODEL=write_model(tmp_path))

@@ -7,6 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
+from support import run_page
 
 from prime_kernels.integrations import verl as ours
 
@@ -109,3 +111,7 @@ def test_whitening_is_that_of_the_recipe(functional):
     advantages, returns = ours.compute_rloo_advantage_return(data, mask, 2, config)
     want = functional.masked_whiten(returns, mask.float()) * mask
     torch.testing.assert_close(advantages, want, atol=1e-5, rtol=1e-5)
+
+
+def test_page(verl):
+    run_page(ROOT / "docs" / "verl.md")
