@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 TRITON := triton==3.6.0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-integrations sanitize bench lint format clean
+.PHONY: help demo test test-integrations sanitize bench docs lint format clean
 
 help:
 	@echo "make demo    train SmolLM2-135M with PRIME on arithmetic (SEED=0), then write its report"
@@ -18,7 +18,8 @@ help:
 	@echo "make test-integrations  the drop-ins against TRL, verl and OpenRLHF, in .venv-integrations"
 	@echo "make sanitize  the kernel tests on an extension built with the address and undefined-behaviour sanitizers"
 	@echo "make bench   time the kernels against plain PyTorch"
-	@echo "make lint    ruff check and ruff format --check (make format repairs)"
+	@echo "make docs    the API reference from the docstrings, in build/docs"
+	@echo "make lint    ruff check, ruff format --check (make format repairs) and mypy on the public API"
 	@echo "make clean   remove builds and caches; .venv and runs/ stay"
 
 # torch alone and first: no other package may choose its version. The build tools come before the package because it
@@ -86,14 +87,19 @@ sanitize: $(READY)
 bench: $(READY)
 	@$(BIN)/python -m pytest -q bench --benchmark-enable --benchmark-columns=min,median,rounds --benchmark-sort=name
 
+docs: $(READY)
+	@$(BIN)/pdoc -d google --no-show-source -o build/docs prime_kernels '!prime_kernels.ops'
+	@echo "build/docs/index.html"
+
 lint: $(READY)
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
 
 format: $(READY)
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
 
 clean:
-	@rm -rf build dist *.egg-info prime_kernels/_C*.so .pytest_cache .ruff_cache .hypothesis .benchmarks $(READY)
+	@rm -rf build dist *.egg-info prime_kernels/_C*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks $(READY)
 	@find prime_kernels python tests bench -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -132,6 +132,6 @@ def _exists(module: str) -> bool:
 
 def signature_of(function: Any) -> str:
     """Names and defaults of the parameters; of an autograd function, those of its forward."""
-    signature = inspect.signature(function.forward if isinstance(function, type) else function)
+    signature = inspect.signature(getattr(function, "forward", function))
     bare = [each.replace(annotation=inspect.Parameter.empty) for each in signature.parameters.values()]
     return str(inspect.Signature(bare))[1:-1]
