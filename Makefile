@@ -87,8 +87,10 @@ sanitize: $(READY)
 bench: $(READY)
 	@$(BIN)/python -m pytest -q bench --benchmark-enable --benchmark-columns=min,median,rounds --benchmark-sort=name
 
+DOCUMENTED := prime_kernels prime_kernels.integrations $(addprefix prime_kernels.integrations.,trl verl openrlhf)
+
 docs: $(READY)
-	@$(BIN)/pdoc -d google --no-show-source -o build/docs prime_kernels '!prime_kernels.ops'
+	@$(BIN)/pdoc -d google --no-show-source -o build/docs $(DOCUMENTED)
 	@echo "build/docs/index.html"
 
 lint: $(READY)

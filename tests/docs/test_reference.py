@@ -18,9 +18,10 @@ MODULES = ["prime_kernels", *(f"prime_kernels.integrations{name}" for name in ("
 def pages(tmp_path_factory):
     pytest.importorskip("pdoc", reason="pdoc is not installed: pip install '.[test]'")
     folder = tmp_path_factory.mktemp("reference")
-    command = re.search(r"^\t@\$\(BIN\)/pdoc (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
-    words = command.replace("'", "").replace("build/docs", str(folder)).split()
-    done = subprocess.run([sys.executable, "-m", "pdoc", *words], capture_output=True, text=True, cwd=ROOT)
+    makefile = (ROOT / "Makefile").read_text()
+    options = re.search(r"^\t@\$\(BIN\)/pdoc (.*) -o build/docs", makefile, re.MULTILINE)[1].split()
+    command = [sys.executable, "-m", "pdoc", *options, "-o", str(folder), *MODULES]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -35,7 +36,7 @@ def test_every_public_name_is_there(pages, module):
 def test_docstrings_are_rendered(pages):
     page = (pages / "prime_kernels.html").read_text()
     assert "Log-probability of each token, and optionally the entropy" in page
-    assert page.count("Returns") >= 12 and not (pages / "prime_kernels" / "ops.html").exists()
+    assert page.count("Returns") >= 12 and "prime_kernels.ops" not in page
 
 
 @pytest.mark.parametrize("module", MODULES)
