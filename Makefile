@@ -10,12 +10,14 @@ READY := $(VENV)/.ready
 TRITON := triton==3.6.0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-integrations sanitize bench docs lint format clean
+.PHONY: help demo test test-integrations test-oldest package sanitize bench docs lint format clean
 
 help:
 	@echo "make demo    train SmolLM2-135M with PRIME on arithmetic (SEED=0), then write its report"
 	@echo "make test    all tests"
 	@echo "make test-integrations  the drop-ins against TRL, verl and OpenRLHF, in .venv-integrations"
+	@echo "make test-oldest  the kernel tests on the oldest torch that is supported (OLDEST_TORCH), in .venv-oldest"
+	@echo "make package  sdist and wheel into dist/, built in isolation, and the tests of them"
 	@echo "make sanitize  the kernel tests on an extension built with the address and undefined-behaviour sanitizers"
 	@echo "make bench   time the kernels against plain PyTorch"
 	@echo "make docs    the API reference from the docstrings, in build/docs"
@@ -68,6 +70,26 @@ $(INTEGRATIONS_READY): $(READY) $(INTEGRATIONS_PINS)
 test-integrations: $(INTEGRATIONS_READY)
 	@for trainer in trl verl openrlhf; do \
 	  $(ON_INTEGRATIONS) -m pytest -q -p no:cacheprovider tests/integrations/installed/test_$$trainer.py || exit 1; done
+
+# The wheel is built from the sdist in an environment of its own, which holds what pyproject.toml asks for and no torch.
+package: $(READY)
+	@rm -rf dist && mkdir -p build
+	@PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m build --outdir dist >build/package.log 2>&1 \
+	  || { tail -n 40 build/package.log; exit 1; }
+	@ls -sh dist
+	@PRIME_KERNELS_TEST_DIST=dist $(BIN)/python -m pytest -q -p no:cacheprovider tests/packaging/test_wheel.py
+
+# Not part of .ci/run: the default package index has old versions of torch for CUDA alone, some gigabytes with all that
+# they need. Where an index of CPU builds is at hand: make test-oldest PIP_INDEX_URL=...
+OLDEST_TORCH ?= 2.9.0
+OLDEST := .venv-oldest
+OLDEST_TESTS := tests/ops tests/native/test_log_probs.py tests/native/test_segment_scan.py tests/native/test_isa.py
+
+test-oldest: $(READY)
+	@test -x $(OLDEST)/bin/python || $(BIN)/python -m venv $(OLDEST)
+	@$(OLDEST)/bin/python -m pip --disable-pip-version-check -q install \
+	  torch==$(OLDEST_TORCH) numpy hypothesis pytest pytest-benchmark pytest-timeout
+	@PYTHONPATH=$(CURDIR) $(OLDEST)/bin/python -m pytest -q -p no:cacheprovider $(OLDEST_TESTS)
 
 # The sanitizers' libraries go first into the process, and libstdc++ with them: they catch its exceptions.
 SANITIZED := build/sanitize/lib
