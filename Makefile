@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 TRITON := triton==3.6.0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-integrations test-oldest package sanitize bench docs lint format clean
+.PHONY: help demo test test-integrations test-oldest package sanitize bench bench-integrations docs lint format clean
 
 help:
 	@echo "make demo    train SmolLM2-135M with PRIME on arithmetic (SEED=0), then write its report"
@@ -19,7 +19,8 @@ help:
 	@echo "make test-oldest  the kernel tests on the oldest torch that is supported (OLDEST_TORCH), in .venv-oldest"
 	@echo "make package  sdist and wheel into dist/, built in isolation, and the tests of them"
 	@echo "make sanitize  the kernel tests on an extension built with the address and undefined-behaviour sanitizers"
-	@echo "make bench   time the kernels against plain PyTorch"
+	@echo "make bench   time every operation against plain PyTorch and write bench/results/ops: ten minutes on 2 cores"
+	@echo "make bench-integrations  GRPO steps of TRL with and without the patch: bench/results/integrations"
 	@echo "make docs    the API reference from the docstrings, in build/docs"
 	@echo "make lint    ruff check, ruff format --check (make format repairs) and mypy on the public API"
 	@echo "make clean   remove builds and caches; .venv and runs/ stay"
@@ -107,7 +108,14 @@ sanitize: $(READY)
 	  tests/ops/test_rloo_advantages.py tests/ops/test_ppo_loss.py tests/ops/test_prm_loss.py
 
 bench: $(READY)
-	@$(BIN)/python -m pytest -q bench --benchmark-enable --benchmark-columns=min,median,rounds --benchmark-sort=name
+	@mkdir -p build && rm -f build/bench.json
+	@$(BIN)/python -m pytest -q bench --benchmark-enable --benchmark-columns=min,median,rounds --benchmark-sort=name \
+	  --benchmark-json=build/bench.json
+	@$(BIN)/python bench/table.py build/bench.json bench/results/ops "Every operation"
+	@echo "bench/results/ops: README.md, table.png, results.json"
+
+bench-integrations: $(INTEGRATIONS_READY)
+	@$(ON_INTEGRATIONS) bench/trl_table.py bench/results/integrations/trl
 
 DOCUMENTED := prime_kernels prime_kernels.integrations $(addprefix prime_kernels.integrations.,trl verl openrlhf)
 

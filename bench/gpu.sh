@@ -23,7 +23,7 @@ on_gpu=(env PRIME_KERNELS_TEST_DEVICE=cuda "PRIME_KERNELS_TEST_BACKENDS=triton c
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv | tee "$out/device.txt"
 "$python" -c 'import sys, torch; print(sys.version.split()[0], torch.__version__, torch.version.cuda)' | tee -a "$out/device.txt"
 part build 120 "$python" -m pip install -q --no-build-isolation --no-deps .
-part info 30 "$python" -c 'import json, prime_kernels as pk; from prime_kernels import _native; print(json.dumps(pk.available_backends(), indent=1), _native.build_info())'
+part info 60 "$python" -m prime_kernels
 part tests 100 "$python" -m pytest -q -m gpu tests/ops
 part tests_log_probs 120 "${on_gpu[@]}" "$python" -m pytest -q tests/ops/test_log_probs.py
 part tests_fuzz 60 "${on_gpu[@]}" "$python" -m pytest -q tests/ops/test_fuzz.py

@@ -13,6 +13,8 @@ DEVICE = os.environ.get("PRIME_BENCH_DEVICE", "cpu")
 # The smallest sizes, to see that a benchmark still works.
 SMALL = bool(os.environ.get("PRIME_BENCH_SMALL"))
 ROUNDS = 2 if SMALL else 9
+# The compiler makes code for real sizes alone; at the smallest it only traces.
+COMPILER = "aot_eager" if SMALL else "inductor"
 
 
 def timed(benchmark, call: Callable[[], object], traffic: int = 0, flops: int = 0, rounds: int = ROUNDS) -> None:
@@ -80,6 +82,11 @@ def forward_backward(run: Callable[[], torch.Tensor], leaves: list[torch.Tensor]
             one.grad = None
 
     return once
+
+
+def compiled(function: Callable) -> Callable:
+    """torch.compile of ``function``."""
+    return torch.compile(function, backend=COMPILER)
 
 
 def without_gradients(run: Callable[[], object]) -> Callable[[], None]:
