@@ -40,9 +40,9 @@ def timed(benchmark, call: Callable[[], object], traffic: int = 0, flops: int = 
     if benchmark.stats is not None:
         median = benchmark.stats.stats.median
         if traffic:
-            benchmark.extra_info["GB/s"] = round(traffic / median / 1e9, 1)
+            benchmark.extra_info["GB/s"] = float(f"{traffic / median / 1e9:.3g}")
         if flops:
-            benchmark.extra_info["TFLOP/s"] = round(flops / median / 1e12, 3)
+            benchmark.extra_info["TFLOP/s"] = float(f"{flops / median / 1e12:.3g}")
 
 
 def peak_bytes(call: Callable[[], None]) -> int:

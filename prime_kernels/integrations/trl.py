@@ -3,8 +3,8 @@
     from prime_kernels.integrations import trl
     trl.patch()
 
-Call it before trainers are made. Models whose logits are capped (``final_logit_softcapping``), ZeRO-3 and the outputs
-that only SFT asks for stay on TRL's own code. Results are float32 also for 16-bit logits, where TRL's eager code rounds
+Models whose logits are capped (``final_logit_softcapping``), ZeRO-3, devices other than CPU and CUDA, and the outputs that
+only SFT asks for stay on TRL's own code. Results are float32 also for 16-bit logits, where TRL's eager code rounds
 them to 16 bits. TRL 1.13 and older have no fused LM head; there the functions on logits are replaced.
 """
 
@@ -80,8 +80,9 @@ def _chunked_log_prob(original: Any) -> Any:
             outputs: tuple[str, ...] = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
         ) -> tuple[Tensor | None, ...]:
             extra = set(outputs) - {"log_probs", "entropy"}
-            zero3 = hasattr(weight, "ds_id")
-            if extra or final_logit_softcapping is not None or zero3 or not logit_scale > 0:
+            # ZeRO-3 gathers the weight around TRL's forward and backward alone.
+            elsewhere = hidden.device.type not in ("cpu", "cuda") or hasattr(weight, "ds_id")
+            if extra or final_logit_softcapping is not None or elsewhere or not logit_scale > 0:
                 arguments = (hidden, weight, bias, targets, temperature, chunk_size)
                 return original.apply(*arguments, final_logit_softcapping, logit_scale, outputs)
             result = head_log_probs(

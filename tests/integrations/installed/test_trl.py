@@ -104,6 +104,16 @@ def test_fused_head(kind, bias):
         torch.testing.assert_close(one, other, atol=3e-5, rtol=1e-4)
 
 
+def test_fused_head_of_no_tokens(patched):
+    """A batch with nothing to score must still reach the parameters, with a gradient of 0."""
+    hidden, weight = torch.randn(0, 24).requires_grad_(), torch.randn(50, 24).requires_grad_()
+    function, none = patched._ChunkedLogProbFunction, torch.zeros(0, dtype=torch.long)
+    logp, entropy, *_ = function.apply(hidden, weight, None, none, 1.0, 64, None, 1.0, ("log_probs", "entropy"))
+    assert logp.shape == entropy.shape == (0,)
+    (logp.sum() + entropy.sum()).backward()
+    assert torch.equal(weight.grad, torch.zeros(50, 24))
+
+
 def test_fused_head_under_autocast(patched):
     """The head in float32 and autocast to bfloat16: logits of bfloat16, results and gradients of float32."""
     hidden, weight = torch.randn(9, 24).requires_grad_(), torch.randn(50, 24).requires_grad_()
