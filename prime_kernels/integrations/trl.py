@@ -3,9 +3,9 @@
     from prime_kernels.integrations import trl
     trl.patch()
 
-Models whose logits are capped (``final_logit_softcapping``), ZeRO-3, devices other than CPU and CUDA, and the outputs that
-only SFT asks for stay on TRL's own code. Results are float32 also for 16-bit logits, where TRL's eager code rounds
-them to 16 bits. TRL 1.13 and older have no fused LM head; there the functions on logits are replaced.
+Models whose logits are capped (``final_logit_softcapping``), ZeRO-3, devices other than CPU and CUDA, and the outputs
+that only SFT asks for stay on TRL's own code. Results are float32 also for 16-bit logits, where TRL's eager code rounds
+them to 16 bits. TRL 1.14 and older have no fused LM head; there the functions on logits are replaced.
 """
 
 from typing import Any

@@ -13,6 +13,9 @@ from prime_kernels import _dispatch
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = {"OMP_NUM_THREADS": "1", "PRIME_BENCH_SMALL": "1", "PRIME_BENCH_DEVICE": "cpu"}
 
+# Everything at once, in the fixture.
+pytestmark = pytest.mark.timeout(900)
+
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
