@@ -27,7 +27,7 @@ part info 60 "$python" -m prime_kernels
 part tests 100 "$python" -m pytest -q -m gpu tests/ops
 part tests_log_probs 120 "${on_gpu[@]}" "$python" -m pytest -q tests/ops/test_log_probs.py
 part tests_fuzz 60 "${on_gpu[@]}" "$python" -m pytest -q tests/ops/test_fuzz.py
-part bench_gpu 100 env PRIME_BENCH_DEVICE=cuda "$python" -m pytest -q bench --benchmark-enable --benchmark-json="$out/bench_gpu.json"
+part bench_gpu 240 env PRIME_BENCH_DEVICE=cuda "$python" -m pytest -q bench --benchmark-enable --benchmark-json="$out/bench_gpu.json"
 part table_gpu 30 env PYTHONPATH=python "$python" bench/table.py "$out/bench_gpu.json" "$out/gpu" "On a GPU"
 part tune 60 "$python" bench/tune.py "$out/tune.json"
 if command -v compute-sanitizer >/dev/null; then

@@ -1,6 +1,6 @@
 """TRL's GRPO trainer on SmolLM2-135M, with and without the patch: runs bench/trl_steps.py and writes the table.
 
-usage: python bench/trl_table.py TARGET_DIRECTORY [--steps 5] [--rounds 2]
+usage: python bench/trl_table.py TARGET_DIRECTORY [--steps 5] [--rounds 2] [--tokens 64]
 
 `make bench-integrations` runs it where TRL is installed. The two ways alternate, each run in a process of its own.
 """
@@ -25,7 +25,7 @@ from prime_trainer.models import SMOLLM2, load_model, load_tokenizer, save
 KEYS = ("loss", "grad_norm", "entropy", "kl")
 
 
-def main(target: Path, steps: int, rounds: int) -> None:
+def main(target: Path, steps: int, rounds: int, tokens: int) -> None:
     runs: dict[bool, list[dict]] = {False: [], True: []}
     with tempfile.TemporaryDirectory() as folder:
         model, result = Path(folder) / "model", Path(folder) / "result.json"
@@ -34,16 +34,16 @@ def main(target: Path, steps: int, rounds: int) -> None:
         command = [sys.executable, str(Path(__file__).with_name("trl_steps.py")), model, result]
         for _ in range(rounds):
             for patched, found in runs.items():
-                options = ["--steps", str(steps), *(["--patch"] if patched else [])]
+                options = ["--steps", str(steps), "--tokens", str(tokens), *(["--patch"] if patched else [])]
                 subprocess.run([*map(str, command), *options], check=True)
                 found.append(json.loads(result.read_text()))
     target.mkdir(parents=True, exist_ok=True)
-    (target / "README.md").write_text(readme(runs, steps))
+    (target / "README.md").write_text(readme(runs, steps, tokens))
     numbers = {"environment": environment(), "runs": [run for found in runs.values() for run in found]}
     (target / "results.json").write_text(json.dumps(numbers) + "\n")
 
 
-def readme(runs: dict[bool, list[dict]], steps: int) -> str:
+def readme(runs: dict[bool, list[dict]], steps: int, longest: int) -> str:
     def middle(patched: bool, key: str) -> float:
         return statistics.median(value for run in runs[patched] for value in run[key])
 
@@ -57,7 +57,7 @@ def readme(runs: dict[bool, list[dict]], steps: int) -> str:
     ]
     for name, key in (("peak of the log-prob part", "part_peak_MiB"), ("peak of the process", "peak_MiB")):
         rows.append(line(name, "MiB", *(statistics.median(run[key] for run in runs[way]) for way in (False, True))))
-    table = "\n".join(["| | TRL | patched | less by |", "|---|---|---|---|", *rows])
+    table = "\n".join(["| | TRL | patched | TRL / patched |", "|---|---|---|---|", *rows])
     logs = [runs[way][0]["logs"] for way in (False, True)]
     losses = "\n".join(
         f"| {step} | " + " | ".join(f"{value[key]:.6f}" for key in ("loss", "entropy") for value in pair) + " |"
@@ -68,8 +68,8 @@ def readme(runs: dict[bool, list[dict]], steps: int) -> str:
     tokens = statistics.median(runs[True][0]["tokens"])
     return f"""# TRL's GRPO trainer with and without `prime_kernels.integrations.trl.patch()`
 
-SmolLM2-135M-Instruct in float32, {steps} steps of TRL {version("trl")}: 8 completions of up to 64 tokens a step, two
-updates on each batch, a KL penalty to a reference model. Medians over all calls of {len(runs[True])} runs each, in
+SmolLM2-135M-Instruct in float32, {steps} steps of TRL {version("trl")}: 8 completions of up to {longest} tokens, two
+updates on each batch, a KL penalty to a reference model. Medians over all calls, runs of each way: {len(runs[True])}, in
 turn; a call scores {tokens:.0f} tokens against 49,152 words, entropy included.
 
 {table}
@@ -90,4 +90,5 @@ if __name__ == "__main__":
     parser.add_argument("target", type=Path)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=64)
     main(**vars(parser.parse_args()))
