@@ -1,6 +1,7 @@
 """Real steps of TRL's GRPO trainer on a CPU, on its own functions or on ours; the same prompts, seeds and weights.
 
-usage: python bench/trl_steps.py MODEL_DIRECTORY RESULT.json [--patch] [--steps 5] [--tokens 64] [--dtype float32]
+usage: python bench/trl_steps.py MODEL_DIRECTORY RESULT.json [--patch | --part] [--steps 5] [--tokens 64]
+           [--dtype float32]
 
 Writes the trainer's log of each step, the seconds of every call of its log-prob part (forward, and forward and
 backward), and the most memory that this process held. bench/trl_table.py runs it both ways and makes the table.
@@ -123,29 +124,41 @@ def run(model: Path, *, patch: bool, steps: int, tokens: int, dtype: str) -> dic
     }
 
 
-def part_peak(model: Path, *, patch: bool, dtype: str, tokens: int = 1024) -> float:
-    """MiB that the log-prob part alone holds beyond its inputs, forward and backward, on the model's head."""
+def part(model: Path, *, dtype: str, tokens: int = 1024, rounds: int = 7) -> dict:
+    """The log-prob part alone on the model's head, TRL's and ours in turn: seconds of every call, and MiB held."""
     from measure import peak_bytes
     from transformers import AutoModelForCausalLM
     from trl.trainer import utils
 
     from prime_kernels.integrations import trl as integration
 
-    if patch:
-        integration.patch()
     weight = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).get_output_embeddings().weight
     hidden = torch.randn(tokens, weight.shape[1], dtype=weight.dtype).requires_grad_()
     targets = torch.randint(len(weight), (tokens,))
-    chunk = utils._CHUNKED_LOGPROB_CHUNK_SIZE
+    chunk, outputs = utils._CHUNKED_LOGPROB_CHUNK_SIZE, ("log_probs", "entropy")
+    functions = {"TRL": utils._ChunkedLogProbFunction}
+    integration.patch()
+    functions["patched"] = utils._ChunkedLogProbFunction
+    integration.unpatch()
+    found: dict = {"tokens": tokens}
 
-    def once() -> None:
-        outputs = ("log_probs", "entropy")
-        logp = utils._ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, chunk, None, 1.0, outputs)[0]
+    def once(function) -> tuple[float, float]:
+        start = time.perf_counter()
+        logp = function.apply(hidden, weight, None, targets, 1.0, chunk, None, 1.0, outputs)[0]
+        middle = time.perf_counter()
         logp.sum().backward()
+        end = time.perf_counter()
         hidden.grad = weight.grad = None
+        return middle - start, end - middle
 
-    once()
-    return peak_bytes(once) / 2**20
+    for name, function in functions.items():
+        once(function)
+        found[name] = {"forward": [], "backward": [], "peak_MiB": peak_bytes(lambda f=function: once(f)) / 2**20}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            for key, seconds in zip(("forward", "backward"), once(function), strict=True):
+                found[name][key].append(seconds)
+    return found
 
 
 def main() -> None:
@@ -153,13 +166,14 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("result", type=Path)
     parser.add_argument("--patch", action="store_true")
+    parser.add_argument("--part", action="store_true", help="no training: the log-prob part alone, both ways in turn")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     options = vars(parser.parse_args())
     model, result = options.pop("model"), options.pop("result")
-    found = run(model, **options)
-    found["part_peak_MiB"] = part_peak(model, patch=options["patch"], dtype=options["dtype"])
+    alone = options.pop("part")
+    found = part(model, dtype=options["dtype"]) if alone else run(model, **options)
     result.write_text(json.dumps(found, indent=1) + "\n")
 
 

@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -37,26 +38,39 @@ def main(target: Path, steps: int, rounds: int, tokens: int) -> None:
                 options = ["--steps", str(steps), "--tokens", str(tokens), *(["--patch"] if patched else [])]
                 subprocess.run([*map(str, command), *options], check=True)
                 found.append(json.loads(result.read_text()))
+        subprocess.run([*map(str, command), "--part"], check=True)
+        part = json.loads(result.read_text())
     target.mkdir(parents=True, exist_ok=True)
-    (target / "README.md").write_text(readme(runs, steps, tokens))
-    numbers = {"environment": environment(), "runs": [run for found in runs.values() for run in found]}
+    (target / "README.md").write_text(readme(runs, part, steps, tokens))
+    numbers = {"environment": environment(), "runs": [run for found in runs.values() for run in found], "part": part}
     (target / "results.json").write_text(json.dumps(numbers) + "\n")
 
 
-def readme(runs: dict[bool, list[dict]], steps: int, longest: int) -> str:
-    def middle(patched: bool, key: str) -> float:
-        return statistics.median(value for run in runs[patched] for value in run[key])
-
+def readme(runs: dict[bool, list[dict]], part: dict, steps: int, longest: int) -> str:
     def line(name: str, unit: str, old: float, new: float) -> str:
         digits = 0 if unit == "MiB" else 2
-        return f"| {name} | {old:.{digits}f} {unit} | {new:.{digits}f} {unit} | {old / new:.2f}x |"
+        return f"| {name} | {old:.{digits}f} {unit} | {new:.{digits}f} {unit} | {old / new:.2f} |"
+
+    def alone(key: str) -> list[float]:
+        return [statistics.median(part[way][key]) for way in ("TRL", "patched")]
+
+    def in_runs(value: Callable[[dict], float]) -> list[float]:
+        return [statistics.median(map(value, runs[way])) for way in (False, True)]
+
+    def seconds(run: dict) -> float:
+        return sum(run["forward_seconds"] + run["backward_seconds"])
 
     rows = [
-        line(f"log-prob part, {name}", "s", middle(False, key), middle(True, key))
-        for name, key in (("forward", "forward_seconds"), ("backward", "backward_seconds"))
+        line("log-prob part alone, forward", "s", *alone("forward")),
+        line("log-prob part alone, backward", "s", *alone("backward")),
+        line("log-prob part alone, peak", "MiB", part["TRL"]["peak_MiB"], part["patched"]["peak_MiB"]),
+        line(
+            "in the trainer, all calls",
+            "s",
+            *in_runs(lambda run: sum(run["forward_seconds"] + run["backward_seconds"])),
+        ),
+        line("peak of the trainer's process", "MiB", *in_runs(lambda run: run["peak_MiB"])),
     ]
-    for name, key in (("peak of the log-prob part", "part_peak_MiB"), ("peak of the process", "peak_MiB")):
-        rows.append(line(name, "MiB", *(statistics.median(run[key] for run in runs[way]) for way in (False, True))))
     table = "\n".join(["| | TRL | patched | TRL / patched |", "|---|---|---|---|", *rows])
     logs = [runs[way][0]["logs"] for way in (False, True)]
     losses = "\n".join(
@@ -69,8 +83,8 @@ def readme(runs: dict[bool, list[dict]], steps: int, longest: int) -> str:
     return f"""# TRL's GRPO trainer with and without `prime_kernels.integrations.trl.patch()`
 
 SmolLM2-135M-Instruct in float32, {steps} steps of TRL {version("trl")}: 8 completions of up to {longest} tokens, two
-updates on each batch, a KL penalty to a reference model. Medians over all calls, runs of each way: {len(runs[True])}, in
-turn; a call scores {tokens:.0f} tokens against 49,152 words, entropy included.
+updates on each batch, a KL penalty to a reference model. Runs of each way: {len(runs[True])}, in turn; a call in them
+scores {tokens:.0f} tokens against 49,152 words, entropy included.
 
 {table}
 
@@ -80,8 +94,9 @@ Largest differences in what the trainer logged: {differences}.
 |---|---|---|---|---|
 {losses}
 
-{measured_on()} Peak of the log-prob part: forward and backward of 1,024 tokens beyond inputs, with the gradient of the
-head. On GPUs TRL scores completions alone and has Triton kernels of its own: nothing here speaks of them.
+{measured_on()} The part alone: {part["tokens"]:,} tokens on the model's head with the gradients of both, medians of
+{len(part["TRL"]["forward"])} calls each way in turn, peak beyond inputs; its ratios are what to go by. On GPUs TRL
+scores completions alone and has Triton kernels of its own: nothing here speaks of them.
 """
 
 
