@@ -19,7 +19,7 @@ help:
 	@echo "make test-oldest  the kernel tests on the oldest torch that is supported (OLDEST_TORCH), in .venv-oldest"
 	@echo "make package  sdist and wheel into dist/, built in isolation, and the tests of them"
 	@echo "make sanitize  the kernel tests on an extension built with the address and undefined-behaviour sanitizers"
-	@echo "make bench   time every operation against plain PyTorch and write bench/results/ops: ten minutes on 2 cores"
+	@echo "make bench   time every operation against plain PyTorch and write bench/results/ops"
 	@echo "make bench-integrations  GRPO steps of TRL with and without the patch: bench/results/integrations"
 	@echo "make docs    the API reference from the docstrings, in build/docs"
 	@echo "make lint    ruff check, ruff format --check (make format repairs) and mypy on the public API"
