@@ -1,6 +1,7 @@
 """sdist -> wheel -> an empty environment: the library imports, computes, and asks for nothing but torch."""
 
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -88,7 +89,7 @@ def test_wheel_contents(wheel):
     tops = {name.partition("/")[0] for name in names}
     assert tops == {"prime_kernels", "prime_trainer", f"prime_kernels-{version('prime-kernels')}.dist-info"}
     assert any(name.endswith("/licenses/LICENSE") for name in names)
-    assert not [name for name in names if "test" in name or name.endswith((".cpp", ".cu", ".h"))]
+    assert not [name for name in names if re.search(r"(^|/)tests?[_/]|\.(cpp|cu|h)$", name)]
     sources = {str(path.relative_to(ROOT)) for path in ROOT.glob("prime_kernels/**/*.py")}
     sources |= {str(path.relative_to(ROOT / "python")) for path in ROOT.glob("python/prime_trainer/**/*.py")}
     assert {name for name in names if name.endswith(".py")} == sources
