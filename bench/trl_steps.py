@@ -140,7 +140,7 @@ def part(model: Path, *, dtype: str, tokens: int = 1024, rounds: int = 7) -> dic
     integration.patch()
     functions["patched"] = utils._ChunkedLogProbFunction
     integration.unpatch()
-    found: dict = {"tokens": tokens}
+    found: dict = {"tokens": tokens, "threads": torch.get_num_threads()}
 
     def once(function) -> tuple[float, float]:
         start = time.perf_counter()

@@ -57,9 +57,6 @@ def readme(runs: dict[bool, list[dict]], part: dict, steps: int, longest: int) -
     def in_runs(value: Callable[[dict], float]) -> list[float]:
         return [statistics.median(map(value, runs[way])) for way in (False, True)]
 
-    def seconds(run: dict) -> float:
-        return sum(run["forward_seconds"] + run["backward_seconds"])
-
     rows = [
         line("log-prob part alone, forward", "s", *alone("forward")),
         line("log-prob part alone, backward", "s", *alone("backward")),
@@ -94,8 +91,8 @@ Largest differences in what the trainer logged: {differences}.
 |---|---|---|---|---|
 {losses}
 
-{measured_on()} The part alone: {part["tokens"]:,} tokens on the model's head with the gradients of both, medians of
-{len(part["TRL"]["forward"])} calls each way in turn, peak beyond inputs; its ratios are what to go by. On GPUs TRL
+{measured_on()} Threads: {part["threads"]}. The part alone: {part["tokens"]:,} tokens on the model's head with the gradients of both, medians of
+{len(part["TRL"]["forward"])} calls each way in turn, peak beyond inputs. On GPUs TRL
 scores completions alone and has Triton kernels of its own: nothing here speaks of them.
 """
 
