@@ -10,14 +10,19 @@ READY := $(VENV)/.ready
 TRITON := triton==3.6.0
 
 .DEFAULT_GOAL := help
-.PHONY: help debian demo test sanitize bench lint format clean
+.PHONY: help debian demo test test-integrations test-oldest package sanitize bench bench-integrations docs lint format clean
 
 help:
 	@echo "make demo    train SmolLM2-135M with PRIME on arithmetic (SEED=0), then write its report"
 	@echo "make test    all tests (make debian, as root, installs the Debian packages that some of them use)"
+	@echo "make test-integrations  the drop-ins against TRL, verl and OpenRLHF, in .venv-integrations"
+	@echo "make test-oldest  the kernel tests on the oldest torch that is supported (OLDEST_TORCH), in .venv-oldest"
+	@echo "make package  sdist and wheel into dist/, built in isolation, and the tests of them"
 	@echo "make sanitize  the kernel tests on an extension built with the address and undefined-behaviour sanitizers"
-	@echo "make bench   time the kernels against plain PyTorch"
-	@echo "make lint    ruff check and ruff format --check (make format repairs)"
+	@echo "make bench   time every operation against plain PyTorch and write bench/results/ops"
+	@echo "make bench-integrations  GRPO steps of TRL with and without the patch: bench/results/integrations"
+	@echo "make docs    the API reference from the docstrings, in build/docs"
+	@echo "make lint    ruff check, ruff format --check (make format repairs) and mypy on the public API"
 	@echo "make clean   remove builds and caches; .venv and runs/ stay"
 
 # torch alone and first: no other package may choose its version. The build tools come before the package because it
@@ -54,6 +59,47 @@ debian:
 test: $(READY) debian
 	@$(BIN)/python -m pytest -q
 
+# An environment of its own on top of .venv, whose packages it sees, so that it adds the trainers alone. One process for
+# each trainer, as stand-ins for what one imports would mislead the next.
+INTEGRATIONS := .venv-integrations
+INTEGRATIONS_READY := $(INTEGRATIONS)/.ready
+INTEGRATIONS_PINS := tests/integrations/requirements.txt
+INTEGRATIONS_PIP := $(INTEGRATIONS)/bin/python -m pip --disable-pip-version-check -q install -c constraints.txt
+ON_INTEGRATIONS := env PYTHONPATH=$(CURDIR):$(CURDIR)/python $(INTEGRATIONS)/bin/python
+
+$(INTEGRATIONS_READY): $(READY) $(INTEGRATIONS_PINS)
+	@echo "setting up $(INTEGRATIONS)"
+	@rm -rf $(INTEGRATIONS) && $(BIN)/python -m venv $(INTEGRATIONS)
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  >$$($(INTEGRATIONS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth
+	@$(INTEGRATIONS_PIP) $$(grep -E '^(datasets|omegaconf|tensordict|trl)==' $(INTEGRATIONS_PINS))
+	@$(INTEGRATIONS_PIP) --no-deps $$(grep -E '^(openrlhf|verl)==' $(INTEGRATIONS_PINS))
+	@touch $@
+
+test-integrations: $(INTEGRATIONS_READY)
+	@for trainer in trl verl openrlhf; do \
+	  $(ON_INTEGRATIONS) -m pytest -q -p no:cacheprovider tests/integrations/installed/test_$$trainer.py || exit 1; done
+
+# The wheel is built from the sdist in an environment of its own, which holds what pyproject.toml asks for and no torch.
+package: $(READY)
+	@rm -rf dist && mkdir -p build
+	@PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m build --outdir dist >build/package.log 2>&1 \
+	  || { tail -n 40 build/package.log; exit 1; }
+	@ls -sh dist
+	@PRIME_KERNELS_TEST_DIST=dist $(BIN)/python -m pytest -q -p no:cacheprovider tests/packaging/test_wheel.py
+
+# Not part of .ci/run: the default package index has old versions of torch for CUDA alone, some gigabytes with all that
+# they need. Where an index of CPU builds is at hand: make test-oldest PIP_INDEX_URL=...
+OLDEST_TORCH ?= 2.9.0
+OLDEST := .venv-oldest
+OLDEST_TESTS := tests/ops tests/native/test_log_probs.py tests/native/test_segment_scan.py tests/native/test_isa.py
+
+test-oldest: $(READY)
+	@test -x $(OLDEST)/bin/python || $(BIN)/python -m venv $(OLDEST)
+	@$(OLDEST)/bin/python -m pip --disable-pip-version-check -q install \
+	  torch==$(OLDEST_TORCH) numpy hypothesis pytest pytest-benchmark pytest-timeout
+	@PYTHONPATH=$(CURDIR) $(OLDEST)/bin/python -m pytest -q -p no:cacheprovider $(OLDEST_TESTS)
+
 # The sanitizers' libraries go first into the process, and libstdc++ with them: they catch its exceptions.
 SANITIZED := build/sanitize/lib
 SANITIZERS = $(foreach name,asan.so ubsan.so stdc++.so.6,$(shell c++ -print-file-name=lib$(name)))
@@ -70,16 +116,30 @@ sanitize: $(READY)
 	  tests/ops/test_rloo_advantages.py tests/ops/test_ppo_loss.py tests/ops/test_prm_loss.py
 
 bench: $(READY)
-	@$(BIN)/python -m pytest -q bench --benchmark-enable --benchmark-columns=min,median,rounds --benchmark-sort=name
+	@mkdir -p build && rm -f build/bench.json
+	@$(BIN)/python -m pytest -q bench --benchmark-enable --benchmark-columns=min,median,rounds --benchmark-sort=name \
+	  --benchmark-json=build/bench.json
+	@$(BIN)/python bench/table.py build/bench.json bench/results/ops "Every operation"
+	@echo "bench/results/ops: README.md, table.png, results.json"
+
+bench-integrations: $(INTEGRATIONS_READY)
+	@$(ON_INTEGRATIONS) bench/trl_table.py bench/results/integrations/trl
+
+DOCUMENTED := prime_kernels prime_kernels.integrations $(addprefix prime_kernels.integrations.,trl verl openrlhf)
+
+docs: $(READY)
+	@$(BIN)/pdoc -d google --no-show-source -o build/docs $(DOCUMENTED)
+	@echo "build/docs/index.html"
 
 lint: $(READY)
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
 
 format: $(READY)
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
 
 clean:
-	@rm -rf build dist *.egg-info prime_kernels/_C*.so .pytest_cache .ruff_cache .hypothesis .benchmarks $(READY)
+	@rm -rf build dist *.egg-info prime_kernels/_C*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks $(READY)
 	@find prime_kernels python tests bench -name __pycache__ -type d -prune -exec rm -rf {} +

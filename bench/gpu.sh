@@ -23,13 +23,13 @@ on_gpu=(env PRIME_KERNELS_TEST_DEVICE=cuda "PRIME_KERNELS_TEST_BACKENDS=triton c
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv | tee "$out/device.txt"
 "$python" -c 'import sys, torch; print(sys.version.split()[0], torch.__version__, torch.version.cuda)' | tee -a "$out/device.txt"
 part build 120 "$python" -m pip install -q --no-build-isolation --no-deps .
-part info 30 "$python" -c 'import json, prime_kernels as pk; from prime_kernels import _native; print(json.dumps(pk.available_backends(), indent=1), _native.build_info())'
+part info 60 "$python" -m prime_kernels
 part tests 100 "$python" -m pytest -q -m gpu tests/ops
 part tests_log_probs 120 "${on_gpu[@]}" "$python" -m pytest -q tests/ops/test_log_probs.py
 part tests_tokens 90 "${on_gpu[@]}" "$python" -m pytest -q tests/ops/test_long_batches.py tests/ops/test_segments.py \
   tests/ops/test_rloo_advantages.py tests/ops/test_ppo_loss.py tests/ops/test_prm_loss.py tests/ops/test_pack.py
 part tests_fuzz 60 "${on_gpu[@]}" "$python" -m pytest -q tests/ops/test_fuzz.py
-part bench_gpu 100 env PRIME_BENCH_DEVICE=cuda "$python" -m pytest -q bench --benchmark-enable --benchmark-json="$out/bench_gpu.json"
+part bench_gpu 240 env PRIME_BENCH_DEVICE=cuda "$python" -m pytest -q bench --benchmark-enable --benchmark-json="$out/bench_gpu.json"
 part table_gpu 30 env PYTHONPATH=python "$python" bench/table.py "$out/bench_gpu.json" "$out/gpu" "On a GPU"
 part tune 60 "$python" bench/tune.py "$out/tune.json"
 if command -v compute-sanitizer >/dev/null; then

@@ -13,6 +13,8 @@ DEVICE = os.environ.get("PRIME_BENCH_DEVICE", "cpu")
 # The smallest sizes, to see that a benchmark still works.
 SMALL = bool(os.environ.get("PRIME_BENCH_SMALL"))
 ROUNDS = 2 if SMALL else 9
+# The compiler makes code for real sizes alone; at the smallest it only traces.
+COMPILER = "aot_eager" if SMALL else "inductor"
 
 
 def timed(benchmark, call: Callable[[], object], traffic: int = 0, flops: int = 0, rounds: int = ROUNDS) -> None:
@@ -38,9 +40,9 @@ def timed(benchmark, call: Callable[[], object], traffic: int = 0, flops: int = 
     if benchmark.stats is not None:
         median = benchmark.stats.stats.median
         if traffic:
-            benchmark.extra_info["GB/s"] = round(traffic / median / 1e9, 1)
+            benchmark.extra_info["GB/s"] = float(f"{traffic / median / 1e9:.3g}")
         if flops:
-            benchmark.extra_info["TFLOP/s"] = round(flops / median / 1e12, 3)
+            benchmark.extra_info["TFLOP/s"] = float(f"{flops / median / 1e12:.3g}")
 
 
 def peak_bytes(call: Callable[[], None]) -> int:
@@ -80,6 +82,11 @@ def forward_backward(run: Callable[[], torch.Tensor], leaves: list[torch.Tensor]
             one.grad = None
 
     return once
+
+
+def compiled(function: Callable) -> Callable:
+    """torch.compile of ``function``."""
+    return torch.compile(function, backend=COMPILER)
 
 
 def without_gradients(run: Callable[[], object]) -> Callable[[], None]:

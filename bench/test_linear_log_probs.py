@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from measure import DEVICE, SMALL, forward_backward, leaf, timed, without_gradients
+from measure import DEVICE, SMALL, compiled, forward_backward, leaf, timed, without_gradients
 
 import prime_kernels as pk
 
@@ -18,6 +18,15 @@ def eager(hidden, weight, ids):
 
 def eager_nll(hidden, weight, ids):
     return torch.nn.functional.cross_entropy((hidden @ weight.T).float(), ids)
+
+
+def eager_ppo(hidden, weight, ids, old, advantages):
+    ratio = (eager(hidden, weight, ids) - old).exp()
+    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(0.8, 1.2)).mean()
+
+
+def kernel_ppo(*columns):
+    return pk.linear_ppo_loss(*columns).loss
 
 
 def eager_ratios(prm, ref, policy, weight, ids):
@@ -41,11 +50,12 @@ def fused(hidden, weight, ids):
         _config.FUSED_LINEAR = before
 
 
-WAYS = {"eager": eager, "compile": torch.compile(eager), "kernel": pk.linear_log_probs}
+WAYS = {"eager": eager, "compile": compiled(eager), "kernel": pk.linear_log_probs}
 if DEVICE == "cuda":
     WAYS["fused"] = fused
-NLL = {"eager": eager_nll, "compile": torch.compile(eager_nll), "kernel": pk.linear_nll}
-RATIOS = {"eager": eager_ratios, "compile": torch.compile(eager_ratios), "kernel": kernel_ratios}
+NLL = {"eager": eager_nll, "compile": compiled(eager_nll), "kernel": pk.linear_nll}
+PPO = {"eager": eager_ppo, "compile": compiled(eager_ppo), "kernel": kernel_ppo}
+RATIOS = {"eager": eager_ratios, "compile": compiled(eager_ratios), "kernel": kernel_ratios}
 
 
 @pytest.fixture
@@ -80,6 +90,16 @@ def test_ratios(benchmark, inputs, way):
 @pytest.mark.benchmark(group="linear_nll, forward and backward")
 def test_nll(benchmark, inputs, way):
     timed(benchmark, forward_backward(lambda: NLL[way](*inputs), list(inputs[:2])), flops=3 * FLOPS)
+
+
+@pytest.mark.parametrize("way", PPO)
+@pytest.mark.benchmark(group="linear_ppo_loss, forward and backward")
+def test_ppo(benchmark, inputs, way):
+    hidden, weight, ids = inputs
+    with torch.no_grad():
+        old = pk.linear_log_probs(hidden, weight, ids) + 0.1 * torch.randn(TOKENS, device=DEVICE)
+    columns = (hidden, weight, ids, old, torch.randn(TOKENS, device=DEVICE))
+    timed(benchmark, forward_backward(lambda: PPO[way](*columns), [hidden, weight]), flops=3 * FLOPS)
 
 
 @pytest.mark.benchmark(group="linear_nll, forward and backward")

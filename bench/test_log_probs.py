@@ -6,7 +6,7 @@ sizes that a GPU is measured at.
 
 import pytest
 import torch
-from measure import DEVICE, SMALL, forward_backward, leaf, timed, without_gradients
+from measure import DEVICE, SMALL, compiled, forward_backward, leaf, timed, without_gradients
 
 import prime_kernels as pk
 
@@ -78,7 +78,7 @@ PEERS = {"trl": trl, "liger": liger, "quack": quack} if DEVICE == "cuda" else {}
 
 
 def ways(plain, ours, peers):
-    return {"eager": plain, "compile": torch.compile(plain)} | {name: on(name, ours) for name in BACKENDS} | peers
+    return {"eager": plain, "compile": compiled(plain)} | {name: on(name, ours) for name in BACKENDS} | peers
 
 
 RATIOS = ways(eager_ratios, kernel_ratios, {})

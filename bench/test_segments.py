@@ -3,11 +3,12 @@
 A loop over groups and time steps, padded, as public trainers have it; the vectorised reference; the kernels.
 """
 
+import functools
 import itertools
 
 import pytest
 import torch
-from measure import DEVICE, SMALL, forward_backward, timed, without_gradients
+from measure import DEVICE, SMALL, compiled, forward_backward, timed, without_gradients
 
 import prime_kernels as pk
 
@@ -65,49 +66,81 @@ def loop(batch, gamma):
     return (values - values.mean()) * torch.rsqrt(values.var() + 1e-8)
 
 
-def on(backend):
-    def rloo(batch, gamma):
-        columns = (batch["rewards"], batch["outcomes"], batch["cu"], batch["groups"])
-        return pk.rloo_advantages(*columns, gamma_process=gamma, gamma_outcome=gamma, backend=backend)
-
-    return rloo
+def ways(call):
+    """The vectorised reference, torch.compile of it, and the kernels; ``call`` takes columns and a backend."""
+    reference = functools.partial(call, backend="eager")
+    return {"eager": reference, "compile": compiled(reference), "kernel": functools.partial(call, backend=None)}
 
 
-RLOO = {"eager": on("eager"), "kernel": on(None)} | ({"loop": loop} if DEVICE == "cpu" else {})
-BACKENDS = {"eager": "eager", "kernel": None}
+def rloo(batch, gamma, backend):
+    columns = (batch["rewards"], batch["outcomes"], batch["cu"], batch["groups"])
+    return pk.rloo_advantages(*columns, gamma_process=gamma, gamma_outcome=gamma, backend=backend)
+
+
+def scan(values, cu, backend):
+    return pk.segment_scan(values, cu, gamma=0.95, reverse=True, backend=backend)
+
+
+def ppo(logp, old, advantages, backend):
+    return pk.ppo_loss(logp, old, advantages, backend=backend).loss
+
+
+def prm(ratio, outcomes, cu, groups, backend):
+    return pk.prm_loss(ratio, outcomes, cu, cu_groups=groups, backend=backend).loss
+
+
+RLOO = ways(rloo) | ({"loop": loop} if DEVICE == "cpu" else {})
+SCAN, SUM, STEP_REWARDS, PPO, PRM = (ways(call) for call in (scan, pk.segment_sum, pk.step_rewards, ppo, prm))
+# Bytes a token that must move at least once: float32 columns read and written, gradients included.
+COLUMN = 4
+
+
+def tokens(batch):
+    return COLUMN * batch["rewards"].numel()
 
 
 @pytest.mark.parametrize("way", RLOO)
 @pytest.mark.benchmark(group="rloo_advantages, gamma 1")
 def test_rloo(benchmark, batch, way):
-    timed(benchmark, without_gradients(lambda: RLOO[way](batch, 1.0)))
+    timed(benchmark, without_gradients(lambda: RLOO[way](batch, 1.0)), 3 * tokens(batch))
 
 
 @pytest.mark.parametrize("way", RLOO)
 @pytest.mark.benchmark(group="rloo_advantages, gamma 0.95")
 def test_rloo_discounted(benchmark, batch, way):
-    timed(benchmark, without_gradients(lambda: RLOO[way](batch, 0.95)))
+    timed(benchmark, without_gradients(lambda: RLOO[way](batch, 0.95)), 3 * tokens(batch))
 
 
-@pytest.mark.parametrize("way", BACKENDS)
+@pytest.mark.parametrize("way", SCAN)
+@pytest.mark.benchmark(group="segment_scan, gamma 0.95")
+def test_segment_scan(benchmark, batch, way):
+    timed(benchmark, without_gradients(lambda: SCAN[way](batch["rewards"], batch["cu"])), 2 * tokens(batch))
+
+
+@pytest.mark.parametrize("way", SUM)
+@pytest.mark.benchmark(group="segment_sum")
+def test_segment_sum(benchmark, batch, way):
+    timed(benchmark, without_gradients(lambda: SUM[way](batch["rewards"], batch["cu"])), tokens(batch))
+
+
+@pytest.mark.parametrize("way", STEP_REWARDS)
 @pytest.mark.benchmark(group="step_rewards, 20 steps a response")
 def test_step_rewards(benchmark, batch, way):
     columns = (batch["rewards"], batch["steps"], batch["cu"])
-    timed(benchmark, without_gradients(lambda: pk.step_rewards(*columns, backend=BACKENDS[way])))
+    timed(benchmark, without_gradients(lambda: STEP_REWARDS[way](*columns)), tokens(batch))
 
 
-@pytest.mark.parametrize("way", BACKENDS)
+@pytest.mark.parametrize("way", PPO)
 @pytest.mark.benchmark(group="ppo_loss, forward and backward")
 def test_ppo_loss(benchmark, batch, way):
     logp = batch["logp"].clone().requires_grad_()
     columns = (batch["old"], batch["advantages"])
-    timed(benchmark, forward_backward(lambda: pk.ppo_loss(logp, *columns, backend=BACKENDS[way]).loss, [logp]))
+    timed(benchmark, forward_backward(lambda: PPO[way](logp, *columns), [logp]), 4 * tokens(batch))
 
 
-@pytest.mark.parametrize("way", BACKENDS)
+@pytest.mark.parametrize("way", PRM)
 @pytest.mark.benchmark(group="prm_loss, forward and backward")
 def test_prm_loss(benchmark, batch, way):
     ratio = batch["rewards"].clone().requires_grad_()
-    columns = (batch["outcomes"], batch["cu"])
-    options = {"cu_groups": batch["groups"], "backend": BACKENDS[way]}
-    timed(benchmark, forward_backward(lambda: pk.prm_loss(ratio, *columns, **options).loss, [ratio]))
+    columns = (batch["outcomes"], batch["cu"], batch["groups"])
+    timed(benchmark, forward_backward(lambda: PRM[way](ratio, *columns), [ratio]), 2 * tokens(batch))

@@ -1,6 +1,8 @@
-"""The tolerance table, and packed inputs for hypothesis."""
+"""The tolerance table, packed inputs for hypothesis, and the code of Markdown pages."""
 
 import random
+import re
+from pathlib import Path
 
 import torch
 from hypothesis import strategies as st
@@ -66,3 +68,17 @@ def groups(draw: st.DrawFn) -> tuple[list[int], list[int]]:
     sizes = draw(st.lists(st.integers(1, 5), min_size=1, max_size=4))
     responses = sum(sizes)
     return draw(st.lists(st.integers(0, 5), min_size=responses, max_size=responses)), sizes
+
+
+def code_blocks(text: str, language: str) -> list[str]:
+    """The fenced blocks of a Markdown text in one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def run_page(page: Path, **names: object) -> dict[str, object]:
+    """Run the Python of a Markdown page from top to bottom; the names that it leaves."""
+    blocks = code_blocks(page.read_text(encoding="utf-8"), "python")
+    assert blocks, f"{page} has no Python"
+    for number, block in enumerate(blocks, 1):
+        exec(compile(block, f"{page.name}, block {number}", "exec"), names)
+    return names

@@ -5,7 +5,7 @@ logits of a chunk again instead of keeping them, so memory is one chunk of float
 gradient.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 import torch.distributed as dist
@@ -159,6 +159,51 @@ def check_head(head: Head, ids: Tensor, mask: Tensor | None, prefix: str, shares
         _checks.shape(bias, head.bias, (vocabulary,), f"[V] with the V of {weight}")
         _checks.device(bias, head.bias, head.hidden, hidden)
     return rows.check_arguments(head.hidden, ids, mask, name=hidden, vocabulary=vocabulary * shares)
+
+
+@overload
+def linear_log_probs(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    mask: Tensor | None = ...,
+    temperature: float = ...,
+    with_entropy: Literal[False] = ...,
+    process_group: dist.ProcessGroup | None = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def linear_log_probs(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    mask: Tensor | None = ...,
+    temperature: float = ...,
+    with_entropy: Literal[True],
+    process_group: dist.ProcessGroup | None = ...,
+    backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def linear_log_probs(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    mask: Tensor | None = ...,
+    temperature: float = ...,
+    with_entropy: bool,
+    process_group: dist.ProcessGroup | None = ...,
+    backend: str | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def linear_log_probs(

@@ -8,7 +8,7 @@ With z = logits / temperature and log p = z - logsumexp(z), per row:
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -210,6 +210,45 @@ def run(
         logp, _, entropy = kernel_forward([logits], ids, mask, [temperature], with_entropy, backend)
         return logp[0].clone(), None if entropy is None else entropy[0].clone()
     return _LogProbs.apply(logits, ids, mask, temperature, with_entropy, inplace_backward, backend)
+
+
+@overload
+def log_probs(
+    logits: Tensor,
+    ids: Tensor,
+    *,
+    mask: Tensor | None = ...,
+    temperature: float = ...,
+    with_entropy: Literal[False] = ...,
+    inplace_backward: bool = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def log_probs(
+    logits: Tensor,
+    ids: Tensor,
+    *,
+    mask: Tensor | None = ...,
+    temperature: float = ...,
+    with_entropy: Literal[True],
+    inplace_backward: bool = ...,
+    backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def log_probs(
+    logits: Tensor,
+    ids: Tensor,
+    *,
+    mask: Tensor | None = ...,
+    temperature: float = ...,
+    with_entropy: bool,
+    inplace_backward: bool = ...,
+    backend: str | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def log_probs(

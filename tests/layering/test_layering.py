@@ -69,7 +69,7 @@ def listed(imports: list[Import]) -> str:
     return "\n".join(map(str, imports))
 
 
-@pytest.mark.parametrize("forbidden", ["prime_trainer", "transformers", "vllm"])
+@pytest.mark.parametrize("forbidden", ["prime_trainer", "transformers", "vllm", "trl", "verl", "openrlhf"])
 def test_kernels_know_nothing_of(forbidden):
     wrong = [found for found in imports_under(KERNELS) if names(found, forbidden)]
     assert not wrong, listed(wrong)
@@ -155,6 +155,13 @@ def test_import_needs_only_torch():
     assert "prime_kernels" in roots
     assert not roots & {"triton", "transformers", "vllm", "prime_trainer"}
     assert "prime_kernels._C" not in loaded
+
+
+def test_drop_ins_import_no_trainer():
+    """Only patch() does."""
+    code = "import sys; from prime_kernels.integrations import openrlhf, trl, verl; print(*sys.modules)"
+    roots = {name.partition(".")[0] for name in fresh(code).split()}
+    assert "prime_kernels" in roots and not roots & {"trl", "verl", "openrlhf", "transformers", "prime_trainer"}
 
 
 def test_import_takes_under_a_second_beyond_torch():

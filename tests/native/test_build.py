@@ -107,6 +107,19 @@ def test_auto_without_a_working_nvcc_builds_for_the_cpu(tmp_path):
     assert "CUDA kernels AUTO: no working nvcc was found at build time" in done.stdout
 
 
+def test_default_architectures(nvcc, tmp_path, monkeypatch):
+    """Machine code for each kind of GPU that this compiler knows, and PTX for what comes later."""
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    version = tuple(map(int, re.search(r"release (\d+)\.(\d+)", said).groups()))
+    newest = "80-real,86-real,89-real,90-real,100" if version >= (12, 8) else "80-real,86-real,89-real,90"
+    if version < (11, 8):
+        pytest.skip(f"nvcc {version} knows no sm_89")
+    monkeypatch.delenv("PRIME_KERNELS_CUDA_ARCHITECTURES", raising=False)
+    done = configure(tmp_path / "build", "-DPRIME_KERNELS_CUDA=ON")
+    assert done.returncode == 0, done.stderr
+    assert f"architectures {newest}\n" in done.stdout
+
+
 def test_unknown_cuda_choice_is_an_error(tmp_path):
     done = configure(tmp_path / "build", "-DPRIME_KERNELS_CUDA=MAYBE")
     assert done.returncode != 0 and "expected AUTO, ON or OFF" in done.stderr

@@ -1,9 +1,11 @@
 """sdist -> wheel -> an empty environment: the library imports, computes, and asks for nothing but torch."""
 
 import os
+import re
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
 import zipfile
 from importlib.metadata import version
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+ISAS = ("avx512", "avx2", "portable")
 
 # torch comes from the outer environment; what the library must do without is refused by name.
 USE = """
@@ -39,8 +42,12 @@ logp = prime_kernels.log_probs(logits, ids, backend="cpu")
 torch.testing.assert_close(logp, logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0])
 logp.sum().backward()
 assert logits.grad.abs().sum() > 0
+
+from prime_kernels import _selftest
+outcomes = list(_selftest.run())
+assert len(outcomes) >= 12 and all(each.passed for each in outcomes), outcomes
 assert not {"triton", "transformers", "vllm", "prime_trainer"} & set(sys.modules)
-print("works")
+print("works on", _native.build_info()["cpu"])
 """
 
 
@@ -55,7 +62,12 @@ def run(*command, **environment):
 
 @pytest.fixture(scope="module")
 def dist(tmp_path_factory):
-    """Both archives; `build` makes the wheel out of the unpacked sdist, so the sdist is proved complete."""
+    """Both archives; `build` makes the wheel out of the unpacked sdist, so the sdist is proved complete.
+
+    `make package` builds them in isolation, without torch, and says in PRIME_KERNELS_TEST_DIST where they are.
+    """
+    if "PRIME_KERNELS_TEST_DIST" in os.environ:
+        return ROOT / os.environ["PRIME_KERNELS_TEST_DIST"]
     for tool in ("build", "pybind11", "setuptools", "wheel", "cmake", "ninja"):
         pytest.importorskip(tool)
     folder = tmp_path_factory.mktemp("dist")
@@ -77,7 +89,7 @@ def test_wheel_contents(wheel):
     tops = {name.partition("/")[0] for name in names}
     assert tops == {"prime_kernels", "prime_trainer", f"prime_kernels-{version('prime-kernels')}.dist-info"}
     assert any(name.endswith("/licenses/LICENSE") for name in names)
-    assert not [name for name in names if "test" in name or name.endswith((".cpp", ".cu", ".h"))]
+    assert not [name for name in names if re.search(r"(^|/)tests?[_/]|\.(cpp|cu|h)$", name)]
     sources = {str(path.relative_to(ROOT)) for path in ROOT.glob("prime_kernels/**/*.py")}
     sources |= {str(path.relative_to(ROOT / "python")) for path in ROOT.glob("python/prime_trainer/**/*.py")}
     assert {name for name in names if name.endswith(".py")} == sources
@@ -95,13 +107,32 @@ def test_wheel_metadata(wheel):
     assert "prime-trainer = prime_trainer.cli:main" in archive.read(entry_points).decode()
 
 
-def test_works_in_an_empty_environment(wheel, tmp_path):
-    venv.create(tmp_path / "venv", with_pip=False)
-    python = tmp_path / "venv" / "bin" / "python"
+def test_sdist_contents(dist):
+    (path,) = dist.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    sources = {str(each.relative_to(ROOT)) for each in (ROOT / "csrc").rglob("*.*")}
+    assert sources | {"CMakeLists.txt", "constraints.txt", "LICENSE", "prime_kernels/py.typed", "setup.py"} <= names
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    """An interpreter of an environment with nothing but the wheel."""
+    folder = tmp_path_factory.mktemp("empty")
+    venv.create(folder / "venv", with_pip=False)
+    python = folder / "venv" / "bin" / "python"
     # The outer pip installs into the new environment, which so stays empty.
     run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel)
-    outer = sysconfig.get_path("platlib")
+    return python
+
+
+@pytest.mark.parametrize("isa", ["", "avx2", "portable"])
+def test_works_in_an_empty_environment(installed, tmp_path, isa):
+    """On the widest instruction set that is there, and on processors with less; PRIME_KERNELS_CPU_ISA plays these."""
+    if isa == "avx2" and "avx2" not in Path("/proc/cpuinfo").read_text().split():
+        pytest.skip("this processor has no avx2")
     # Added to sys.path by hand, so that no .pth file of the outer environment runs (an editable install has one).
     script = tmp_path / "use.py"
     script.write_text(USE)
-    assert run(python, script, outer).strip() == "works"
+    said = run(installed, script, sysconfig.get_path("platlib"), **({"PRIME_KERNELS_CPU_ISA": isa} if isa else {}))
+    assert said.strip() in ([f"works on {isa}"] if isa else [f"works on {name}" for name in ISAS])

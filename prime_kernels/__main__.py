@@ -1,0 +1,68 @@
+"""``python -m prime_kernels``: what is installed, what can run here and why the rest cannot, and a self-test.
+
+The exit status is 1 if an operation disagrees with its reference on a backend that says it can run.
+"""
+
+import platform
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import prime_kernels
+from prime_kernels import _selftest
+
+
+def main() -> int:
+    """Print the report; the exit status."""
+    print(f"prime_kernels {prime_kernels.__version__} in {Path(prime_kernels.__file__).parent}")
+    print(f"Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}")
+    print(f"build: {build()}")
+    print("devices:", ", ".join(devices()))
+    print("backends:")
+    for name, reason in prime_kernels.available_backends().items():
+        print(f"  {name:7} {'available' if reason is None else f'not available: {reason}'}")
+    return self_test()
+
+
+def build() -> str:
+    """How the extension was built, in one line."""
+    from prime_kernels import _native
+
+    reason = _native.unavailable_reason()
+    if reason is not None:
+        return reason
+    info = _native.build_info()
+    threads = "OpenMP" if info["openmp"] else "one thread"
+    cuda = "CUDA kernels: " if info["cuda"] else "no CUDA kernels: "
+    return f"{info['compiler']}, CPU kernels of {info['cpu']} in use, {threads}; {cuda}{info['cuda_detail']}"
+
+
+def devices() -> list[str]:
+    """The processor and every CUDA device that torch sees."""
+    found = [f"cpu ({torch.get_num_threads()} threads)"]
+    for place in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        major, minor = torch.cuda.get_device_capability(place)
+        found.append(f"cuda:{place} ({torch.cuda.get_device_name(place)}, sm_{major}{minor})")
+    return found
+
+
+def self_test() -> int:
+    """Print one line for each operation and backend; 1 if any fails."""
+    print("self-test: largest error of results and gradients against plain PyTorch")
+    start, outcomes = time.perf_counter(), []
+    for outcome in _selftest.run():
+        outcomes.append(outcome)
+        said = f"ok, {outcome.error:.1e}" if outcome.passed else f"FAILED: {outcome.failure}"
+        print(f"  {outcome.op:18} {outcome.backend:7} {said}", flush=True)
+    failed = sum(not each.passed for each in outcomes)
+    seconds = time.perf_counter() - start
+    if not outcomes:
+        print("  nothing but eager can run here")
+    print(f"{len(outcomes) - failed} of {len(outcomes)} passed in {seconds:.1f} s")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

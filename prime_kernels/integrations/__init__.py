@@ -1,0 +1,14 @@
+"""One line that makes another trainer use these kernels.
+
+``prime_kernels.integrations.trl.patch()``, and the same of ``verl`` and ``openrlhf``, replaces the log-prob, entropy
+and advantage functions of that trainer; ``unpatch()`` puts them back. Each module also has these functions under the
+names and signatures of that trainer, to import instead of its own. :class:`LogProbHead` scores tokens with any Hugging
+Face model without making its logits.
+
+The trainers are imported when ``patch()`` is called, never before.
+"""
+
+from prime_kernels.integrations._patching import IntegrationError
+from prime_kernels.integrations.log_prob_head import LogProbHead
+
+__all__ = ["IntegrationError", "LogProbHead"]

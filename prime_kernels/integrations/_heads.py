@@ -1,0 +1,32 @@
+"""Hidden states and an output layer as trainers hold them, brought to what linear_log_probs takes."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prime_kernels.ops.linear_log_probs import linear_log_probs
+
+
+def head_log_probs(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    *,
+    mask: Tensor | None = None,
+    temperature: float,
+    with_entropy: bool,
+) -> Any:
+    """:func:`prime_kernels.linear_log_probs` in the dtype of autocast, or of ``hidden``.
+
+    As in any layer under autocast, the gradient of a float32 ``weight`` is rounded to the lower dtype once.
+    """
+    device = hidden.device.type
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast and hidden.dtype != torch.float64 else hidden.dtype
+    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    with torch.autocast(device, enabled=False):
+        return linear_log_probs(
+            hidden.to(dtype), weight, ids, bias=bias, mask=mask, temperature=temperature, with_entropy=with_entropy
+        )

@@ -1,0 +1,35 @@
+"""The gallery: every page runs, here or where its trainer is installed, and every link leads somewhere."""
+
+import re
+from pathlib import Path
+
+import pytest
+from support import run_page
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
+HERE = ("pytorch", "huggingface", "prm")
+# tests/integrations/installed runs these, in an environment that has the trainers.
+ELSEWHERE = ("trl", "verl", "openrlhf")
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_page_runs(name, capsys):
+    if name != "pytorch":
+        pytest.importorskip("transformers", reason="transformers is not installed: pip install '.[train]'")
+    names = run_page(DOCS / f"{name}.md")
+    if name == "prm":
+        assert names["added"].shape == (3,) and "the weakest is step" in capsys.readouterr().out
+
+
+def test_no_page_is_left_out():
+    assert {page.stem for page in DOCS.glob("*.md")} == {"README", *HERE, *ELSEWHERE}
+    for name in ELSEWHERE:
+        test = (ROOT / "tests" / "integrations" / "installed" / f"test_{name}.py").read_text()
+        assert f'"docs" / "{name}.md"' in test
+
+
+@pytest.mark.parametrize("page", [*DOCS.glob("*.md"), ROOT / "README.md"], ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text()):
+        assert (page.parent / target).exists(), target
