@@ -144,6 +144,12 @@ def save(model: Any, tokenizer: Any, directory: Path) -> None:
     replace_directory(partial, directory)
 
 
+def save_config(model: Any, directory: str | Path) -> None:
+    """What an engine needs to build this model, without its weights."""
+    model.config.save_pretrained(directory)
+    model.generation_config.save_pretrained(directory)
+
+
 def replace_directory(new: Path, target: Path) -> None:
     """Puts `new` in the place of `target`; at no moment is there neither an old nor a new one to find."""
     import shutil
