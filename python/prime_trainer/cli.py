@@ -61,23 +61,32 @@ def _rl(words: list[str]) -> int:
 def _eval(words: list[str]) -> int:
     cfg = _config(words)
     import json
+    from contextlib import closing
 
     from . import models
     from .evaluate import evaluate
-    from .rollout import TransformersSampler
+    from .rollout import make_sampler
     from .tasks import load_task
     from .verify import Verifier
 
     tokenizer = models.load_tokenizer(cfg.model)
     problems = load_task(cfg.task, cfg.seed).held_out()
-    sampler = TransformersSampler(models.load_model(cfg.model), tokenizer, batch_size=cfg.eval.batch_size)
-    with Verifier(cfg.task.verify_seconds, cfg.task.verify_workers) as verifier:
+    sampler = make_sampler(cfg, models.load_model(cfg.model), tokenizer, batch_size=cfg.eval.batch_size)
+    with closing(sampler), Verifier(cfg.task.verify_seconds, cfg.task.verify_workers) as verifier:
         values = evaluate(
             problems, tokenizer, sampler, verifier,
             max_new_tokens=cfg.rollout.max_new_tokens, temperature=cfg.rollout.temperature,
             sampled=cfg.eval.sampled, seed=cfg.seed,
         )  # fmt: skip
     print(json.dumps(values))
+    return 0
+
+
+def _serve(words: list[str]) -> int:
+    cfg = _config(words)
+    from .rollout.server import serve
+
+    serve(cfg)
     return 0
 
 
@@ -147,6 +156,7 @@ COMMANDS = {
     "sft": Command(_sft, "supervised warm-up on chat data or on demonstrations made for the task"),
     "rl": Command(_rl, "online PRIME"),
     "eval": Command(_eval, "accuracy of a model on the task's held-out problems"),
+    "serve": Command(_serve, "a vLLM server for rollouts:  prime-trainer serve run.toml --rollout.server.port 8001"),
     "report": Command(_report, "an HTML page and PNGs of a run:  prime-trainer report RUN_DIR [OTHER_RUN_DIR ...]"),
 }
 

@@ -263,7 +263,9 @@ class RunConfig(BaseSettings):
     @model_validator(mode="after")
     def _one_temperature(self) -> RunConfig:
         tempered = self.rollout.temperature != 1
-        if tempered and (self.policy.kl_coef > 0 or (self.algorithm.process_coef > 0 and self.prm.ref_type == "policy")):
+        if tempered and (
+            self.policy.kl_coef > 0 or (self.algorithm.process_coef > 0 and self.prm.ref_type == "policy")
+        ):
             raise ValueError(
                 f"rollout.temperature must be 1 with policy.kl_coef or prm.ref_type = 'policy', got "
                 f"{self.rollout.temperature}: those compare the sampled policy with models at temperature 1"

@@ -60,6 +60,12 @@ def _locate(cfg: ModelConfig) -> tuple[str, str | None]:
     return str(directory), cfg.gguf_file
 
 
+def directory(cfg: ModelConfig) -> str | None:
+    """The model's Hugging Face directory; None for a GGUF file. Raises ModelError where there is no such model."""
+    found, gguf = _locate(cfg)
+    return None if gguf else found
+
+
 def device(cfg: ModelConfig) -> torch.device:
     if cfg.device != "auto":
         try:

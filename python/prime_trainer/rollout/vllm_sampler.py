@@ -70,6 +70,7 @@ class VLLMSampler:
 
     def restart(self) -> None:
         self._drop()
+        self.version = -1
         self._build()
 
     def close(self) -> None:
