@@ -45,10 +45,7 @@ class Rollouts:
         the last of them; and metrics. Raises NothingPasses, EngineDied."""
         collected, self._ahead = self._ahead, None
         try:
-            if collected is None:
-                found = self._collect(step, clock)
-            else:
-                found = self._collected(collected, step, clock)
+            found = self._collect(step, clock) if collected is None else self._collected(collected, step, clock)
             if self._thread is not None and step < self.cfg.steps:
                 self._with_engine(step - 1, lambda: None, clock)
         except EngineDied:
