@@ -146,25 +146,27 @@ class RolloutConfig(Section):
     server: ServerConfig = ServerConfig()
 
     @model_validator(mode="after")
-    def _resolved(self) -> RolloutConfig:
-        if self.engine == "auto":
-            self.engine = "vllm" if vllm_installed() else "transformers"
-        if self.tis_cap is None:
-            self.tis_cap = 0.0 if self.engine == "transformers" else 2.0
+    def _uncut(self) -> RolloutConfig:
         for key, off in (("top_p", 1.0), ("top_k", 0)):
             if getattr(self, key) != off:
                 raise ValueError(
                     f"rollout.{key} must be off ({off}) for training, got {getattr(self, key)}: log-probs of a cut-off "
                     "distribution bias the update and nothing here corrects that; use rollout.temperature"
                 )
-        if self.lag and (self.engine == "transformers" or self.tis_cap == 0):
+        return self
+
+    def resolved(self) -> RolloutConfig:
+        """With the engine that `auto` stands for and the cap that goes with it. Raises ValueError where they clash."""
+        engine = self.engine if self.engine != "auto" else "vllm" if vllm_installed() else "transformers"
+        cap = self.tis_cap if self.tis_cap is not None else 0.0 if engine == "transformers" else 2.0
+        if self.lag and (engine == "transformers" or cap == 0):
             raise ValueError(
                 "rollout.lag = 1 needs an engine with weights of its own (rollout.engine vllm or vllm-server) and "
-                f"importance weights (rollout.tis_cap above 0), got {self.engine!r} and {self.tis_cap}"
+                f"importance weights (rollout.tis_cap above 0), got {engine!r} and {cap}"
             )
-        if self.vllm.sleep and self.lag:
+        if self.lag and self.vllm.sleep:
             raise ValueError("rollout.vllm.sleep frees the engine while the trainer updates; rollout.lag must be 0")
-        return self
+        return self.model_copy(update={"engine": engine, "tis_cap": cap})
 
 
 class FilterConfig(Section):
@@ -259,6 +261,12 @@ class RunConfig(BaseSettings):
     policy: PolicyConfig = PolicyConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="after")
+    def _engine(self) -> RunConfig:
+        # Not in the section itself: what its defaults were resolved to would count as given when some are overridden.
+        self.rollout = self.rollout.resolved()
+        return self
 
     @model_validator(mode="after")
     def _one_temperature(self) -> RunConfig:
