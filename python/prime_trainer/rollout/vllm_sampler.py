@@ -20,7 +20,7 @@ class VLLMSampler:
         self.sleeps = cfg.rollout.vllm.sleep
         self.device = model.device
         self.options = _vllm.engine_options(cfg, self.device.type == "cpu", self.shape.limit)
-        if self.sleeps:
+        if self.sleeps and self.device.type != "cpu":  # on CPUs vLLM refuses the option; there sleeping does nothing
             self.options["enable_sleep_mode"] = True
         self.directory = tempfile.TemporaryDirectory(prefix="prime-trainer-")
         save_config(model, self.directory.name)
