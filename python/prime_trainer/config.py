@@ -123,6 +123,13 @@ class ServerConfig(Section):
     start_seconds: float = Field(default=300.0, gt=0)
     """How long a server may take until it answers."""
 
+    @model_validator(mode="after")
+    def _addresses(self) -> ServerConfig:
+        for url in self.urls:
+            if not url.startswith(("http://", "https://")):
+                raise ValueError(f"rollout.server.urls must be like http://127.0.0.1:8000, got {url!r}")
+        return self
+
 
 class RolloutConfig(Section):
     engine: Literal["auto", "transformers", "vllm", "vllm-server"] = "auto"

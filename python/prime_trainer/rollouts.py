@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -12,6 +13,7 @@ from .batch import Group, group_from
 from .clock import Clock
 from .collect import Collector
 from .config import RunConfig
+from .errors import RunError
 from .models import named_tensors
 from .rollout import EngineDied, Sampler, make_sampler
 from .tasks import Task
@@ -34,6 +36,8 @@ class Rollouts:
         # Transformers holds its whole batch at once, and evaluation may have room for another size.
         own = cfg.rollout.engine == "transformers"
         self.evaluating = make_sampler(cfg, model, tokenizer, batch_size=cfg.eval.batch_size) if own else self.sampler
+        if cfg.rollout.lag:
+            tokenizer = copy.deepcopy(tokenizer)  # fast tokenizers are not for two threads at once
         self.collector = Collector(cfg, task, tokenizer, self.sampler, verifier)
         self.restarts = cfg.rollout.vllm.restarts
         self._thread = ThreadPoolExecutor(1) if cfg.rollout.lag else None
@@ -69,7 +73,7 @@ class Rollouts:
             try:
                 groups, values = self._ahead.result()
                 ahead = {"groups": [asdict(g) for g in groups], "values": values}
-            except EngineDied:
+            except RunError:  # comes up again where the batch is asked for
                 self._undo()
                 self._ahead = None
         return self.collector.state_dict() | {"ahead": ahead}

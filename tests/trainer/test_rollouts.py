@@ -1,5 +1,6 @@
 """Which weights sample what, engines that die, and working one step ahead: with an engine that only keeps count."""
 
+import json
 import threading
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from prime_trainer import loop, rollouts
 from prime_trainer.clock import Clock
-from prime_trainer.config import RunConfig
+from prime_trainer.config import RunConfig, load
 from prime_trainer.models import named_tensors
 from prime_trainer.rollout import EngineDied, Sample, make_sampler
 from prime_trainer.rollout.base import model_shape
@@ -186,12 +187,21 @@ def test_settings_of_engines():
         ({"lag": 1}, r"rollout\.lag = 1 needs an engine with weights of its own .* got 'transformers' and 0\.0"),
         ({"lag": 1, "engine": "vllm", "tis_cap": 0}, r"rollout\.lag = 1 needs .* got 'vllm' and 0\.0"),
         ({"lag": 1, "engine": "vllm", "vllm": {"sleep": True}}, r"rollout\.lag must be 0"),
+        (
+            {"server": {"urls": ["localhost:8000"]}},
+            r"rollout\.server\.urls must be like http://.* got 'localhost:8000'",
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             RunConfig(rollout={"engine": "transformers", **bad})
     for other in ({"policy": {"kl_coef": 0.1}}, {"prm": {"ref_type": "policy"}}):
         with pytest.raises(ValueError, match=r"rollout\.temperature must be 1 with policy\.kl_coef or prm\.ref_type"):
             RunConfig(rollout={"temperature": 0.7}, **other)
+
+
+def test_servers_on_the_command_line():
+    urls = ["http://127.0.0.1:8001", "http://127.0.0.1:8002"]
+    assert load(None, ["--rollout.server.urls", json.dumps(urls)]).rollout.server.urls == urls
 
 
 def test_a_missing_vllm_is_said(run_config, model, tokenizer, monkeypatch):

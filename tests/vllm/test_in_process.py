@@ -131,10 +131,12 @@ def test_torch_keeps_its_threads(engine):
 
 def test_what_vllm_cannot_build_is_said(configure):
     cfg = configure("vllm", rollout={"vllm": {"kv_cache_gib": 0.0001}})
-    with pytest.raises(EngineDied, match=r"vLLM cannot build its engine: .*(KV cache|memory|block)"):
+    with pytest.raises(
+        EngineDied, match=r"vLLM cannot build its engine \(keys rollout\.vllm\.\*\): .*(KV cache|memory|block)"
+    ):
         Engine(cfg)
     cfg = configure("vllm", rollout={"vllm": {"kv_cache_gib": 4000}})
-    with pytest.raises(EngineDied, match=r"vLLM cannot build its engine: .*memory"):
+    with pytest.raises(EngineDied, match=r"vLLM cannot build its engine \(keys rollout\.vllm\.\*\): .*memory"):
         Engine(cfg)
 
 

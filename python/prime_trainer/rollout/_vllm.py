@@ -63,7 +63,7 @@ class Engine:
                 self._llm = LLM(directory, load_format="dummy", skip_tokenizer_init=True, **options)
             except Exception as error:
                 _forget_groups()
-                raise EngineDied(f"vLLM cannot build its engine: {error}") from error
+                raise EngineDied(f"vLLM cannot build its engine (keys rollout.vllm.*): {error}") from error
 
     def generate(
         self, prompts: Sequence[list[int]], seeds: Sequence[int], sampling: Sampling, stops: Sequence[int], version: int

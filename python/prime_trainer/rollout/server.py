@@ -64,7 +64,10 @@ def serve(cfg: RunConfig) -> None:
             directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="prime-trainer-"))
             models.save(models.load_model(cfg.model), models.load_tokenizer(cfg.model), Path(directory) / "model")
             directory = f"{directory}/model"
-        print(f"serving {cfg.model.path} on http://{address[0]}:{address[1]}; token in {cfg.rollout.server.token_file}")
+        print(
+            f"serving {cfg.model.path} on http://{address[0]}:{address[1]}; token in {cfg.rollout.server.token_file}",
+            flush=True,
+        )
         os.environ.update(environment(cfg, token))
         _vllm.serve(arguments(cfg, directory, *address, dummy=False))
 
@@ -125,8 +128,12 @@ def make_token(path: Path) -> str:
     if path.exists():
         return read_token(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+    # Written aside and linked: of two servers that start at once, one makes it and both read the same.
+    with tempfile.NamedTemporaryFile("w", dir=path.parent) as file:
         file.write(secrets.token_urlsafe(32))
+        file.flush()
+        with suppress(FileExistsError):
+            os.link(file.name, path)
     return read_token(path)
 
 

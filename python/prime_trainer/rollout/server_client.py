@@ -137,6 +137,8 @@ class Client:
     def _checked(self, response: httpx.Response) -> Any:
         if response.status_code == 401:
             raise RunError(f"{self.url} refuses the token in rollout.server.token_file")
+        if response.status_code == 404:
+            raise RunError(f"{self.url} has no {response.request.url.path}: is it a server of prime-trainer serve?")
         if response.status_code >= 400:
             try:
                 message = response.json()["error"]["message"]

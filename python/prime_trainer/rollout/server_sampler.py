@@ -7,6 +7,7 @@ import os
 import secrets
 import shutil
 import socket
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -133,8 +134,9 @@ class ServerSampler:
             token = read_token(settings.token_file)
             self.clients = [Client(url, token) for url in settings.urls]
         else:
-            token = secrets.token_urlsafe(32)
-            self.process = ServerProcess(self.cfg, self.directory.name, token, self.cfg.output / "server.log")
+            token, log = secrets.token_urlsafe(32), self.cfg.output / "server.log"
+            print(f"starting a vLLM server; its log is {log}", file=sys.stderr, flush=True)
+            self.process = ServerProcess(self.cfg, self.directory.name, token, log)
             self.clients = [Client(self.process.url, token, self.process.death)]
         for client in self.clients:
             client.wait_ready(settings.start_seconds)
