@@ -1,6 +1,7 @@
 """`prime-trainer serve` and runs against it: the token, the sharing out, the draining, and every way to go wrong."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -10,7 +11,7 @@ import time
 
 import httpx
 import pytest
-from engines import GREEDY, Engine, processes, prompts, shared_memory
+from engines import Engine, processes, prompts, shared_memory
 
 from prime_trainer.errors import RunError
 from prime_trainer.rollout import EngineDied, Sampling
@@ -84,18 +85,32 @@ def test_prompts_are_shared_out_and_both_servers_follow(served):
     assert {client.weight_version() for client in engine.sampler.clients} == {"1"}
 
 
+def under_way(engine):
+    """Requests that the servers run or have waiting."""
+    pattern = r"^vllm:num_requests_(?:running|waiting)\{[^}]*\} ([0-9.]+)$"
+    count = 0.0
+    for client in engine.sampler.clients:
+        text = httpx.get(f"{client.url}/metrics", headers=client.headers, trust_env=False).text
+        count += sum(map(float, re.findall(pattern, text, re.MULTILINE)))
+    return count
+
+
 def test_an_update_waits_for_what_is_under_way(served):
     engine, _ = served
     engine.push(2)
     before = engine.greedy(PROMPTS)
     got = []
-    thread = threading.Thread(target=lambda: got.append(engine.sampler.generate(PROMPTS, 4, GREEDY, range(16))))
+    long = Sampling(340, temperature=0.0)
+    thread = threading.Thread(target=lambda: got.append(engine.sampler.generate(PROMPTS, 4, long, range(16))))
     thread.start()
-    time.sleep(0.3)
+    while under_way(engine) < 64:
+        assert thread.is_alive()
     engine.shake(2)
     engine.push(3)
     thread.join()
-    assert [sample.ids for group in got[0] for sample in group] == [ids for ids in before for _ in range(4)]
+    assert [s.ids[: len(ids)] for g, ids in zip(got[0], before, strict=True) for s in g] == [
+        ids for ids in before for _ in range(4)
+    ]
     assert engine.greedy(PROMPTS) != before and engine.disagreements(PROMPTS) == 0
 
 

@@ -39,6 +39,7 @@ class ServerSampler:
         self.process: ServerProcess | None = None
         self.clients: list[Client] = []
         self._usable = False
+        self._unfinished: int | None = None  # the version of an update that failed: some servers may hold a mix
         self._gpu_transfers: list[Callable[[], None]] | None = None
         try:
             if not cfg.rollout.server.urls:
@@ -89,7 +90,7 @@ class ServerSampler:
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         tensors = self.shape.check_weights(named_tensors)
-        self._usable = False
+        self._usable, self._unfinished = False, version
         if self.cfg.rollout.server.transfer == "file":
             with SharedFile(tensors) as path:
                 self._update_all([lambda client: _send_file(client, path)] * len(self.clients), version)
@@ -97,7 +98,7 @@ class ServerSampler:
             if self._gpu_transfers is None:
                 self._gpu_transfers = [self._gpu_transfer(client) for client in self.clients]
             self._update_all([lambda _, send=send: send() for send in self._gpu_transfers], version)
-        self.version, self._usable = version, True
+        self.version, self._usable, self._unfinished = version, True, None
 
     def _update_all(self, sends: Sequence[Callable[[Client], None]], version: int) -> None:
         with ThreadPoolExecutor(len(self.clients)) as pool:
@@ -114,13 +115,13 @@ class ServerSampler:
         pass
 
     def restart(self) -> None:
-        """Our own server anew; one that somebody else started is waited for, and must be a new one."""
+        """Our own server anew; one that somebody else started is waited for, and after a failed update must be new."""
         self.version, self._usable, self._gpu_transfers = -1, False, None
         self._disconnect()
         self._connect()
-        if self.cfg.rollout.server.urls:
+        if self.cfg.rollout.server.urls and self._unfinished is not None:
             for client in self.clients:
-                if client.weight_version() not in ("default", str(self.version)):
+                if client.weight_version() not in ("default", str(self._unfinished)):
                     raise EngineDied(f"{client.url} failed an update and its weights are a mix: start it again")
 
     def close(self) -> None:
