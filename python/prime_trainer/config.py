@@ -115,7 +115,7 @@ class ServerConfig(Section):
     """Servers that `prime-trainer serve` started; prompts are dealt out in turn. None: the run starts one here."""
     host: str = "127.0.0.1"
     """Where `serve` listens. Its traffic is not encrypted: another address is for a trusted network."""
-    port: int = Field(default=8000, ge=0, le=65535)
+    port: int = Field(default=8000, ge=1, le=65535)
     token_file: Path = Path("runs/server.token")
     """The secret that every request must carry; `serve` makes the file where there is none."""
     transfer: Literal["file", "nccl", "ipc"] = "file"

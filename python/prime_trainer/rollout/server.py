@@ -106,7 +106,7 @@ def environment(cfg: RunConfig, token: str) -> dict[str, str]:
 
 
 def check_port(host: str, port: int) -> None:
-    """Raises ValueError where nothing can listen; port 0 is always free."""
+    """Raises ValueError where nothing can listen."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -155,6 +155,8 @@ class ServerProcess:
         self.url = f"http://127.0.0.1:{port}"
         words = arguments(cfg, directory, "127.0.0.1", port, dummy=True)
         log.parent.mkdir(parents=True, exist_ok=True)
+        if log.exists():  # what a server that died had to say
+            log.replace(log.with_suffix(".old.log"))
         with log.open("w") as output:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "prime_trainer.rollout.server_process", str(os.getpid()), *words],
