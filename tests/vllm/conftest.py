@@ -40,7 +40,7 @@ def configure(directories, tmp_path_factory):
             "steps": 3,
             "model": {"path": str(directories[tied]), "dtype": "float32", "device": "cpu"},
             "task": {"name": "chain_sum", "params": {"max_terms": 2, "max_digits": 1, "min_digits": 1}, "eval_size": 3},
-            "rollout": small | {"vllm": {"kv_cache_gib": 0.125}} | (rollout or {}),
+            "rollout": small | {"vllm": {"kv_cache_gib": 0.125}, "server": {"start_seconds": 800}} | (rollout or {}),
             "filter": {"low": 0.0, "high": 1.0},
             "prm": {"lr": 1e-3},
             "policy": {"lr": 1e-3, "minibatches": 1},
