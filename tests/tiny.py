@@ -2,6 +2,7 @@
 
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,7 +19,8 @@ TEXTS = [
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
-def write_model(directory: Path) -> Path:
+def write_model(directory: Path, *, head_dim: int = 32, tied: bool = True, **generation: Any) -> Path:
+    """`generation` goes into the generation config, as models' authors do with their sampling defaults."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -43,14 +45,14 @@ def write_model(directory: Path) -> Path:
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
-        head_dim=32,
+        head_dim=head_dim,
         max_position_embeddings=512,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         initializer_range=0.15,
         eos_token_id=[2, 0],
     )
     model = LlamaForCausalLM(config)
-    model.generation_config = GenerationConfig(eos_token_id=[2, 0], pad_token_id=0)
+    model.generation_config = GenerationConfig(eos_token_id=[2, 0], pad_token_id=0, **generation)
     model.save_pretrained(directory)
     return directory
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ class Response:
     logprobs: list[float] | None = None
     """The sampler's log-probs."""
     truncated: bool = False
+    weight_version: int = 0
+    """Updates that the policy which sampled had seen."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,11 @@ class Group:
     @property
     def accuracy(self) -> float:
         return sum(r.outcome for r in self.responses) / len(self.responses)
+
+
+def group_from(fields: dict[str, Any]) -> Group:
+    """The inverse of `dataclasses.asdict`."""
+    return Group(**{**fields, "responses": [Response(**response) for response in fields["responses"]]})
 
 
 Entry = tuple[int, list[int]]
@@ -80,6 +88,11 @@ class Batch:
         self.outcomes = torch.tensor([r.outcome for r in responses], device=device)
         self._starts = self.cu_seqlens.tolist()
         self._first = self.cu_groups.tolist()
+
+    @property
+    def rollout_logp(self) -> Tensor:
+        """[T] the sampler's log-probs."""
+        return torch.tensor([p for g in self.groups for r in g.responses for p in r.logprobs], device=self.device)
 
     @property
     def num_tokens(self) -> int:

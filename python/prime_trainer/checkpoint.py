@@ -29,6 +29,8 @@ def begin(cfg: RunConfig) -> dict[str, Any] | None:
     if state is None:
         raise ValueError(f"--resume: {cfg.output} has no checkpoint to go on from")
     old, new = json.loads(state["config"]), json.loads(cfg.model_dump_json())
+    for config in (old, new):
+        config["rollout"].pop("server", None)  # where the engine runs changes nothing
     check_unchanged(old, new, [key for key in new if key not in FREE_ON_RESUME])
     return state
 

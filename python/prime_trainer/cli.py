@@ -114,6 +114,14 @@ def _generate(words: list[str]) -> int:
     return 0
 
 
+def _serve(words: list[str]) -> int:
+    cfg = _config(words)
+    from .rollout.server import serve
+
+    serve(cfg)
+    return 0
+
+
 def _report(words: list[str]) -> int:
     from .record import read_record
     from .report import summary_row, write_report
@@ -185,6 +193,7 @@ COMMANDS = {
     "score": Command(_score, "rewards of tokens, steps and responses under a PRM, and a page to look at them"),
     "select": Command(_select, "best-of-N, weighted best-of-N and majority voting from scored responses"),
     "processbench": Command(_processbench, "finding the first wrong step, from scored ProcessBench rows"),
+    "serve": Command(_serve, "a vLLM server for rollouts:  prime-trainer serve run.toml --rollout.server.port 8001"),
     "report": Command(_report, "an HTML page and PNGs of a run:  prime-trainer report RUN_DIR [OTHER_RUN_DIR ...]"),
 }
 

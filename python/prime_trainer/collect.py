@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from .batch import Group, Response
+from .batch import Group, Response, group_from
 from .config import RunConfig
 from .errors import RunError
 from .models import render
@@ -31,7 +31,7 @@ class Collector:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.position = state["position"]
-        self.surplus = [Group(**{**g, "responses": [Response(**r) for r in g["responses"]]}) for g in state["surplus"]]
+        self.surplus = [group_from(g) for g in state["surplus"]]
 
     def collect(self, step: int, clock: Any) -> tuple[list[Group], dict[str, float]]:
         """`rollout.prompts_per_step` groups, or fewer if `filter.max_rounds` rounds do not find as many."""
@@ -65,6 +65,9 @@ class Collector:
             "surplus": len(self.surplus),
             "verifier_failures": failures,
             "verifier_timeouts": sum(v.failure == TIME_LIMIT for v in verdicts),
+            # How many updates older than the policy the weights are that sampled what is trained on.
+            "lag": sum(step - 1 - r.weight_version for g in batch for r in g.responses)
+            / max(1, sum(len(g.responses) for g in batch)),
             "tokens": sum(len(r.ids) for g in batch for r in g.responses),
             "reward": sum(r.outcome for r in responses) / count,
             "response_length": sum(len(r.ids) for r in responses) / count,
@@ -96,7 +99,7 @@ class Collector:
         for i, (problem, group) in enumerate(zip(problems, samples, strict=True)):
             scored = verdicts[i * cfg.n : (i + 1) * cfg.n]
             responses = [
-                Response(s.ids, v.score, s.logprobs, s.finish_reason == "length")
+                Response(s.ids, v.score, s.logprobs, s.finish_reason == "length", s.weight_version)
                 for s, v in zip(group, scored, strict=True)
             ]
             text = problem.messages[-1]["content"]

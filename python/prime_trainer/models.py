@@ -62,6 +62,12 @@ def _locate(cfg: ModelConfig) -> tuple[str, str | None]:
     return str(directory), cfg.gguf_file
 
 
+def directory(cfg: ModelConfig) -> str | None:
+    """The model's Hugging Face directory; None for a GGUF file. Raises ModelError where there is no such model."""
+    found, gguf = _locate(cfg)
+    return None if gguf else found
+
+
 def device(cfg: ModelConfig) -> torch.device:
     if cfg.device != "auto":
         try:
@@ -207,6 +213,12 @@ def save(model: Any, tokenizer: Any, directory: Path) -> None:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
     replace_directory(partial, directory)
+
+
+def save_config(model: Any, directory: str | Path) -> None:
+    """What an engine needs to build this model, without its weights."""
+    model.config.save_pretrained(directory)
+    model.generation_config.save_pretrained(directory)
 
 
 def replace_directory(new: Path, target: Path) -> None:

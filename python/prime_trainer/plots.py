@@ -56,7 +56,7 @@ DARK = Theme(
     ("#6ea8ff", "#ff9d57", "#4fd1ae", "#e08ad6", "#e6c34d", "#7f8a99"),
 )  # fmt: skip
 
-STAGES = ("rollout", "verify", "score", "prm", "policy")
+STAGES = ("rollout", "verify", "score", "prm", "policy", "weights")
 TIME = Figure(
     "time", "Time per step", "Seconds that each stage of a step took.", "seconds",
     tuple(Line("rl", f"time/{stage}", stage) for stage in STAGES),
@@ -85,6 +85,12 @@ FIGURES = (
     Figure(
         "kl", "KL to the rollout policy", "Estimated divergence of the updated policy from the one that sampled.",
         "nats", (Line("rl", "approx_kl", "approximate KL"),),
+    ),
+    Figure(
+        "mismatch", "Rollout mismatch",
+        "Difference of the trainer's and the engine's log-probs of the sampled tokens: mean, and the k3 estimate of "
+        "the divergence.", "nats per token",
+        (Line("rl", "mismatch", "mean difference"), Line("rl", "mismatch_kl", "KL")),
     ),
     Figure(
         "clip_fraction", "Clip fraction", "Share of response tokens whose probability ratio was clipped.",

@@ -44,6 +44,8 @@ class Scorer:
     prm: Trainable | None
     cfg: PRMConfig
     micro_batch_tokens: int
+    temperature: float = 1.0
+    """Of the policy alone: what samples at a temperature is trained at it."""
 
     def score(self, batch: Batch) -> Scores:
         """One pass over the batch for each model that is there; with a PRM, its update as `cfg.update` says."""
@@ -85,7 +87,7 @@ class Scorer:
                 ids = batch.ids[micro.tokens]
                 with torch.no_grad():
                     if new and self.policy is not None:
-                        old[micro.tokens] = log_probs(self.policy, micro, ids)
+                        old[micro.tokens] = log_probs(self.policy, micro, ids, self.temperature)
                     if new and self.ref is not None:
                         reference[micro.tokens] = log_probs(self.ref, micro, ids)
                 if self.prm is None:
@@ -109,10 +111,10 @@ class Scorer:
         return Scores(old, reference if reference is not None else old, prm, metrics)
 
 
-def log_probs(model: Any, micro: Micro, ids: Tensor) -> Tensor:
+def log_probs(model: Any, micro: Micro, ids: Tensor, temperature: float = 1.0) -> Tensor:
     """[T] log-probs of the micro-batch's response tokens; logits never exist for more than a chunk of tokens."""
     at = head(model, predicting(model, micro))
-    return pk.linear_log_probs(at.hidden, at.weight, ids, bias=at.bias)
+    return pk.linear_log_probs(at.hidden, at.weight, ids, bias=at.bias, temperature=temperature)
 
 
 def predicting(model: Any, micro: Micro) -> Tensor:

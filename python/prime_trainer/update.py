@@ -28,8 +28,14 @@ def policy_update(
     micro_batch_tokens: int,
     generator: torch.Generator,
     lr_scale: float = 1.0,
+    *,
+    importance: Tensor | None = None,
+    temperature: float = 1.0,
 ) -> dict[str, float]:
-    """`epochs` x `minibatches` optimizer steps; returns their mean metrics."""
+    """`epochs` x `minibatches` optimizer steps; returns their mean metrics.
+
+    `importance` [T] weighs each token's PPO loss; `temperature` is the one that was sampled at.
+    """
     lengths = batch.cu_seqlens.diff()
     per_token = torch.repeat_interleave(1.0 / lengths.clamp_min(1), lengths)
     totals: dict[str, float] = {}
@@ -39,8 +45,9 @@ def policy_update(
             tokens, responses = batch.tokens_of(part), batch.responses_of(part)
             for micro in batch.micro_batches(part, micro_batch_tokens):
                 loss, metrics = _loss(
-                    policy, batch, micro, advantages, old_logp, ref_logp, cfg, per_token, tokens, responses
-                )
+                    policy, batch, micro, advantages, old_logp, ref_logp, cfg, per_token, tokens, responses,
+                    importance, temperature,
+                )  # fmt: skip
                 loss.backward()
                 for key, value in metrics.items():
                     totals[key] = totals.get(key, 0.0) + value.item()
@@ -49,7 +56,9 @@ def policy_update(
     return {key: value / steps for key, value in totals.items()}
 
 
-def _loss(policy, batch, micro, advantages, old_logp, ref_logp, cfg, per_token, tokens, responses):
+def _loss(
+    policy, batch, micro, advantages, old_logp, ref_logp, cfg, per_token, tokens, responses, importance, temperature
+):
     at = head(policy.model, predicting(policy.model, micro))
     ids = batch.ids[micro.tokens]
     by_token = cfg.loss_mean == "token"
@@ -57,11 +66,18 @@ def _loss(policy, batch, micro, advantages, old_logp, ref_logp, cfg, per_token, 
     weights = None if by_token else per_token[micro.tokens]
     denominator = tokens if by_token else responses
     old = None if old_logp is None else old_logp[micro.tokens]
-    options = {"weights": weights, "clip_low": cfg.clip_low, "clip_high": cfg.clip_high, "denominator": denominator}
+    both = weights
+    if importance is not None:
+        both = importance[micro.tokens] if weights is None else weights * importance[micro.tokens]
+    options = {"weights": both, "clip_low": cfg.clip_low, "clip_high": cfg.clip_high, "denominator": denominator}
     if cfg.entropy_coef == 0 and cfg.kl_coef == 0:
-        ppo = pk.linear_ppo_loss(at.hidden, at.weight, ids, old, advantages[micro.tokens], bias=at.bias, **options)
+        ppo = pk.linear_ppo_loss(
+            at.hidden, at.weight, ids, old, advantages[micro.tokens], bias=at.bias, temperature=temperature, **options
+        )
     else:
-        out = pk.linear_log_probs(at.hidden, at.weight, ids, bias=at.bias, with_entropy=cfg.entropy_coef > 0)
+        out = pk.linear_log_probs(
+            at.hidden, at.weight, ids, bias=at.bias, temperature=temperature, with_entropy=cfg.entropy_coef > 0
+        )
         logp, entropy = out if cfg.entropy_coef > 0 else (out, None)
         ppo = pk.ppo_loss(logp, logp.detach() if old is None else old, advantages[micro.tokens], **options)
     loss = ppo.loss

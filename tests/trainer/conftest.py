@@ -33,7 +33,7 @@ def run_config(model_dir, tmp_path):
             "model": {"path": str(model_dir), "dtype": "float32", "device": "cpu"},
             "task": {"name": "chain_sum", "params": {"max_terms": 2, "max_digits": 1, "min_digits": 1}, "eval_size": 3},
             "sft": {"demonstrations": 12, "batch_size": 4, "lr": 1e-3},
-            "rollout": {"prompts_per_step": 2, "n": 3, "max_new_tokens": 6, "batch_size": 8},
+            "rollout": {"engine": "transformers", "prompts_per_step": 2, "n": 3, "max_new_tokens": 6, "batch_size": 8},
             "filter": {"low": 0.0, "high": 1.0},
             "prm": {"lr": 1e-3},
             "policy": {"lr": 1e-3, "minibatches": 1},

@@ -198,3 +198,21 @@ def test_trainable_state_goes_round(model_dir, batch, advantages):
     update(again, batch, advantages)
     assert all(torch.equal(a, b) for a, b in zip(policy.master, again.master, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(policy.params, again.params, strict=True))
+
+
+def test_importance_weighs_each_tokens_gradient_and_temperature_divides_the_logits(model_dir, batch, advantages):
+    generator = torch.Generator().manual_seed(5)
+    weights = torch.rand(batch.num_tokens, generator=generator) * 2
+    policy, temperature = trainable(model_dir), 0.7
+    kept = []
+    policy.step = lambda scale: kept.append([p.grad.clone() for p in policy.master]) or 0.0
+    cfg, shuffle = PolicyConfig(minibatches=1), torch.Generator().manual_seed(1)
+    policy_update(policy, batch, advantages, None, None, cfg, 40, shuffle, importance=weights, temperature=temperature)
+    model = tiny.load(model_dir)
+    total = 0.0
+    for micro in batch.micro_batches(range(len(batch.groups)), 10_000):
+        logp = log_probs(model, micro, batch.ids[micro.tokens], temperature)
+        total = total - (weights * advantages)[micro.tokens] @ logp / batch.num_tokens
+    total.backward()
+    for got, parameter in zip(kept[0], model.parameters(), strict=True):
+        torch.testing.assert_close(got, parameter.grad, rtol=1e-4, atol=1e-6)

