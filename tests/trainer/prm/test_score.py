@@ -1,5 +1,6 @@
 """Rewards against plain forward passes, against the EurusPRM card's own numbers, and a file scored in pieces."""
 
+import copy
 import json
 import math
 import shutil
@@ -105,7 +106,7 @@ def test_the_card_is_reproduced():
     golden = json.loads(GOLDEN.read_text())
     cfg = ModelConfig(dtype="bfloat16", device="cpu")
     tokenizer, reference = models.load_tokenizer(cfg), models.load_model(cfg).float()
-    prm = models.load_model(cfg).float()
+    prm = copy.deepcopy(reference)
     with torch.no_grad():
         prm.model.norm.weight.mul_(1.05)
     row = {"prompt": golden["query"], "steps": golden["answer"]}
