@@ -61,11 +61,6 @@ def readme(runs: dict[bool, list[dict]], part: dict, steps: int, longest: int) -
         line("log-prob part alone, forward", "s", *alone("forward")),
         line("log-prob part alone, backward", "s", *alone("backward")),
         line("log-prob part alone, peak", "MiB", part["TRL"]["peak_MiB"], part["patched"]["peak_MiB"]),
-        line(
-            "in the trainer, all calls",
-            "s",
-            *in_runs(lambda run: sum(run["forward_seconds"] + run["backward_seconds"])),
-        ),
         line("peak of the trainer's process", "MiB", *in_runs(lambda run: run["peak_MiB"])),
     ]
     table = "\n".join(["| | TRL | patched | TRL / patched |", "|---|---|---|---|", *rows])
@@ -91,9 +86,11 @@ Largest differences in what the trainer logged: {differences}.
 |---|---|---|---|---|
 {losses}
 
-{measured_on()} Threads: {part["threads"]}. The part alone: {part["tokens"]:,} tokens on the model's head with the gradients of both, medians of
-{len(part["TRL"]["forward"])} calls each way in turn, peak beyond inputs. On GPUs TRL
-scores completions alone and has Triton kernels of its own: nothing here speaks of them.
+{measured_on()}
+
+The part alone: {part["tokens"]:,} tokens on the model's head with the gradients of both, {part["threads"]} thread(s),
+medians of {len(part["TRL"]["forward"])} calls each way in turn, peak beyond inputs. On GPUs TRL scores completions alone
+and has Triton kernels of its own: nothing here speaks of them.
 """
 
 
