@@ -13,6 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .parallel import SINGLE, Ranks, deal
+
+Row = tuple[int, list[int]]
+"""A group and its responses that are laid out in one row."""
+
 SHARED_ROW_LIMIT = 1024
 """Tokens above which a group is not laid out as one row: the mask and the attention grow with the square."""
 
@@ -64,10 +69,10 @@ class Micro:
 class Batch:
     """All groups of a step: `ids` [T], `cu_seqlens` [B + 1], `cu_groups` [G + 1] (in responses), `outcomes` [B]."""
 
-    def __init__(self, groups: Sequence[Group], device: torch.device | str = "cpu") -> None:
+    def __init__(self, groups: Sequence[Group], device: torch.device | str = "cpu", ranks: Ranks = SINGLE) -> None:
         if not groups:
             raise ValueError("groups is empty; a batch needs at least one")
-        self.groups, self.device = list(groups), torch.device(device)
+        self.groups, self.device, self.ranks = list(groups), torch.device(device), ranks
         responses = [r for g in self.groups for r in g.responses]
         lengths = [len(r.ids) for r in responses]
         self.ids = torch.tensor([i for r in responses for i in r.ids], dtype=torch.int64, device=device)
@@ -99,8 +104,21 @@ class Batch:
         return sum(len(self.groups[g].responses) for g in groups)
 
     def micro_batches(self, groups: Sequence[int], max_tokens: int) -> Iterator[Micro]:
-        """Forward passes of at most `max_tokens` padded tokens (a longer row goes alone), like lengths together."""
-        rows: list[tuple[int, list[int]]] = []  # (group, its responses in this row)
+        """Forward passes of at most `max_tokens` padded tokens (a longer row goes alone), like lengths together.
+
+        With several ranks those of this rank's share of `groups`, dealt out so that tokens balance. Every rank gets
+        the same number, passes without responses among them: a sharded model's passes are collective.
+        """
+        loads = [self._length(g, range(self._first[g], self._first[g + 1])) for g in groups]
+        plans = [self._rows([groups[i] for i in part], max_tokens) for part in deal(loads, self.ranks.size)]
+        mine = plans[self.ranks.rank]
+        for rows in mine:
+            yield self._micro(rows)
+        for _ in range(max(map(len, plans)) - len(mine)):
+            yield self._micro([(groups[0], [])])
+
+    def _rows(self, groups: Sequence[int], max_tokens: int) -> list[list[Row]]:
+        rows: list[Row] = []
         for g in groups:
             members = list(range(self._first[g], self._first[g + 1]))
             if self._length(g, members) <= SHARED_ROW_LIMIT:
@@ -108,25 +126,25 @@ class Batch:
             else:
                 rows.extend((g, [m]) for m in members)
         rows.sort(key=lambda row: (self._length(*row), row[1][0]))
-        pending: list[tuple[int, list[int]]] = []
+        passes: list[list[Row]] = []
         for row in rows:
-            if pending and self._length(*row) * (len(pending) + 1) > max_tokens:
-                yield self._micro(pending)
-                pending = []
-            pending.append(row)
-        if pending:
-            yield self._micro(pending)
+            if passes and self._length(*row) * (len(passes[-1]) + 1) <= max_tokens:
+                passes[-1].append(row)
+            else:
+                passes.append([row])
+        return passes
 
     def _length(self, group: int, members: Sequence[int]) -> int:
         return len(self.groups[group].prompt_ids) + sum(self._starts[m + 1] - self._starts[m] for m in members)
 
-    def _micro(self, rows: list[tuple[int, list[int]]]) -> Micro:
+    def _micro(self, rows: list[Row]) -> Micro:
         width = max(self._length(*row) for row in rows)
         input_ids = torch.zeros((len(rows), width), dtype=torch.int64)
         position_ids = torch.zeros((len(rows), width), dtype=torch.int64)
         # 0 is the prompt, k the k-th response, -1 padding (which attends to itself: softmax needs something).
         segment = torch.full((len(rows), width), -1, dtype=torch.int64)
-        predictors, tokens, responses, lengths = [], [], [], []
+        none = torch.zeros(0, dtype=torch.int64)
+        predictors, tokens, responses, lengths = [none], [none], [], []
         for row, (g, members) in enumerate(rows):
             prompt = self.groups[g].prompt_ids
             at = len(prompt)
@@ -158,7 +176,7 @@ class Batch:
             None if mask is None else mask.to(to),
             torch.cat(predictors).to(to),
             torch.cat(tokens).to(to),
-            torch.tensor(responses, device=to),
+            torch.tensor(responses, dtype=torch.int64, device=to),
             _cumulative(lengths, to),
         )
 

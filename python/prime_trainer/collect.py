@@ -9,6 +9,7 @@ from .batch import Group, Response
 from .config import RunConfig
 from .errors import RunError
 from .models import render
+from .parallel import SINGLE, Ranks
 from .rollout import Sampler, Sampling, derive_seed
 from .tasks import Task
 from .verify import Verifier
@@ -21,8 +22,17 @@ class NothingPasses(RunError):
 class Collector:
     """Holds the position in the training stream and the groups that passed but did not fit the last batch."""
 
-    def __init__(self, cfg: RunConfig, task: Task, tokenizer: Any, sampler: Sampler, verifier: Verifier) -> None:
+    def __init__(
+        self,
+        cfg: RunConfig,
+        task: Task,
+        tokenizer: Any,
+        sampler: Sampler,
+        verifier: Verifier,
+        ranks: Ranks = SINGLE,
+    ) -> None:
         self.cfg, self.task, self.tokenizer, self.sampler, self.verifier = cfg, task, tokenizer, sampler, verifier
+        self.ranks = ranks
         self.position = 0
         self.surplus: list[Group] = []
 
@@ -83,6 +93,8 @@ class Collector:
         problems = self.task.train(self.position, prompts)
         seeds = [derive_seed(self.cfg.seed, "rollout", step, self.position + i) for i in range(len(problems))]
         self.position += len(problems)
+        # Each rank samples and verifies its share; what passes is decided by all alike, over all groups.
+        problems, seeds = self.ranks.share(problems), self.ranks.share(seeds)
         ids = [render(self.tokenizer, p.messages) for p in problems]
         with clock("rollout"):
             samples = self.sampler.generate(ids, cfg.n, Sampling(cfg.max_new_tokens, cfg.temperature), seeds)
@@ -99,7 +111,8 @@ class Collector:
             ]
             text = problem.messages[-1]["content"]
             groups.append(Group(ids[i], responses, problem.id, text, problem.reference))
-        return groups, sum(v.failure is not None for v in verdicts)
+        failures = sum(v.failure is not None for v in verdicts)
+        return self.ranks.join(groups), sum(self.ranks.gather(failures))
 
 
 _NEED_SAMPLES = {"reward", "response_length", "truncated", "entropy"}

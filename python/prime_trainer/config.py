@@ -156,6 +156,19 @@ class CheckpointConfig(Section):
     keep: PositiveInt = 1
 
 
+class ScaleConfig(Section):
+    """Several processes, started by torchrun; one process needs none of this."""
+
+    shard: bool = True
+    """Shard policy, PRM and reference over the ranks (FSDP2); off: every rank has whole copies."""
+    offload: list[Literal["policy", "prm", "reference"]] = []
+    """Models whose shards, with their optimizer's states, stay in CPU memory while they are not at work."""
+    activation_checkpointing: bool = False
+    """Keep the input of each layer alone and compute the rest again in the backward pass."""
+    timeout_minutes: float = Field(default=60.0, gt=0)
+    """How long ranks wait for one another in a collective; a rank that died is noticed in seconds."""
+
+
 class RunConfig(BaseSettings):
     model_config = SettingsConfigDict(
         extra="forbid",
@@ -183,6 +196,7 @@ class RunConfig(BaseSettings):
     policy: PolicyConfig = PolicyConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    scale: ScaleConfig = ScaleConfig()
 
     @classmethod
     def settings_customise_sources(

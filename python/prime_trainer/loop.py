@@ -18,7 +18,9 @@ from .collect import Collector, NothingPasses
 from .config import RunConfig
 from .evaluate import evaluate
 from .interrupt import stop_signal
-from .metrics import MetricsWriter
+from .metrics import MetricsWriter, NoMetrics
+from .parallel import SINGLE, Ranks, connect
+from .placement import load_placed
 from .progress import progress_bar
 from .rollout import TransformersSampler, derive_seed
 from .score import Rewards, Scorer, process_rewards
@@ -30,25 +32,26 @@ from .verify import Verifier
 class Run:
     """Everything a run holds between two steps."""
 
-    def __init__(self, cfg: RunConfig) -> None:
-        self.cfg = cfg
+    def __init__(self, cfg: RunConfig, ranks: Ranks = SINGLE) -> None:
+        self.cfg, self.ranks, self.device = cfg, ranks, models.device(cfg.model)
         self.tokenizer = models.load_tokenizer(cfg.model)
         self.task = load_task(cfg.task, cfg.seed)
-        model = models.load_model(cfg.model)
-        self.policy = models.Trainable(model, lr=cfg.policy.lr, grad_clip=cfg.policy.grad_clip)
+        model = load_placed(cfg, ranks, "policy")
+        self.policy = models.Trainable(model, lr=cfg.policy.lr, grad_clip=cfg.policy.grad_clip, ranks=ranks)
         dense = cfg.algorithm.process_coef > 0
         self.prm = self.ref = None
         if dense:
-            self.prm = models.Trainable(models.load_model(cfg.model), lr=cfg.prm.lr, grad_clip=cfg.prm.grad_clip)
+            prm = load_placed(cfg, ranks, "prm")
+            self.prm = models.Trainable(prm, lr=cfg.prm.lr, grad_clip=cfg.prm.grad_clip, ranks=ranks)
         if cfg.policy.kl_coef > 0 or (dense and cfg.prm.ref_type == "freeze"):
-            self.ref = models.frozen(models.load_model(cfg.model))
+            self.ref = load_placed(cfg, ranks, "reference")
         old_wanted = needs_old_logp(cfg.policy) or (dense and cfg.prm.ref_type == "policy")
         self.scorer = Scorer(model if old_wanted else None, self.ref, self.prm, cfg.prm, cfg.micro_batch_tokens)
-        self.step_ends = _newline_tokens(self.tokenizer, model).to(model.device)
+        self.step_ends = _newline_tokens(self.tokenizer, model).to(self.device)
         self.sampler = TransformersSampler(model, self.tokenizer, batch_size=cfg.rollout.batch_size)
         self.eval_sampler = TransformersSampler(model, self.tokenizer, batch_size=cfg.eval.batch_size)
         self.verifier = Verifier(cfg.task.verify_seconds, cfg.task.verify_workers)
-        self.collector = Collector(cfg, self.task, self.tokenizer, self.sampler, self.verifier)
+        self.collector = Collector(cfg, self.task, self.tokenizer, self.sampler, self.verifier, ranks)
         self.step = 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -72,6 +75,7 @@ class Run:
         return evaluate(
             self.task.held_out(), self.tokenizer, self.eval_sampler, self.verifier,
             max_new_tokens=cfg.rollout.max_new_tokens, temperature=cfg.rollout.temperature, sampled=cfg.eval.sampled,
+            ranks=self.ranks,
         )  # fmt: skip
 
     def train_step(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
@@ -80,7 +84,7 @@ class Run:
         step = self.step + 1
 
         groups, values = self.collector.collect(step, clock)
-        batch = Batch(groups, self.policy.model.device)
+        batch = Batch(groups, self.device, self.ranks)
         values["kept_reward"] = batch.outcomes.mean().item()
 
         with clock("score" if self.prm is None or cfg.prm.update == "none" else "prm"):
@@ -116,18 +120,25 @@ class Run:
 
 def run(cfg: RunConfig) -> Path:
     """Trains until `cfg.steps`, or until Ctrl-C, which leaves a checkpoint; returns the final model's directory."""
-    state = checkpoint.begin(cfg)
-    trainer = Run(cfg)
+    with connect(cfg.scale, models.device(cfg.model)) as ranks:
+        return _run(cfg, ranks)
+
+
+def _run(cfg: RunConfig, ranks: Ranks) -> Path:
+    state = ranks.once(lambda: checkpoint.begin(cfg))
+    trainer = Run(cfg, ranks)
     if state is not None:
         trainer.load_state_dict(state)
-    checkpoint.write_config(cfg)
-    metrics = MetricsWriter(cfg.output, resume_step=trainer.step if cfg.resume else None)
+    ranks.once(lambda: checkpoint.write_config(cfg))
+    metrics = NoMetrics()
+    if ranks.first:
+        metrics = MetricsWriter(cfg.output, resume_step=trainer.step if cfg.resume else None)
     saved = trainer.step
     try:
         if trainer.step == 0:
             metrics.log("eval", 0, trainer.evaluate())
-        with progress_bar("rl", cfg.steps, trainer.step) as bar, stop_signal() as stop:
-            while trainer.step < cfg.steps and not stop.is_set():
+        with progress_bar("rl", cfg.steps, trainer.step, shown=ranks.first) as bar, stop_signal() as stop:
+            while trainer.step < cfg.steps and not ranks.any(stop.is_set()):
                 values, examples = trainer.train_step()
                 step = trainer.step
                 metrics.log("rl", step, values)
@@ -140,9 +151,9 @@ def run(cfg: RunConfig) -> Path:
                     saved = step
         if saved != trainer.step:
             checkpoint.save(cfg.output, trainer.step, trainer.state_dict(), cfg.checkpoint.keep)
-        models.save(trainer.policy.model, trainer.tokenizer, cfg.output / "final")
+        models.save(trainer.policy.model, trainer.tokenizer, cfg.output / "final", ranks)
         if trainer.prm is not None:
-            models.save(trainer.prm.model, trainer.tokenizer, cfg.output / "prm")
+            models.save(trainer.prm.model, trainer.tokenizer, cfg.output / "prm", ranks)
     except NothingPasses:
         checkpoint.save(cfg.output, trainer.step, trainer.state_dict(), cfg.checkpoint.keep)
         raise

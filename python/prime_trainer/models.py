@@ -13,7 +13,9 @@ from torch import Tensor
 
 from prime_kernels import Head
 
+from . import sharding
 from .config import ModelConfig
+from .parallel import SINGLE, Ranks
 
 SMOLLM2 = "smollm2-135m-instruct"
 BARE_CHATML = (
@@ -132,16 +134,23 @@ def hidden_states(model: Any, input_ids: Tensor, position_ids: Tensor, attention
 def head(model: Any, hidden: Tensor) -> Head:
     """The LM head applied to `hidden` [T, H], as the kernels take it."""
     layer = model.get_output_embeddings()
-    return Head(hidden, layer.weight, getattr(layer, "bias", None))
+    parts = layer.weight, getattr(layer, "bias", None)
+    return Head(hidden, *(sharding.whole(part, hidden.dtype, hidden.device) for part in parts))
 
 
-def save(model: Any, tokenizer: Any, directory: Path) -> None:
-    """An ordinary Hugging Face directory, complete or not there at all."""
+def save(model: Any, tokenizer: Any, directory: Path, ranks: Ranks = SINGLE) -> None:
+    """An ordinary Hugging Face directory, complete or not there at all. The first rank writes, all take part."""
     partial = directory.with_name(directory.name + ".partial")
-    with _quiet():
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-    replace_directory(partial, directory)
+    # Every rank goes through all tensors, the first keeps them.
+    whole = {k: v.cpu() for k, v in named_tensors(model) if ranks.first} if ranks.mesh is not None else None
+
+    def write() -> None:
+        with _quiet():
+            model.save_pretrained(partial, state_dict=whole)
+            tokenizer.save_pretrained(partial)
+        replace_directory(partial, directory)
+
+    ranks.once(write)
 
 
 def replace_directory(new: Path, target: Path) -> None:
@@ -159,20 +168,36 @@ def replace_directory(new: Path, target: Path) -> None:
 class Trainable:
     """A model with float32 master weights: bf16 weights would round away updates of the usual learning rates.
 
-    Gradients are summed in float32 as each backward pass ends, so that micro-batching does not cost precision.
+    Gradients are summed in float32 as each backward pass ends, so that micro-batching does not cost precision. A model
+    in shards (`sharding.shard`) is its own master; whole copies on several ranks add their gradients up in `step`.
     """
 
-    def __init__(self, model: Any, *, lr: float, betas: tuple[float, float] = (0.9, 0.999), grad_clip: float) -> None:
-        self.model, self.lr, self.grad_clip = model, lr, grad_clip
+    def __init__(
+        self,
+        model: Any,
+        *,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        grad_clip: float,
+        ranks: Ranks = SINGLE,
+    ) -> None:
+        self.model, self.lr, self.grad_clip, self.ranks = model, lr, grad_clip, ranks
         self.params = [p for p in model.parameters() if p.requires_grad]
-        self.master = [p.detach().float().clone() for p in self.params]
+        self.sharded = ranks.mesh is not None
+        self.master = self.params if self.sharded else [p.detach().float().clone() for p in self.params]
         self.optimizer = torch.optim.AdamW(self.master, lr=lr, betas=betas, weight_decay=0.0, fused=True)
-        for param, master in zip(self.params, self.master, strict=True):
-            param.register_post_accumulate_grad_hook(_adder(master))
+        if not self.sharded:
+            for param, master in zip(self.params, self.master, strict=True):
+                param.register_post_accumulate_grad_hook(_adder(master))
 
     def step(self, lr_scale: float = 1.0) -> float:
         """One clipped optimizer step; returns the gradient norm before clipping. A non-finite norm skips the step."""
-        norm = torch.nn.utils.clip_grad_norm_(self.master, self.grad_clip, foreach=True).item()
+        if not self.sharded:
+            for master in self.master:
+                if master.grad is not None:
+                    self.ranks.sum_(master.grad)
+        norm = torch.nn.utils.clip_grad_norm_(self.master, self.grad_clip, foreach=True)
+        norm = (norm.full_tensor() if self.sharded else norm).item()
         if norm == norm and norm != float("inf"):
             for group in self.optimizer.param_groups:
                 group["lr"] = self.lr * lr_scale
@@ -184,14 +209,16 @@ class Trainable:
     @torch.no_grad()
     def publish(self) -> None:
         """Rounds the master weights into the compute weights."""
-        torch._foreach_copy_([p.data for p in self.params], self.master)
+        if not self.sharded:
+            torch._foreach_copy_([p.data for p in self.params], self.master)
 
     def state_dict(self) -> dict[str, Any]:
         return {"master": self.master, "optimizer": self.optimizer.state_dict()}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        torch._foreach_copy_(self.master, state["master"])
+        for mine, saved in zip(self.master, state["master"], strict=True):
+            mine.copy_(saved)
         self.optimizer.load_state_dict(state["optimizer"])
         self.publish()
 
@@ -214,5 +241,5 @@ def frozen(model: Any) -> Any:
 
 
 def named_tensors(model: Any) -> Iterable[tuple[str, Tensor]]:
-    """What a sampler needs to follow the policy."""
-    return model.state_dict().items()
+    """What a sampler needs to follow the policy; with shards every rank must go through all of it."""
+    return sharding.whole_tensors(model)
