@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import torch.distributed.checkpoint
-import torch.distributed.fsdp  # noqa: F401
+import torch.distributed.fsdp
 from torch.utils.tensorboard import SummaryWriter  # noqa: F401
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: F401
 

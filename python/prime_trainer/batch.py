@@ -2,7 +2,8 @@
 
 A forward row is a prompt followed by its responses, each of which sees the prompt and itself and nothing else, so a
 prompt is computed once however many responses it has. Long rows fall back to one response a row, where plain causal
-attention needs no mask.
+attention needs no mask. For flash-attn's varlen kernels a pass is one stream of sequences instead, each a prompt with a
+response, told apart by positions that start anew.
 """
 
 from __future__ import annotations
@@ -69,10 +70,16 @@ class Micro:
 class Batch:
     """All groups of a step: `ids` [T], `cu_seqlens` [B + 1], `cu_groups` [G + 1] (in responses), `outcomes` [B]."""
 
-    def __init__(self, groups: Sequence[Group], device: torch.device | str = "cpu", ranks: Ranks = SINGLE) -> None:
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        device: torch.device | str = "cpu",
+        ranks: Ranks = SINGLE,
+        stream: bool = False,
+    ) -> None:
         if not groups:
             raise ValueError("groups is empty; a batch needs at least one")
-        self.groups, self.device, self.ranks = list(groups), torch.device(device), ranks
+        self.groups, self.device, self.ranks, self.stream = list(groups), torch.device(device), ranks, stream
         responses = [r for g in self.groups for r in g.responses]
         lengths = [len(r.ids) for r in responses]
         self.ids = torch.tensor([i for r in responses for i in r.ids], dtype=torch.int64, device=device)
@@ -121,14 +128,17 @@ class Batch:
         rows: list[Row] = []
         for g in groups:
             members = list(range(self._first[g], self._first[g + 1]))
-            if self._length(g, members) <= SHARED_ROW_LIMIT:
+            if self._length(g, members) <= SHARED_ROW_LIMIT and not self.stream:
                 rows.append((g, members))
             else:
                 rows.extend((g, [m]) for m in members)
         rows.sort(key=lambda row: (self._length(*row), row[1][0]))
         passes: list[list[Row]] = []
         for row in rows:
-            if passes and self._length(*row) * (len(passes[-1]) + 1) <= max_tokens:
+            length = self._length(*row)
+            total = sum(self._length(*r) for r in passes[-1]) if self.stream and passes else 0
+            padded = total + length if self.stream else length * (len(passes[-1]) + 1 if passes else 1)
+            if passes and padded <= max_tokens:
                 passes[-1].append(row)
             else:
                 passes.append([row])
@@ -169,12 +179,17 @@ class Batch:
             query, key = segment[:, :, None], segment[:, None, :]
             causal = torch.ones(width, width, dtype=torch.bool).tril()
             mask = (((query == key) | (key == 0)) & causal)[:, None]
+        predictors = torch.cat(predictors)
+        if self.stream:
+            kept = (segment >= 0).flatten()
+            input_ids, position_ids = (x.flatten()[kept][None] for x in (input_ids, position_ids))
+            predictors = (kept.cumsum(0) - 1)[predictors]
         to = self.device
         return Micro(
             input_ids.to(to),
             position_ids.to(to),
             None if mask is None else mask.to(to),
-            torch.cat(predictors).to(to),
+            predictors.to(to),
             torch.cat(tokens).to(to),
             torch.tensor(responses, dtype=torch.int64, device=to),
             _cumulative(lengths, to),

@@ -34,6 +34,8 @@ class ModelConfig(Section):
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Compute dtype; master weights and optimizer states are float32 whatever this is."""
     device: str = "auto"
+    attention: Literal["sdpa", "flash_attention_2"] = "sdpa"
+    """`flash_attention_2`: one unpadded stream of tokens a pass, with flash-attn's varlen kernels (extra `cuda`)."""
     chat_template: Literal["model", "bare"] = "model"
     """`model`: the tokenizer's own template. `bare`: ChatML turns without a default system prompt (shorter prompts)."""
 
@@ -140,6 +142,8 @@ class PolicyConfig(Section):
     kl_coef: float = Field(default=0.0, ge=0)
     """Weight of the k3 estimate of KL(policy || reference) in the loss."""
     loss_mean: Literal["token", "sequence"] = "token"
+    max_skipped: PositiveInt = 3
+    """Steps in a row without a finite loss or gradient, of policy or PRM, after which the run ends."""
 
 
 class EvalConfig(Section):

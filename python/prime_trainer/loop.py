@@ -24,9 +24,11 @@ from .placement import load_placed
 from .progress import progress_bar
 from .rollout import TransformersSampler, derive_seed
 from .score import Rewards, Scorer, process_rewards
+from .skips import Skips, TooManySkipped, finite
 from .tasks import load_task
 from .update import needs_old_logp, policy_update
 from .verify import Verifier
+from .watch import watched
 
 
 class Run:
@@ -52,18 +54,26 @@ class Run:
         self.eval_sampler = TransformersSampler(model, self.tokenizer, batch_size=cfg.eval.batch_size)
         self.verifier = Verifier(cfg.task.verify_seconds, cfg.task.verify_workers)
         self.collector = Collector(cfg, self.task, self.tokenizer, self.sampler, self.verifier, ranks)
+        self.skips = Skips(cfg.policy.max_skipped)
         self.step = 0
 
     def state_dict(self) -> dict[str, Any]:
+        """Everything a run needs to go on bit for bit; with shards, every rank has its own."""
         return {
             "step": self.step,
             "config": self.cfg.model_dump_json(),
+            "tokenizer": models.fingerprint(self.tokenizer),
+            "random": self.ranks.gather(checkpoint.random_states()),
+            "skips": self.skips.state_dict(),
             "policy": self.policy.state_dict(),
             "prm": None if self.prm is None else self.prm.state_dict(),
             "collector": self.collector.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        checkpoint.same_tokenizer(state["tokenizer"], models.fingerprint(self.tokenizer))
+        checkpoint.set_random_states(state["random"][self.ranks.rank % len(state["random"])])
+        self.skips.load_state_dict(state["skips"])
         self.policy.load_state_dict(state["policy"])
         if self.prm is not None:
             self.prm.load_state_dict(state["prm"])
@@ -84,7 +94,7 @@ class Run:
         step = self.step + 1
 
         groups, values = self.collector.collect(step, clock)
-        batch = Batch(groups, self.device, self.ranks)
+        batch = Batch(groups, self.device, self.ranks, stream=cfg.model.attention != "sdpa")
         values["kept_reward"] = batch.outcomes.mean().item()
 
         with clock("score" if self.prm is None or cfg.prm.update == "none" else "prm"):
@@ -94,23 +104,29 @@ class Run:
         rewards = Rewards(None, None)
         if self.prm is not None:
             rewards = process_rewards(scores.log_ratio, batch, cfg.prm, self.step_ends)
-        advantages = pk.rloo_advantages(
-            rewards.values, batch.outcomes, batch.cu_seqlens, batch.cu_groups, reward_mask=rewards.carries,
-            gamma_process=algorithm.gamma_process, gamma_outcome=algorithm.gamma_outcome,
-            process_coef=algorithm.process_coef, outcome_coef=algorithm.outcome_coef,
-            normalize_process=algorithm.normalize_process, process_baseline=algorithm.process_baseline,
-            whiten=algorithm.whiten,
-        ).advantages  # fmt: skip
-
-        with clock("policy"):
-            shuffle = torch.Generator().manual_seed(derive_seed(cfg.seed, "shuffle", step))
-            values |= policy_update(
-                self.policy, batch, advantages, scores.old_logp if needs_old_logp(cfg.policy) else None,
-                scores.ref_logp, cfg.policy, cfg.micro_batch_tokens, shuffle,
-                lr_scale=min(1.0, step / max(1, cfg.policy.warmup_steps)),
-            )  # fmt: skip
-            self.sampler.update_weights(models.named_tensors(self.policy.model), step)
+        skipped = 0 if self.prm is None else self.prm.taken_skips()
+        if finite(scores.old_logp, scores.ref_logp, rewards.values):
+            advantages = pk.rloo_advantages(
+                rewards.values, batch.outcomes, batch.cu_seqlens, batch.cu_groups, reward_mask=rewards.carries,
+                gamma_process=algorithm.gamma_process, gamma_outcome=algorithm.gamma_outcome,
+                process_coef=algorithm.process_coef, outcome_coef=algorithm.outcome_coef,
+                normalize_process=algorithm.normalize_process, process_baseline=algorithm.process_baseline,
+                whiten=algorithm.whiten,
+            ).advantages  # fmt: skip
+            with clock("policy"):
+                shuffle = torch.Generator().manual_seed(derive_seed(cfg.seed, "shuffle", step))
+                values |= policy_update(
+                    self.policy, batch, advantages, scores.old_logp if needs_old_logp(cfg.policy) else None,
+                    scores.ref_logp, cfg.policy, cfg.micro_batch_tokens, shuffle,
+                    lr_scale=min(1.0, step / max(1, cfg.policy.warmup_steps)),
+                )  # fmt: skip
+            skipped += self.policy.taken_skips()
+        else:
+            advantages, skipped = torch.zeros_like(batch.ids, dtype=torch.float32), skipped + 1
+        self.sampler.update_weights(models.named_tensors(self.policy.model), step)
         self.step = step
+        values |= self.skips.note(skipped)
+        self.skips.check(step, batch, cfg.output)
         return values | clock.times(), _examples(step, batch, rewards, advantages, self.tokenizer)
 
     def close(self) -> None:
@@ -120,19 +136,20 @@ class Run:
 
 def run(cfg: RunConfig) -> Path:
     """Trains until `cfg.steps`, or until Ctrl-C, which leaves a checkpoint; returns the final model's directory."""
-    with connect(cfg.scale, models.device(cfg.model)) as ranks:
+    with connect(cfg.scale, models.device(cfg.model)) as ranks, watched(ranks):
         return _run(cfg, ranks)
 
 
 def _run(cfg: RunConfig, ranks: Ranks) -> Path:
-    state = ranks.once(lambda: checkpoint.begin(cfg))
+    found = ranks.once(lambda: checkpoint.resume_point(cfg))
     trainer = Run(cfg, ranks)
-    if state is not None:
-        trainer.load_state_dict(state)
+    if found is not None:
+        trainer.load_state_dict(checkpoint.load(found, trainer.state_dict(), ranks))
     ranks.once(lambda: checkpoint.write_config(cfg))
-    metrics = NoMetrics()
+    metrics, saver = NoMetrics(), checkpoint.Saver(cfg.output, cfg.checkpoint.keep, ranks)
     if ranks.first:
-        metrics = MetricsWriter(cfg.output, resume_step=trainer.step if cfg.resume else None)
+        resumed = (trainer.step or -1) if cfg.resume else None  # at 0 the run starts anew, evaluation included
+        metrics = MetricsWriter(cfg.output, resume_step=resumed)
     saved = trainer.step
     try:
         if trainer.step == 0:
@@ -147,17 +164,21 @@ def _run(cfg: RunConfig, ranks: Ranks) -> Path:
                 if (cfg.eval.every and step % cfg.eval.every == 0) or step == cfg.steps:
                     metrics.log("eval", step, trainer.evaluate())
                 if cfg.checkpoint.every and step % cfg.checkpoint.every == 0:
-                    checkpoint.save(cfg.output, step, trainer.state_dict(), cfg.checkpoint.keep)
+                    saver.save(step, trainer.state_dict())
                     saved = step
+                saver.check()
         if saved != trainer.step:
-            checkpoint.save(cfg.output, trainer.step, trainer.state_dict(), cfg.checkpoint.keep)
+            saver.save(trainer.step, trainer.state_dict())
+        saver.wait()
         models.save(trainer.policy.model, trainer.tokenizer, cfg.output / "final", ranks)
         if trainer.prm is not None:
             models.save(trainer.prm.model, trainer.tokenizer, cfg.output / "prm", ranks)
-    except NothingPasses:
-        checkpoint.save(cfg.output, trainer.step, trainer.state_dict(), cfg.checkpoint.keep)
+    except (NothingPasses, TooManySkipped):
+        saver.save(trainer.step, trainer.state_dict())
+        saver.wait()
         raise
     finally:
+        saver.close()
         metrics.close()
         trainer.close()
     return cfg.output / "final"

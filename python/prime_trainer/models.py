@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 from collections.abc import Iterable
 from contextlib import contextmanager
@@ -83,21 +84,46 @@ def load_tokenizer(cfg: ModelConfig) -> Any:
     return tokenizer
 
 
+def fingerprint(tokenizer: Any) -> dict[str, Any]:
+    """What tells one tokenizer from another, for a checkpoint to compare."""
+
+    def digest(text: str) -> str:
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else ""
+    return {
+        "size": len(vocabulary),
+        "vocabulary": digest(repr(vocabulary)),
+        "rules": digest(rules),
+        "chat_template": digest(str(tokenizer.chat_template)),
+        "eos_token": tokenizer.eos_token,
+    }
+
+
 def load_model(cfg: ModelConfig) -> Any:
     """A causal LM in the compute dtype, in eval mode (PRIME trains without dropout)."""
     from transformers import AutoModelForCausalLM
 
     directory, gguf = _locate(cfg)
     dtype = getattr(torch, cfg.dtype)
+    if cfg.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        raise ModelError(
+            "model.attention = 'flash_attention_2' needs the package flash-attn and a CUDA device: "
+            "pip install 'prime-kernels[cuda]'"
+        )
     with _quiet():
         if gguf:
             from transformers import GgufConfig
 
             model = AutoModelForCausalLM.from_pretrained(
-                directory, gguf_file=gguf, quantization_config=GgufConfig(dequantize=True)
+                directory,
+                gguf_file=gguf,
+                quantization_config=GgufConfig(dequantize=True),
+                attn_implementation=cfg.attention,
             )
         else:
-            model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+            model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation=cfg.attention)
     return model.to(device=device(cfg), dtype=dtype).eval()
 
 
@@ -186,6 +212,14 @@ class Trainable:
         self.sharded = ranks.mesh is not None
         self.master = self.params if self.sharded else [p.detach().float().clone() for p in self.params]
         self.optimizer = torch.optim.AdamW(self.master, lr=lr, betas=betas, weight_decay=0.0, fused=True)
+        # AdamW would make these with its first step; a checkpoint is read into them before.
+        for master in self.master:
+            self.optimizer.state[master] = {
+                "step": torch.zeros((), dtype=torch.float32, device=master.device),
+                "exp_avg": torch.zeros_like(master),
+                "exp_avg_sq": torch.zeros_like(master),
+            }
+        self._skipped = 0
         if not self.sharded:
             for param, master in zip(self.params, self.master, strict=True):
                 param.register_post_accumulate_grad_hook(_adder(master))
@@ -203,8 +237,15 @@ class Trainable:
                 group["lr"] = self.lr * lr_scale
             self.optimizer.step()
             self.publish()
+        else:
+            self._skipped += 1
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def taken_skips(self) -> int:
+        """Steps skipped since this was last asked."""
+        skipped, self._skipped = self._skipped, 0
+        return skipped
 
     @torch.no_grad()
     def publish(self) -> None:

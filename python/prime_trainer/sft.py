@@ -40,7 +40,7 @@ def run(cfg: RunConfig) -> Path:
         trainable.load_state_dict(state["trainable"])
         step = state["step"]
     checkpoint.write_config(cfg)
-    metrics = MetricsWriter(cfg.output, resume_step=None if state is None else step, stages=("sft",))
+    metrics = MetricsWriter(cfg.output, resume_step=step if cfg.resume else None, stages=("sft",))
     with progress_bar("sft", total, step) as bar, stop_signal() as stop:
         while step < total and not stop.is_set():
             epoch, at = divmod(step, per_epoch)
