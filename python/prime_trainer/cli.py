@@ -96,6 +96,24 @@ def _report(words: list[str]) -> int:
     return 0
 
 
+def _plan(words: list[str]) -> int:
+    sizes = {"--gpus": 8.0, "--memory": 80.0, "--prompt-tokens": 512.0}
+    for name in sizes:
+        if name in words:
+            at = words.index(name)
+            text = words[at + 1] if at + 1 < len(words) else ""
+            if not text.replace(".", "", 1).isdigit() or float(text) < 1:
+                return _fail(f"{name} takes a number of at least 1, got {text!r}")
+            sizes[name] = float(text)
+            del words[at : at + 2]
+    cfg = _config(words)
+    from . import plan
+
+    gpus = int(sizes["--gpus"])
+    print(plan.render(plan.make(cfg, gpus, int(sizes["--prompt-tokens"])), cfg, gpus, sizes["--memory"]))
+    return 0
+
+
 def _describe(error: Exception) -> str:
     """pydantic's errors name the key, what came and what was expected; its link to its own pages helps nobody here."""
     details = getattr(error, "errors", None)
@@ -147,6 +165,9 @@ COMMANDS = {
     "sft": Command(_sft, "supervised warm-up on chat data or on demonstrations made for the task"),
     "rl": Command(_rl, "online PRIME"),
     "eval": Command(_eval, "accuracy of a model on the task's held-out problems"),
+    "plan": Command(
+        _plan, "memory and traffic of a run:  plan run.toml [--gpus 8] [--memory 80] [--prompt-tokens 512]"
+    ),
     "report": Command(_report, "an HTML page and PNGs of a run:  prime-trainer report RUN_DIR [OTHER_RUN_DIR ...]"),
 }
 

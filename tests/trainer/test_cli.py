@@ -49,7 +49,7 @@ def fails(capsys, *argv, status=2):
 def test_no_and_unknown_commands(capsys):
     assert main([]) == 2 and "commands:" in capsys.readouterr().out
     assert main(["--help"]) == 0
-    assert fails(capsys, "train") == "unknown command 'train'; the commands are sft, rl, eval, report"
+    assert fails(capsys, "train") == "unknown command 'train'; the commands are sft, rl, eval, plan, report"
 
 
 @pytest.mark.parametrize(
