@@ -94,7 +94,7 @@ class Run:
         step = self.step + 1
 
         groups, values = self.collector.collect(step, clock)
-        batch = Batch(groups, self.device, self.ranks, stream=cfg.model.attention != "sdpa")
+        batch = self.batch = Batch(groups, self.device, self.ranks, stream=cfg.model.attention != "sdpa")
         values["kept_reward"] = batch.outcomes.mean().item()
 
         with clock("score" if self.prm is None or cfg.prm.update == "none" else "prm"):
@@ -126,7 +126,6 @@ class Run:
         self.sampler.update_weights(models.named_tensors(self.policy.model), step)
         self.step = step
         values |= self.skips.note(skipped)
-        self.skips.check(step, batch, cfg.output)
         return values | clock.times(), _examples(step, batch, rewards, advantages, self.tokenizer)
 
     def close(self) -> None:
@@ -160,6 +159,7 @@ def _run(cfg: RunConfig, ranks: Ranks) -> Path:
                 step = trainer.step
                 metrics.log("rl", step, values)
                 metrics.samples(step, examples)
+                trainer.skips.check(step, trainer.batch, cfg.output)
                 bar.advance(f"reward {values['reward']:.2f}  {values['time/total']:.0f} s")
                 if (cfg.eval.every and step % cfg.eval.every == 0) or step == cfg.steps:
                     metrics.log("eval", step, trainer.evaluate())

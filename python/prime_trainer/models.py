@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
@@ -204,6 +205,10 @@ def save(model: Any, tokenizer: Any, directory: Path, ranks: Ranks = SINGLE) -> 
         with _quiet():
             model.save_pretrained(partial, state_dict=whole)
             tokenizer.save_pretrained(partial)
+        if whole is not None:  # the model's own dtype is that of its masters
+            config = json.loads((partial / "config.json").read_text())
+            config["dtype"] = str(model.compute_dtype).removeprefix("torch.")
+            (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         replace_directory(partial, directory)
 
     ranks.once(write)

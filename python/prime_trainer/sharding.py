@@ -51,6 +51,10 @@ def shard(model: Any, mesh: Any, *, trained: bool, offload: bool) -> Any:
         split = split.to("cpu") if offload else split
         setattr(head, name, nn.Parameter(split, requires_grad=param.requires_grad))
     model.compute_dtype = compute
+    # The first pass through the body makes it FSDP2's root; it must come before any gathering by hand.
+    with torch.no_grad():
+        token = torch.zeros((1, 1), dtype=torch.int64, device=mesh.device_type)
+        body(input_ids=token, position_ids=token, use_cache=False)
     return model
 
 

@@ -30,7 +30,7 @@ def split(state: Any, key: str = "state") -> tuple[Any, dict[str, Tensor]]:
     if isinstance(state, Mapping):
         parts = {name: split(value, f"{key}.{name}") for name, value in state.items()}
         return {name: plain for name, (plain, _) in parts.items()}, _merged(found for _, found in parts.values())
-    if isinstance(state, (list, tuple)):
+    if isinstance(state, (list, tuple)) and any(isinstance(value, (Tensor, Mapping, list, tuple)) for value in state):
         items = [split(value, f"{key}.{i}") for i, value in enumerate(state)]
         return type(state)(plain for plain, _ in items), _merged(found for _, found in items)
     return state, {}
@@ -42,7 +42,7 @@ def join(plain: Any, tensors: Mapping[str, Tensor]) -> Any:
         if set(plain) == {_TENSOR}:
             return tensors[plain[_TENSOR]]
         return {name: join(value, tensors) for name, value in plain.items()}
-    if isinstance(plain, (list, tuple)):
+    if isinstance(plain, (list, tuple)) and any(isinstance(value, (dict, list, tuple)) for value in plain):
         return type(plain)(join(value, tensors) for value in plain)
     return plain
 

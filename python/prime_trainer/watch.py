@@ -114,6 +114,7 @@ def watched(ranks: Ranks, dead_seconds: float = DEAD_SECONDS) -> Iterator[None]:
     watch = Watch(ranks, dead_seconds)
     try:
         yield
+        ranks.gather(None)  # nobody leaves while another may still need it, the store that rank 0 keeps included
     except RunError as error:
         watch.stop(str(error))
         raise

@@ -25,8 +25,12 @@ def rows(path):
     return [{k: v for k, v in line.items() if not k.startswith("time")} for line in lines]
 
 
+def steps_of(path):
+    return [row for row in rows(path) if row["stage"] == "rl"]
+
+
 def assert_same_runs(a, b):
-    assert rows(a) == rows(b)
+    assert steps_of(a) == steps_of(b)
     for name in ("final", "prm"):
         one, other = (load_file(path / name / "model.safetensors") for path in (a, b))
         assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
@@ -108,8 +112,7 @@ def test_sigterm_leaves_a_checkpoint_and_status_0(output, whole):
 def test_a_step_without_a_finite_gradient_is_skipped(output, fault):
     cfg = output(f"nan-{fault.__name__}")
     ranks.train(cfg, 0, fault, [2])
-    trained = [row for row in rows(cfg.output) if row["stage"] == "rl"]
-    assert [row["skipped"] for row in trained] == [0, 1, 0, 0, 0]
+    assert [row["skipped"] for row in steps_of(cfg.output)] == [0, 1, 0, 0, 0]
     saved = load_latest(cfg.output)
     assert saved["skips"] == {"total": 1, "in_row": 0}
     steps = {state["step"].item() for state in saved["policy"]["optimizer"]["state"].values()}
@@ -137,11 +140,11 @@ def test_the_others_say_which_rank_died(output):
 
 
 def test_resume_on_other_numbers_of_ranks(output, whole):
-    for before, after in ((1, 2), (2, 1)):
+    for before, after in ((0, 2), (2, 0)):
         cfg = output(f"ranks-{before}-{after}")
         ranks.train(cfg.model_copy(update={"steps": 2}), before)
         ranks.train(cfg.model_copy(update={"resume": True}), after)
-        for one, other in zip(rows(whole[0]), rows(cfg.output), strict=True):
+        for one, other in zip(steps_of(whole[0]), steps_of(cfg.output), strict=True):
             assert one == pytest.approx(other, abs=1e-5, rel=1e-5)
         for name in ("final", "prm"):
             one, other = (load_file(path / name / "model.safetensors") for path in (whole[0], cfg.output))
