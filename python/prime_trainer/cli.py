@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ def main(argv: list[str] | None = None) -> int:
     name, words = argv[0], argv[1:]
     if name not in COMMANDS:
         return _fail(f"unknown command {name!r}; the commands are {', '.join(COMMANDS)}")
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    if ranks != "1" and name != "rl":
+        return _fail(f"{name} runs in one process, not in the {ranks} that torchrun started: only rl is for several")
     try:
         return COMMANDS[name].main(words)
     except (ValueError, FileNotFoundError, TypeError) as error:
