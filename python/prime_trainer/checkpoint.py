@@ -162,7 +162,12 @@ def load(directory: Path, into: dict[str, Any] | None = None, ranks: Ranks = SIN
     """The state in `directory`, checked against its checksums; tensors go into those of `into` where it is given."""
     ranks = replace(ranks, group=ranks.saving)
     state_files.verify(directory, ranks)
-    return state_files.read(directory, into, ranks)
+    try:
+        return state_files.read(directory, into, ranks)
+    except BaseException as error:
+        if not getattr(error, "failures", None):
+            raise
+        raise ValueError(f"the checkpoint {directory} does not fit this run: {_cause(error)}") from None
 
 
 def load_latest(run_dir: Path) -> dict[str, Any] | None:

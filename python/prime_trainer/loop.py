@@ -54,7 +54,7 @@ class Run:
         self.eval_sampler = TransformersSampler(model, self.tokenizer, batch_size=cfg.eval.batch_size)
         self.verifier = Verifier(cfg.task.verify_seconds, cfg.task.verify_workers)
         self.collector = Collector(cfg, self.task, self.tokenizer, self.sampler, self.verifier, ranks)
-        self.skips = Skips(cfg.policy.max_skipped)
+        self.skips, self.fingerprint = Skips(cfg.policy.max_skipped), models.fingerprint(self.tokenizer)
         self.step = 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -62,7 +62,7 @@ class Run:
         return {
             "step": self.step,
             "config": self.cfg.model_dump_json(),
-            "tokenizer": models.fingerprint(self.tokenizer),
+            "tokenizer": self.fingerprint,
             "random": self.ranks.gather(checkpoint.random_states()),
             "skips": self.skips.state_dict(),
             "policy": self.policy.state_dict(),
@@ -71,7 +71,7 @@ class Run:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        checkpoint.same_tokenizer(state["tokenizer"], models.fingerprint(self.tokenizer))
+        checkpoint.same_tokenizer(state["tokenizer"], self.fingerprint)
         checkpoint.set_random_states(state["random"][self.ranks.rank % len(state["random"])])
         self.skips.load_state_dict(state["skips"])
         self.policy.load_state_dict(state["policy"])

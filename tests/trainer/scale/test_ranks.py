@@ -8,8 +8,6 @@ from safetensors.torch import load_file
 
 from prime_trainer.parallel import deal
 
-LOSSES = ("policy_loss", "prm_loss", "prm_pair_accuracy", "policy_grad_norm", "prm_grad_norm", "reward", "kl_ref")
-
 
 def settings(**changes):
     """Surplus, several minibatches, a KL term and a reference: everything that has to be shared out."""
@@ -17,7 +15,9 @@ def settings(**changes):
         "steps": 5,
         "rollout": {"prompts_per_step": 5, "n": 4, "max_new_tokens": 8},
         "filter": {"low": 0.1, "high": 0.9, "max_rounds": 2},
-        "policy": {"lr": 3e-4, "minibatches": 2, "kl_coef": 0.01},
+        # AdamW makes a whole step of a gradient that is next to nothing, its rounding included: where only that differs,
+        # weights differ by a share of the learning rate.
+        "policy": {"lr": 2e-5, "minibatches": 2, "kl_coef": 0.01},
         "prm": {"lr": 3e-4, "minibatches": 2},
         "micro_batch_tokens": 120,
     } | changes
@@ -25,18 +25,19 @@ def settings(**changes):
 
 def rows(path):
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith("time")} for line in lines]
+    return [(line.pop("stage"), {k: v for k, v in line.items() if not k.startswith("time")}) for line in lines]
 
 
 def assert_close_runs(a, b, tolerance=1e-5):
     first, second = rows(a), rows(b)
-    assert [(r["stage"], r["step"]) for r in first] == [(r["stage"], r["step"]) for r in second]
-    for one, other in zip(first, second, strict=True):
-        assert one == pytest.approx(other, abs=tolerance, rel=tolerance)
+    assert len(first) == len(second)
+    for (stage, one), (other_stage, other) in zip(first, second, strict=True):
+        assert stage == other_stage and one == pytest.approx(other, abs=tolerance, rel=tolerance)
     for name in ("final", "prm"):
         one, other = (load_file(path / name / "model.safetensors") for path in (a, b))
         assert one.keys() == other.keys()
         assert max((one[key] - other[key]).abs().max().item() for key in one) <= tolerance
+        assert max((one[key] - other[key]).abs().mean().item() for key in one) <= 0.01 * tolerance
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,7 @@ def test_any_number_of_ranks_trains_alike(make_config, tmp_path, alone, size, sh
     assert_close_runs(alone, cfg.output)
     moved = load_file(alone / "final" / "model.safetensors")
     start = load_file(f"{cfg.model.path}/model.safetensors")
-    assert max((moved[key] - start[key]).abs().max().item() for key in moved) > 5e-4
+    assert max((moved[key] - start[key]).abs().max().item() for key in moved) > 1e-4
     assert len(rows(cfg.output)) == 7  # one record, not one a rank
 
 
