@@ -15,7 +15,7 @@ def settings(**changes):
         "steps": 5,
         "rollout": {"prompts_per_step": 5, "n": 4, "max_new_tokens": 8},
         "filter": {"low": 0.1, "high": 0.9, "max_rounds": 2},
-        # AdamW makes a whole step of a gradient that is next to nothing, its rounding included: where only that differs,
+        # AdamW makes a whole step of a gradient next to nothing, its rounding included: where only that differs, the
         # weights differ by a share of the learning rate.
         "policy": {"lr": 2e-5, "minibatches": 2, "kl_coef": 0.01},
         "prm": {"lr": 3e-4, "minibatches": 2},
