@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -61,8 +62,7 @@ def staged(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def write(directory: Path, plain: Any, tensors: dict[str, Tensor], ranks: Ranks = SINGLE) -> None:
     """Fills `directory`, which all ranks see, and seals it with a manifest of every file's size and SHA-256."""
     if tensors:
-        import torch.distributed.checkpoint as dcp
-
+        dcp = _dcp()
         writer = dcp.FileSystemWriter(directory)
         dcp.save(tensors, storage_writer=writer, process_group=ranks.group, no_dist=ranks.group is None)
 
@@ -109,8 +109,7 @@ def read(directory: Path, into: Any = None, ranks: Ranks = SINGLE) -> Any:
     plain = read_plain(directory)
     wanted = split(plain_tensors(directory, plain) if into is None else into)[1]
     if wanted:
-        import torch.distributed.checkpoint as dcp
-
+        dcp = _dcp()
         reader = dcp.FileSystemReader(directory)
         dcp.load(wanted, storage_reader=reader, process_group=ranks.group, no_dist=ranks.group is None)
     return join(plain, wanted)
@@ -120,9 +119,7 @@ def plain_tensors(directory: Path, plain: Any) -> Any:
     """The state in `directory` with empty tensors of the sizes that were saved."""
     if not (directory / ".metadata").exists():
         return plain
-    import torch.distributed.checkpoint as dcp
-
-    saved = dcp.FileSystemReader(directory).read_metadata().state_dict_metadata
+    saved = _dcp().FileSystemReader(directory).read_metadata().state_dict_metadata
     return join(plain, {key: torch.empty(m.size, dtype=m.properties.dtype) for key, m in saved.items()})
 
 
@@ -132,6 +129,14 @@ def replace_file(path: Path, text: str) -> None:
     partial.write_text(text)
     sync(partial)
     partial.replace(path)
+
+
+def _dcp() -> Any:
+    import torch.distributed.checkpoint as dcp
+
+    # It says so at each save of a single process, which is no surprise here.
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+    return dcp
 
 
 def _merged(parts: Any) -> dict[str, Any]:
