@@ -47,16 +47,17 @@ def kill_in_checkpoint(step: int, where: str) -> None:
 
 
 def file_size_limit(size: int, step: int) -> None:
-    """From `step` on no file may grow past `size` bytes: what a full disk does, and `ulimit -f`."""
+    """From the checkpoint of `step` on no file may grow past `size` bytes: what a full disk does, and `ulimit -f`."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    train_step = loop.Run.train_step
+    save = checkpoint.Saver.save
 
-    def limited(self):
-        if self.step + 1 == step:
+    def limited(self, number, state):
+        if number == step:
+            self.wait()
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-        return train_step(self)
+        save(self, number, state)
 
-    loop.Run.train_step = limited
+    checkpoint.Saver.save = limited
 
 
 def nan_advantages(steps: list[int]) -> None:

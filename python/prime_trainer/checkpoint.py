@@ -143,7 +143,10 @@ def _write(run_dir: Path, step: int, plain: Any, tensors: dict[str, Any], keep: 
             raise
         left = [path.name for path in _all(run_dir)]
         kept = f"{left[-1]} is whole" if left else "there is none before it"
-        raise RunError(f"the checkpoint of step {step} could not be written to {root}: {cause}; {kept}") from None
+        free = shutil.disk_usage(run_dir).free / 2**30
+        raise RunError(
+            f"the checkpoint of step {step} could not be written to {root} ({free:.1f} GiB free): {cause}; {kept}"
+        ) from None
     return target
 
 
@@ -152,9 +155,9 @@ def _cause(error: BaseException) -> BaseException:
     failures = getattr(error, "failures", None)
     if failures:
         return _cause(next(iter(failures.values()))[0])
-    full = "enough space" in str(error) or "PytorchStreamWriter failed" in str(error)
-    if full and isinstance(error, RuntimeError):  # torch.save says no more than that a write failed
-        return error.__context__ if isinstance(error.__context__, OSError) else OSError(str(error).splitlines()[0])
+    if isinstance(error, RuntimeError) and ("inline_container" in str(error) or "PytorchStreamWriter" in str(error)):
+        # torch.save does not say why its file came out shorter than what it wrote.
+        return error.__context__ if isinstance(error.__context__, OSError) else OSError("a file could not be written")
     return error
 
 
