@@ -170,7 +170,7 @@ class ScaleConfig(Section):
     activation_checkpointing: bool = False
     """Keep the input of each layer alone and compute the rest again in the backward pass."""
     timeout_minutes: float = Field(default=60.0, gt=0)
-    """How long ranks wait for one another in a collective; a rank that died is noticed in seconds."""
+    """How long ranks wait for one another in a collective; a rank that died is noticed within a minute."""
 
 
 class RunConfig(BaseSettings):

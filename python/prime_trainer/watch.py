@@ -20,7 +20,7 @@ from .errors import RunError
 from .parallel import Ranks
 
 BEAT_SECONDS = 1.0
-DEAD_SECONDS = 20.0
+DEAD_SECONDS = 40.0
 """Without a beat for so long a rank is dead; a thread that is kept from running beats late, but not so late."""
 EXIT_STATUS = 1
 
