@@ -2,7 +2,8 @@
 
 A forward row is a prompt followed by its responses, each of which sees the prompt and itself and nothing else, so a
 prompt is computed once however many responses it has; a packed row holds several such groups. Long rows fall back to
-one response a row, where plain causal attention needs no mask.
+one response a row, where plain causal attention needs no mask. For flash-attn's varlen kernels a pass is one stream of
+sequences instead, each a prompt with a response, told apart by positions that start anew.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from .parallel import SINGLE, Ranks, deal
 
 SHARED_ROW_LIMIT = 1024
 """Tokens above which a group is not laid out as one row: the mask and the attention grow with the square."""
@@ -51,6 +54,7 @@ def group_from(fields: dict[str, Any]) -> Group:
 
 Entry = tuple[int, list[int]]
 """A group and those of its responses that share a row with its prompt."""
+Row = list[Entry]
 
 
 @dataclass(frozen=True)
@@ -76,10 +80,16 @@ class Micro:
 class Batch:
     """All groups of a step: `ids` [T], `cu_seqlens` [B + 1], `cu_groups` [G + 1] (in responses), `outcomes` [B]."""
 
-    def __init__(self, groups: Sequence[Group], device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        device: torch.device | str = "cpu",
+        ranks: Ranks = SINGLE,
+        stream: bool = False,
+    ) -> None:
         if not groups:
             raise ValueError("groups is empty; a batch needs at least one")
-        self.groups, self.device = list(groups), torch.device(device)
+        self.groups, self.device, self.ranks, self.stream = list(groups), torch.device(device), ranks, stream
         responses = [r for g in self.groups for r in g.responses]
         lengths = [len(r.ids) for r in responses]
         self.ids = torch.tensor([i for r in responses for i in r.ids], dtype=torch.int64, device=device)
@@ -118,30 +128,39 @@ class Batch:
     def micro_batches(self, groups: Sequence[int], max_tokens: int, *, pack: bool = False) -> Iterator[Micro]:
         """Forward passes of at most `max_tokens` padded tokens (a longer row goes alone), like lengths together.
 
-        With `pack`, a row holds as many groups as fit into min(max_tokens, SHARED_ROW_LIMIT) tokens.
+        With `pack`, a row holds as many groups as fit into min(max_tokens, SHARED_ROW_LIMIT) tokens. With several ranks
+        those of this rank's share of `groups`, dealt out so that tokens balance. Every rank gets the same number,
+        passes without responses among them: a sharded model's passes are collective.
         """
+        loads = [self._length((g, self._members(g))) for g in groups]
+        plans = [self._passes([groups[i] for i in part], max_tokens, pack) for part in deal(loads, self.ranks.size)]
+        mine = plans[self.ranks.rank]
+        for rows in mine:
+            yield self._micro(rows)
+        for _ in range(max(map(len, plans)) - len(mine)):
+            yield self._micro([[(groups[0], [])]])
+
+    def _passes(self, groups: Sequence[int], max_tokens: int, pack: bool) -> list[list[Row]]:
         entries: list[Entry] = []
         for g in groups:
-            members = list(range(self._first[g], self._first[g + 1]))
-            if self._length((g, members)) <= SHARED_ROW_LIMIT:
+            members = self._members(g)
+            if self._length((g, members)) <= SHARED_ROW_LIMIT and not self.stream:
                 entries.append((g, members))
             else:
                 entries.extend((g, [m]) for m in members)
         entries.sort(key=lambda entry: (self._length(entry), entry[1][0]))
         rows = self._packed(entries, min(max_tokens, SHARED_ROW_LIMIT)) if pack else [[entry] for entry in entries]
-        pending: list[list[Entry]] = []
+        passes: list[list[Row]] = []
         for row in rows:
-            width = max(self._width(each) for each in [*pending, row])
-            if pending and width * (len(pending) + 1) > max_tokens:
-                yield self._micro(pending)
-                pending = []
-            pending.append(row)
-        if pending:
-            yield self._micro(pending)
+            if passes and self._tokens([*passes[-1], row]) <= max_tokens:
+                passes[-1].append(row)
+            else:
+                passes.append([row])
+        return passes
 
-    def _packed(self, entries: Sequence[Entry], limit: int) -> list[list[Entry]]:
+    def _packed(self, entries: Sequence[Entry], limit: int) -> list[Row]:
         """First fit, longest first: few rows, all but the last nearly full."""
-        rows: list[list[Entry]] = []
+        rows: list[Row] = []
         room: list[int] = []
         for entry in reversed(entries):
             length = self._length(entry)
@@ -158,10 +177,18 @@ class Batch:
         group, members = entry
         return len(self.groups[group].prompt_ids) + sum(self._starts[m + 1] - self._starts[m] for m in members)
 
-    def _width(self, row: Sequence[Entry]) -> int:
+    def _width(self, row: Row) -> int:
         return sum(map(self._length, row))
 
-    def _micro(self, rows: list[list[Entry]]) -> Micro:
+    def _tokens(self, rows: Sequence[Row]) -> int:
+        """Of a pass, padding included."""
+        widths = [self._width(row) for row in rows]
+        return sum(widths) if self.stream else max(widths) * len(widths)
+
+    def _members(self, group: int) -> list[int]:
+        return list(range(self._first[group], self._first[group + 1]))
+
+    def _micro(self, rows: list[Row]) -> Micro:
         width = max(map(self._width, rows))
         shape = (len(rows), width)
         input_ids = torch.zeros(shape, dtype=torch.int64)
@@ -170,7 +197,8 @@ class Batch:
         # 0 is the prompt, k the k-th response.
         owner = torch.full(shape, -1, dtype=torch.int64)
         segment = torch.full(shape, -1, dtype=torch.int64)
-        predictors, tokens, responses, lengths = [], [], [], []
+        none = torch.zeros(0, dtype=torch.int64)
+        predictors, tokens, responses, lengths = [none], [none], [], []
         for row, entries in enumerate(rows):
             at = 0
             for k_group, (g, members) in enumerate(entries):
@@ -199,14 +227,19 @@ class Batch:
             seen = (segment[:, :, None] == segment[:, None, :]) | (segment[:, None, :] == 0)
             causal = torch.ones(width, width, dtype=torch.bool).tril()
             mask = (same & seen & causal)[:, None]
+        predictors = torch.cat(predictors)
+        if self.stream:
+            kept = (segment >= 0).flatten()
+            input_ids, position_ids = (x.flatten()[kept][None] for x in (input_ids, position_ids))
+            predictors = (kept.cumsum(0) - 1)[predictors]
         to = self.device
         return Micro(
             input_ids.to(to),
             position_ids.to(to),
             None if mask is None else mask.to(to),
-            torch.cat(predictors).to(to),
+            predictors.to(to),
             torch.cat(tokens).to(to),
-            torch.tensor(responses, device=to),
+            torch.tensor(responses, dtype=torch.int64, device=to),
             _cumulative(lengths, to),
         )
 

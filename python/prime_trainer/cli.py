@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ def main(argv: list[str] | None = None) -> int:
     name, words = argv[0], argv[1:]
     if name not in COMMANDS:
         return _fail(f"unknown command {name!r}; the commands are {', '.join(COMMANDS)}")
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    if ranks != "1" and name != "rl":
+        return _fail(f"{name} runs in one process, not in the {ranks} that torchrun started: only rl is for several")
     try:
         return COMMANDS[name].main(words)
     except (ValueError, FileNotFoundError, TypeError) as error:
@@ -137,6 +141,24 @@ def _report(words: list[str]) -> int:
     return 0
 
 
+def _plan(words: list[str]) -> int:
+    sizes = {"--gpus": 8.0, "--memory": 80.0, "--prompt-tokens": 512.0}
+    for name in sizes:
+        if name in words:
+            at = words.index(name)
+            text = words[at + 1] if at + 1 < len(words) else ""
+            if not text.replace(".", "", 1).isdigit() or float(text) < 1:
+                return _fail(f"{name} takes a number of at least 1, got {text!r}")
+            sizes[name] = float(text)
+            del words[at : at + 2]
+    cfg = _config(words)
+    from . import plan
+
+    gpus = int(sizes["--gpus"])
+    print(plan.render(plan.make(cfg, gpus, int(sizes["--prompt-tokens"])), cfg, gpus, sizes["--memory"]))
+    return 0
+
+
 def _describe(error: Exception) -> str:
     """pydantic's errors name the key, what came and what was expected; its link to its own pages helps nobody here."""
     details = getattr(error, "errors", None)
@@ -194,6 +216,9 @@ COMMANDS = {
     "select": Command(_select, "best-of-N, weighted best-of-N and majority voting from scored responses"),
     "processbench": Command(_processbench, "finding the first wrong step, from scored ProcessBench rows"),
     "serve": Command(_serve, "a vLLM server for rollouts:  prime-trainer serve run.toml --rollout.server.port 8001"),
+    "plan": Command(
+        _plan, "memory and traffic of a run:  plan run.toml [--gpus 8] [--memory 80] [--prompt-tokens 512]"
+    ),
     "report": Command(_report, "an HTML page and PNGs of a run:  prime-trainer report RUN_DIR [OTHER_RUN_DIR ...]"),
 }
 

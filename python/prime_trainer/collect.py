@@ -9,6 +9,7 @@ from .batch import Group, Response, group_from
 from .config import RunConfig
 from .errors import RunError
 from .models import render
+from .parallel import SINGLE, Ranks
 from .rollout import Sampler, Sampling, derive_seed
 from .tasks import Task
 from .verify import TIME_LIMIT, Verdict, Verifier
@@ -21,8 +22,17 @@ class NothingPasses(RunError):
 class Collector:
     """Holds the position in the training stream and the groups that passed but did not fit the last batch."""
 
-    def __init__(self, cfg: RunConfig, task: Task, tokenizer: Any, sampler: Sampler, verifier: Verifier) -> None:
+    def __init__(
+        self,
+        cfg: RunConfig,
+        task: Task,
+        tokenizer: Any,
+        sampler: Sampler,
+        verifier: Verifier,
+        ranks: Ranks = SINGLE,
+    ) -> None:
         self.cfg, self.task, self.tokenizer, self.sampler, self.verifier = cfg, task, tokenizer, sampler, verifier
+        self.ranks = ranks
         self.position = 0
         self.surplus: list[Group] = []
 
@@ -88,6 +98,8 @@ class Collector:
         problems = self.task.train(self.position, prompts)
         seeds = [derive_seed(self.cfg.seed, "rollout", step, self.position + i) for i in range(len(problems))]
         self.position += len(problems)
+        # Each rank samples and verifies its share; what passes is decided by all alike, over all groups.
+        problems, seeds = self.ranks.share(problems), self.ranks.share(seeds)
         ids = [render(self.tokenizer, p.messages) for p in problems]
         with clock("rollout"):
             samples = self.sampler.generate(ids, cfg.n, Sampling(cfg.max_new_tokens, cfg.temperature), seeds)
@@ -104,7 +116,8 @@ class Collector:
             ]
             text = problem.messages[-1]["content"]
             groups.append(Group(ids[i], responses, problem.id, text, problem.reference))
-        return groups, verdicts
+        every = [verdict for part in self.ranks.gather(verdicts) for verdict in part]
+        return self.ranks.join(groups), every
 
 
 _NEED_SAMPLES = {"reward", "response_length", "truncated", "entropy"}

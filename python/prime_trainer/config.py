@@ -43,6 +43,8 @@ class ModelConfig(Section):
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Compute dtype; master weights and optimizer states are float32 whatever this is."""
     device: str = "auto"
+    attention: Literal["sdpa", "flash_attention_2"] = "sdpa"
+    """`flash_attention_2`: one unpadded stream of tokens a pass, with flash-attn's varlen kernels (extra `cuda`)."""
     chat_template: Literal["model", "bare"] = "model"
     """`model`: the tokenizer's own template. `bare`: ChatML turns without a default system prompt (shorter prompts)."""
 
@@ -336,6 +338,8 @@ class PolicyConfig(Section):
     kl_coef: float = Field(default=0.0, ge=0)
     """Weight of the k3 estimate of KL(policy || reference) in the loss."""
     loss_mean: Literal["token", "sequence"] = "token"
+    max_skipped: PositiveInt = 3
+    """Steps in a row without a finite loss or gradient, of policy or PRM, after which the run ends."""
 
 
 class EvalConfig(Section):
@@ -372,6 +376,19 @@ class CheckpointConfig(Section):
     keep: PositiveInt = 1
 
 
+class ScaleConfig(Section):
+    """Several processes, started by torchrun; one process needs none of this."""
+
+    shard: bool = True
+    """Shard policy, PRM and reference over the ranks (FSDP2); off: every rank has whole copies."""
+    offload: list[Literal["policy", "prm", "reference"]] = []
+    """Models whose shards, with their optimizer's states, stay in CPU memory while they are not at work."""
+    activation_checkpointing: bool = False
+    """Keep the input of each layer alone and compute the rest again in the backward pass."""
+    timeout_minutes: float = Field(default=60.0, gt=0)
+    """How long ranks wait for one another in a collective; a rank that died is noticed within a minute."""
+
+
 class RunConfig(BaseSettings):
     model_config = SettingsConfigDict(
         extra="forbid",
@@ -404,6 +421,7 @@ class RunConfig(BaseSettings):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     bench: BenchConfig = BenchConfig()
+    scale: ScaleConfig = ScaleConfig()
 
     @model_validator(mode="after")
     def _engine(self) -> RunConfig:

@@ -7,6 +7,7 @@ from typing import Any
 
 from .config import RunConfig
 from .models import load_tokenizer, render
+from .parallel import SINGLE, Ranks
 from .rollout import Sampler, Sampling, derive_seed
 from .tasks import Problem, load_task
 from .verify import Verifier, last_boxed
@@ -22,22 +23,36 @@ def evaluate(
     temperature: float = 1.0,
     sampled: int = 0,
     seed: int = 0,
+    ranks: Ranks = SINGLE,
 ) -> dict[str, float]:
-    """`greedy` accuracy, `sampled` accuracy over `sampled` responses a problem, mean length, share with a box."""
+    """`greedy` accuracy, `sampled` accuracy over `sampled` responses a problem, mean length, share with a box.
+
+    Each rank takes its share of the problems; all return the same values.
+    """
+    indices = ranks.share(range(len(problems)))
+    total, problems = len(problems), ranks.share(problems)
     prompts = [render(tokenizer, p.messages) for p in problems]
-    values: dict[str, float] = {"n": len(problems)}
+    values: dict[str, float] = {"n": total}
     for name, n, heat in (("greedy", 1, 0.0), ("sampled", sampled, temperature)):
         if n == 0:
             continue
-        seeds = [derive_seed(seed, "eval", i) for i in range(len(prompts))]
+        seeds = [derive_seed(seed, "eval", i) for i in indices]
         samples = [s for group in sampler.generate(prompts, n, Sampling(max_new_tokens, heat), seeds) for s in group]
         texts = [tokenizer.decode(s.ids, skip_special_tokens=True) for s in samples]
         answers = [p.answer for p in problems for _ in range(n)]
         verdicts = verifier.score(list(zip(answers, texts, strict=True)))
-        values[name] = sum(v.score for v in verdicts) / len(verdicts)
+        count = ranks.sum_values(
+            {
+                "responses": len(samples),
+                "right": sum(v.score for v in verdicts),
+                "boxed": sum(last_boxed(t) is not None for t in texts),
+                "tokens": sum(len(s.ids) for s in samples),
+            }
+        )
+        values[name] = count["right"] / count["responses"]
         if name == "greedy":
-            values["format"] = sum(last_boxed(t) is not None for t in texts) / len(texts)
-            values["response_length"] = sum(len(s.ids) for s in samples) / len(samples)
+            values["format"] = count["boxed"] / count["responses"]
+            values["response_length"] = count["tokens"] / count["responses"]
     return values
 
 

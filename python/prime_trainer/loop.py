@@ -12,61 +12,75 @@ import prime_kernels as pk
 from . import checkpoint, models
 from .batch import Batch, Group
 from .clock import Clock
+from .collect import NothingPasses
 from .config import RunConfig
 from .errors import RunError
 from .evaluate import evaluate
 from .interrupt import stop_signal
-from .metrics import MetricsWriter
+from .metrics import MetricsWriter, NoMetrics
 from .mismatch import importance
+from .parallel import SINGLE, Ranks, connect
+from .placement import load_placed
 from .progress import progress_bar
 from .rollout import derive_seed
 from .rollouts import Rollouts
 from .score import Rewards, Scorer, process_rewards
+from .skips import Skips, TooManySkipped, finite
 from .tasks import load_task
 from .update import needs_old_logp, policy_update
 from .verify import Verifier
+from .watch import watched
 
 
 class Run:
     """Everything a run holds between two steps."""
 
-    def __init__(self, cfg: RunConfig) -> None:
-        self.cfg = cfg
+    def __init__(self, cfg: RunConfig, ranks: Ranks = SINGLE) -> None:
+        self.cfg, self.ranks, self.device = cfg, ranks, models.device(cfg.model)
         self.tokenizer = models.load_tokenizer(cfg.model)
         self.task = load_task(cfg.task, cfg.seed)
-        model = models.load_model(cfg.model)
-        self.policy = models.Trainable(model, lr=cfg.policy.lr, grad_clip=cfg.policy.grad_clip)
+        model = load_placed(cfg, ranks, "policy")
+        self.policy = models.Trainable(model, lr=cfg.policy.lr, grad_clip=cfg.policy.grad_clip, ranks=ranks)
         dense = cfg.algorithm.process_coef > 0
         self.prm = self.ref = None
         if dense:
-            self.prm = models.Trainable(models.load_model(cfg.model), lr=cfg.prm.lr, grad_clip=cfg.prm.grad_clip)
+            prm = load_placed(cfg, ranks, "prm")
+            self.prm = models.Trainable(prm, lr=cfg.prm.lr, grad_clip=cfg.prm.grad_clip, ranks=ranks)
         if cfg.policy.kl_coef > 0 or (dense and cfg.prm.ref_type == "freeze"):
-            self.ref = models.frozen(models.load_model(cfg.model))
+            self.ref = load_placed(cfg, ranks, "reference")
         # An engine's log-probs are not quite the trainer's; transformers samples with the trainer's own model.
         self.compares = cfg.rollout.engine != "transformers" or cfg.rollout.tis_cap > 0
         old_wanted = needs_old_logp(cfg.policy) or (dense and cfg.prm.ref_type == "policy") or self.compares
         self.scorer = Scorer(
             model if old_wanted else None, self.ref, self.prm, cfg.prm, cfg.micro_batch_tokens, cfg.rollout.temperature
         )
-        self.step_ends = _newline_tokens(self.tokenizer, model).to(model.device)
+        self.step_ends = _newline_tokens(self.tokenizer, model).to(self.device)
         self.verifier = Verifier.from_config(cfg.task)
         try:
-            self.rollouts = Rollouts(cfg, model, self.tokenizer, self.task, self.verifier)
+            self.rollouts = Rollouts(cfg, model, self.tokenizer, self.task, self.verifier, ranks)
         except BaseException:
             self.verifier.close()
             raise
+        self.skips, self.fingerprint = Skips(cfg.policy.max_skipped), models.tokenizer_fingerprint(self.tokenizer)
         self.step = 0
 
     def state_dict(self) -> dict[str, Any]:
+        """Everything a run needs to go on bit for bit; with shards, every rank has its own."""
         return {
             "step": self.step,
             "config": self.cfg.model_dump_json(),
+            "tokenizer": self.fingerprint,
+            "random": self.ranks.gather(checkpoint.random_states()),
+            "skips": self.skips.state_dict(),
             "policy": self.policy.state_dict(),
             "prm": None if self.prm is None else self.prm.state_dict(),
             "rollouts": self.rollouts.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        checkpoint.same_tokenizer(state["tokenizer"], self.fingerprint)
+        checkpoint.set_random_states(state["random"][self.ranks.rank % len(state["random"])])
+        self.skips.load_state_dict(state["skips"])
         self.policy.load_state_dict(state["policy"])
         if self.prm is not None:
             self.prm.load_state_dict(state["prm"])
@@ -78,6 +92,7 @@ class Run:
         return self.rollouts.evaluate(self.step, lambda sampler: evaluate(
             self.task.held_out(), self.tokenizer, sampler, self.verifier,
             max_new_tokens=cfg.rollout.max_new_tokens, temperature=cfg.rollout.temperature, sampled=cfg.eval.sampled,
+            ranks=self.ranks,
         ))  # fmt: skip
 
     def train_step(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
@@ -86,7 +101,7 @@ class Run:
         step = self.step + 1
 
         groups, values = self.rollouts.batch(step, clock)
-        batch = Batch(groups, self.policy.model.device)
+        batch = self.batch = Batch(groups, self.device, self.ranks, stream=cfg.model.attention != "sdpa")
         values["kept_reward"] = batch.outcomes.mean().item()
 
         with clock("score" if self.prm is None or cfg.prm.update == "none" else "prm"):
@@ -100,23 +115,28 @@ class Run:
         rewards = Rewards(None, None)
         if self.prm is not None:
             rewards = process_rewards(scores.log_ratio, batch, cfg.prm, self.step_ends)
-        advantages = pk.rloo_advantages(
-            rewards.values, batch.outcomes, batch.cu_seqlens, batch.cu_groups, reward_mask=rewards.carries,
-            gamma_process=algorithm.gamma_process, gamma_outcome=algorithm.gamma_outcome,
-            process_coef=algorithm.process_coef, outcome_coef=algorithm.outcome_coef,
-            normalize_process=algorithm.normalize_process, process_baseline=algorithm.process_baseline,
-            whiten=algorithm.whiten,
-        ).advantages  # fmt: skip
-
-        with clock("policy"):
-            shuffle = torch.Generator().manual_seed(derive_seed(cfg.seed, "shuffle", step))
-            values |= policy_update(
-                self.policy, batch, advantages, scores.old_logp if needs_old_logp(cfg.policy) else None,
-                scores.ref_logp, cfg.policy, cfg.micro_batch_tokens, shuffle,
-                lr_scale=min(1.0, step / max(1, cfg.policy.warmup_steps)), importance=weights,
-                temperature=cfg.rollout.temperature,
-            )  # fmt: skip
+        skipped = 0 if self.prm is None else self.prm.taken_skips()
+        if finite(scores.old_logp, scores.ref_logp, rewards.values):
+            advantages = pk.rloo_advantages(
+                rewards.values, batch.outcomes, batch.cu_seqlens, batch.cu_groups, reward_mask=rewards.carries,
+                gamma_process=algorithm.gamma_process, gamma_outcome=algorithm.gamma_outcome,
+                process_coef=algorithm.process_coef, outcome_coef=algorithm.outcome_coef,
+                normalize_process=algorithm.normalize_process, process_baseline=algorithm.process_baseline,
+                whiten=algorithm.whiten,
+            ).advantages  # fmt: skip
+            with clock("policy"):
+                shuffle = torch.Generator().manual_seed(derive_seed(cfg.seed, "shuffle", step))
+                values |= policy_update(
+                    self.policy, batch, advantages, scores.old_logp if needs_old_logp(cfg.policy) else None,
+                    scores.ref_logp, cfg.policy, cfg.micro_batch_tokens, shuffle,
+                    lr_scale=min(1.0, step / max(1, cfg.policy.warmup_steps)), importance=weights,
+                    temperature=cfg.rollout.temperature,
+                )  # fmt: skip
+            skipped += self.policy.taken_skips()
+        else:
+            advantages, skipped = torch.zeros_like(batch.ids, dtype=torch.float32), skipped + 1
         self.step = step
+        values |= self.skips.note(skipped)
         return values | clock.times(), _examples(step, batch, rewards, advantages, self.tokenizer)
 
     def close(self) -> None:
@@ -126,37 +146,52 @@ class Run:
 
 def run(cfg: RunConfig) -> Path:
     """Trains until `cfg.steps`, or until Ctrl-C, which leaves a checkpoint; returns the final model's directory."""
-    state = checkpoint.begin(cfg)
-    trainer = Run(cfg)
-    if state is not None:
-        trainer.load_state_dict(state)
-    checkpoint.write_config(cfg)
-    metrics = MetricsWriter(cfg.output, resume_step=trainer.step if cfg.resume else None)
+    with connect(cfg.scale, models.device(cfg.model)) as ranks, watched(ranks):
+        return _run(cfg, ranks)
+
+
+def _run(cfg: RunConfig, ranks: Ranks) -> Path:
+    found = ranks.once(lambda: checkpoint.resume_point(cfg))
+    trainer = Run(cfg, ranks)
+    if found is not None:
+        trainer.load_state_dict(checkpoint.load(found, trainer.state_dict(), ranks))
+    ranks.once(lambda: checkpoint.write_config(cfg))
+    metrics, saver = NoMetrics(), checkpoint.Saver(cfg.output, cfg.checkpoint.keep, ranks)
+    if ranks.first:
+        resumed = (trainer.step or -1) if cfg.resume else None  # at 0 the run starts anew, evaluation included
+        metrics = MetricsWriter(cfg.output, resume_step=resumed)
     saved = trainer.step
     try:
         if trainer.step == 0:
             metrics.log("eval", 0, trainer.evaluate())
-        with progress_bar("rl", cfg.steps, trainer.step) as bar, stop_signal() as stop:
-            while trainer.step < cfg.steps and not stop.is_set():
+        with progress_bar("rl", cfg.steps, trainer.step, shown=ranks.first) as bar, stop_signal() as stop:
+            while trainer.step < cfg.steps and not ranks.any(stop.is_set()):
                 values, examples = trainer.train_step()
                 step = trainer.step
                 metrics.log("rl", step, values)
                 metrics.samples(step, examples)
+                trainer.skips.check(step, trainer.batch, cfg.output)
                 bar.advance(f"reward {values['reward']:.2f}  {values['time/total']:.0f} s")
                 if (cfg.eval.every and step % cfg.eval.every == 0) or step == cfg.steps:
                     metrics.log("eval", step, trainer.evaluate())
                 if cfg.checkpoint.every and step % cfg.checkpoint.every == 0:
-                    checkpoint.save(cfg.output, step, trainer.state_dict(), cfg.checkpoint.keep)
+                    saver.save(step, trainer.state_dict())
                     saved = step
+                saver.check()
         if saved != trainer.step:
-            checkpoint.save(cfg.output, trainer.step, trainer.state_dict(), cfg.checkpoint.keep)
-        models.save(trainer.policy.model, trainer.tokenizer, cfg.output / "final")
+            saver.save(trainer.step, trainer.state_dict())
+        saver.wait()
+        models.save(trainer.policy.model, trainer.tokenizer, cfg.output / "final", ranks)
         if trainer.prm is not None:
-            models.save(trainer.prm.model, trainer.tokenizer, cfg.output / "prm")
-    except RunError:
-        checkpoint.save(cfg.output, trainer.step, trainer.state_dict(), cfg.checkpoint.keep)
+            models.save(trainer.prm.model, trainer.tokenizer, cfg.output / "prm", ranks)
+    except RunError as error:
+        # Of several ranks one may have failed alone, and a checkpoint takes all of them.
+        if ranks.size == 1 or isinstance(error, (NothingPasses, TooManySkipped)):
+            saver.save(trainer.step, trainer.state_dict())
+            saver.wait()
         raise
     finally:
+        saver.close()
         metrics.close()
         trainer.close()
     return cfg.output / "final"

@@ -70,6 +70,19 @@ class MetricsWriter:
         return self._boards[stage]
 
 
+class NoMetrics:
+    """The record of a rank that keeps none."""
+
+    def log(self, stage: Stage, step: int, values: Mapping[str, float]) -> None:
+        pass
+
+    def samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Returns the rows of a record. A last line that a crash cut short is left out; any other bad line is an error."""
     lines = path.read_text(encoding="utf-8").splitlines()

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from prime_kernels import Head
 
+from . import sharding
 from .config import ModelConfig
+from .parallel import SINGLE, Ranks
 
 SMOLLM2 = "smollm2-135m-instruct"
 BARE_CHATML = (
@@ -89,21 +91,46 @@ def load_tokenizer(cfg: ModelConfig) -> Any:
     return tokenizer
 
 
+def tokenizer_fingerprint(tokenizer: Any) -> dict[str, Any]:
+    """What tells one tokenizer from another, for a checkpoint to compare."""
+
+    def digest(text: str) -> str:
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else ""
+    return {
+        "size": len(vocabulary),
+        "vocabulary": digest(repr(vocabulary)),
+        "rules": digest(rules),
+        "chat_template": digest(str(tokenizer.chat_template)),
+        "eos_token": tokenizer.eos_token,
+    }
+
+
 def load_model(cfg: ModelConfig) -> Any:
     """A causal LM in the compute dtype, in eval mode (PRIME trains without dropout)."""
     from transformers import AutoModelForCausalLM
 
     directory, gguf = _locate(cfg)
     dtype = getattr(torch, cfg.dtype)
+    if cfg.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        raise ModelError(
+            "model.attention = 'flash_attention_2' needs the package flash-attn and a CUDA device: "
+            "pip install 'prime-kernels[cuda]'"
+        )
     with _quiet():
         if gguf:
             from transformers import GgufConfig
 
             model = AutoModelForCausalLM.from_pretrained(
-                directory, gguf_file=gguf, quantization_config=GgufConfig(dequantize=True)
+                directory,
+                gguf_file=gguf,
+                quantization_config=GgufConfig(dequantize=True),
+                attn_implementation=cfg.attention,
             )
         else:
-            model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+            model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation=cfg.attention)
     _check_finite(model, cfg)
     return model.to(device=device(cfg), dtype=dtype).eval()
 
@@ -170,6 +197,36 @@ def encode_with_spans(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[
     return found["input_ids"], [(int(start), int(end)) for start, end in found["offset_mapping"]]
 
 
+def meta_model(cfg: ModelConfig) -> Any:
+    """The model without data: its sizes and the shapes of its passes. Attention keeps its inputs and output only."""
+    from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+
+    directory, gguf = _locate(cfg)
+    with _quiet():
+        config = AutoConfig.from_pretrained(directory, **({"gguf_file": gguf} if gguf else {}))
+        AttentionInterface.register("meta", _meta_attention)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                config, dtype=getattr(torch, cfg.dtype), attn_implementation="meta"
+            ).eval()
+
+
+class _KeepsInputs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+
+
+def _meta_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+    return _KeepsInputs.apply(query, key, value).transpose(1, 2).contiguous(), None
+
+
 def render(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
     """The prompt's token ids, up to and with the header of the assistant's turn."""
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -203,16 +260,27 @@ def hidden_states(model: Any, input_ids: Tensor, position_ids: Tensor, attention
 def head(model: Any, hidden: Tensor) -> Head:
     """The LM head applied to `hidden` [T, H], as the kernels take it."""
     layer = model.get_output_embeddings()
-    return Head(hidden, layer.weight, getattr(layer, "bias", None))
+    parts = layer.weight, getattr(layer, "bias", None)
+    return Head(hidden, *(sharding.whole(part, hidden.dtype, hidden.device) for part in parts))
 
 
-def save(model: Any, tokenizer: Any, directory: Path) -> None:
-    """An ordinary Hugging Face directory, complete or not there at all."""
+def save(model: Any, tokenizer: Any, directory: Path, ranks: Ranks = SINGLE) -> None:
+    """An ordinary Hugging Face directory, complete or not there at all. The first rank writes, all take part."""
     partial = directory.with_name(directory.name + ".partial")
-    with _quiet():
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-    replace_directory(partial, directory)
+    # Every rank goes through all tensors, the first keeps them.
+    whole = {k: v.cpu() for k, v in named_tensors(model) if ranks.first} if ranks.mesh is not None else None
+
+    def write() -> None:
+        with _quiet():
+            model.save_pretrained(partial, state_dict=whole)
+            tokenizer.save_pretrained(partial)
+        if whole is not None:  # the model's own dtype is that of its masters
+            config = json.loads((partial / "config.json").read_text())
+            config["dtype"] = str(model.compute_dtype).removeprefix("torch.")
+            (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        replace_directory(partial, directory)
+
+    ranks.once(write)
 
 
 def save_config(model: Any, directory: str | Path) -> None:
@@ -236,39 +304,72 @@ def replace_directory(new: Path, target: Path) -> None:
 class Trainable:
     """A model with float32 master weights: bf16 weights would round away updates of the usual learning rates.
 
-    Gradients are summed in float32 as each backward pass ends, so that micro-batching does not cost precision.
+    Gradients are summed in float32 as each backward pass ends, so that micro-batching does not cost precision. A model
+    in shards (`sharding.shard`) is its own master; whole copies on several ranks add their gradients up in `step`.
     """
 
-    def __init__(self, model: Any, *, lr: float, betas: tuple[float, float] = (0.9, 0.999), grad_clip: float) -> None:
-        self.model, self.lr, self.grad_clip = model, lr, grad_clip
+    def __init__(
+        self,
+        model: Any,
+        *,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        grad_clip: float,
+        ranks: Ranks = SINGLE,
+    ) -> None:
+        self.model, self.lr, self.grad_clip, self.ranks = model, lr, grad_clip, ranks
         self.params = [p for p in model.parameters() if p.requires_grad]
-        self.master = [p.detach().float().clone() for p in self.params]
+        self.sharded = ranks.mesh is not None
+        self.master = self.params if self.sharded else [p.detach().float().clone() for p in self.params]
         self.optimizer = torch.optim.AdamW(self.master, lr=lr, betas=betas, weight_decay=0.0, fused=True)
-        for param, master in zip(self.params, self.master, strict=True):
-            param.register_post_accumulate_grad_hook(_adder(master))
+        # AdamW would make these with its first step; a checkpoint is read into them before.
+        for master in self.master:
+            self.optimizer.state[master] = {
+                "step": torch.zeros((), dtype=torch.float32, device=master.device),
+                "exp_avg": torch.zeros_like(master),
+                "exp_avg_sq": torch.zeros_like(master),
+            }
+        self._skipped = 0
+        if not self.sharded:
+            for param, master in zip(self.params, self.master, strict=True):
+                param.register_post_accumulate_grad_hook(_adder(master))
 
     def step(self, lr_scale: float = 1.0) -> float:
         """One clipped optimizer step; returns the gradient norm before clipping. A non-finite norm skips the step."""
-        norm = torch.nn.utils.clip_grad_norm_(self.master, self.grad_clip, foreach=True).item()
+        if not self.sharded:
+            for master in self.master:
+                if master.grad is not None:
+                    self.ranks.sum_(master.grad)
+        norm = torch.nn.utils.clip_grad_norm_(self.master, self.grad_clip, foreach=True)
+        norm = (norm.full_tensor() if self.sharded else norm).item()
         if norm == norm and norm != float("inf"):
             for group in self.optimizer.param_groups:
                 group["lr"] = self.lr * lr_scale
             self.optimizer.step()
             self.publish()
+        else:
+            self._skipped += 1
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def taken_skips(self) -> int:
+        """Steps skipped since this was last asked."""
+        skipped, self._skipped = self._skipped, 0
+        return skipped
 
     @torch.no_grad()
     def publish(self) -> None:
         """Rounds the master weights into the compute weights."""
-        torch._foreach_copy_([p.data for p in self.params], self.master)
+        if not self.sharded:
+            torch._foreach_copy_([p.data for p in self.params], self.master)
 
     def state_dict(self) -> dict[str, Any]:
         return {"master": self.master, "optimizer": self.optimizer.state_dict()}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        torch._foreach_copy_(self.master, state["master"])
+        for mine, saved in zip(self.master, state["master"], strict=True):
+            mine.copy_(saved)
         self.optimizer.load_state_dict(state["optimizer"])
         self.publish()
 
@@ -291,5 +392,5 @@ def frozen(model: Any) -> Any:
 
 
 def named_tensors(model: Any) -> Iterable[tuple[str, Tensor]]:
-    """What a sampler needs to follow the policy."""
-    return model.state_dict().items()
+    """What a sampler needs to follow the policy; with shards every rank must go through all of it."""
+    return sharding.whole_tensors(model)

@@ -12,6 +12,11 @@ class Bar(Protocol):
     def advance(self, note: str = "") -> None: ...
 
 
+class _Nothing:
+    def advance(self, note: str = "") -> None:
+        pass
+
+
 class _Lines:
     def __init__(self, name: str, total: int, done: int) -> None:
         self.name, self.total, self.done = name, total, done
@@ -30,7 +35,10 @@ class _Rich:
 
 
 @contextmanager
-def progress_bar(name: str, total: int, done: int = 0) -> Iterator[Bar]:
+def progress_bar(name: str, total: int, done: int = 0, shown: bool = True) -> Iterator[Bar]:
+    if not shown:
+        yield _Nothing()
+        return
     if not sys.stderr.isatty():
         yield _Lines(name, total, done)
         return

@@ -15,6 +15,7 @@ from .collect import Collector
 from .config import RunConfig
 from .errors import RunError
 from .models import named_tensors
+from .parallel import SINGLE, Ranks
 from .rollout import EngineDied, Sampler, make_sampler
 from .tasks import Task
 from .verify import Verifier
@@ -30,7 +31,15 @@ class Rollouts:
     began with. A checkpoint waits for that batch and holds it, so that a resumed run trains on the same.
     """
 
-    def __init__(self, cfg: RunConfig, model: Any, tokenizer: Any, task: Task, verifier: Verifier) -> None:
+    def __init__(
+        self, cfg: RunConfig, model: Any, tokenizer: Any, task: Task, verifier: Verifier, ranks: Ranks = SINGLE
+    ) -> None:
+        """Raises ValueError for an engine or a lag that several ranks cannot have."""
+        if ranks.size > 1 and (cfg.rollout.engine != "transformers" or cfg.rollout.lag):
+            raise ValueError(
+                f"several ranks sample with rollout.engine = 'transformers' and rollout.lag = 0, got "
+                f"{cfg.rollout.engine!r} and {cfg.rollout.lag}: their engines would have to be updated together"
+            )
         self.cfg, self.model = cfg, model
         self.sampler = make_sampler(cfg, model, tokenizer)
         # Transformers holds its whole batch at once, and evaluation may have room for another size.
@@ -38,7 +47,7 @@ class Rollouts:
         self.evaluating = make_sampler(cfg, model, tokenizer, batch_size=cfg.eval.batch_size) if own else self.sampler
         if cfg.rollout.lag:
             tokenizer = copy.deepcopy(tokenizer)  # fast tokenizers are not for two threads at once
-        self.collector = Collector(cfg, task, tokenizer, self.sampler, verifier)
+        self.collector = Collector(cfg, task, tokenizer, self.sampler, verifier, ranks)
         self.restarts = cfg.rollout.vllm.restarts
         self._thread = ThreadPoolExecutor(1) if cfg.rollout.lag else None
         self._ahead: Future[Collected] | None = None

@@ -107,6 +107,9 @@ class Scorer:
                     (loss * (len(micro.responses) * share)).backward()
             if update:
                 metrics["prm_grad_norm"] = self.prm.step()
+        for found in (old, reference, prm) if new else (prm,):
+            if found is not None:
+                batch.ranks.sum_(found)  # each rank has filled in its own tokens
         # With ref_type = "policy" the rollout-time policy is the reference: no third model.
         return Scores(old, reference if reference is not None else old, prm, metrics)
 

@@ -39,7 +39,7 @@ def policy_update(
     lengths = batch.cu_seqlens.diff()
     per_token = torch.repeat_interleave(1.0 / lengths.clamp_min(1), lengths)
     totals: dict[str, float] = {}
-    steps = 0
+    steps, norms = 0, 0.0
     for _ in range(cfg.epochs):
         for part in batch.minibatches(cfg.minibatches, generator):
             tokens, responses = batch.tokens_of(part), batch.responses_of(part)
@@ -51,8 +51,9 @@ def policy_update(
                 loss.backward()
                 for key, value in metrics.items():
                     totals[key] = totals.get(key, 0.0) + value.item()
-            totals["policy_grad_norm"] = totals.get("policy_grad_norm", 0.0) + policy.step(lr_scale)
+            norms += policy.step(lr_scale)
             steps += 1
+    totals = batch.ranks.sum_values(totals) | {"policy_grad_norm": norms}
     return {key: value / steps for key, value in totals.items()}
 
 

@@ -22,13 +22,13 @@ def model(model_dir):
     return tiny.load(model_dir)
 
 
-@pytest.fixture
-def run_config(model_dir, tmp_path):
-    """`run_config(steps=3, policy={"lr": 1e-3})`: a run in which every group passes and nothing is evaluated midway."""
+@pytest.fixture(scope="session")
+def make_config(model_dir):
+    """`make_config(output=.., steps=3, policy={"lr": 1e-3})`: a run in which every group passes and nothing is
+    evaluated midway."""
 
     def make(**changes) -> RunConfig:
         sections = {
-            "output": tmp_path / "run",
             "steps": 3,
             "model": {"path": str(model_dir), "dtype": "float32", "device": "cpu"},
             "task": {"name": "chain_sum", "params": {"max_terms": 2, "max_digits": 1, "min_digits": 1}, "eval_size": 3},
@@ -45,3 +45,9 @@ def run_config(model_dir, tmp_path):
         return RunConfig(**sections)
 
     return make
+
+
+@pytest.fixture
+def run_config(make_config, tmp_path):
+    """`make_config` with an output directory."""
+    return lambda **changes: make_config(**{"output": tmp_path / "run", **changes})

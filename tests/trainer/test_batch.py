@@ -7,9 +7,12 @@ import pytest
 import tiny
 import torch
 
+import prime_kernels as pk
 from prime_trainer import batch as batch_module
 from prime_trainer.batch import Batch, Group, Response
-from prime_trainer.score import log_probs
+from prime_trainer.models import head
+from prime_trainer.parallel import Ranks
+from prime_trainer.score import log_probs, predicting
 
 
 @pytest.fixture
@@ -40,12 +43,11 @@ def by_micro_batches(model, batch, max_tokens, pack=False):
 
 
 @pytest.mark.parametrize("max_tokens", [1, 60, 10_000])
-@pytest.mark.parametrize("limit", [0, 1024])
-@pytest.mark.parametrize("pack", [False, True])
-def test_log_probs_and_gradients_are_those_of_single_passes(model, groups, monkeypatch, max_tokens, limit, pack):
-    monkeypatch.setattr(batch_module, "SHARED_ROW_LIMIT", limit)
-    batch = Batch(groups)
-    got, want = by_micro_batches(model, batch, max_tokens, pack), one_by_one(model, batch)
+@pytest.mark.parametrize("layout", ["row a response", "row a group", "packed rows", "stream"])
+def test_log_probs_and_gradients_are_those_of_single_passes(model, groups, monkeypatch, max_tokens, layout):
+    monkeypatch.setattr(batch_module, "SHARED_ROW_LIMIT", 0 if layout == "row a response" else 1024)
+    batch = Batch(groups, stream=layout == "stream")
+    got, want = by_micro_batches(model, batch, max_tokens, layout == "packed rows"), one_by_one(model, batch)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
     upstream = torch.randn(batch.num_tokens)
     params = list(model.parameters())
@@ -125,3 +127,28 @@ def test_packed_tensors(groups):
     assert groups[3].accuracy == pytest.approx(1 / 3)
     with pytest.raises(ValueError, match="groups is empty"):
         Batch([])
+
+
+def test_ranks_share_every_token_out_in_passes_of_equal_number(groups):
+    parts = [[], []]
+    for rank, found in enumerate(parts):
+        batch = Batch(groups, ranks=Ranks(rank, 2))
+        found += list(batch.micro_batches(range(len(groups)), 40))
+    assert len(parts[0]) == len(parts[1]) > 1
+    tokens = torch.cat([micro.tokens for found in parts for micro in found])
+    assert sorted(tokens.tolist()) == list(range(Batch(groups).num_tokens))
+
+
+def test_a_pass_without_responses_has_losses_of_zero(model, groups):
+    """What a rank does while others still have work: its gradients are zeros, and there."""
+    batch = Batch(groups[-1:], ranks=Ranks(1, 2))
+    (micro,) = batch.micro_batches([0], 100)
+    assert len(micro.tokens) == len(micro.responses) == 0
+    at, ids = head(model, predicting(model, micro)), batch.ids[micro.tokens]
+    none = torch.zeros(0)
+    ppo = pk.linear_ppo_loss(at.hidden, at.weight, ids, None, none, denominator=5)
+    prm = pk.prm_loss(log_probs(model, micro, ids), batch.outcomes[micro.responses], micro.cu_seqlens)
+    assert [x.item() for x in (ppo.loss, ppo.clip_fraction, ppo.approx_kl, prm.loss)] == [0, 0, 0, 0]
+    for loss in (ppo.loss, prm.loss):
+        grads = torch.autograd.grad(loss, list(model.parameters()))
+        assert all(not grad.any() for grad in grads)

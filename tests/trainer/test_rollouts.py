@@ -168,7 +168,8 @@ def test_a_second_death_ends_it_where_the_step_began(make, lag):
 def test_a_run_ends_with_a_checkpoint(run_config, monkeypatch, model, tmp_path):
     engine = Engine({5, 8})
     monkeypatch.setattr(rollouts, "make_sampler", lambda *args, **options: engine)
-    monkeypatch.setattr(loop, "Verifier", lambda *args: type("V", (Verifier,), {"close": lambda self: None})())
+    fake = type("V", (Verifier,), {"close": lambda self: None})
+    monkeypatch.setattr(loop.Verifier, "from_config", lambda _cfg: fake())
     with pytest.raises(EngineDied):
         loop.run(run_config(rollout={"engine": "vllm"}))
     from prime_trainer.checkpoint import load_latest

@@ -41,7 +41,7 @@ class Contains:
 
 @pytest.fixture(autouse=True)
 def verifier(monkeypatch):
-    monkeypatch.setattr(loop, "Verifier", Contains)
+    monkeypatch.setattr(loop.Verifier, "from_config", lambda _cfg: Contains())
 
 
 @pytest.fixture(scope="module")

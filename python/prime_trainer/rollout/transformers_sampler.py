@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..models import new_cache
+from ..sharding import gathered
 from .base import Sample, Sampling, derive_seed, model_shape
 
 
@@ -45,12 +46,13 @@ class TransformersSampler:
         out: list[list[Sample]] = [[] for _ in prompts]
         per_batch = max(1, self.batch_size // n)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths together: little padding
-        for at in range(0, len(order), per_batch):
-            chunk = order[at : at + per_batch]
-            for i, samples in zip(
-                chunk, self._batch([prompts[i] for i in chunk], n, sampling, [seeds[i] for i in chunk]), strict=True
-            ):
-                out[i] = samples
+        with gathered(self.model):  # one in shards is whole meanwhile: ranks decode for different lengths of time
+            for at in range(0, len(order), per_batch):
+                chunk = order[at : at + per_batch]
+                for i, samples in zip(
+                    chunk, self._batch([prompts[i] for i in chunk], n, sampling, [seeds[i] for i in chunk]), strict=True
+                ):
+                    out[i] = samples
         return out
 
     def _batch(self, prompts: list[list[int]], n: int, sampling: Sampling, seeds: list[int]) -> list[list[Sample]]:
@@ -74,7 +76,7 @@ class TransformersSampler:
         for t in range(sampling.max_new_tokens):
             drawn, logp = _draw(logits, sampling.temperature, None if uniforms is None else uniforms[rows, t])
             tokens[rows, t], logps[rows, t] = drawn, logp
-            ended = torch.isin(drawn, self.stops)
+            ended = torch.isin(drawn, self.stops.to(device))
             lengths[rows[ended]], stopped[rows[ended]] = t + 1, True
             if ended.any():
                 keep = (~ended).nonzero().squeeze(1)

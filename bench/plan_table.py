@@ -1,0 +1,45 @@
+"""The memory table of docs/scale.md: `prime-trainer plan` for the shapes of three well-known model sizes.
+
+python bench/plan_table.py > plan.md
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+from prime_trainer import plan
+from prime_trainer.config import RunConfig
+
+# Of Qwen2.5: hidden size, MLP size, layers, heads, key and value heads, vocabulary, tied head; then GPUs.
+SIZES = {
+    "1.5B": (1536, 8960, 28, 12, 2, 151936, True, 8),
+    "7B": (3584, 18944, 28, 28, 4, 152064, False, 8),
+    "32B": (5120, 27648, 64, 40, 8, 152064, False, 32),
+}
+KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+KEYS = (*KEYS, "vocab_size", "tie_word_embeddings")
+
+
+def main() -> None:
+    for name, (*shape, gpus) in SIZES.items():
+        with tempfile.TemporaryDirectory() as folder:
+            directory = Path(folder) / name
+            directory.mkdir()
+            config = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "max_position_embeddings": 4096}
+            (directory / "config.json").write_text(json.dumps(config | dict(zip(KEYS, shape, strict=True))))
+            large = name == "32B"
+            cfg = RunConfig(
+                model={"path": str(directory)},
+                micro_batch_tokens=8192,
+                rollout={"batch_size": 64 if not large else 16},
+                scale={"activation_checkpointing": True, "offload": ["reference"] if large else []},
+            )
+            made = plan.make(cfg, gpus, prompt_tokens=1024)
+            cfg.model.path = name
+            print(f"### {name}\n\n{plan.render(made, cfg, gpus, 80.0)}\n")
+
+
+if __name__ == "__main__":
+    main()

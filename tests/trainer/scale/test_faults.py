@@ -1,0 +1,213 @@
+"""A run that is killed, starved of disk, fed NaN or told to end goes on exactly where it was, or says what is wrong."""
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+import time
+
+import faults
+import pytest
+import ranks
+import torch
+from safetensors.torch import load_file
+
+from prime_trainer import checkpoint, loop, models
+from prime_trainer.batch import Group
+from prime_trainer.checkpoint import load_latest
+
+KILLS = int(os.environ.get("PRIME_TRAINER_TEST_KILLS", 5))
+
+
+def rows(path):
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith("time")} for line in lines]
+
+
+def steps_of(path):
+    return [row for row in rows(path) if row["stage"] == "rl"]
+
+
+def assert_same_runs(a, b):
+    assert steps_of(a) == steps_of(b)
+    for name in ("final", "prm"):
+        one, other = (load_file(path / name / "model.safetensors") for path in (a, b))
+        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.fixture(scope="module")
+def settings(make_config, tmp_path_factory):
+    root = tmp_path_factory.mktemp("faults")
+
+    def make(name, **changes):
+        return make_config(**{"output": root / name, "steps": 5, "checkpoint": {"every": 1}} | changes)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def whole(settings):
+    """An uninterrupted run, and the seconds that it took."""
+    cfg, begin = settings("whole"), time.monotonic()
+    ranks.train(cfg, 0)
+    return cfg.output, time.monotonic() - begin
+
+
+@pytest.fixture
+def output(settings):
+    """A run's directory under a name of its own, for runs that begin, end badly and go on."""
+    made = []
+
+    def make(name, **changes):
+        made.append(settings(name, **changes))
+        return made[-1]
+
+    yield make
+    for cfg in made:
+        shutil.rmtree(cfg.output, ignore_errors=True)
+
+
+@pytest.mark.parametrize("moment", range(KILLS))
+def test_killed_at_any_moment(output, whole, moment):
+    """PRIME_TRAINER_TEST_KILLS=30 tries thirty moments."""
+    seconds = random.uniform(0.0, 1.1 * whole[1])
+    print(f"killed after {seconds:.2f} s of {whole[1]:.2f} s")
+    cfg = output(f"killed-{moment}")
+    ranks.wait(ranks.start(cfg, 0, faults.kill_after, seconds))
+    resume = (cfg.output / "config.json").exists()
+    ranks.train(cfg.model_copy(update={"resume": resume}), 0)
+    assert_same_runs(whole[0], cfg.output)
+
+
+@pytest.mark.parametrize("where", ["tensors", "sealed", "renamed"])
+def test_killed_in_a_checkpoint(output, whole, where):
+    cfg = output(f"torn-{where}")
+    assert ranks.wait(ranks.start(cfg, 0, faults.kill_in_checkpoint, 3, where)) == [-9]
+    assert load_latest(cfg.output)["step"] == (3 if where == "renamed" else 2)
+    ranks.train(cfg.model_copy(update={"resume": True}), 0)
+    assert_same_runs(whole[0], cfg.output)
+    assert [p.name for p in (cfg.output / "checkpoints").iterdir()] == ["step_000005"]
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(output, whole):
+    cfg = output("full")
+    assert ranks.wait(ranks.start(cfg, 0, faults.file_size_limit, 100_000, 3)) == [1]
+    said = ranks.log(cfg).read_text()
+    assert "prime-trainer: error: the checkpoint of step 3 could not be written" in said and "Traceback" not in said
+    assert "step_000002 is whole" in said and load_latest(cfg.output)["step"] == 2
+    ranks.train(cfg.model_copy(update={"resume": True}), 0)
+    assert_same_runs(whole[0], cfg.output)
+
+
+def test_sigterm_leaves_a_checkpoint_and_status_0(output, whole):
+    cfg = output("terminated", checkpoint={"every": 0})
+    ranks.train(cfg, 0, faults.terminate_at, 2)
+    assert load_latest(cfg.output)["step"] == 2
+    ranks.train(cfg.model_copy(update={"resume": True}), 0)
+    assert_same_runs(whole[0], cfg.output)
+
+
+@pytest.mark.parametrize("fault", [faults.nan_advantages, faults.nan_scores])
+def test_a_step_without_a_finite_gradient_is_skipped(output, fault):
+    cfg = output(f"nan-{fault.__name__}")
+    ranks.train(cfg, 0, fault, [2])
+    assert [row["skipped"] for row in steps_of(cfg.output)] == [0, 1, 0, 0, 0]
+    saved = load_latest(cfg.output)
+    assert saved["skips"] == {"total": 1, "in_row": 0}
+    steps = {state["step"].item() for state in saved["policy"]["optimizer"]["state"].values()}
+    assert steps == {4} and all(torch.isfinite(master).all() for master in saved["policy"]["master"])
+
+
+def test_too_many_skipped_steps_end_the_run_with_their_batch(output):
+    cfg = output("many", policy={"max_skipped": 2})
+    assert ranks.wait(ranks.start(cfg, 0, faults.nan_advantages, [2, 4, 5])) == [1]
+    said = ranks.log(cfg).read_text()
+    assert "step 5: no finite loss or gradient for 2 steps in a row (policy.max_skipped)" in said
+    batch = json.loads((cfg.output / "skipped_batch.json").read_text())
+    assert batch["step"] == 5 and [len(group["responses"]) for group in batch["groups"]] == [3, 3]
+    assert set(batch["groups"][0]) == {field.name for field in dataclasses.fields(Group)}
+    assert load_latest(cfg.output)["skips"] == {"total": 3, "in_row": 2}
+
+
+def test_the_others_say_which_rank_died(output):
+    cfg = output("dead")
+    begin = time.monotonic()
+    assert ranks.wait(ranks.start(cfg, 2, faults.quick_watch, 15.0, 1, 3)) == [1, -9]
+    assert time.monotonic() - begin < 60
+    said = ranks.log(cfg).read_text()
+    assert "rank 1 (" in said and "has not been heard of for 15 s; rank 0 of 2 ends too" in said
+
+
+def test_resume_on_other_numbers_of_ranks(output):
+    changes = {"steps": 4, "policy": {"lr": 2e-5}}
+    alone = output("alone", **changes)
+    ranks.train(alone, 0)
+    for before, after in ((0, 2), (2, 0)):
+        cfg = output(f"ranks-{before}-{after}", **changes)
+        ranks.train(cfg.model_copy(update={"steps": 2}), before)
+        ranks.train(cfg.model_copy(update={"resume": True}), after)
+        assert len(steps_of(cfg.output)) == 4
+        for one, other in zip(steps_of(alone.output), steps_of(cfg.output), strict=True):
+            assert {k: v for k, v in one.items() if k != "stage"} == pytest.approx(
+                {k: v for k, v in other.items() if k != "stage"}, abs=1e-5, rel=1e-5
+            )
+        for name in ("final", "prm"):
+            one, other = (load_file(path / name / "model.safetensors") for path in (alone.output, cfg.output))
+            assert max((one[key] - other[key]).abs().max().item() for key in one) <= 1e-5
+
+
+def test_resume_on_as_many_ranks_is_exact(output):
+    for name, parts in (("all", [4]), ("halves", [2, 4])):
+        for steps in parts:
+            cfg = output(name, steps=steps, resume=steps == 4 and name == "halves")
+            ranks.train(cfg, 2)
+    assert_same_runs(output("all").output, output("halves").output)
+
+
+class TestRefused:
+    @pytest.fixture(autouse=True)
+    def verifier(self, monkeypatch):
+        monkeypatch.setattr(loop, "Verifier", ranks.RandomVerifier)
+
+    @pytest.fixture
+    def saved(self, run_config):
+        loop.run(run_config(steps=1))
+        return run_config(steps=2, resume=True)
+
+    def test_a_changed_file(self, saved):
+        (file,) = (saved.output / "checkpoints").glob("step_*/*.distcp")
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+        with pytest.raises(ValueError, match=rf"step_000001 is corrupted: {file.name} has another SHA-256"):
+            loop.run(saved)
+
+    def test_a_shorter_and_a_missing_file(self, saved):
+        directory = saved.output / "checkpoints" / "step_000001"
+        (directory / ".metadata").unlink()
+        size = (directory / "state.pt").stat().st_size
+        os.truncate(directory / "state.pt", size - 10)
+        with pytest.raises(
+            ValueError, match=rf"\.metadata is missing; state\.pt has {size - 10} bytes instead of {size}"
+        ):
+            checkpoint.load(directory)
+
+    def test_another_tokenizer(self, saved, monkeypatch):
+        load = models.load_tokenizer
+
+        def other(cfg):
+            tokenizer = load(cfg)
+            tokenizer.add_tokens(["more"])
+            return tokenizer
+
+        monkeypatch.setattr(models, "load_tokenizer", other)
+        with pytest.raises(ValueError, match=r"--resume: the tokenizer has changed \(size: (\d+) -> (\d+); vocabulary"):
+            loop.run(saved)
+
+    def test_another_configuration_before_the_first_checkpoint(self, run_config):
+        cfg = run_config()
+        checkpoint.write_config(cfg)
+        assert checkpoint.resume_point(run_config(resume=True)) is None
+        with pytest.raises(ValueError, match=r"configuration has changed \(seed: 0 -> 1\)"):
+            checkpoint.resume_point(run_config(resume=True, seed=1))

@@ -1,0 +1,68 @@
+"""The same run on one, two and four processes: the same losses and the same weights."""
+
+import json
+
+import pytest
+import ranks
+from safetensors.torch import load_file
+
+from prime_trainer.parallel import deal
+
+
+def settings(**changes):
+    """Surplus, several minibatches, a KL term and a reference: everything that has to be shared out."""
+    return {
+        "steps": 5,
+        "rollout": {"prompts_per_step": 5, "n": 4, "max_new_tokens": 8},
+        "filter": {"low": 0.1, "high": 0.9, "max_rounds": 2},
+        # AdamW makes a whole step of a gradient next to nothing, its rounding included: where only that differs, the
+        # weights differ by a share of the learning rate.
+        "policy": {"lr": 2e-5, "minibatches": 2, "kl_coef": 0.01},
+        "prm": {"lr": 3e-4, "minibatches": 2},
+        "micro_batch_tokens": 120,
+    } | changes
+
+
+def rows(path):
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [(line.pop("stage"), {k: v for k, v in line.items() if not k.startswith("time")}) for line in lines]
+
+
+def assert_close_runs(a, b, tolerance=1e-5):
+    first, second = rows(a), rows(b)
+    assert len(first) == len(second)
+    for (stage, one), (other_stage, other) in zip(first, second, strict=True):
+        assert stage == other_stage and one == pytest.approx(other, abs=tolerance, rel=tolerance)
+    for name in ("final", "prm"):
+        one, other = (load_file(path / name / "model.safetensors") for path in (a, b))
+        assert one.keys() == other.keys()
+        assert max((one[key] - other[key]).abs().max().item() for key in one) <= tolerance
+        assert max((one[key] - other[key]).abs().mean().item() for key in one) <= 0.01 * tolerance
+
+
+@pytest.fixture(scope="module")
+def alone(make_config, tmp_path_factory):
+    cfg = make_config(output=tmp_path_factory.mktemp("alone") / "run", **settings())
+    ranks.train(cfg, 0)
+    return cfg.output
+
+
+@pytest.mark.parametrize(("size", "shard"), [(2, True), (4, True), (2, False)])
+def test_any_number_of_ranks_trains_alike(make_config, tmp_path, alone, size, shard):
+    cfg = make_config(output=tmp_path / "run", **settings(scale={"shard": shard}))
+    ranks.train(cfg, size)
+    assert_close_runs(alone, cfg.output)
+    moved = load_file(alone / "final" / "model.safetensors")
+    start = load_file(f"{cfg.model.path}/model.safetensors")
+    assert max((moved[key] - start[key]).abs().max().item() for key in moved) > 1e-4
+    assert len(rows(cfg.output)) == 7  # one record, not one a rank
+
+
+def test_dealing_balances_totals():
+    assert deal([5, 1, 1, 1, 1, 1], 2) == [[0], [1, 2, 3, 4, 5]]
+    assert deal([7, 9], 3) == [[1], [0], []]
+    loads = [13, 2, 8, 21, 5, 1, 34, 3]
+    parts = deal(loads, 3)
+    assert sorted(i for part in parts for i in part) == list(range(8))
+    totals = [sum(loads[i] for i in part) for part in parts]
+    assert max(totals) == 34 and min(totals) >= 26
