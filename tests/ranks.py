@@ -57,6 +57,14 @@ def start(cfg, ranks: int, fault=None, *arguments) -> list:
     return processes
 
 
+def warm() -> None:
+    """Waits until everything is imported: what is timed afterwards is a run alone."""
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    process = context.Process(target=int)
+    process.start()
+    process.join()
+
+
 def log(cfg, rank: int = 0) -> Path:
     return Path(f"{cfg.output}.rank{rank}.log")
 

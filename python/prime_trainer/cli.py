@@ -58,7 +58,9 @@ def _rl(words: list[str]) -> int:
     cfg = _config(words)
     from .loop import run
 
-    print(f"model saved to {run(cfg)}")
+    final = run(cfg)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"model saved to {final}")
     return 0
 
 
