@@ -25,9 +25,6 @@ ENGINES = ("transformers", "vllm", "vllm-server")
 class Contains:
     """1 where the reference answer is among a text's words: the untrained model is right now and then."""
 
-    def __init__(self, seconds, workers):
-        pass
-
     def score(self, items):
         words = [text.replace("=", " ").replace(".", " ").replace("*", " ").split() for _, text in items]
         return [
