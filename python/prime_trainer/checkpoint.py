@@ -25,6 +25,10 @@ FREE_ON_RESUME = {"steps", "resume", "output", "eval", "checkpoint", "micro_batc
 """What a resumed run may change and still be the same run: its length, its place, its memory and its reporting."""
 
 
+class CheckpointError(RunError):
+    """A checkpoint could not be written; the one before it is whole."""
+
+
 def begin(cfg: RunConfig) -> dict[str, Any] | None:
     """The state to go on from, None for a new run. Refuses to overwrite a run or to resume another one."""
     found = resume_point(cfg)
@@ -91,19 +95,19 @@ class Saver:
         self._pending: Future[None] | None = None
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Starts checkpoints/step_N. Raises RunError if the one before could not be written."""
+        """Starts checkpoints/step_N. Raises CheckpointError if the one before could not be written."""
         self.wait()
         plain, tensors = state_files.split(state)
         tensors = state_files.staged(tensors) if tensors else {}
         self._pending = self._thread.submit(_write, self.run_dir, step, plain, tensors, self.keep, self.ranks)
 
     def check(self) -> None:
-        """Raises RunError as soon as it is known that a checkpoint could not be written."""
+        """Raises CheckpointError as soon as it is known that a checkpoint could not be written."""
         if self._pending is not None and self._pending.done():
             self.wait()
 
     def wait(self) -> None:
-        """Until what was saved is on the disk. Raises RunError if it could not be written."""
+        """Until what was saved is on the disk. Raises CheckpointError if it could not be written."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
@@ -152,7 +156,7 @@ def _write(run_dir: Path, step: int, plain: Any, tensors: dict[str, Any], keep: 
         left = [path.name for path in _all(run_dir)]
         kept = f"{left[-1]} is whole" if left else "there is none before it"
         free = shutil.disk_usage(run_dir).free / 2**30
-        raise RunError(
+        raise CheckpointError(
             f"the checkpoint of step {step} could not be written to {root} ({free:.1f} GiB free): {cause}; {kept}"
         ) from None
     return target

@@ -184,6 +184,8 @@ def _run(cfg: RunConfig, ranks: Ranks) -> Path:
         models.save(trainer.policy.model, trainer.tokenizer, cfg.output / "final", ranks)
         if trainer.prm is not None:
             models.save(trainer.prm.model, trainer.tokenizer, cfg.output / "prm", ranks)
+    except checkpoint.CheckpointError:
+        raise
     except RunError as error:
         # Of several ranks one may have failed alone, and a checkpoint takes all of them.
         if ranks.size == 1 or isinstance(error, (NothingPasses, TooManySkipped)):
