@@ -89,8 +89,8 @@ Largest differences in what the trainer logged: {differences}.
 {measured_on()}
 
 The part alone: {part["tokens"]:,} tokens on the model's head with the gradients of both, {part["threads"]} thread(s),
-medians of {len(part["TRL"]["forward"])} calls each way in turn, peak beyond inputs. On GPUs TRL scores completions alone
-and has Triton kernels of its own: nothing here speaks of them.
+medians of {len(part["TRL"]["forward"])} calls each way in turn, peak beyond inputs. On GPUs TRL scores completions
+alone and has Triton kernels of its own: nothing here speaks of them.
 """
 
 
