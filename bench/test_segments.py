@@ -89,8 +89,17 @@ def prm(ratio, outcomes, cu, groups, backend):
     return pk.prm_loss(ratio, outcomes, cu, cu_groups=groups, backend=backend).loss
 
 
+def pack(padded, cu, total, backend):
+    return pk.pack(padded, cu, total=total, backend=backend)
+
+
+def unpack(values, cu, length, backend):
+    return pk.unpack(values, cu, length=length, backend=backend)
+
+
 RLOO = ways(rloo) | ({"loop": loop} if DEVICE == "cpu" else {})
 SCAN, SUM, STEP_REWARDS, PPO, PRM = (ways(call) for call in (scan, pk.segment_sum, pk.step_rewards, ppo, prm))
+PACK, UNPACK = ways(pack), ways(unpack)
 # Bytes a token that must move at least once: float32 columns read and written, gradients included.
 COLUMN = 4
 
@@ -144,3 +153,19 @@ def test_prm_loss(benchmark, batch, way):
     ratio = batch["rewards"].clone().requires_grad_()
     columns = (batch["outcomes"], batch["cu"], batch["groups"])
     timed(benchmark, forward_backward(lambda: PRM[way](ratio, *columns), [ratio]), 2 * tokens(batch))
+
+
+@pytest.mark.parametrize("way", PACK)
+@pytest.mark.benchmark(group="pack")
+def test_pack(benchmark, batch, way):
+    padded = pk.unpack(batch["rewards"], batch["cu"])
+    total = batch["rewards"].numel()
+    timed(benchmark, without_gradients(lambda: PACK[way](padded, batch["cu"], total)), 2 * tokens(batch))
+
+
+@pytest.mark.parametrize("way", UNPACK)
+@pytest.mark.benchmark(group="unpack")
+def test_unpack(benchmark, batch, way):
+    longest = int(batch["cu"].diff().max())
+    moved = tokens(batch) + COLUMN * longest * (batch["cu"].numel() - 1)
+    timed(benchmark, without_gradients(lambda: UNPACK[way](batch["rewards"], batch["cu"], longest)), moved)

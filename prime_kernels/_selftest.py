@@ -101,6 +101,9 @@ def _cases(generator: torch.Generator, device: str) -> dict[str, tuple[Call, lis
     def linear_ppo_loss(backend: str, h: Tensor, w: Tensor) -> tuple[Tensor, ...]:
         return _tensors(pk.linear_ppo_loss(h, w, ids, old - 6.0, advantages, mask=mask, backend=backend))
 
+    def unpack(backend: str, x: Tensor) -> tuple[Tensor, ...]:
+        return (pk.unpack(x, cu, length=11, padding="left", fill=2.0, backend=backend),)
+
     def rloo_advantages(backend: str) -> tuple[Tensor, ...]:
         return tuple(pk.rloo_advantages(values, outcomes, cu, groups, gamma_process=0.9, backend=backend))
 
@@ -115,6 +118,8 @@ def _cases(generator: torch.Generator, device: str) -> dict[str, tuple[Call, lis
         "segment_sum": (lambda b, x: (pk.segment_sum(x, cu, backend=b),), [values]),
         "step_rewards": (lambda b, x: (pk.step_rewards(x, steps, cu, mode="cumulative", backend=b),), [values]),
         "rloo_advantages": (rloo_advantages, []),
+        "pack": (lambda b, x: (pk.pack(x, cu, total=tokens, backend=b),), [normal(len(lengths), 11)]),
+        "unpack": (unpack, [values]),
         "ppo_loss": (lambda b, x: _tensors(pk.ppo_loss(x, old, advantages, mask=mask, backend=b)), [values]),
         "prm_loss": (lambda b, x: _tensors(pk.prm_loss(x, outcomes, cu, cu_groups=groups, backend=b)), [values]),
     }
