@@ -60,7 +60,8 @@ class Watch:
             self._store.set(self._key("end", self.ranks.rank), reason or "done")
 
     def _key(self, what: str, rank: int) -> str:
-        return f"prime_trainer/{what}/{rank}"
+        # torchrun keeps its store when it starts the ranks anew.
+        return f"prime_trainer/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{what}/{rank}"
 
     def _beat(self) -> None:
         self._store.set(self._key("beat", self.ranks.rank), str(time.monotonic_ns()))

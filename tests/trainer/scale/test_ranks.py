@@ -47,9 +47,11 @@ def alone(make_config, tmp_path_factory):
     return cfg.output
 
 
-@pytest.mark.parametrize(("size", "shard"), [(2, True), (4, True), (2, False)])
-def test_any_number_of_ranks_trains_alike(make_config, tmp_path, alone, size, shard):
-    cfg = make_config(output=tmp_path / "run", **settings(scale={"shard": shard}))
+@pytest.mark.parametrize(
+    ("size", "scale"), [(2, {}), (4, {"activation_checkpointing": True}), (2, {"shard": False})], ids=str
+)
+def test_any_number_of_ranks_trains_alike(make_config, tmp_path, alone, size, scale):
+    cfg = make_config(output=tmp_path / "run", **settings(scale=scale))
     ranks.train(cfg, size)
     assert_close_runs(alone, cfg.output)
     moved = load_file(alone / "final" / "model.safetensors")
