@@ -199,6 +199,6 @@ class ServerProcess:
     def _reason(self) -> str:
         """vLLM's own message: the first error in the log; what follows only says that something failed."""
         lines = self.log.read_text(errors="replace").splitlines()
-        errors = [line for line in lines if "Error: " in line]
+        errors = [line for line in lines if "Error: " in line and " WARNING " not in line and " INFO " not in line]
         found = (errors or lines[-1:] or ["it wrote nothing"])[0]
         return found.rpartition("] ")[2].strip()[:500]
