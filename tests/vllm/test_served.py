@@ -177,7 +177,7 @@ def test_an_aborted_response_is_an_error(served):
     assert len(caught) == 1 and "with the reason 'abort'" in caught[0]
 
 
-def test_a_server_that_was_started_anew_is_noticed_and_gets_the_weights(served, configure, tmp_path):
+def test_a_server_that_was_started_anew_is_noticed_and_gets_the_weights(served):
     """Its weights are those of its directory, not the policy's: sampling from it would be silently wrong."""
     engine, _ = served
     engine.push(5)

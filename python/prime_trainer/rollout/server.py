@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 import json
 import os
+import random
 import secrets
 import signal
 import socket
@@ -118,9 +119,13 @@ def check_port(host: str, port: int) -> None:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Below the ports that systems hand out by themselves: a server takes seconds until it binds, and one of those
+    would often be somebody's by then."""
+    while True:
+        port = random.SystemRandom().randrange(20000, 32000)
+        with suppress(ValueError):
+            check_port("127.0.0.1", port)
+            return port
 
 
 def make_token(path: Path) -> str:
@@ -194,6 +199,6 @@ class ServerProcess:
     def _reason(self) -> str:
         """vLLM's own message: the first error in the log; what follows only says that something failed."""
         lines = self.log.read_text(errors="replace").splitlines()
-        errors = [line for line in lines if "Error: " in line]
+        errors = [line for line in lines if "Error: " in line and " WARNING " not in line and " INFO " not in line]
         found = (errors or lines[-1:] or ["it wrote nothing"])[0]
         return found.rpartition("] ")[2].strip()[:500]
