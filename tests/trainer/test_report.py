@@ -21,6 +21,7 @@ def write_run(path, *, seed=0, steps=3, dense=True, after=0.7, rewards=(0.5, -0.
     for step in range(1, steps + 1):
         values = {"reward": 0.4, "kept_reward": 0.5, "groups_sampled": 8, "groups_kept": 4, "response_length": 60}
         values |= {"truncated": 0.1, "clip_fraction": 0.0, "approx_kl": 1e-4, "entropy": 0.4, "policy_loss": 0.0}
+        values |= {"mismatch": 0.04, "mismatch_kl": 1e-3}
         values |= {"time/rollout": 10.0, "time/verify": 1.0, "time/policy": 5.0, "time/total": 60.0}
         if dense:
             values |= {"prm_loss": 0.7, "prm_pair_accuracy": 0.6, "time/prm": 4.0}

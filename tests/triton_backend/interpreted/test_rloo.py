@@ -44,8 +44,9 @@ def inputs(masked=False):
 
 def truth(rewards, mask, outcomes, lengths=LENGTHS, groups=GROUPS, **options):
     rewards = None if rewards is None else rewards.double().nan_to_num(0.0)
-    more = {"total": sum(lengths), "whiten": True, "process_group": None, "reward_mask": mask}
-    return rloo_advantages.reference(rewards, outcomes, offsets(lengths), offsets(groups), **OPTIONS | more | options)
+    settings = rloo_advantages.Settings(**OPTIONS | options)
+    tensors = (rewards, mask, outcomes, offsets(lengths), offsets(groups))
+    return rloo_advantages.reference(*tensors, sum(lengths), settings, whiten=True, process_group=None)
 
 
 def run(rewards, mask, outcomes, config, lengths=LENGTHS, groups=GROUPS, over_ranks=None, **options):
