@@ -112,13 +112,13 @@ def resolve(op: str, tensor: torch.Tensor, backend: str | None) -> str:
 
 def token_passes(backend: str) -> ModuleType:
     """The kernels of a backend that work on packed tokens: modules with the same functions."""
-    if backend == "cpu":
-        from prime_kernels._native import cpu as passes
-    elif backend == "cuda":
-        from prime_kernels._native import cuda as passes
-    else:
-        from prime_kernels._triton import segments as passes
-    return passes
+    if backend == "triton":
+        from prime_kernels._triton import segments
+
+        return segments
+    from prime_kernels import _native
+
+    return _native.token_passes(backend)
 
 
 def _strict(op: str, tensor: torch.Tensor, backend: str) -> str:

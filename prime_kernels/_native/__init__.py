@@ -6,6 +6,7 @@ checked shapes, dtypes and ranges; the assertions only guard memory.
 """
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -98,6 +99,13 @@ def backward(
     fields = (logits.data_ptr(), row_stride(logits), _DTYPES[logits.dtype], temperature, ids.data_ptr(), address(mask))
     addresses = [address(each) for each in columns]
     run("log_probs_backward", device, *fields, rows, vocabulary, *addresses, out.data_ptr(), row_stride(out), partial)
+
+
+def token_passes(backend: str) -> ModuleType:
+    """cpu.py or cuda.py."""
+    from prime_kernels._native import cpu, cuda
+
+    return cpu if backend == "cpu" else cuda
 
 
 def constant(name: str) -> int:
