@@ -120,8 +120,8 @@ def table(source: Path, target: Path, runs: list[Path]) -> None:
         lines.append(
             [
                 name,
-                *(f"{statistics.median(rates[name, b]):.0f}" for b in batches),
-                *(f"{ratio(rates[name, b], rates['generate', b]):.2f}x" for b in batches),
+                *(f"{statistics.median(rates[name, b]):.0f}" if rates[name, b] else "" for b in batches),
+                *(f"{ratio(rates[name, b], rates['generate', b]):.2f}x" if rates[name, b] else "" for b in batches),
                 *(f"{start[key]:.2f}" if start else "" for key in ("load seconds", "update seconds")),
             ]
         )
@@ -138,11 +138,13 @@ def table(source: Path, target: Path, runs: list[Path]) -> None:
         text += "\n\nMean seconds of a step of the demo:\n\n" + markdown(steps)
     made = record["environment"]
     packages = ", ".join(f"{name} {version}" for name, version in made["packages"].items())
+    counts = " and ".join(f"{len(rates['generate', b])} at batch {b}" for b in batches)
     target.mkdir(parents=True, exist_ok=True)
     (target / "README.md").write_text(
-        f"# Rollout engines\n\n{text}\n\nOne run, all ways in turn each round, medians of "
-        f"{1 + max(r['round'] for r in rounds)} rounds; a ratio is the median of the rounds' own. A batch is that many "
-        f"responses of at most {TOKENS} tokens, {N} to a prompt; tokens after a response's end do not count. "
+        f"# Rollout engines\n\n{text}\n\nOne run, all ways in turn each round, medians of {counts}; a ratio is the "
+        f"median of the rounds' own, and what is empty was not reached. A batch is that many responses of at most "
+        f"{TOKENS} tokens, {N} to a prompt; tokens after a response's end do not count. The machine did other work "
+        f"at the same time, so the ratios mean more than the rates. "
         f"`generate` is transformers' own with left padding.\n\n"
         f"Measured with {made['cores']} cores of {made['processor']} ({', '.join(made['vector_sets'])}), Python "
         f"{made['python']}, {packages}, commit {made['commit']}.\n"
