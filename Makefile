@@ -120,7 +120,7 @@ $(VLLM_READY): pyproject.toml constraints.txt CMakeLists.txt setup.py $(wildcard
 	@touch $@
 
 test-vllm: $(VLLM_READY)
-	@$(VLLM_VENV)/bin/python -m pytest -q tests/engines
+	@$(VLLM_VENV)/bin/python -m pytest -q tests/with_vllm
 
 # The sanitizers' libraries go first into the process, and libstdc++ with them: they catch its exceptions.
 SANITIZED := build/sanitize/lib
