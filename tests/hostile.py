@@ -347,7 +347,7 @@ while True:
 """,
     "a sparse file": """
 import os
-fd = os.open('/tmp/sparse', os.O_CREAT | os.O_RDWR)
+fd = os.open('sparse', os.O_CREAT | os.O_RDWR)
 os.ftruncate(fd, 1 << 50)
 os.posix_fallocate(fd, 0, 1 << 40)
 """,
