@@ -1,4 +1,4 @@
-"""The programs of `hostile.py` in every sandbox that works here; what they may have done is looked for from outside."""
+"""The programs of `hostile` in every sandbox that works here; what they may have done is looked for from outside."""
 
 import json
 import os
