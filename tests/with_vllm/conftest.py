@@ -6,7 +6,8 @@ import pytest
 import tiny
 
 from prime_trainer import models
-from prime_trainer.config import ModelConfig, RunConfig, vllm_installed
+from prime_trainer.config import ModelConfig, RunConfig
+from prime_trainer.sections import vllm_installed
 
 HERE = Path(__file__).parent
 

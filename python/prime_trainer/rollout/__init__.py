@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..config import RunConfig, vllm_installed
+from ..config import RunConfig
 from ..models import named_tensors
+from ..sections import vllm_installed
 from .base import EngineDied, Sample, Sampler, Sampling, derive_seed
 from .transformers_sampler import TransformersSampler
 

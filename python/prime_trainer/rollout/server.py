@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import models
-from ..config import RunConfig, vllm_installed
+from ..config import RunConfig
+from ..sections import vllm_installed
 from . import _vllm
 
 MODEL_NAME = "policy"
