@@ -120,3 +120,19 @@ def test_an_incomplete_set_of_weights_is_refused(engine):
     with pytest.raises(ValueError, match=rf"{name} must have shape \[128, 64\], got \[64, 128\]"):
         engine.sampler.update_weights((tensors | {name: tensors[name].T}).items(), 9)
     assert engine.greedy(PROMPTS[:4]) == before  # neither reached the engine
+
+
+@pytest.mark.parametrize("kind", ["vllm", "vllm-server"])
+def test_more_than_the_engine_can_hold_at_once(kind, configure):
+    """Prompts of 10,000 tokens and a cache for 4,000: some wait, and some lose their place in the middle."""
+    asked = prompts(64)
+    engine = Engine(configure(kind, rollout={"vllm": {"kv_cache_gib": 2**-8}}))
+    try:
+        engine.push(0)
+        samples = engine.sampler.generate(asked, 1, Sampling(100), range(64))
+        assert engine.log_prob_error(asked, samples, 1.0) < 1e-3
+        assert sum(len(s.ids) for (s,) in samples) > 1000
+        again = engine.sampler.generate(asked, 1, Sampling(100), range(64))
+        assert [s.ids for (s,) in samples] == [s.ids for (s,) in again]
+    finally:
+        engine.sampler.close()

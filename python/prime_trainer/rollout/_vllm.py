@@ -28,6 +28,8 @@ def engine_options(cfg: RunConfig, on_cpu: bool, limit: int | None) -> dict[str,
 
     `processed_logprobs` are those of the distribution that was sampled from, after the temperature; without
     `generation_config = "vllm"` the model's own file would set top_p and the like behind our back.
+    On CPUs a prompt is read in one go: of one read in part vLLM drops what it sampled and turns the random stream of
+    its request back, which a stream of a CPU cannot do. Many prompts at once, or a full cache, are enough for that.
     """
     v = cfg.rollout.vllm
     options = {
@@ -38,6 +40,7 @@ def engine_options(cfg: RunConfig, on_cpu: bool, limit: int | None) -> dict[str,
         "max_num_seqs": cfg.rollout.batch_size,
         "max_model_len": limit,
         "enforce_eager": on_cpu if v.eager is None else v.eager,
+        "enable_chunked_prefill": False if on_cpu else None,
         "block_size": v.block_size or (32 if on_cpu else None),
         "kv_cache_memory_bytes": int((v.kv_cache_gib or 1.0) * 2**30) if on_cpu or v.kv_cache_gib else None,
         "gpu_memory_utilization": None if on_cpu else v.gpu_memory_utilization,

@@ -91,8 +91,8 @@ def arguments(cfg: RunConfig, directory: str, host: str, port: int, *, dummy: bo
     }
     words = []
     for key, value in options.items():
-        if value is not False:
-            words += [f"--{key.replace('_', '-')}"] + ([] if value is True else [str(value)])
+        name = key.replace("_", "-")
+        words += [f"--{'no-' * (value is False)}{name}"] + ([] if isinstance(value, bool) else [str(value)])
     return words
 
 
