@@ -142,9 +142,8 @@ def table(source: Path, target: Path, runs: list[Path]) -> None:
     target.mkdir(parents=True, exist_ok=True)
     (target / "README.md").write_text(
         f"# Rollout engines\n\n{text}\n\nOne run, all ways in turn each round, medians of {counts}; a ratio is the "
-        f"median of the rounds' own, and what is empty was not reached. A batch is that many responses of at most "
-        f"{TOKENS} tokens, {N} to a prompt; tokens after a response's end do not count. The machine did other work "
-        f"at the same time, so the ratios mean more than the rates. "
+        f"median of the rounds' own. A batch is that many responses of at most "
+        f"{TOKENS} tokens, {N} to a prompt; tokens after a response's end do not count. "
         f"`generate` is transformers' own with left padding.\n\n"
         f"Measured with {made['cores']} cores of {made['processor']} ({', '.join(made['vector_sets'])}), Python "
         f"{made['python']}, {packages}, commit {made['commit']}.\n"
