@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prime_kernels import Head
-
 from . import sharding
 from .config import ModelConfig
 from .parallel import SINGLE, Ranks
@@ -257,13 +255,6 @@ def hidden_states(model: Any, input_ids: Tensor, position_ids: Tensor, attention
     ).last_hidden_state
 
 
-def head(model: Any, hidden: Tensor) -> Head:
-    """The LM head applied to `hidden` [T, H], as the kernels take it."""
-    layer = model.get_output_embeddings()
-    parts = layer.weight, getattr(layer, "bias", None)
-    return Head(hidden, *(sharding.whole(part, hidden.dtype, hidden.device) for part in parts))
-
-
 def save(model: Any, tokenizer: Any, directory: Path, ranks: Ranks = SINGLE) -> None:
     """An ordinary Hugging Face directory, complete or not there at all. The first rank writes, all take part."""
     partial = directory.with_name(directory.name + ".partial")
@@ -394,3 +385,8 @@ def frozen(model: Any) -> Any:
 def named_tensors(model: Any) -> Iterable[tuple[str, Tensor]]:
     """What a sampler needs to follow the policy; with shards every rank must go through all of it."""
     return sharding.whole_tensors(model)
+
+
+def weight_shapes(model: Any) -> dict[str, torch.Size]:
+    """The names of `named_tensors` and their shapes; no rank needs another for it."""
+    return {name: value.shape for name, value in model.state_dict().items()}

@@ -38,6 +38,8 @@ class Ranks:
     group: dist.ProcessGroup | None = None
     saving: dist.ProcessGroup | None = None
     """A group on CPUs for the thread that writes checkpoints: its collectives never meet those of training."""
+    sampling: dist.ProcessGroup | None = None
+    """Likewise for rollouts, which may work ahead in a thread while the training goes on."""
     mesh: Any = None
     """The DeviceMesh over which models are sharded; None: every rank has a whole copy."""
 
@@ -135,6 +137,7 @@ def connect(cfg: ScaleConfig, device: torch.device) -> Iterator[Ranks]:
         from torch.distributed.device_mesh import init_device_mesh
 
         mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("dp",)) if cfg.shard else None
-        yield Ranks(rank, size, dist.group.WORLD, dist.new_group(backend="gloo", timeout=timeout), mesh)
+        saving, sampling = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
+        yield Ranks(rank, size, dist.group.WORLD, saving, sampling, mesh)
     finally:
         dist.destroy_process_group()

@@ -27,5 +27,7 @@ def load_placed(cfg: RunConfig, ranks: Ranks, role: Role) -> Any:
     elif scale.activation_checkpointing:
         sharding.recompute_activations(model)
     if ranks.mesh is not None:
-        sharding.shard(model, ranks.mesh, trained=trained, offload=role in scale.offload)
+        sharding.shard(
+            model, ranks.mesh, trained=trained, offload=role in scale.offload, split_head=scale.vocab_parallel_head
+        )
     return model

@@ -6,7 +6,7 @@ import copy
 import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
 from .batch import Group, group_from
@@ -34,14 +34,10 @@ class Rollouts:
     def __init__(
         self, cfg: RunConfig, model: Any, tokenizer: Any, task: Task, verifier: Verifier, ranks: Ranks = SINGLE
     ) -> None:
-        """Raises ValueError for an engine or a lag that several ranks cannot have."""
-        if ranks.size > 1 and (cfg.rollout.engine != "transformers" or cfg.rollout.lag):
-            raise ValueError(
-                f"several ranks sample with rollout.engine = 'transformers' and rollout.lag = 0, got "
-                f"{cfg.rollout.engine!r} and {cfg.rollout.lag}: their engines would have to be updated together"
-            )
         self.cfg, self.model = cfg, model
-        self.sampler = make_sampler(cfg, model, tokenizer)
+        # A thread that works ahead must not meet the collectives of training.
+        self.ranks = ranks = replace(ranks, group=ranks.sampling)
+        self.sampler = make_sampler(cfg, model, tokenizer, ranks=ranks)
         # Transformers holds its whole batch at once, and evaluation may have room for another size.
         own = cfg.rollout.engine == "transformers"
         self.evaluating = make_sampler(cfg, model, tokenizer, batch_size=cfg.eval.batch_size) if own else self.sampler
@@ -148,5 +144,6 @@ class Rollouts:
         if self.restarts == 0:
             raise EngineDied(f"{error}; all of rollout.vllm.restarts = {self.cfg.rollout.vllm.restarts} are used up")
         self.restarts -= 1
-        print(f"\nthe rollout engine is replaced: {error}", file=sys.stderr, flush=True)
+        if self.ranks.first:
+            print(f"\nthe rollout engine is replaced: {error}", file=sys.stderr, flush=True)
         self.sampler.restart()

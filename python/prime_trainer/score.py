@@ -16,9 +16,10 @@ from torch import Tensor
 
 import prime_kernels as pk
 
+from . import lm_head
 from .batch import Batch, Micro
 from .config import PRMConfig
-from .models import Trainable, head, hidden_states
+from .models import Trainable, hidden_states
 
 
 @dataclass
@@ -116,8 +117,7 @@ class Scorer:
 
 def log_probs(model: Any, micro: Micro, ids: Tensor, temperature: float = 1.0) -> Tensor:
     """[T] log-probs of the micro-batch's response tokens; logits never exist for more than a chunk of tokens."""
-    at = head(model, predicting(model, micro))
-    return pk.linear_log_probs(at.hidden, at.weight, ids, bias=at.bias, temperature=temperature)
+    return lm_head.log_probs(model, predicting(model, micro), ids, temperature=temperature)[0]
 
 
 def predicting(model: Any, micro: Micro) -> Tensor:

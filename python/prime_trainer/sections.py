@@ -6,6 +6,7 @@ Every default that the PRIME paper states is the paper's (arXiv 2502.01456, sect
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -152,7 +153,8 @@ class ServerConfig(Section):
 
 class RolloutConfig(Section):
     engine: Literal["auto", "transformers", "vllm", "vllm-server"] = "auto"
-    """`auto`: vLLM in this process where it is installed, else transformers."""
+    """`auto`: vLLM in this process where it is installed, else transformers; with several ranks transformers, as where
+    a server of vLLM's should run is not for a default to say."""
     prompts_per_step: PositiveInt = 256
     n: PositiveInt = 4
     """Responses a prompt."""
@@ -183,7 +185,10 @@ class RolloutConfig(Section):
 
     def resolved(self) -> RolloutConfig:
         """With the engine that `auto` stands for and the cap that goes with it. Raises ValueError where they clash."""
-        engine = self.engine if self.engine != "auto" else "vllm" if vllm_installed() else "transformers"
+        engine = self.engine
+        if engine == "auto":
+            alone = os.environ.get("WORLD_SIZE", "1") == "1"
+            engine = "vllm" if alone and vllm_installed() else "transformers"
         cap = self.tis_cap if self.tis_cap is not None else 0.0 if engine == "transformers" else 2.0
         if self.lag and (engine == "transformers" or cap == 0):
             raise ValueError(
@@ -371,7 +376,18 @@ class ScaleConfig(Section):
     """Shard policy, PRM and reference over the ranks (FSDP2); off: every rank has whole copies."""
     offload: list[Literal["policy", "prm", "reference"]] = []
     """Models whose shards, with their optimizer's states, stay in CPU memory while they are not at work."""
+    vocab_parallel_head: bool = False
+    """Share the vocabulary out over the ranks that hold the shards: the head and its gradient are never whole, and
+    instead every rank gets all ranks' hidden states. Needs a vocabulary that the number of ranks divides."""
     activation_checkpointing: bool = False
     """Keep the input of each layer alone and compute the rest again in the backward pass."""
     timeout_minutes: float = Field(default=60.0, gt=0)
     """How long ranks wait for one another in a collective; a rank that died is noticed within a minute."""
+
+    @model_validator(mode="after")
+    def _shares_need_shards(self) -> ScaleConfig:
+        if self.vocab_parallel_head and not self.shard:
+            raise ValueError(
+                "scale.vocab_parallel_head shares out a model in shards: scale.shard must be true, got false"
+            )
+        return self

@@ -11,7 +11,7 @@ import torch
 
 import prime_kernels as pk
 
-from . import chat, checkpoint, demonstrations, models
+from . import chat, checkpoint, demonstrations, lm_head, models
 from .batch import Batch, Group, Response
 from .config import RunConfig
 from .fit import fit
@@ -41,7 +41,7 @@ def run(cfg: RunConfig) -> Path:
         batch = Batch([examples[i] for i in order[at * size : (at + 1) * size]], model.device)
         loss = 0.0
         for micro in batch.micro_batches(range(len(batch.groups)), cfg.micro_batch_tokens, pack=cfg.sft.pack):
-            head = models.head(model, predicting(model, micro))
+            head = lm_head.head(model, predicting(model, micro))
             ids = batch.ids[micro.tokens]
             part = pk.linear_nll(head.hidden, head.weight, ids, bias=head.bias, denominator=batch.num_tokens)
             part.backward()

@@ -19,10 +19,11 @@ from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 
-def shard(model: Any, mesh: Any, *, trained: bool, offload: bool) -> Any:
+def shard(model: Any, mesh: Any, *, trained: bool, offload: bool, split_head: bool = False) -> Any:
     """Shards a causal LM over `mesh` in place. `trained`: the shards are float32 masters, else in the compute dtype.
 
     `offload`: shards live in CPU memory and pass through the device layer by layer, optimizer steps run on the CPU.
+    `split_head`: the output layer is never gathered; the ranks share out its rows, of which each must have as many.
     """
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
@@ -33,6 +34,11 @@ def shard(model: Any, mesh: Any, *, trained: bool, offload: bool) -> Any:
     body, head = model.base_model, model.get_output_embeddings()
     embedding = model.get_input_embeddings()
     tied = head.weight is embedding.weight
+    if split_head and len(head.weight) % mesh.size():
+        raise ValueError(
+            f"scale.vocab_parallel_head = true: the head's {len(head.weight)} rows must divide by the number of ranks, "
+            f"got {mesh.size()}"
+        )
     # One module at a time, so that float32 copies of the whole model never exist.
     for module in [*layers(model), body]:
         for param in module.parameters():
@@ -50,7 +56,7 @@ def shard(model: Any, mesh: Any, *, trained: bool, offload: bool) -> Any:
         split = distribute_tensor(param.data.to(mesh.device_type, stored), mesh, [Shard(0)])
         split = split.to("cpu") if offload else split
         setattr(head, name, nn.Parameter(split, requires_grad=param.requires_grad))
-    model.compute_dtype = compute
+    model.compute_dtype, model.head_group = compute, mesh.get_group() if split_head else None
     # The first pass through the body makes it FSDP2's root; it must come before any gathering by hand.
     with torch.no_grad():
         token = torch.zeros((1, 1), dtype=torch.int64, device=mesh.device_type)
@@ -96,6 +102,28 @@ class _Whole(torch.autograd.Function):
 def whole(parameter: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor | None:
     """A parameter as one tensor on every rank, differentiable; one that is not in shards comes back as it is."""
     return _Whole.apply(parameter, dtype, device) if isinstance(parameter, DTensor) else parameter
+
+
+class _Share(torch.autograd.Function):
+    """This rank's rows in the dtype of the computation; their gradient is complete and goes back in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, shards: DTensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+        local = shards.to_local()
+        ctx.mesh, ctx.placements, ctx.dtype, ctx.device = (
+            shards.device_mesh, shards.placements, shards.dtype, local.device,
+        )  # fmt: skip
+        return local.to(device, dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return DTensor.from_local(grad.to(ctx.device, ctx.dtype), ctx.mesh, ctx.placements), None, None
+
+
+def share(parameter: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """This rank's rows of a parameter in equal shares, differentiable: for losses that see all ranks' tokens."""
+    return None if parameter is None else _Share.apply(parameter, dtype, device)
 
 
 @contextmanager

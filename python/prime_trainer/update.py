@@ -7,9 +7,10 @@ from torch import Tensor
 
 import prime_kernels as pk
 
+from . import lm_head
 from .batch import Batch
 from .config import PolicyConfig
-from .models import Trainable, head
+from .models import Trainable
 from .score import predicting
 
 
@@ -60,7 +61,7 @@ def policy_update(
 def _loss(
     policy, batch, micro, advantages, old_logp, ref_logp, cfg, per_token, tokens, responses, importance, temperature
 ):
-    at = head(policy.model, predicting(policy.model, micro))
+    hidden = predicting(policy.model, micro)
     ids = batch.ids[micro.tokens]
     by_token = cfg.loss_mean == "token"
     # One weight a token turns the token mean into the mean over responses of each response's mean.
@@ -71,15 +72,15 @@ def _loss(
     if importance is not None:
         both = importance[micro.tokens] if weights is None else weights * importance[micro.tokens]
     options = {"weights": both, "clip_low": cfg.clip_low, "clip_high": cfg.clip_high, "denominator": denominator}
-    if cfg.entropy_coef == 0 and cfg.kl_coef == 0:
+    if cfg.entropy_coef == 0 and cfg.kl_coef == 0 and not lm_head.is_split(policy.model):
+        at = lm_head.head(policy.model, hidden)
         ppo = pk.linear_ppo_loss(
             at.hidden, at.weight, ids, old, advantages[micro.tokens], bias=at.bias, temperature=temperature, **options
         )
     else:
-        out = pk.linear_log_probs(
-            at.hidden, at.weight, ids, bias=at.bias, temperature=temperature, with_entropy=cfg.entropy_coef > 0
+        logp, entropy = lm_head.log_probs(
+            policy.model, hidden, ids, temperature=temperature, with_entropy=cfg.entropy_coef > 0
         )
-        logp, entropy = out if cfg.entropy_coef > 0 else (out, None)
         ppo = pk.ppo_loss(logp, logp.detach() if old is None else old, advantages[micro.tokens], **options)
     loss = ppo.loss
     share = len(micro.tokens) / max(1, tokens)

@@ -10,7 +10,7 @@ import torch
 import prime_kernels as pk
 from prime_trainer import batch as batch_module
 from prime_trainer.batch import Batch, Group, Response
-from prime_trainer.models import head
+from prime_trainer.lm_head import head
 from prime_trainer.parallel import Ranks
 from prime_trainer.score import log_probs, predicting
 

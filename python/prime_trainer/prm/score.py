@@ -16,7 +16,7 @@ from torch import Tensor
 
 import prime_kernels as pk
 
-from .. import models
+from .. import lm_head, models
 from ..batch import Batch, Group, Micro
 from ..score import predicting
 from .card import CARD_BETA, card_micro, encode_card
@@ -171,7 +171,7 @@ class StepScorer:
         return [k for ks in members.values() for k in ks], groups
 
     def _log_ratio(self, micro: Micro, ids: Tensor) -> Tensor:
-        heads = [models.head(model, predicting(model, micro)) for model in (self._prm, self._reference)]
+        heads = [lm_head.head(model, predicting(model, micro)) for model in (self._prm, self._reference)]
         return pk.linear_log_ratios(*heads, ids).log_ratio
 
 

@@ -222,18 +222,44 @@ def register_file_backend() -> None:
         WeightTransferEngineFactory.register_engine(FILE_BACKEND, FileTransfer)
 
 
-def gpu_transfer(backend: str, model: Any, client: Any, host: str, port: int, world_size: int) -> Callable[[], None]:
-    """vLLM's trainer side of `nccl` or `ipc` to one server; each call sends the policy. Not yet run on a GPU."""
-    from vllm.distributed.weight_transfer import ModuleSource, WeightTransferTrainerFactory
+def gpu_transfer(
+    backend: str, client: Any, host: str, port: int, world_size: int
+) -> Callable[[Mapping[str, Tensor]], None]:
+    """vLLM's trainer side of `nccl` or `ipc` to one server; each call sends the weights it is given. Not yet run on a
+    GPU."""
+    from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
+    from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
     from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
     from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+
+    class Weights(WeightSource):
+        # Not vLLM's source over the module: that gives masters where the model is in shards, and takes all ranks.
+        tensors: Mapping[str, Tensor] = {}
+
+        def metadata(self) -> list[ParamMeta]:
+            return [ParamMeta(name, t.dtype, tuple(t.shape)) for name, t in self.tensors.items()]
+
+        def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+            return iter(self.tensors.items())
 
     info = (
         IPCTrainerInitInfo(rank=0)
         if backend == "ipc"
         else NCCLTrainerInitInfo(rank=0, master_address=host, master_port=port, world_size=world_size + 1)
     )
-    return WeightTransferTrainerFactory.trainer_init(info, client=client, source=ModuleSource(model)).send_weights
+    source, transfer = Weights(), None
+
+    def send(tensors: Mapping[str, Tensor]) -> None:
+        nonlocal transfer
+        source.tensors = tensors
+        try:
+            if transfer is None:
+                transfer = WeightTransferTrainerFactory.trainer_init(info, client=client, source=source)
+            transfer.send_weights()
+        finally:
+            source.tensors = {}
+
+    return send
 
 
 def serve(arguments: Sequence[str]) -> None:

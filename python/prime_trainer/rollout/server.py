@@ -13,13 +13,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 from .. import models
 from ..config import RunConfig
+from ..parallel import ENVIRONMENT
 from ..sections import vllm_installed
 from . import _vllm
 
@@ -107,6 +108,14 @@ def environment(cfg: RunConfig, token: str) -> dict[str, str]:
     return added
 
 
+def without_launcher(env: Mapping[str, str]) -> dict[str, str]:
+    """Without what torchrun sets for its ranks: the server is none of them, and may have more than their one thread."""
+    if "WORLD_SIZE" not in env:
+        return dict(env)
+    names = {*ENVIRONMENT, "LOCAL_RANK", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS"}
+    return {k: v for k, v in env.items() if k not in names and not k.startswith(("TORCHELASTIC_", "GROUP_", "ROLE_"))}
+
+
 def check_port(host: str, port: int) -> None:
     """Raises ValueError where nothing can listen."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
@@ -166,7 +175,7 @@ class ServerProcess:
         with log.open("w") as output:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "prime_trainer.rollout.server_process", str(os.getpid()), *words],
-                env=os.environ | environment(cfg, token),
+                env=without_launcher(os.environ) | environment(cfg, token),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

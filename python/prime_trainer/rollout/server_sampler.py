@@ -32,7 +32,7 @@ class ServerSampler:
     """Servers at `rollout.server.urls`; with none given, one of its own, whose log is in the run's directory."""
 
     def __init__(self, cfg: RunConfig, model: Any, tokenizer: Any) -> None:
-        self.cfg, self.model = cfg, model
+        self.cfg = cfg
         self.shape = model_shape(model, tokenizer, cfg.rollout.vllm.max_model_len)
         self.version = -1
         self.directory = tempfile.TemporaryDirectory(prefix="prime-trainer-")
@@ -40,7 +40,7 @@ class ServerSampler:
         self.clients: list[Client] = []
         self._usable = False
         self._unfinished: int | None = None  # the version of an update that failed: some servers may hold a mix
-        self._gpu_transfers: list[Callable[[], None]] | None = None
+        self._gpu_transfers: list[Callable[[Mapping[str, Tensor]], None]] | None = None
         try:
             if not cfg.rollout.server.urls:
                 save_config(model, self.directory.name)
@@ -97,7 +97,7 @@ class ServerSampler:
         else:
             if self._gpu_transfers is None:
                 self._gpu_transfers = [self._gpu_transfer(client) for client in self.clients]
-            self._update_all([lambda _, send=send: send() for send in self._gpu_transfers], version)
+            self._update_all([lambda _, send=send: send(tensors) for send in self._gpu_transfers], version)
         self.version, self._usable, self._unfinished = version, True, None
 
     def _update_all(self, sends: Sequence[Callable[[Client], None]], version: int) -> None:
@@ -106,10 +106,10 @@ class ServerSampler:
         for update in updates:
             update.result()
 
-    def _gpu_transfer(self, client: Client) -> Callable[[], None]:
+    def _gpu_transfer(self, client: Client) -> Callable[[Mapping[str, Tensor]], None]:
         world = client.call("GET", "/get_world_size")["world_size"]
         host = _address_towards(client.url)
-        return _vllm.gpu_transfer(self.cfg.rollout.server.transfer, self.model, client, host, free_port(), world)
+        return _vllm.gpu_transfer(self.cfg.rollout.server.transfer, client, host, free_port(), world)
 
     def release(self) -> None:
         pass

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import ranks
+import tiny
 from safetensors.torch import load_file
 
 from prime_trainer.parallel import deal
@@ -58,6 +59,28 @@ def test_any_number_of_ranks_trains_alike(make_config, tmp_path, alone, size, sc
     start = load_file(f"{cfg.model.path}/model.safetensors")
     assert max((moved[key] - start[key]).abs().max().item() for key in moved) > 1e-4
     assert len(rows(cfg.output)) == 7  # one record, not one a rank
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_ranks_that_share_out_the_vocabulary_train_alike(make_config, tmp_path, tied):
+    """With an entropy term, whose gradient goes through the whole softmax."""
+    model = tiny.load(tiny.write_model(tmp_path / "model", tied=tied))
+    model.resize_token_embeddings(304)  # 301 would not divide
+    model.save_pretrained(tmp_path / "model")
+    options = settings(model={"path": str(tmp_path / "model")}, steps=3)
+    options["policy"] |= {"entropy_coef": 0.01, "kl_coef": 0.0 if tied else 0.01}
+    alone = make_config(output=tmp_path / "alone" / "run", **options)
+    split = make_config(output=tmp_path / "split" / "run", **options, scale={"vocab_parallel_head": True})
+    ranks.train(alone, 0)
+    ranks.train(split, 2)
+    assert_close_runs(alone.output, split.output)
+
+
+def test_a_vocabulary_that_does_not_divide_is_refused(make_config, tmp_path):
+    cfg = make_config(output=tmp_path / "run", **settings(scale={"vocab_parallel_head": True}))
+    assert ranks.wait(ranks.start(cfg, 2)) == [2, 2]
+    want = "scale.vocab_parallel_head = true: the head's 301 rows must divide by the number of ranks, got 2"
+    assert want in ranks.log(cfg).read_text()
 
 
 def test_dealing_balances_totals():

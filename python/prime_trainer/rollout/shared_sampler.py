@@ -1,0 +1,52 @@
+"""One engine for all ranks: the first drives it with everybody's prompts, and its errors are everybody's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from torch import Tensor
+
+from ..parallel import Ranks
+from .base import Sample, Sampler, Sampling
+
+
+class SharedSampler:
+    """What the first rank's engine samples, dealt out to all; every rank must make the same calls in the same order."""
+
+    def __init__(self, make: Callable[[], Sampler], ranks: Ranks) -> None:
+        self.ranks = ranks
+        self.engine: Sampler | None = None
+        self.version = -1
+
+        def build() -> None:
+            self.engine = make()
+
+        ranks.once(build)
+
+    def generate(
+        self, prompts: Sequence[list[int]], n: int, sampling: Sampling, seeds: Sequence[int]
+    ) -> list[list[Sample]]:
+        asked = self.ranks.gather((list(prompts), list(seeds)))
+        everyone, all_seeds = ([item for part in column for item in part] for column in zip(*asked, strict=True))
+        found = self.ranks.once(lambda: self.engine.generate(everyone, n, sampling, all_seeds))
+        first = sum(len(part) for part, _ in asked[: self.ranks.rank])
+        return found[first : first + len(prompts)]
+
+    def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        # Whole tensors are put together by all ranks, one after the other; the others need not keep them.
+        tensors = {name: tensor for name, tensor in named_tensors if self.ranks.first}
+        self.version = -1
+        self.ranks.once(lambda: self.engine.update_weights(tensors.items(), version))
+        self.version = version
+
+    def release(self) -> None:
+        if self.engine is not None:
+            self.engine.release()
+
+    def restart(self) -> None:
+        self.version = -1
+        self.ranks.once(lambda: self.engine.restart())
+
+    def close(self) -> None:
+        if self.engine is not None:
+            self.engine.close()
