@@ -8,7 +8,8 @@ import time
 
 import torch
 
-from prime_trainer import checkpoint, loop, state_files
+from prime_trainer import checkpoint, loop, models, rollout, state_files
+from prime_trainer.rollout import EngineDied, TransformersSampler, server_sampler
 
 
 def kill_after(seconds: float) -> None:
@@ -122,3 +123,44 @@ def terminate_at(step: int) -> None:
 
     terminated.calls = 0
     loop.Scorer.score = terminated
+
+
+def one_engine(deaths: list[int]) -> None:
+    """In the place of vLLM's server a copy of the model in the first rank's process; it dies in the calls `deaths`."""
+    rollout.vllm_installed = lambda: True
+    server_sampler.ServerSampler = type("Counted", (Copy,), {"deaths": set(deaths), "calls": 0})
+
+
+class Copy(TransformersSampler):
+    """Has the weights that it was sent and no others."""
+
+    def __init__(self, cfg, model, tokenizer):
+        assert os.environ.get("RANK", "0") == "0"
+        copy = models.load_model(cfg.model)
+        super().__init__(copy, tokenizer, batch_size=cfg.rollout.batch_size)
+        self.restart()
+
+    def generate(self, *asked):
+        self._count()
+        assert self.usable
+        return super().generate(*asked)
+
+    def update_weights(self, named_tensors, version):
+        self._count()
+        tensors = dict(named_tensors)
+        with torch.no_grad():
+            for name, tensor in self.model.state_dict().items():
+                tensor.copy_(tensors.pop(name))
+        assert not tensors
+        self.version, self.usable = version, True
+
+    def restart(self):
+        self.version, self.usable = -1, False
+        for parameter in self.model.parameters():
+            parameter.data.fill_(torch.nan)
+
+    def _count(self):
+        type(self).calls += 1
+        if self.calls in self.deaths:
+            self.usable = False
+            raise EngineDied(f"died in call {self.calls}")

@@ -11,8 +11,10 @@ import socket
 import sys
 from pathlib import Path
 
+import pytest
 import torch.distributed.checkpoint
 import torch.distributed.fsdp
+from safetensors.torch import load_file
 from torch.utils.tensorboard import SummaryWriter  # noqa: F401
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: F401
 
@@ -85,6 +87,24 @@ def train(cfg, ranks: int, fault=None, *arguments) -> None:
     """A whole run; fails with the ranks' output."""
     codes = wait(start(cfg, ranks, fault, *arguments))
     assert codes == [0] * len(codes), "\n".join(f"{codes} {log(cfg, r).read_text()[-3000:]}" for r in range(len(codes)))
+
+
+def rows(path):
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [(line.pop("stage"), {k: v for k, v in line.items() if not k.startswith("time")}) for line in lines]
+
+
+def assert_close_runs(a, b, tolerance=1e-5):
+    first, second = rows(a), rows(b)
+    assert len(first) == len(second)
+    for (stage, one), (other_stage, other) in zip(first, second, strict=True):
+        assert stage == other_stage and one == pytest.approx(other, abs=tolerance, rel=tolerance)
+    assert (a / "prm").exists() == (b / "prm").exists()
+    for name in ("final", "prm") if (a / "prm").exists() else ("final",):
+        one, other = (load_file(path / name / "model.safetensors") for path in (a, b))
+        assert one.keys() == other.keys()
+        assert max((one[key] - other[key]).abs().max().item() for key in one) <= tolerance
+        assert max((one[key] - other[key]).abs().mean().item() for key in one) <= 0.01 * tolerance
 
 
 def _free_port() -> int:

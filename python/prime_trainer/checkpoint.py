@@ -18,7 +18,7 @@ from .config import RunConfig
 from .environment import environment
 from .errors import RunError
 from .metrics import METRICS
-from .parallel import SINGLE, Ranks
+from .parallel import SINGLE, Ranks, restarts
 
 CONFIG = "config.json"
 FREE_ON_RESUME = {"steps", "resume", "output", "eval", "checkpoint", "micro_batch_tokens", "scale"}
@@ -47,12 +47,19 @@ def resume_point(cfg: RunConfig) -> Path | None:
     _recover(cfg.output)
     found = _all(cfg.output)
     if found:
+        state_files.verify(found[-1], only=state_files.STATE)
         _same_config(state_files.read_plain(found[-1])["config"], cfg)
         return found[-1]
     if not (cfg.output / CONFIG).exists():
         raise ValueError(f"--resume: {cfg.output} has no checkpoint to go on from")
     _same_config((cfg.output / CONFIG).read_text(), cfg)
     return None
+
+
+def restarted(cfg: RunConfig) -> RunConfig:
+    """As the run goes on when torchrun has started its ranks anew (--max-restarts): with the same words, but later."""
+    anew = restarts() > 0 and (cfg.output / CONFIG).exists()
+    return cfg.model_copy(update={"resume": True}) if anew else cfg
 
 
 def _same_config(saved: str, cfg: RunConfig) -> None:

@@ -49,16 +49,23 @@ class Collector:
         kept, self.surplus = self.surplus, []
         sampled: list[Group] = []
         verdicts: list[Verdict] = []
+        too_long = 0
         for _ in range(cfg.filter.max_rounds):
             if len(kept) >= wanted:
                 break
             # What passed so far tells how many prompts the rest is likely to need.
             rate = max(0.1, sum(map(self._passes, sampled)) / len(sampled)) if sampled else 1.0
-            groups, scored = self._round(min(wanted, round((wanted - len(kept)) / rate)), step, clock)
+            groups, scored, dropped = self._round(min(wanted, round((wanted - len(kept)) / rate)), step, clock)
+            too_long += dropped
             verdicts += scored
             sampled += groups
             kept += [g for g in groups if self._passes(g)]
         failures = sum(v.failure is not None for v in verdicts)
+        if not kept and not sampled:
+            raise NothingPasses(
+                f"step {step}: all {too_long} prompts are too long: with rollout.max_new_tokens = "
+                f"{cfg.rollout.max_new_tokens} they exceed the {self.sampler.limit} positions of model or engine"
+            )
         if not kept:
             mean = sum(g.accuracy for g in sampled) / len(sampled)
             raise NothingPasses(
@@ -73,6 +80,7 @@ class Collector:
             "groups_sampled": len(sampled),
             "groups_kept": len(batch),
             "surplus": len(self.surplus),
+            "prompts_too_long": too_long,
             "verifier_failures": failures,
             "verifier_timeouts": sum(v.failure == TIME_LIMIT for v in verdicts),
             # How many updates older than the policy the weights are that sampled what is trained on.
@@ -93,14 +101,18 @@ class Collector:
             return False
         return cfg.low <= group.accuracy <= cfg.high
 
-    def _round(self, prompts: int, step: int, clock: Any) -> tuple[list[Group], list[Verdict]]:
+    def _round(self, prompts: int, step: int, clock: Any) -> tuple[list[Group], list[Verdict], int]:
+        """Groups of the next `prompts` problems, verdicts, and how many prompts were left out as too long."""
         cfg = self.cfg.rollout
         problems = self.task.train(self.position, prompts)
         seeds = [derive_seed(self.cfg.seed, "rollout", step, self.position + i) for i in range(len(problems))]
         self.position += len(problems)
+        asked = [(p, seed, render(self.tokenizer, p.messages)) for p, seed in zip(problems, seeds, strict=True)]
+        limit = self.sampler.limit
+        fitting = [a for a in asked if limit is None or len(a[2]) + cfg.max_new_tokens <= limit]
         # Each rank samples and verifies its share; what passes is decided by all alike, over all groups.
-        problems, seeds = self.ranks.share(problems), self.ranks.share(seeds)
-        ids = [render(self.tokenizer, p.messages) for p in problems]
+        mine = self.ranks.share(fitting)
+        problems, seeds, ids = ([a[k] for a in mine] for k in range(3))
         with clock("rollout"):
             samples = self.sampler.generate(ids, cfg.n, Sampling(cfg.max_new_tokens, cfg.temperature), seeds)
         texts = [[self.tokenizer.decode(s.ids, skip_special_tokens=True) for s in group] for group in samples]
@@ -117,7 +129,7 @@ class Collector:
             text = problem.messages[-1]["content"]
             groups.append(Group(ids[i], responses, problem.id, text, problem.reference))
         every = [verdict for part in self.ranks.gather(verdicts) for verdict in part]
-        return self.ranks.join(groups), every
+        return self.ranks.join(groups), every, len(asked) - len(fitting)
 
 
 _NEED_SAMPLES = {"reward", "response_length", "truncated", "entropy"}

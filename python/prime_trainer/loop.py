@@ -48,9 +48,9 @@ class Run:
             self.prm = models.Trainable(prm, lr=cfg.prm.lr, grad_clip=cfg.prm.grad_clip, ranks=ranks)
         if cfg.policy.kl_coef > 0 or (dense and cfg.prm.ref_type == "freeze"):
             self.ref = load_placed(cfg, ranks, "reference")
-        # An engine's log-probs are not quite the trainer's; transformers samples with the trainer's own model.
-        self.compares = cfg.rollout.engine != "transformers" or cfg.rollout.tis_cap > 0
-        old_wanted = needs_old_logp(cfg.policy) or (dense and cfg.prm.ref_type == "policy") or self.compares
+        # An engine's log-probs are not quite the trainer's; those of transformers differ by rounding alone.
+        compares = cfg.rollout.engine != "transformers" or cfg.rollout.tis_cap > 0
+        old_wanted = needs_old_logp(cfg.policy) or (dense and cfg.prm.ref_type == "policy") or compares
         self.scorer = Scorer(
             model if old_wanted else None, self.ref, self.prm, cfg.prm, cfg.micro_batch_tokens, cfg.rollout.temperature
         )
@@ -108,7 +108,7 @@ class Run:
             scores = self.scorer.score(batch)
         values |= scores.metrics
         weights = None
-        if self.compares:
+        if scores.old_logp is not None:
             weights, compared = importance(scores.old_logp, batch.rollout_logp, cfg.rollout.tis_cap)
             values |= compared
 
@@ -146,6 +146,7 @@ class Run:
 
 def run(cfg: RunConfig) -> Path:
     """Trains until `cfg.steps`, or until Ctrl-C, which leaves a checkpoint; returns the final model's directory."""
+    cfg = checkpoint.restarted(cfg)
     with connect(cfg.scale, models.device(cfg.model)) as ranks, watched(ranks):
         return _run(cfg, ranks)
 

@@ -112,6 +112,21 @@ def deal(loads: Sequence[int], size: int) -> list[list[int]]:
     return [sorted(part) for part in parts]
 
 
+def restarts() -> int:
+    """How often torchrun has started its ranks anew (--max-restarts)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+def _store(rank: int, size: int, timeout: timedelta) -> dist.Store:
+    """Where the ranks find one another. torchrun keeps its store over restarts, addresses of dead ranks included."""
+    kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(
+        host, port, size, is_master=rank == 0 and not kept, timeout=timeout, wait_for_workers=False, multi_tenant=True
+    )
+    return dist.PrefixStore(f"prime_trainer/{restarts()}", store)
+
+
 @contextmanager
 def connect(cfg: ScaleConfig, device: torch.device) -> Iterator[Ranks]:
     """The ranks that torchrun started, or a single one where RANK and WORLD_SIZE are not set.
@@ -130,7 +145,8 @@ def connect(cfg: ScaleConfig, device: torch.device) -> Iterator[Ranks]:
     timeout = timedelta(minutes=cfg.timeout_minutes)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
-        dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
+        store = _store(rank, size, timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     except (RuntimeError, ValueError) as error:  # DistNetworkError among them
         raise RunError(f"rank {rank} of {size} cannot reach the others: {str(error).splitlines()[0]}") from None
     try:

@@ -153,8 +153,8 @@ class ServerConfig(Section):
 
 class RolloutConfig(Section):
     engine: Literal["auto", "transformers", "vllm", "vllm-server"] = "auto"
-    """`auto`: vLLM in this process where it is installed, else transformers; with several ranks transformers, as where
-    a server of vLLM's should run is not for a default to say."""
+    """`auto`: vLLM in this process where it is installed, else transformers; under torchrun transformers, as where a
+    server of vLLM's should run is not for a default to say."""
     prompts_per_step: PositiveInt = 256
     n: PositiveInt = 4
     """Responses a prompt."""
@@ -169,7 +169,7 @@ class RolloutConfig(Section):
     """1: the next batch is sampled while this one trains, by weights one update older. Needs a vLLM engine."""
     tis_cap: float | None = Field(default=None, ge=0)
     """Cap C of the importance weights min(pi_trainer / pi_rollout, C) in the policy loss, 0 for none. Unset: 2 with a
-    vLLM engine, 0 with transformers, whose log-probs are the trainer's own."""
+    vLLM engine, 0 with transformers, whose log-probs differ from the trainer's by rounding alone."""
     vllm: VLLMConfig = VLLMConfig()
     server: ServerConfig = ServerConfig()
 
@@ -187,8 +187,7 @@ class RolloutConfig(Section):
         """With the engine that `auto` stands for and the cap that goes with it. Raises ValueError where they clash."""
         engine = self.engine
         if engine == "auto":
-            alone = os.environ.get("WORLD_SIZE", "1") == "1"
-            engine = "vllm" if alone and vllm_installed() else "transformers"
+            engine = "vllm" if vllm_installed() and "WORLD_SIZE" not in os.environ else "transformers"
         cap = self.tis_cap if self.tis_cap is not None else 0.0 if engine == "transformers" else 2.0
         if self.lag and (engine == "transformers" or cap == 0):
             raise ValueError(
@@ -366,7 +365,8 @@ class BenchConfig(Section):
 class CheckpointConfig(Section):
     every: int = Field(default=10, ge=0)
     """Steps between checkpoints; 0 keeps only the one at the end (or at Ctrl-C)."""
-    keep: PositiveInt = 1
+    keep: PositiveInt = 2
+    """How many of the newest stay: with two there is another one where a disk has spoilt the last."""
 
 
 class ScaleConfig(Section):

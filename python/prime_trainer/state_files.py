@@ -82,15 +82,15 @@ def write(directory: Path, plain: Any, tensors: dict[str, Tensor], ranks: Ranks 
     ranks.once(seal)
 
 
-def verify(directory: Path, ranks: Ranks = SINGLE) -> None:
-    """Raises ValueError, naming the file, if anything differs from what `write` left."""
+def verify(directory: Path, ranks: Ranks = SINGLE, only: str | None = None) -> None:
+    """Raises ValueError, naming the file, if anything, or the file `only`, differs from what `write` left."""
     manifest = directory / MANIFEST
     wrong: list[str] = []
     try:
         facts = json.loads(manifest.read_text())
-        for name in ranks.share(sorted(facts)):
+        for name in ranks.share(sorted(facts) if only is None else [only]):
             wrong += _difference(directory / name, facts[name])
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         wrong.append(f"{MANIFEST} cannot be read ({error})")
     wrong = [line for lines in ranks.gather(wrong) for line in lines]
     if wrong:

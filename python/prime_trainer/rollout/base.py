@@ -39,6 +39,8 @@ class EngineDied(RunError):
 class Sampler(Protocol):
     version: int
     """Of the weights that sample now."""
+    limit: int | None
+    """Tokens of prompt and response together."""
 
     def generate(
         self, prompts: Sequence[list[int]], n: int, sampling: Sampling, seeds: Sequence[int]

@@ -17,11 +17,12 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from .. import models
 from ..config import RunConfig
 from ..parallel import ENVIRONMENT
-from ..sections import vllm_installed
+from ..sections import ServerConfig, vllm_installed
 from . import _vllm
 
 MODEL_NAME = "policy"
@@ -106,6 +107,33 @@ def environment(cfg: RunConfig, token: str) -> dict[str, str]:
     if cfg.rollout.server.transfer == "ipc":
         added["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # handles of GPU memory travel pickled, behind the token
     return added
+
+
+def check_transfer(cfg: ServerConfig, device: str) -> None:
+    """Raises ValueError where weights cannot get to the servers in the way that is asked for."""
+    if cfg.transfer != "file" and device != "cuda":
+        raise ValueError(
+            f"rollout.server.transfer = {cfg.transfer!r} is for weights on a GPU, and the model is on {device!r}; "
+            "take 'file'"
+        )
+    for url in cfg.urls if cfg.transfer == "file" else ():
+        if not is_here(urlsplit(url).hostname or ""):
+            raise ValueError(
+                f"rollout.server.transfer = 'file' is for servers on this host, and {url} is not: take 'nccl'"
+            )
+
+
+def is_here(host: str) -> bool:
+    """Whether an address is one of this machine's own. One that nobody knows is left for the connection to report."""
+    try:
+        addresses = {(family, address[0]) for family, *_, address in socket.getaddrinfo(host, None)}
+    except OSError:
+        return True
+    for family, address in addresses:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe, suppress(OSError):
+            probe.bind((address, 0))
+            return True
+    return False
 
 
 def without_launcher(env: Mapping[str, str]) -> dict[str, str]:

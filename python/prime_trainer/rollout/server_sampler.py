@@ -34,6 +34,7 @@ class ServerSampler:
     def __init__(self, cfg: RunConfig, model: Any, tokenizer: Any) -> None:
         self.cfg = cfg
         self.shape = model_shape(model, tokenizer, cfg.rollout.vllm.max_model_len)
+        self.limit = self.shape.limit
         self.version = -1
         self.directory = tempfile.TemporaryDirectory(prefix="prime-trainer-")
         self.process: ServerProcess | None = None

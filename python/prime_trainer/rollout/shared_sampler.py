@@ -18,10 +18,11 @@ class SharedSampler:
         self.engine: Sampler | None = None
         self.version = -1
 
-        def build() -> None:
+        def build() -> int | None:
             self.engine = make()
+            return self.engine.limit
 
-        ranks.once(build)
+        self.limit = ranks.once(build)
 
     def generate(
         self, prompts: Sequence[list[int]], n: int, sampling: Sampling, seeds: Sequence[int]

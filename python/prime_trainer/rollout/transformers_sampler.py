@@ -22,6 +22,7 @@ class TransformersSampler:
     def __init__(self, model: Any, tokenizer: Any, *, batch_size: int) -> None:
         self.model, self.batch_size = model, batch_size
         self.shape = model_shape(model, tokenizer)
+        self.limit = self.shape.limit
         self.stops = torch.tensor(self.shape.stops, device=model.device)
         self.pad_id = int(self.stops[0])
         self.version = 0

@@ -17,6 +17,7 @@ from .base import EngineDied, Sample, Sampling, derive_seed, model_shape
 class VLLMSampler:
     def __init__(self, cfg: RunConfig, model: Any, tokenizer: Any) -> None:
         self.shape = model_shape(model, tokenizer, cfg.rollout.vllm.max_model_len)
+        self.limit = self.shape.limit
         self.sleeps = cfg.rollout.vllm.sleep
         self.device = model.device
         self.options = _vllm.engine_options(cfg, self.device.type == "cpu", self.shape.limit)

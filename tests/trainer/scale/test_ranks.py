@@ -1,12 +1,13 @@
 """The same run on one, two and four processes: the same losses and the same weights."""
 
-import json
-
 import pytest
 import ranks
 import tiny
+import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
+from prime_trainer.checkpoint import load_latest
 from prime_trainer.parallel import deal
 
 
@@ -24,23 +25,6 @@ def settings(**changes):
     } | changes
 
 
-def rows(path):
-    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    return [(line.pop("stage"), {k: v for k, v in line.items() if not k.startswith("time")}) for line in lines]
-
-
-def assert_close_runs(a, b, tolerance=1e-5):
-    first, second = rows(a), rows(b)
-    assert len(first) == len(second)
-    for (stage, one), (other_stage, other) in zip(first, second, strict=True):
-        assert stage == other_stage and one == pytest.approx(other, abs=tolerance, rel=tolerance)
-    for name in ("final", "prm"):
-        one, other = (load_file(path / name / "model.safetensors") for path in (a, b))
-        assert one.keys() == other.keys()
-        assert max((one[key] - other[key]).abs().max().item() for key in one) <= tolerance
-        assert max((one[key] - other[key]).abs().mean().item() for key in one) <= 0.01 * tolerance
-
-
 @pytest.fixture(scope="module")
 def alone(make_config, tmp_path_factory):
     cfg = make_config(output=tmp_path_factory.mktemp("alone") / "run", **settings())
@@ -54,11 +38,43 @@ def alone(make_config, tmp_path_factory):
 def test_any_number_of_ranks_trains_alike(make_config, tmp_path, alone, size, scale):
     cfg = make_config(output=tmp_path / "run", **settings(scale=scale))
     ranks.train(cfg, size)
-    assert_close_runs(alone, cfg.output)
+    ranks.assert_close_runs(alone, cfg.output)
     moved = load_file(alone / "final" / "model.safetensors")
     start = load_file(f"{cfg.model.path}/model.safetensors")
     assert max((moved[key] - start[key]).abs().max().item() for key in moved) > 1e-4
-    assert len(rows(cfg.output)) == 7  # one record, not one a rank
+    assert len(ranks.rows(cfg.output)) == 7  # one record, not one a rank
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prm": {"ref_type": "policy", "update": "before"}},
+        {"algorithm": {"process_coef": 0.0}, "policy": {"epochs": 2}},
+    ],
+    ids=["policy as reference", "outcomes alone"],
+)
+def test_other_algorithms_on_ranks(make_config, tmp_path, changes):
+    runs = [make_config(output=tmp_path / str(size) / "run", **(settings(steps=2) | changes)) for size in (0, 2)]
+    for cfg, size in zip(runs, (0, 2), strict=True):
+        ranks.train(cfg, size)
+    ranks.assert_close_runs(*(cfg.output for cfg in runs))
+
+
+def test_bfloat16_shards_have_float32_masters(make_config, tmp_path):
+    """Rounding makes other samples, so no run in one process to compare with: what must hold of any."""
+    cfg = make_config(output=tmp_path / "run", **settings(steps=2, model={"dtype": "bfloat16"}))
+    ranks.train(cfg, 2)
+    saved = load_latest(cfg.output)
+    for name, directory in (("policy", "final"), ("prm", "prm")):
+        weights = load_file(cfg.output / directory / "model.safetensors")
+        masters = {tuple(m.shape): m for m in saved[name]["master"]}
+        assert all(m.dtype == torch.float32 for m in saved[name]["master"])
+        embedding = weights["model.embed_tokens.weight"]
+        master = masters[tuple(embedding.shape)]
+        assert embedding.dtype == torch.bfloat16 and torch.equal(embedding, master.bfloat16())
+        assert not torch.equal(master, master.bfloat16().float())  # or the updates would have been rounded away
+    again = AutoModelForCausalLM.from_pretrained(cfg.output / "final")
+    assert again.dtype == torch.bfloat16 and torch.equal(again.get_input_embeddings().weight, again.lm_head.weight)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -73,7 +89,7 @@ def test_ranks_that_share_out_the_vocabulary_train_alike(make_config, tmp_path, 
     split = make_config(output=tmp_path / "split" / "run", **options, scale={"vocab_parallel_head": True})
     ranks.train(alone, 0)
     ranks.train(split, 2)
-    assert_close_runs(alone.output, split.output)
+    ranks.assert_close_runs(alone.output, split.output)
 
 
 def test_a_vocabulary_that_does_not_divide_is_refused(make_config, tmp_path):
