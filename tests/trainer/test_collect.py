@@ -6,6 +6,7 @@ from contextlib import nullcontext
 import pytest
 
 from prime_trainer.collect import Collector, NothingPasses
+from prime_trainer.models import render
 from prime_trainer.rollout import Sample
 from prime_trainer.tasks import Problem
 from prime_trainer.verify import Verdict
@@ -23,6 +24,8 @@ class Task:
 
 class Sampler:
     """Token k for the k-th response; remembers what it was asked."""
+
+    limit = None
 
     def __init__(self, finish="stop"):
         self.asked, self.seeds, self.finish = [], [], finish
@@ -63,6 +66,21 @@ def clock(stage):
 
 def names(groups):
     return [g.problem for g in groups]
+
+
+def test_prompts_that_are_too_long_are_left_out_and_counted(collector, tokenizer):
+    """Of q1 to q12 the two-digit ones have a token more than fits beside the response."""
+    sampler = Sampler()
+    made = collector(lambda i: 2, sampler, rollout={"prompts_per_step": 12, "n": 5, "max_new_tokens": 6})
+    lengths = [len(render(tokenizer, p.messages)) for p in made.task.train(0, 12)]
+    assert lengths == [min(lengths)] * 10 + [min(lengths) + 1] * 2
+    sampler.limit = min(lengths) + 6
+    made.cfg.filter.max_rounds = 1
+    groups, values = made.collect(1, clock)
+    assert names(groups) == [f"p{i}" for i in range(10)] and values["prompts_too_long"] == 2
+    sampler.limit -= 1
+    with pytest.raises(NothingPasses, match=rf"step 2: all 12 prompts are too long: .* exceed the {sampler.limit} pos"):
+        made.collect(2, clock)
 
 
 def test_bounds_are_inclusive(collector):

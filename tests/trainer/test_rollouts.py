@@ -12,12 +12,16 @@ from prime_trainer.config import RunConfig, load
 from prime_trainer.models import named_tensors
 from prime_trainer.rollout import EngineDied, Sample, make_sampler
 from prime_trainer.rollout.base import model_shape
+from prime_trainer.rollout.server import check_transfer, without_launcher
+from prime_trainer.sections import ServerConfig
 from prime_trainer.tasks import load_task
 from prime_trainer.verify import Verdict
 
 
 class Engine:
     """Notes every call; dies in the calls that `deaths` names, counted over all engines."""
+
+    limit = None
 
     def __init__(self, deaths=()):
         self.deaths, self.calls, self.version, self.alive = set(deaths), [], 0, True
@@ -181,7 +185,6 @@ def test_settings_of_engines():
     assert RunConfig(rollout={"engine": "transformers"}).rollout.tis_cap == 0
     assert RunConfig(rollout={"engine": "vllm"}).rollout.tis_cap == 2
     assert RunConfig(rollout={"engine": "vllm-server", "tis_cap": 5}).rollout.tis_cap == 5
-    assert RunConfig().rollout.engine in ("transformers", "vllm")
     for bad, message in [
         ({"top_p": 0.9}, r"rollout\.top_p must be off \(1\.0\) for training, got 0\.9"),
         ({"top_k": 5}, r"rollout\.top_k must be off \(0\) for training, got 5"),
@@ -198,6 +201,42 @@ def test_settings_of_engines():
     for other in ({"policy": {"kl_coef": 0.1}}, {"prm": {"ref_type": "policy"}}):
         with pytest.raises(ValueError, match=r"rollout\.temperature must be 1 with policy\.kl_coef or prm\.ref_type"):
             RunConfig(rollout={"temperature": 0.7}, **other)
+
+
+@pytest.mark.parametrize(
+    ("installed", "torchrun", "engine"),
+    [(True, False, "vllm"), (False, False, "transformers"), (True, True, "transformers")],
+)
+def test_the_engine_that_auto_stands_for(monkeypatch, installed, torchrun, engine):
+    monkeypatch.setattr("prime_trainer.sections.vllm_installed", lambda: installed)
+    monkeypatch.setenv("WORLD_SIZE", "2") if torchrun else monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert RunConfig().rollout.engine == engine
+
+
+def test_weights_that_cannot_reach_a_server_are_refused(run_config, model, tokenizer, monkeypatch):
+    monkeypatch.setattr("prime_trainer.rollout.vllm_installed", lambda: True)
+    elsewhere, here = "http://192.0.2.7:8000", "http://localhost:8000"
+    for server, message in [
+        (
+            {"transfer": "nccl"},
+            r"rollout\.server\.transfer = 'nccl' is for weights on a GPU, and the model is on 'cpu'",
+        ),
+        (
+            {"urls": [here, elsewhere]},
+            rf"rollout\.server\.transfer = 'file' is for servers on this host, and {elsewhere}",
+        ),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            make_sampler(run_config(rollout={"engine": "vllm-server", "server": server}), model, tokenizer)
+    check_transfer(ServerConfig(urls=[here, "http://127.0.0.1:1", "http://[::1]:2"]), "cpu")
+    check_transfer(ServerConfig(urls=[elsewhere], transfer="nccl"), "cuda")
+
+
+def test_a_server_is_none_of_torchruns_ranks():
+    env = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1", "LOCAL_RANK": "0", "PATH": "p"}
+    env |= {"TORCHELASTIC_RUN_ID": "x", "GROUP_RANK": "0", "OMP_NUM_THREADS": "1"}
+    assert without_launcher(env) == {"PATH": "p"}
+    assert without_launcher({"OMP_NUM_THREADS": "1"}) == {"OMP_NUM_THREADS": "1"}  # somebody's own choice
 
 
 def test_servers_on_the_command_line():

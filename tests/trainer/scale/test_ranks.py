@@ -33,7 +33,13 @@ def alone(make_config, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("size", "scale"), [(2, {}), (4, {"activation_checkpointing": True}), (2, {"shard": False})], ids=str
+    ("size", "scale"),
+    [
+        (2, {}),
+        (4, {"activation_checkpointing": True, "offload": ["policy", "prm", "reference"]}),
+        (2, {"shard": False}),
+    ],
+    ids=str,
 )
 def test_any_number_of_ranks_trains_alike(make_config, tmp_path, alone, size, scale):
     cfg = make_config(output=tmp_path / "run", **settings(scale=scale))
