@@ -44,6 +44,7 @@ class Passes:
     """Bytes that passes of the body take beside its parameters."""
 
     tokens: int
+    """Of one pass."""
     forward: int
     """At most, in a pass without gradients."""
     kept: int

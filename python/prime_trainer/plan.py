@@ -99,8 +99,7 @@ def make(cfg: RunConfig, gpus: int, prompt_tokens: int) -> Plan:
 
 @dataclass(frozen=True)
 class _Work:
-    """What stages take beside the models that are held. c, H, O, L below: bytes of the compute dtype, parameters of the
-    head, outside the layers, of a layer."""
+    """What stages take beside the models that are held, each at the moment that takes most."""
 
     shape: Shape
     body: Passes
@@ -108,10 +107,12 @@ class _Work:
     ranks: int
     sharded: bool
     device: str
+    """`cpu` or `cuda`: tiles of logits have another size on each."""
     tokens: int
     """Response tokens of a pass."""
 
     def update(self, *, fused: bool, offloaded: bool) -> Parts:
+        """`fused`: gradients come with the loss; `offloaded`: in shards on the CPU."""
         shape, c, f = self.shape, self.compute, GRAD_BYTES
         # A tied head in shards is summed apart from the embedding; its sum and theirs are both there.
         twice = shape.head if self.sharded and shape.tied else 0
@@ -133,6 +134,7 @@ class _Work:
         )  # fmt: skip
 
     def score(self) -> Parts:
+        """Passes without gradients, one model after the other."""
         shape, c = self.shape, self.compute
         hidden = float(2 * c * self.tokens * shape.width)
         gathered = c * (shape.outside + 2 * shape.layer) if self.sharded else 0.0
@@ -143,7 +145,7 @@ class _Work:
         )  # fmt: skip
 
     def sampling(self, prompts: int, n: int, prompt_tokens: int, length: int) -> Parts:
-        """`prompts` are read, then `n` responses to each are drawn side by side; a layer's keys are copied as they grow."""
+        """`prompts` are read, then `n` responses to each drawn side by side; a layer's keys are copied as they grow."""
         shape, c = self.shape, self.compute
         whole = {"whole policy": c * shape.parameters if self.sharded else 0.0}
         cache, logits = c * shape.cache_per_token * prompts * n * length, prompts * n * shape.vocabulary

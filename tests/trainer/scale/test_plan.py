@@ -37,20 +37,21 @@ def test_parameters_and_states(run_config, model):
 def models_by_size(tmp_path_factory):
     """Where the activations of a layer weigh most, the vocabulary is small; elsewhere it is large."""
     places = {}
-    for vocabulary, tied in ((2048, True), (8192, True), (8192, False)):
+    for vocabulary, tied in ((2048, True), (8192, True), (2048, False)):
         place = tmp_path_factory.mktemp("sizes")
         places[vocabulary, tied] = tiny.write_model(place, tied=tied, sizes={**LLAMA, "vocab_size": vocabulary})
     return places
 
 
 def assert_planned(cfg, gpus, measured):
-    """What is held to 1 %, what each stage takes beside it to 7 %: a smaller margin than 10 % of the sums."""
+    """What is held to 1 %, what each stage takes beside it to 4 %, which is less than 10 % of their sum: a term that
+    is missing, or there twice, shows."""
     made = plan.make(cfg, gpus, stages.PROMPT)
     assert made.memory.keys() == measured.keys() - {"held"}
     for stage, parts in made.memory.items():
         held = sum(parts[name] for name in HELD)
         assert held == pytest.approx(measured["held"], rel=0.01)
-        assert sum(parts.values()) - held == pytest.approx(measured[stage], rel=0.07), (stage, parts)
+        assert sum(parts.values()) - held == pytest.approx(measured[stage], rel=0.04), (stage, parts)
 
 
 HELD = ("policy, masters and AdamW", "PRM, masters and AdamW", "reference")
@@ -63,7 +64,7 @@ RECOMPUTED = {"scale": {"activation_checkpointing": True}}
     [
         ((8192, True), "float32", {"micro_batch_tokens": 448}),
         ((2048, True), "bfloat16", {"micro_batch_tokens": 896, **RECOMPUTED}),
-        ((8192, False), "bfloat16", {"micro_batch_tokens": 448, "algorithm": {"process_coef": 0},
+        ((2048, False), "bfloat16", {"micro_batch_tokens": 896, "algorithm": {"process_coef": 0},
                                      "policy": {"minibatches": 1, "kl_coef": 0.1}}),
     ],
     ids=["kept", "recomputed", "without a PRM"],
