@@ -9,7 +9,6 @@ import tiny
 import torch
 from stages import bytes_of
 
-import prime_kernels as pk
 from prime_kernels.ops import _linear_tiles
 from prime_trainer import footprint, models, plan
 from prime_trainer.cli import main
@@ -100,33 +99,6 @@ def test_tiles_are_those_of_the_losses():
         made = tiles.Tiles(torch.empty(tokens, 1, device="meta"), *head, tiles.BACKWARD_ELEMENTS["cuda"])
         found = footprint._tile(footprint.BACKWARD_TILE["cuda"], tokens, vocabulary, "cuda")
         assert found == (made.tokens, made.columns)
-
-
-@pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_head_in_many_tiles(monkeypatch, fused, dtype):
-    """Sums over tiles are float32, whatever is summed."""
-    for module, backward in ((_linear_tiles, "BACKWARD_ELEMENTS"), (footprint, "BACKWARD_TILE")):
-        monkeypatch.setitem(getattr(module, backward), "cpu", 2**16)
-    monkeypatch.setitem(_linear_tiles.TOKENS, "cpu", 64)
-    monkeypatch.setitem(footprint.TILE_TOKENS, "cpu", 64)
-    monkeypatch.setattr(_linear_tiles, "FUSED_BYTES", 2**18)
-    monkeypatch.setattr(footprint, "FUSED_TILE_BYTES", 2**18)
-    tokens, vocabulary, width = 512, 2048, 128
-    hidden = torch.randn(tokens, width).to(dtype).requires_grad_()
-    weight = torch.randn(vocabulary, width).to(dtype).requires_grad_()
-    ids = torch.randint(vocabulary, (tokens,))
-
-    def work():
-        taken = hidden * 1.0  # as the rows of the response tokens are taken
-        if fused:
-            pk.linear_ppo_loss(taken, weight, ids, None, torch.ones(tokens)).loss.backward()
-        else:
-            pk.linear_log_probs(taken, weight, ids).sum().backward()
-
-    shape = footprint.Shape(0, 0, 0, vocabulary * width, False, 1, width, vocabulary, 0)
-    parts = footprint.head_bytes(shape, tokens, hidden.element_size(), "cpu", fused)
-    assert sum(parts.values()) == pytest.approx(stages.peak(work), rel=0.1)
 
 
 def test_shares_and_offload(run_config):
