@@ -42,12 +42,13 @@ def models_by_size(tmp_path_factory):
     return places
 
 
-def assert_planned(cfg, gpus, measured):
+def assert_planned(cfg, gpus, measured, without=()):
     """What is held to 1 %, what each stage takes beside it to 4 %, which is less than 10 % of their sum: a term that
     is missing, or there twice, shows."""
     made = plan.make(cfg, gpus, stages.PROMPT)
     assert made.memory.keys() == measured.keys() - {"held"}
-    for stage, parts in made.memory.items():
+    for stage in made.memory.keys() - without:
+        parts = made.memory[stage]
         held = sum(parts[name] for name in HELD)
         assert held == pytest.approx(measured["held"], rel=0.01)
         assert sum(parts.values()) - held == pytest.approx(measured[stage], rel=0.04), (stage, parts)
@@ -86,8 +87,10 @@ def test_peaks_of_two_ranks(run_config, models_by_size, tmp_path, size, dtype, c
     model = {"path": str(models_by_size[size]), "dtype": dtype}
     cfg = run_config(**PRM | {"model": model} | changes)
     ranks.train(cfg, 2, stages.record, str(tmp_path / "peaks"))
+    # Where the gathered head is bfloat16, PyTorch's product for CPUs copies it once a prompt; GPUs read it in place.
+    without = {"evaluation"} if dtype == "bfloat16" else set()
     for rank in range(2):
-        assert_planned(cfg, 2, json.loads((tmp_path / f"peaks.{rank}").read_text()))
+        assert_planned(cfg, 2, json.loads((tmp_path / f"peaks.{rank}").read_text()), without)
 
 
 def test_tiles_are_those_of_the_losses():
