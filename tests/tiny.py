@@ -19,8 +19,11 @@ TEXTS = [
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
-def write_model(directory: Path, *, head_dim: int = 32, tied: bool = True, **generation: Any) -> Path:
-    """`generation` goes into the generation config, as models' authors do with their sampling defaults."""
+def write_model(
+    directory: Path, *, head_dim: int = 32, tied: bool = True, sizes: dict[str, int] | None = None, **generation: Any
+) -> Path:
+    """`sizes` go into the configuration in place of the usual ones (more ids than the tokenizer has are never text);
+    `generation` goes into the generation config, as models' authors do with their sampling defaults."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -38,13 +41,16 @@ def write_model(directory: Path, *, head_dim: int = 32, tied: bool = True, **gen
 
     torch.manual_seed(0)
     # Weights well above the usual spread: with those the distribution would be flat and attention blind.
+    shape = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
+        **shape | (sizes or {}),
         head_dim=head_dim,
         max_position_embeddings=512,
         tie_word_embeddings=tied,

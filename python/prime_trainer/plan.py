@@ -1,40 +1,26 @@
 """Memory and traffic of a run before it starts: counted on a model without data (meta device), not guessed from names.
 
-Sizes are of one GPU with everything in shards over all of them. Activations are what autograd keeps of one forward
-pass of the configured model; attention is taken to keep its inputs and output, as flash and efficient kernels do.
+Sizes are of one GPU with everything in shards over all of them, at the moment of each stage that takes most: tensors
+that are alive, without what an allocator loses between them. Attention is taken to keep its inputs and output, as flash
+and efficient kernels do; gradients of the passes before are taken to be there, as from the second pass of an optimizer
+step on.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from . import models, sharding
 from .config import RunConfig
+from .footprint import Passes, Shape, drawing_bytes, head_bytes, passes_of, score_tile_bytes, shape_of
 
 GIB = 2**30
 MASTER_BYTES, ADAM_BYTES, GRAD_BYTES = 4, 8, 4
-LOGITS_TILE = 64 * 2**20
-"""Float32 logits alive at once in the linear losses."""
 
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of a model in elements; a `layer` is the largest one."""
-
-    parameters: int
-    layer: int
-    outside: int
-    """Parameters of the embedding and what else is in no layer, the head left out where it is tied."""
-    head: int
-    layers: int
-    width: int
-    cache_per_token: int
-    """Keys and values of all layers."""
+Parts = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -42,48 +28,12 @@ class Plan:
     """Bytes by stage on one GPU, bytes sent by one GPU in a step, by what for."""
 
     shape: Shape
-    memory: dict[str, dict[str, float]]
+    memory: dict[str, Parts]
     traffic: dict[str, float]
     passes: int
     """Forward passes of one rank over its share of a step."""
     row: int
     """Tokens of one pass."""
-
-
-def shape_of(model: Any) -> Shape:
-    """Counts a model's parameters; those that modules share count once."""
-    found = sharding.layers(model)
-    sizes = [sum(p.numel() for p in layer.parameters()) for layer in found]
-    total, head = sum(p.numel() for p in model.parameters()), model.get_output_embeddings().weight.numel()
-    config = model.config
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return Shape(
-        total, max(sizes), total - sum(sizes), head, len(found), config.hidden_size,
-        2 * len(found) * size * (getattr(config, "num_key_value_heads", None) or config.num_attention_heads),
-    )  # fmt: skip
-
-
-def activation_bytes(model: Any, tokens: int) -> tuple[int, int]:
-    """(bytes that autograd keeps of one layer for `tokens` tokens, of its input alone), from a pass on `meta`."""
-    kept: dict[int, int] = {}
-    parameters = {p.untyped_storage()._cdata for p in model.parameters()}
-    storages: list[Any] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key not in parameters and key not in kept:
-            kept[key] = storage.nbytes()
-            storages.append(storage)  # kept alive, so that no other storage takes its address
-        return tensor
-
-    ids = torch.zeros((1, tokens), dtype=torch.int64, device="meta")
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        hidden = models.hidden_states(model, ids, ids, None)
-    total, found = sum(kept.values()), len(sharding.layers(model))
-    del hidden
-    one = tokens * model.config.hidden_size * next(model.parameters()).element_size()
-    return total // found, one
 
 
 def make(cfg: RunConfig, gpus: int, prompt_tokens: int) -> Plan:
@@ -96,11 +46,15 @@ def make(cfg: RunConfig, gpus: int, prompt_tokens: int) -> Plan:
     row = max(length, cfg.micro_batch_tokens // length * length)
     responses = cfg.rollout.prompts_per_step * cfg.rollout.n
     passes = math.ceil(responses * length / gpus / row)
-    per_layer, entry = activation_bytes(model, row)
-    kept = (entry * shape.layers + per_layer) if cfg.scale.activation_checkpointing else per_layer * shape.layers
+    if cfg.scale.activation_checkpointing:
+        sharding.recompute_activations(model)
+    work = _Work(
+        shape, passes_of(model, row), compute, ranks, ranks > 1 or bool(offload),
+        "cpu" if cfg.model.device == "cpu" else "cuda", row // length * cfg.rollout.max_new_tokens,
+    )  # fmt: skip
 
     trained = (MASTER_BYTES + ADAM_BYTES) * shape.parameters / ranks
-    if ranks == 1:
+    if not work.sharded:
         trained += compute * shape.parameters  # a whole copy in the compute dtype beside its masters
     has_ref = cfg.policy.kl_coef > 0 or (dense and cfg.prm.ref_type == "freeze")
     held = {
@@ -108,35 +62,26 @@ def make(cfg: RunConfig, gpus: int, prompt_tokens: int) -> Plan:
         "PRM, masters and AdamW": trained if dense and "prm" not in offload else 0.0,
         "reference": compute * shape.parameters / ranks if has_ref and "reference" not in offload else 0.0,
     }
-    # What is gathered at a time: the part outside the layers, a layer at work and the next, and the head.
-    gathered = compute * (shape.outside + 2 * shape.layer + shape.head) if ranks > 1 else 0.0
-    gradient = GRAD_BYTES * shape.parameters / ranks
-    backward = {
-        "gathered parameters": gathered,
-        "activations": float(kept),
-        "gradients": gradient,
-        "gradients on their way": (compute + GRAD_BYTES) * shape.layer + GRAD_BYTES * shape.head if ranks > 1 else 0.0,
-        "logits": float(LOGITS_TILE),
-    }
-    side_by_side = min(cfg.rollout.batch_size, math.ceil(responses / gpus))
-    memory = {
-        "rollout": held
-        | {
-            "whole policy": compute * shape.parameters if ranks > 1 else 0.0,
-            "keys and values": float(compute * shape.cache_per_token * side_by_side * length),
-        }
-        if cfg.rollout.engine == "transformers"
-        else held,
-    }
+    memory = {"rollout": held}
+    if cfg.rollout.engine == "transformers":
+        memory["rollout"] = held | work.sampling(
+            min(max(1, cfg.rollout.batch_size // cfg.rollout.n), math.ceil(cfg.rollout.prompts_per_step / gpus)),
+            cfg.rollout.n, prompt_tokens, length,
+        )  # fmt: skip
+        problems = min(cfg.eval.batch_size, math.ceil(cfg.task.eval_size / gpus))
+        memory["evaluation"] = held | work.sampling(problems, 1, prompt_tokens, length)
+    # The policy's log-probs are wanted where it changes within a step, is the reference, or an engine samples.
+    old = cfg.policy.epochs * cfg.policy.minibatches > 1 or (dense and cfg.prm.ref_type == "policy")
+    scoring = int(has_ref) + int(old or cfg.rollout.engine != "transformers" or cfg.rollout.tis_cap > 0)
     if dense and cfg.prm.update != "none":
-        memory["score and PRM update"] = held | backward
+        memory["score and PRM update"] = held | work.update(fused=False, offloaded="prm" in offload)
     else:
-        memory["score"] = held | {"gathered parameters": gathered, "logits": float(LOGITS_TILE)}
-    memory["policy update"] = held | backward
+        memory["score"] = held | (work.score() if scoring or dense else {})
+    fused = cfg.policy.entropy_coef == 0 and cfg.policy.kl_coef == 0
+    memory["policy update"] = held | work.update(fused=fused, offloaded="policy" in offload)
 
     sent = (ranks - 1) / ranks
     gather, reduce = compute * shape.parameters * sent, GRAD_BYTES * shape.parameters * sent
-    scoring = int(has_ref) + int(cfg.policy.epochs * cfg.policy.minibatches > 1 or cfg.prm.ref_type == "policy")
     rounds = passes * cfg.policy.epochs
     traffic = {
         "rollout: the policy gathered once": gather if ranks > 1 else 0.0,
@@ -150,6 +95,71 @@ def make(cfg: RunConfig, gpus: int, prompt_tokens: int) -> Plan:
         traffic |= {"PRM: forward, backward, gradients": ring * cfg.prm.minibatches if dense else 0.0}
         traffic |= {"policy: forward, backward, gradients": ring * steps}
     return Plan(shape, memory, traffic, passes, row)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What stages take beside the models that are held, each at the moment that takes most."""
+
+    shape: Shape
+    body: Passes
+    compute: int
+    ranks: int
+    sharded: bool
+    device: str
+    """`cpu` or `cuda`: tiles of logits have another size on each."""
+    tokens: int
+    """Response tokens of a pass."""
+
+    def update(self, *, fused: bool, offloaded: bool) -> Parts:
+        """`fused`: gradients come with the loss; `offloaded`: in shards on the CPU."""
+        shape, c, f = self.shape, self.compute, GRAD_BYTES
+        # A tied head in shards is summed apart from the embedding; its sum and theirs are both there.
+        twice = shape.head if self.sharded and shape.tied else 0
+        always = {"gradients": 0.0 if offloaded else f * (shape.parameters + twice) / self.ranks}
+        kept, at_most = {"activations": self.body.kept} | always, {"activations": self.body.backward} | always
+        loss = head_bytes(shape, self.tokens, c, self.device, fused)
+        if not self.sharded:  # the gradient of a tied head waits for the embedding's
+            return _most(kept | loss, at_most | {"gradients on their way": c * shape.head * shape.tied})
+        cast = f if c != f else 0
+        return _most(
+            kept | loss | {"gathered parameters": c * shape.head},
+            kept | {"gradients on their way": (c + cast + f / self.ranks) * shape.head},
+            # Layers: one at work, the next already there, the one before with its gradients in float32 on their way.
+            at_most | {"gathered parameters": c * (shape.outside + 2 * shape.layer),
+                       "gradients on their way": f * shape.layer},
+            kept | {"gathered parameters": c * (shape.outside + shape.layer),
+                    "gradients on their way": (c + f + f / self.ranks) * shape.layer},
+            always | {"gradients on their way": (c + f + f / self.ranks) * shape.outside},
+        )  # fmt: skip
+
+    def score(self) -> Parts:
+        """Passes without gradients, one model after the other."""
+        shape, c = self.shape, self.compute
+        hidden = float(2 * c * self.tokens * shape.width)
+        gathered = c * (shape.outside + 2 * shape.layer) if self.sharded else 0.0
+        return _most(
+            {"activations": self.body.forward, "gathered parameters": gathered},
+            {"logits": score_tile_bytes(shape, self.tokens, c, self.device), "hidden states, head": hidden,
+             "gathered parameters": c * shape.head if self.sharded else 0.0},
+        )  # fmt: skip
+
+    def sampling(self, prompts: int, n: int, prompt_tokens: int, length: int) -> Parts:
+        """`prompts` are read, then `n` responses to each drawn side by side; a layer's keys are copied as they grow."""
+        shape, c = self.shape, self.compute
+        whole = {"whole policy": c * shape.parameters if self.sharded else 0.0}
+        cache, logits = c * shape.cache_per_token * prompts * n * length, prompts * n * shape.vocabulary
+        share = prompts * prompt_tokens / self.body.tokens
+        return whole | _most(
+            {"keys and values": c * shape.cache_per_token * prompts * prompt_tokens,
+             "activations": share * self.body.forward},
+            {"keys and values": cache * (1 + 1 / (2 * shape.layers)), "logits": c * logits},
+            {"keys and values": cache, "logits": drawing_bytes(shape, c, self.device) * prompts * n},
+        )  # fmt: skip
+
+
+def _most(*moments: Parts) -> Parts:
+    return max(moments, key=lambda parts: sum(parts.values()))
 
 
 def render(plan: Plan, cfg: RunConfig, gpus: int, memory_gib: float) -> str:
