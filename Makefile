@@ -147,7 +147,7 @@ bench: $(READY)
 bench-integrations: $(INTEGRATIONS_READY)
 	@$(ON_INTEGRATIONS) bench/trl_table.py bench/results/integrations/trl
 
-DOCUMENTED := prime_kernels prime_kernels.integrations $(addprefix prime_kernels.integrations.,trl verl openrlhf)
+DOCUMENTED := prime_kernels prime_kernels.integrations $(addprefix prime_kernels.integrations.,trl verl openrlhf) prime_trainer.prm
 
 docs: $(READY)
 	@$(BIN)/pdoc -d google --no-show-source -o build/docs $(DOCUMENTED)

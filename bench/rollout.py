@@ -1,6 +1,6 @@
 """Tokens a second of the rollout engines and of plain `model.generate`, alternating in one run; and steps of runs.
 
-usage: python bench/rollout.py measure RESULTS.json [--model PATH] [--rounds N] [--batches 64,256]
+usage: python bench/rollout.py measure RESULTS.json [--model PATH] [--rounds N] [--batches 64,256] [--engines vllm,..]
        python bench/rollout.py table RESULTS.json bench/results/rollout [RUN_DIR ...]
 
 `table` adds the mean stages of finished `prime-trainer rl` runs, one row each.
@@ -28,7 +28,7 @@ ENGINES = ("transformers", "vllm", "vllm-server")
 STAGES = ("rollout", "weights", "prm", "policy", "total")
 
 
-def measure(target: Path, path: str, rounds: int, batches: list[int]) -> None:
+def measure(target: Path, path: str, rounds: int, batches: list[int], engines: list[str]) -> None:
     model_cfg = ModelConfig(path=path, chat_template="bare", device="cpu")
     model, tokenizer = models.load_model(model_cfg), models.load_tokenizer(model_cfg)
     configs = {
@@ -37,7 +37,7 @@ def measure(target: Path, path: str, rounds: int, batches: list[int]) -> None:
             model=model_cfg,
             rollout={"engine": engine, "max_new_tokens": TOKENS, "batch_size": max(batches)},
         )
-        for engine in ENGINES
+        for engine in engines
     }
     results, samplers = [], {}
     for engine, cfg in configs.items():
@@ -167,12 +167,14 @@ if __name__ == "__main__":
     one.add_argument("--model", default=models.SMOLLM2)
     one.add_argument("--rounds", type=int, default=3)
     one.add_argument("--batches", default="64,256")
+    one.add_argument("--engines", default=",".join(ENGINES), help="those beside `generate`; vLLM's need vLLM")
     two = commands.add_parser("table")
     two.add_argument("source", type=Path)
     two.add_argument("target", type=Path)
     two.add_argument("runs", type=Path, nargs="*")
     words = parser.parse_args()
     if words.command == "measure":
-        measure(words.target, words.model, words.rounds, [int(b) for b in words.batches.split(",")])
+        batches = [int(b) for b in words.batches.split(",")]
+        measure(words.target, words.model, words.rounds, batches, words.engines.split(","))
     else:
         table(words.source, words.target, words.runs)

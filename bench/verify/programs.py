@@ -63,6 +63,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--every", type=int, default=1, help="every n-th program alone")
     args = parser.parse_args()
     solutions, rows, odd = canonical(args.data), [], []
     for kind in host.KINDS:
@@ -72,6 +73,7 @@ def main() -> None:
             continue
         runner = CodeRunner(Confinement(kind), Limits(seconds=60.0), args.workers)
         for name, jobs in solutions.items():
+            jobs = jobs[:: args.every]
             for case, wanted in (("as it is", 1.0), ("wrong", 0.0)):
                 begin = time.perf_counter()
                 programs = [program if case == "as it is" else changed(answer, program) for answer, program in jobs]
@@ -85,10 +87,11 @@ def main() -> None:
         runner.close()
         runner = CodeRunner(Confinement(kind), Limits(), 8)
         answer = {"form": "stdio", "inputs": ["1 2\n", "3 4\n"], "outputs": ["3\n", "7\n"]}
+        short = -(-200 // args.every)
         begin = time.perf_counter()
-        scores = [future.result().score for future in [runner.submit(answer, SHORT) for _ in range(200)]]
+        scores = [future.result().score for future in [runner.submit(answer, SHORT) for _ in range(short)]]
         rows.append({
-            "sandbox": kind, "programs": "short, two inputs, 8 at once", "count": 200, "passed": f"{sum(scores):g}",
+            "sandbox": kind, "programs": "short, two inputs, 8 at once", "count": short, "passed": f"{sum(scores):g}",
             "seconds": f"{time.perf_counter() - begin:.1f}",
         })  # fmt: skip
         runner.close()

@@ -11,7 +11,7 @@ from typing import Any
 
 
 class IntegrationError(RuntimeError):
-    """A package cannot be patched; the message says what was found and which versions work."""
+    """A package cannot be patched; the message says what was found and which versions have what is expected."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Target:
         name: its name there.
         replace: makes the replacement from the original.
         signatures: those known to be replaced faithfully, as :func:`signature_of` writes them.
-        optional: absent in some versions that work.
+        optional: absent in some of these versions.
     """
 
     module: str
@@ -39,13 +39,15 @@ class Integration:
 
     Args:
         package: its name.
-        versions: those that work, for messages.
+        versions: those whose functions have the known signatures, for messages.
+        tested: the one of them that the tests run against, for messages.
         targets: what to replace; all of it or nothing.
         namespaces: top-level packages whose modules hold the originals.
     """
 
     package: str
     versions: str
+    tested: str
     targets: tuple[Target, ...]
     namespaces: tuple[str, ...]
     _replaced: dict[Target, tuple[Any, Any]] = field(default_factory=dict)
@@ -79,13 +81,10 @@ class Integration:
             found = getattr(importlib.import_module(target.module), target.name, None)
         except ImportError as error:
             raise IntegrationError(
-                f"{self._installed()}: {target.module} cannot be imported ({error}); "
-                f"versions that work: {self.versions}"
+                f"{self._installed()}: {target.module} cannot be imported ({error}); {self._known()}"
             ) from error
         if found is None and not target.optional:
-            raise IntegrationError(
-                f"{self._installed()} has no {target.module}.{target.name}; versions that work: {self.versions}"
-            )
+            raise IntegrationError(f"{self._installed()} has no {target.module}.{target.name}; {self._known()}")
         return found
 
     def _check(self, target: Target, original: Any) -> None:
@@ -94,7 +93,7 @@ class Integration:
             expected = " or ".join(f"({each})" for each in target.signatures)
             raise IntegrationError(
                 f"{self._installed()}: {target.module}.{target.name} has the signature ({got}), expected {expected}; "
-                f"versions that work: {self.versions}"
+                f"{self._known()}"
             )
 
     def _swap(self, old: Any, new: Any) -> None:
@@ -111,6 +110,9 @@ class Integration:
                     yield vars(module), name
                 elif type(held) is dict and not name.startswith("__"):
                     yield from ((held, key) for key, entry in list(held.items()) if entry is value)
+
+    def _known(self) -> str:
+        return f"the signatures known here are those of {self.versions}, tested with {self.tested}"
 
     def _installed(self) -> str:
         try:

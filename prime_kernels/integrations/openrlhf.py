@@ -30,6 +30,7 @@ _UTILS = "openrlhf.models.utils"
 _INTEGRATION = Integration(
     package="openrlhf",
     versions="0.8.11 to 0.11.2",
+    tested="0.11.2",
     namespaces=("openrlhf",),
     targets=(
         function_target(_UTILS, log_probs_from_logits, "logits, labels, temperature=1.0"),

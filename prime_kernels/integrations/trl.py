@@ -103,6 +103,7 @@ _UTILS = "trl.trainer.utils"
 _INTEGRATION = Integration(
     package="trl",
     versions="0.24 to 1.16",
+    tested="1.16.0",
     namespaces=("trl",),
     targets=(
         function_target(

@@ -191,6 +191,7 @@ _RLOO = "token_level_rewards, response_mask, index, epsilon=1e-06, config=None, 
 _INTEGRATION = Integration(
     package="verl",
     versions="0.4.1 to 0.9.1",
+    tested="0.9.1",
     namespaces=("verl", "recipe"),
     targets=(
         function_target(_LOGITS, logprobs_from_logits, "logits, labels, inplace_backward=True"),

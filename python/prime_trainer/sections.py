@@ -1,6 +1,8 @@
 """The sections of a run's configuration.
 
-Every default that the PRIME paper states is the paper's (arXiv 2502.01456, section 4); the rest suit a small machine.
+The defaults of `rl`'s algorithm (rollout, filter, prm, algorithm, policy) are the PRIME paper's where it states them
+(arXiv 2502.01456, section 4), but for `prm.minibatches`, of which it has four. Of `sft` only the learning rate and its
+warm-up are the paper's; those of `train_prm` are its implicit PRM's (arXiv 2412.01981). The rest suit a small machine.
 """
 
 from __future__ import annotations

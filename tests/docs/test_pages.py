@@ -16,12 +16,22 @@ NO_PYTHON = ("scale",)
 
 
 @pytest.mark.parametrize("name", HERE)
-def test_page_runs(name, capsys):
+def test_page_runs(name, tmp_path, capsys):
+    given = {}
     if name != "pytorch":
         pytest.importorskip("transformers", reason="transformers is not installed: pip install '.[train]'")
-    names = run_page(DOCS / f"{name}.md")
     if name == "prm":
-        assert names["added"].shape == (3,) and "the weakest is step" in capsys.readouterr().out
+        import tiny
+
+        given["REFERENCE"] = tiny.write_model(tmp_path / "reference")
+        given["PRM"] = tiny.write_model(tmp_path / "prm", tied=False)
+    names = run_page(DOCS / f"{name}.md", **given)
+    if name == "prm":
+        single = names["scored"].single
+        said = (
+            f"the weakest is step {single.index(min(single)) + 1}; the solution scores {min(single):+.4f} at its worst"
+        )
+        assert len(single) == 3 and said in capsys.readouterr().out
 
 
 def test_no_page_is_left_out():

@@ -12,6 +12,7 @@ import prime_kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = ["prime_kernels", *(f"prime_kernels.integrations{name}" for name in ("", ".trl", ".verl", ".openrlhf"))]
+MODULES += ["prime_trainer.prm"]
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Replacing functions of another package: everywhere it holds them, all or nothing, and back again."""
 
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -8,6 +9,8 @@ import torch
 
 from prime_kernels.integrations import IntegrationError, openrlhf, trl, verl
 from prime_kernels.integrations._patching import Integration, Target, function_target, signature_of
+
+PINS = Path(__file__).with_name("requirements.txt")
 
 
 def module(monkeypatch, name, **members):
@@ -46,7 +49,7 @@ def trainer(monkeypatch):
 
 
 def integration(*targets):
-    return Integration("fake", "1.0 to 1.2", targets, ("fake",))
+    return Integration("fake", "1.0 to 1.2", "1.2.0", targets, ("fake",))
 
 
 KNOWN = function_target("fake.utils", ours, "logits, ids, temperature=1.0")
@@ -94,7 +97,7 @@ def test_unknown_signature_is_refused_and_nothing_replaced(trainer):
         integration(KNOWN, changed).patch()
     said = str(raised.value)
     assert "fake.utils.entropy has the signature (logits), expected (logits, chunk_size=128) or (logits, /)" in said
-    assert "versions that work: 1.0 to 1.2" in said
+    assert "the signatures known here are those of 1.0 to 1.2, tested with 1.2.0" in said
     assert utils.score is user.score is score
 
 
@@ -111,7 +114,7 @@ def test_what_is_absent(trainer, optional):
             assert trainer[0].score is ours
             patcher.unpatch()
         else:
-            with pytest.raises(IntegrationError, match=r"fake \(not installed\).*versions that work: 1.0 to 1.2"):
+            with pytest.raises(IntegrationError, match=r"fake \(not installed\).*those of 1.0 to 1.2"):
                 patcher.patch()
         assert trainer[0].score is score
 
@@ -132,6 +135,80 @@ def test_trainers_that_are_not_there(monkeypatch, name, trainer):
     for loaded in [key for key in sys.modules if key.partition(".")[0] == name]:
         monkeypatch.delitem(sys.modules, loaded)
     monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(IntegrationError, match=rf"{name} .*cannot be imported.*versions that work: "):
+    with pytest.raises(
+        IntegrationError, match=rf"{name} .*cannot be imported.*the signatures known here are those of "
+    ):
         trainer.patch()
     trainer.unpatch()
+
+
+# verl's functions, and those of its PRIME recipe as they stood in verl's repository up to 0.7.0.
+VERL = {
+    "verl.utils.torch_functional": {
+        "logprobs_from_logits": "logits, labels, inplace_backward=True",
+        "logprobs_from_logits_naive": "logits, labels",
+        "logprobs_from_logits_v2": "logits, labels",
+        "entropy_from_logits": "logits",
+        "entropy_from_logits_with_chunking": "logits, chunk_size=2048",
+    },
+    "verl.trainer.ppo.core_algos": {
+        "compute_rloo_outcome_advantage": (
+            "token_level_rewards, response_mask, index, epsilon=1e-6, config=None, **kwargs"
+        ),
+    },
+    "recipe.prime.prime_core_algos": {
+        "compute_rloo_advantage_return": "data, response_mask, n_samples, config",
+        "compute_ce_dpo_loss_rm": "token_level_scores, acc, response_mask, beta",
+        "compute_dpo_accuracy": "token_level_scores, acc, response_mask, n_samples",
+        "compute_detach_dpo_loss_rm": "token_level_scores, acc, Q_bc, acc_bc, response_mask, beta, bon_mode='none'",
+    },
+}
+
+
+@pytest.fixture
+def verl_with_recipe(monkeypatch):
+    """Stand-ins with these signatures; the recipe's workers import a function by name, as they really do."""
+    for loaded in [key for key in sys.modules if key.partition(".")[0] in ("verl", "recipe")]:
+        monkeypatch.delitem(sys.modules, loaded)
+    for package in ("verl", "verl.utils", "verl.trainer", "verl.trainer.ppo", "recipe", "recipe.prime"):
+        module(monkeypatch, package)
+    made = {
+        name: module(
+            monkeypatch, name, **{key: eval(f"lambda {signature}: None") for key, signature in members.items()}
+        )
+        for name, members in VERL.items()
+    }
+    recipe = made["recipe.prime.prime_core_algos"]
+    loss = recipe.compute_ce_dpo_loss_rm
+    workers = module(monkeypatch, "recipe.prime.prime_fsdp_workers", compute_ce_dpo_loss_rm=loss)
+    yield made, recipe, workers
+    verl.unpatch()
+
+
+RECIPE = ("compute_rloo_advantage_return", "compute_ce_dpo_loss_rm", "compute_dpo_accuracy")
+
+
+def test_recipe_of_verl(verl_with_recipe):
+    _, recipe, workers = verl_with_recipe
+    before = dict(vars(recipe))
+    verl.patch()
+    assert [getattr(recipe, name) for name in RECIPE] == [getattr(verl, name) for name in RECIPE]
+    assert workers.compute_ce_dpo_loss_rm is verl.compute_ce_dpo_loss_rm
+    assert recipe.compute_detach_dpo_loss_rm is before["compute_detach_dpo_loss_rm"]
+    verl.unpatch()
+    assert vars(recipe) == before and workers.compute_ce_dpo_loss_rm is before["compute_ce_dpo_loss_rm"]
+
+
+def test_recipe_of_an_older_verl_is_refused(verl_with_recipe):
+    """As it was before verl 0.4: nothing is replaced, in verl neither."""
+    made, recipe, _ = verl_with_recipe
+    recipe.compute_dpo_accuracy = lambda token_level_scores, acc, eos_mask, n_samples: None
+    before = {name: dict(vars(each)) for name, each in made.items()}
+    with pytest.raises(IntegrationError, match=r"prime_core_algos\.compute_dpo_accuracy has the signature .*eos_mask"):
+        verl.patch()
+    assert {name: vars(each) for name, each in made.items()} == before
+
+
+@pytest.mark.parametrize("name, trainer", [("trl", trl), ("verl", verl), ("openrlhf", openrlhf)])
+def test_messages_name_the_tested_version(name, trainer):
+    assert f"{name}=={trainer._INTEGRATION.tested}" in PINS.read_text().split()

@@ -1,6 +1,8 @@
 """What the README shows works: its Python runs, its TOML loads, its files are there."""
 
+import json
 import re
+import shlex
 from pathlib import Path
 
 from support import code_blocks, run_page
@@ -33,3 +35,40 @@ def test_make_targets_exist():
     assert {"demo", "test", "lint", "bench"} <= set(named)
     for target in named:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+RUN = """
+output = "runs/run"
+steps = 1
+model = { path = "tiny", dtype = "float32", device = "cpu" }
+task = { name = "chain_sum", params = { max_terms = 2, max_digits = 1, min_digits = 1 }, eval_size = 2 }
+sft = { demonstrations = 4 }
+rollout = { engine = "transformers", prompts_per_step = 2, n = 2, max_new_tokens = 4 }
+filter = { low = 0.0, high = 1.0 }
+"""
+
+
+def test_trainer_commands_run_one_after_the_other(tmp_path, monkeypatch, capsys):
+    """As they stand there, with a tiny model: no command is refused for what another left."""
+    import tiny
+
+    from prime_trainer import cli
+
+    text = README[README.index("## Trainer") : README.index("### Verifiers")]
+    lines = [shlex.split(line, comments=True) for line in re.findall(r"^prime-trainer (.*)$", text, re.MULTILINE)]
+    commands = [words for words in lines if words[0] != "processbench"]  # wants sets of its own
+    assert [words[0] for words in commands] == ["sft", "rl", "rl", "eval", "report", "plan", "prm", "score", "select"]
+    monkeypatch.chdir(tmp_path)
+    tiny.write_model(tmp_path / "tiny")
+    (tmp_path / "run.toml").write_text(RUN)
+    row = {"prompt": "What is 2 + 3?", "completions": ["\\boxed{5}", "\\boxed{6}"], "correctness": [1, 0]}
+    rows = [json.dumps({"id": k, **row, "prompt": f"{k} + 3?"}) + "\n" for k in range(4)]
+    for name in ("labelled.jsonl", "responses.jsonl"):
+        (tmp_path / name).write_text("".join(rows))
+    for words in commands:
+        assert cli.main(words) == 0, (words, capsys.readouterr().err)
+    started = {name: json.loads((tmp_path / "runs" / name / "config.json").read_text()) for name in ("run", "prm")}
+    assert {config["model"]["path"] for config in started.values()} == {"runs/sft/final"}
+    (scored, *_) = (tmp_path / "runs" / "scores" / "scores.jsonl").read_text().splitlines()
+    assert json.loads(scored)["reward_model"] == "runs/prm/final"
+    assert "| best-of-2 | runs/prm/final | sum |" in (tmp_path / "runs" / "scores" / "select.md").read_text()

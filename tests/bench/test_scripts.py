@@ -1,0 +1,230 @@
+"""No script of bench/ rots: each one's main runs at its smallest size, with a model of 100,000 weights."""
+
+import importlib.util
+import json
+import re
+import runpy
+import shutil
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers", reason="the trainer's packages are not installed: pip install '.[train]'")
+
+import tiny
+from conftest import SHARED
+
+import prime_kernels as pk
+from prime_kernels.ops import _segments
+from prime_trainer import cli, loop
+from prime_trainer.verify import host
+
+ROOT = Path(__file__).resolve().parents[2]
+BENCH = ROOT / "bench"
+DEMO = BENCH / "demo" / "demo.toml"
+HERE = {
+    "demo/results", "plan_table", "prm/first_wrong_step", "prm/results", "prm/sample", "rollout", "step_share",
+    "trainer_cost", "trl_table", "verify/math_answers", "verify/programs",
+}  # fmt: skip
+# What tests/bench/test_benchmarks.py, tests/integrations/installed and tests/triton_backend run.
+ELSEWHERE = {"conftest", "measure", "table", "trl_steps", "tune"}
+DATA = SHARED / "data"
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no {DATA}: the benchmark files are not here")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Overrides of a run's configuration: the tiny model and a step of two groups of two short responses."""
+    model = tiny.write_model(tmp_path_factory.mktemp("model"))
+    sections = {
+        "model": {"path": model, "dtype": "float32", "device": "cpu"},
+        "task": {"eval_size": 2},
+        "rollout": {"engine": "transformers", "prompts_per_step": 2, "n": 2, "max_new_tokens": 4},
+        "filter": {"low": 0.0, "high": 1.0},
+    }
+    return [
+        word for s, keys in sections.items() for key, value in keys.items() for word in (f"--{s}.{key}", str(value))
+    ]
+
+
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """`script(name, word, ..)` runs a script as `python bench/name.py word ..` would; what it printed."""
+
+    def run(name, *words):
+        path = BENCH / f"{name}.py"
+        monkeypatch.setattr(sys, "argv", [str(path), *map(str, words)])
+        monkeypatch.setattr(sys, "path", [str(path.parent), *sys.path])
+        capsys.readouterr()
+        runpy.run_path(str(path), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def module(monkeypatch):
+    """A script as a module, where its main takes arguments that its command line does not."""
+
+    def load(name):
+        path = BENCH / f"{name}.py"
+        monkeypatch.setattr(sys, "path", [str(path.parent), *sys.path])
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        made = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(made)
+        return made
+
+    return load
+
+
+@pytest.fixture(scope="module")
+def shared_step(small, tmp_path_factory):
+    """bench/step_share.py of one step: the directory of its run, and what it printed."""
+    output = tmp_path_factory.mktemp("share") / "rl-0"
+    with pytest.MonkeyPatch.context() as patch:
+        # The script puts clocks there and leaves them.
+        for name in ("rloo_advantages", "prm_loss", "ppo_loss", "segment_sum"):
+            patch.setattr(pk, name, getattr(pk, name))
+        patch.setattr(_segments._Total, "backward", _segments._Total.__dict__["backward"])
+        patch.setattr(loop.Run, "train_step", loop.Run.train_step)
+        said = []
+        patch.setattr("builtins.print", lambda *words, **_: said.append(" ".join(map(str, words))))
+        patch.setattr(sys, "argv", ["step_share.py", str(DEMO), *small, "--steps", "1", "--output", str(output)])
+        runpy.run_path(str(BENCH / "step_share.py"), run_name="__main__")
+    return output, "\n".join(said)
+
+
+def test_none_is_left_out():
+    found = {str(path.relative_to(BENCH).with_suffix("")) for path in BENCH.rglob("*.py")}
+    assert {name for name in found if not name.startswith("test_")} == HERE | ELSEWHERE
+
+
+def test_step_share(shared_step):
+    line = re.search(r"^step 1: ([\d.]+) s; (.*); ([\d.]+) % in all$", shared_step[1], re.MULTILINE)
+    parts = dict(re.findall(r"([\w ]+?) ([\d.]+) ms", line[2]))
+    assert {"rloo_advantages", "prm_loss"} <= {name.strip() for name in parts}
+    assert all(float(value) > 0 for value in parts.values()) and 0 < float(line[3]) < 100
+    assert pk.rloo_advantages.__module__ == "prime_kernels.ops.rloo_advantages"
+
+
+def test_demo_results(shared_step, script, tmp_path):
+    script("demo/results", tmp_path / "seeds", shared_step[0])
+    text = (tmp_path / "seeds" / "README.md").read_text()
+    assert "| basic_arithmetic" in text and "| PRIME | 1 |" in text and str(shared_step[0].parent) not in text
+    assert (tmp_path / "seeds" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    rows = (tmp_path / "seeds" / "rl-0.metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows if '"rl"' in row][-1] == 1
+
+
+def test_rollout(small, shared_step, script, tmp_path):
+    results, target = tmp_path / "results.json", tmp_path / "table"
+    measure = ["--model", small[1], "--rounds", "1", "--batches", "8", "--engines", "transformers"]
+    script("rollout", "measure", results, *measure)
+    rounds = [row for row in json.loads(results.read_text())["results"] if "round" in row]
+    assert [row["engine"] for row in rounds] == ["generate", "transformers"]
+    assert all(row["batch"] == 8 and 8 <= row["tokens"] <= 8 * 48 and row["seconds"] > 0 for row in rounds)
+    script("rollout", "table", results, target, shared_step[0])
+    text = (target / "README.md").read_text()
+    rate = f"{rounds[0]['tokens'] / rounds[0]['seconds']:.0f}"
+    assert f"| generate | {rate} | 1.00x |" in text and "| rl-0 | transformers | 1 |" in text
+
+
+def test_trainer_cost(small, script):
+    said = script("trainer_cost", DEMO, "--rounds", "1", *small)
+    assert ": 2 groups of 2, " in said and "medians of 1 rounds" in said
+    rows = [line.strip("| ").split(" | ") for line in said.splitlines() if line.startswith("| ")]
+    values = {row[0]: row[1:] for row in rows}
+    assert values["a padded row a response"][-1] == "1.00" and len(values) == 3 + 6 + 2 + 3
+    assert all(
+        re.fullmatch(r"[+-]\d+%", cell) for name in ("freeze", "policy") for cell in values[f"ref_type = {name}"]
+    )
+
+
+def test_plan_table(script):
+    sums = re.findall(r"^\| \*\*sum\*\* \| (.*) \|$", script("plan_table"), re.MULTILINE)
+    stages = [[float(cell.strip("* ")) for cell in row.split("|")] for row in sums]
+    assert len(stages) == 3 and all(value > 1 for row in stages for value in row)
+    assert all(one < other for one, other in zip(stages[0], stages[1], strict=True))
+
+
+def test_trl_table(module, monkeypatch):
+    """The table alone, of the committed numbers: it is the committed one."""
+    committed = BENCH / "results" / "integrations" / "trl"
+    numbers = json.loads((committed / "results.json").read_text())
+    monkeypatch.setattr(metadata, "version", lambda name: "1.16.0")
+    runs = {way: [run for run in numbers["runs"] if run["patched"] is way] for way in (False, True)}
+    text = module("trl_table").readme(runs, numbers["part"], steps=5, longest=24)
+    lines, want = ([line for line in each.splitlines() if line.startswith(("|", "Largest"))]
+                   for each in (text, (committed / "README.md").read_text()))  # fmt: skip
+    assert lines == want and len(lines) == 2 + 4 + 1 + 2 + 5
+
+
+SUM = re.compile(r"\d+(?: \+ \d+)+")
+
+
+def worked(question, off=0):
+    """A solution of a sum, a line for each running total; wrong from its first step on by `off`."""
+    first, *rest = map(int, SUM.search(question).group().split(" + "))
+    lines, total = [], first
+    for term in rest:
+        lines.append(f"{total} + {term} = {total + term + off}")
+        total, off = total + term + off, 0
+    return "\n".join([*lines, f"\\boxed{{{total}}}"])
+
+
+def test_prm(small, module, script, monkeypatch, tmp_path):
+    """Sampling, then scores of made solutions (the tiny model adds nothing up), then the tables of them."""
+    config, run, model = BENCH / "prm" / "prm.toml", tmp_path / "runs" / "0", small[1]
+    sample = module("prm/sample")
+    monkeypatch.setattr(sample, "TRAIN", 3)
+    sample.main([str(config), *small, "--output", str(run)])
+    counts = {name: (run / f"{name}.jsonl").read_text().count("\n") for name in ("train", "test")}
+    assert counts == {"train": 3, "test": 2}
+    rows = [json.loads(line) for line in (run / "test.jsonl").read_text().splitlines()]
+    for row in rows:
+        assert len(row["completions"]) == len(row["correctness"]) == len(row["finished"]) == 2
+        question = row["prompt"][-1]["content"]
+        row["completions"] = [worked(question), worked(question, off=1)] * 8
+        row["correctness"], row["finished"] = [1.0, 0.0] * 8, [True] * 16
+        assert row["completions"][0].endswith(f"\\boxed{{{row['reference']}}}")
+    (run / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prm = tiny.write_model(tmp_path / "prm", tied=False)
+    score = ["score", str(config), *small, "--model.path", str(prm), "--score.reference", model]
+    assert cli.main([*score, "--score.path", str(run / "test.jsonl"), "--output", str(run / "scores")]) == 0
+    (run / "prm").mkdir()
+    (run / "prm" / "metrics.jsonl").write_text('{"step": 1, "loss": 0.7}\n')
+
+    monkeypatch.setattr(shutil, "which", lambda name: None)  # no browser: a picture of the page takes longer than all
+    said = script("prm/results", tmp_path / "runs", "0", tmp_path / "results")
+    found = json.loads((tmp_path / "results" / "results.json").read_text())["seeds"]["0"]
+    assert found["mean accuracy of one"] == 0.5 and found["pass@16"] == 1.0 and found["responses"] == 16
+    steps = [worked(row["prompt"][-1]["content"]).count("\n") + 1 for row in rows]
+    assert found["chance"] == pytest.approx(sum(1 / n for n in steps) / 2)
+    assert found["worked_pairs"] == 2 * 64 and found["best_fixed_place_share"] == 1.0
+    assert f"| pair accuracy above 0.70 | {found['pair_accuracy']:.3f} |" in said
+    for name in ("floors.md", "page-0.html", "select.md", "select.png"):
+        assert (tmp_path / "results" / name).stat().st_size > 0
+
+
+@needs_data
+def test_math_answers(script, tmp_path):
+    said = script("verify/math_answers", DATA, "--every", "300", "--output", tmp_path / "math.md")
+    assert (tmp_path / "math.md").read_text() in said
+    (total,) = re.findall(r"^\| all \| (\d+) of (\d+) ", said, re.MULTILINE)
+    assert total[0] == total[1] == "8"
+
+
+@needs_data
+@pytest.mark.skipif(all(map(host.obstacle, host.KINDS)), reason="neither bubblewrap nor Landlock works here")
+def test_programs(script):
+    said = script("verify/programs", DATA, "--every", "200", "--workers", "1")
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in said.splitlines() if line.startswith("| ")
+    ]
+    passed = {(row[0], row[1]): row[2:4] for row in rows[2:]}
+    works = [kind for kind in host.KINDS if host.obstacle(kind) is None]
+    assert {kind for kind, _ in passed} == set(works)
+    for (_, programs), (count, right) in passed.items():
+        assert right == ("0" if programs.endswith("wrong") else count), programs
