@@ -146,7 +146,7 @@ def gathered(model: Any) -> Iterator[None]:
         with torch.no_grad():
             for name, param in shards.items():
                 one = embedding.weight if name == "weight" and tied else whole(param, model.compute_dtype, device)
-                setattr(head, name, nn.Parameter(one.detach(), requires_grad=False))
+                setattr(head, name, nn.Parameter(one.detach(), requires_grad=param.requires_grad))
         yield
     finally:
         for name, param in shards.items():

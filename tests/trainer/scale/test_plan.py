@@ -42,16 +42,20 @@ def models_by_size(tmp_path_factory):
     return places
 
 
-def assert_planned(cfg, gpus, measured, without=()):
+def assert_planned(cfg, gpus, measured):
     """What is held to 1 %, what each stage takes beside it to 4 %, which is less than 10 % of their sum: a term that
-    is missing, or there twice, shows."""
+    is missing, or there twice, shows. On a busy machine gloo's threads let go late of what they gathered: the embedding
+    and some layers may be there once more."""
     made = plan.make(cfg, gpus, stages.PROMPT)
+    shape, size = made.shape, getattr(torch, cfg.model.dtype).itemsize
+    late = (shape.outside + 3 * shape.layer) * size if gpus > 1 else 0
     assert made.memory.keys() == measured.keys() - {"held"}
-    for stage in made.memory.keys() - without:
+    for stage in made.memory:
         parts = made.memory[stage]
         held = sum(parts[name] for name in HELD)
         assert held == pytest.approx(measured["held"], rel=0.01)
-        assert sum(parts.values()) - held == pytest.approx(measured[stage], rel=0.04), (stage, parts)
+        beside = sum(parts.values()) - held
+        assert 0.96 * beside < measured[stage] < 1.04 * beside + late, (stage, parts)
 
 
 HELD = ("policy, masters and AdamW", "PRM, masters and AdamW", "reference")
@@ -80,17 +84,16 @@ def test_peaks_of_one_process(run_config, models_by_size, size, dtype, changes):
     [
         ((8192, True), "float32", {"micro_batch_tokens": 448}),
         ((2048, True), "bfloat16", {"micro_batch_tokens": 896, **RECOMPUTED}),
+        ((8192, True), "float32", {"micro_batch_tokens": 448, "scale": {"vocab_parallel_head": True}}),
     ],
-    ids=["kept", "recomputed"],
+    ids=["kept", "recomputed", "head in shares"],
 )
 def test_peaks_of_two_ranks(run_config, models_by_size, tmp_path, size, dtype, changes):
     model = {"path": str(models_by_size[size]), "dtype": dtype}
     cfg = run_config(**PRM | {"model": model} | changes)
     ranks.train(cfg, 2, stages.record, str(tmp_path / "peaks"))
-    # Where the gathered head is bfloat16, PyTorch's product for CPUs copies it once a prompt; GPUs read it in place.
-    without = {"evaluation"} if dtype == "bfloat16" else set()
     for rank in range(2):
-        assert_planned(cfg, 2, json.loads((tmp_path / f"peaks.{rank}").read_text()), without)
+        assert_planned(cfg, 2, json.loads((tmp_path / f"peaks.{rank}").read_text()))
 
 
 def test_tiles_are_those_of_the_losses():
@@ -111,6 +114,18 @@ def test_shares_and_offload(run_config):
     assert one.memory["policy update"]["policy, masters and AdamW"] == 12 * size / 8
     assert one.memory["policy update"]["reference"] == 0 and two.memory["policy update"]["reference"] == 2 * size / 8
     assert one.traffic["policy: forward, backward, gradients"] == one.passes * (2 * 2 + 4) * size * 7 / 8
+
+
+def test_an_engine_in_process_has_its_share_of_the_gpu(run_config):
+    def rows(gpus, **vllm):
+        cfg = run_config(rollout={"engine": "vllm", "vllm": vllm})
+        text = plan.render(plan.make(cfg, gpus, 64), cfg, gpus, 80)
+        return text.splitlines()[2], [line for line in text.splitlines() if "vLLM" in line]
+
+    assert rows(1) == ("| GiB on one GPU | rollout | score and PRM update | policy update |", [
+        "| vLLM in process | 32.0 | 32.0 | 32.0 |"])  # fmt: skip
+    assert rows(1, sleep=True)[1] == ["| vLLM in process | 32.0 |  |  |"]
+    assert "evaluation" in rows(2)[0] and not rows(2)[1]  # under torchrun every rank samples with transformers
 
 
 def test_command(run_config, model_dir, tmp_path, capsys):
