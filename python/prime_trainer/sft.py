@@ -18,6 +18,7 @@ from .fit import fit
 from .rollout import derive_seed
 from .rows import read_rows
 from .score import predicting
+from .skips import Skips
 from .tasks import load_task
 
 
@@ -34,6 +35,7 @@ def run(cfg: RunConfig) -> Path:
     size = min(cfg.sft.batch_size, len(examples))
     per_epoch = math.ceil(len(examples) / size)
     total = cfg.sft.epochs * per_epoch
+    skips = Skips(min(cfg.sft.max_skipped, total), "sft.max_skipped", "sft.lr")
 
     def backward(step: int) -> dict[str, float]:
         epoch, at = divmod(step, per_epoch)
@@ -49,7 +51,7 @@ def run(cfg: RunConfig) -> Path:
             loss += part.item()
         return {"loss": loss, "tokens": batch.num_tokens}
 
-    fit(cfg, "sft", state, trainable, total, backward, warmup=cfg.sft.warmup)
+    fit(cfg, "sft", state, trainable, total, backward, warmup=cfg.sft.warmup, skips=skips)
     final = cfg.output / "final"
     models.save(model, tokenizer, final)
     return final

@@ -26,6 +26,7 @@ from ..config import RunConfig, TrainPRMConfig
 from ..fit import fit
 from ..rollout import derive_seed
 from ..score import log_probs
+from ..skips import Skips
 from .ranking import auc
 from .reference import Reference
 from .training_data import outcome_groups, step_groups
@@ -58,6 +59,7 @@ def run(cfg: RunConfig) -> Path:
     evaluation = _Source(held_out, own.batch_size, reference, cfg.seed, "held-out") if held_out else None
     trainable = models.Trainable(model, lr=own.lr, betas=(0.9, 0.95), grad_clip=own.grad_clip)
     total = own.epochs * len(outcomes.batches)
+    skips = Skips(min(own.max_skipped, total), "train_prm.max_skipped", "train_prm.lr")
 
     def backward(step: int) -> dict[str, float]:
         values = _backward_outcomes(model, outcomes.at(step), own, cfg.micro_batch_tokens)
@@ -72,7 +74,7 @@ def run(cfg: RunConfig) -> Path:
 
     fit(
         cfg, "prm", state, trainable, total, backward,
-        warmup=own.warmup, floor=0.1, evaluate=evaluate,
+        warmup=own.warmup, skips=skips, floor=0.1, evaluate=evaluate,
     )  # fmt: skip
     final = cfg.output / "final"
     models.save(model, tokenizer, final)
