@@ -24,7 +24,7 @@ from .score import Encoded, NotFinite, StepRewards, StepScorer
 SCORES = "scores.jsonl"
 FINGERPRINTS = "fingerprints.json"
 """Of the models and the tokenizer that the scores are from."""
-_WRITTEN = ("rewards", "error", "benchmark", "reward_model")
+_WRITTEN = ("rewards", "error", "reward_model")
 
 
 def run(cfg: RunConfig) -> Path:
@@ -191,8 +191,9 @@ def _skip(items: Iterator[Item], out: Path) -> None:
     """Passes over the responses that are scored, after checking each: what comes after them may have been mended."""
     for number, (_, scored) in enumerate(jsonl_rows(out), 1):
         item = next(items, None)
-        own = {} if item is None else {key: value for key, value in item.row.items() if key not in _WRITTEN}
-        if item is None or own != {key: value for key, value in scored.items() if key not in _WRITTEN}:
+        given = {} if item is None else item.row | {"benchmark": item.row.get("benchmark") or scored.get("benchmark")}
+        was, now = ({key: row[key] for key in row if key not in _WRITTEN} for row in (scored, given))
+        if was != now:
             raise ValueError(
                 f"--resume: row {number} of {out} is not response {number} of score.path: the input has changed"
             )

@@ -157,15 +157,17 @@ def test_command_resumes_after_any_interruption(score, jsonl, tmp_path, prm, mod
     assert "the configuration has changed (beta: None -> 1.0)" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("changed", [0, 3])
-def test_scores_of_other_rows_are_not_gone_on_with(score, jsonl, tmp_path, capsys, changed):
+@pytest.mark.parametrize(
+    ("changed", "change"), [(0, {"prompt": "And 1 + 1?"}), (3, {"label": 0}), (1, {"benchmark": "other"})]
+)
+def test_scores_of_other_rows_are_not_gone_on_with(score, jsonl, tmp_path, capsys, changed, change):
     """Not only the last of them counts."""
     path = jsonl("rows.jsonl", ROWS)
     assert score(path) == 0
     out = tmp_path / "out" / "scores.jsonl"
     four = out.read_bytes().splitlines(keepends=True)[:4]
     out.write_bytes(b"".join(four))
-    jsonl("rows.jsonl", [row | {"prompt": "And 1 + 1?"} if k == changed else row for k, row in enumerate(ROWS)])
+    jsonl("rows.jsonl", [row | change if k == changed else row for k, row in enumerate(ROWS)])
     assert score(path, "--resume") == 2
     assert f"row {changed + 1} of {out} is not response {changed + 1}" in capsys.readouterr().err
     jsonl("rows.jsonl", ROWS[:3])
