@@ -170,12 +170,11 @@ class StepScorer:
             own, response = token_rewards[starts[at] : starts[at + 1]], encoded[k].response
             if not all(map(math.isfinite, own)):
                 # Alone, as the values of one that overflows reach all that share its pass: 0 * NaN is NaN.
-                place = f"{encoded[k].place}: the rewards are not finite"
-                out[k] = (
-                    NotFinite(f"{place}: a model overflows on this response")
-                    if len(encoded) == 1
-                    else self.score([encoded[k]])[0]
-                )
+                if len(encoded) > 1:
+                    out[k] = self.score([encoded[k]])[0]
+                else:
+                    where = encoded[k].place
+                    out[k] = NotFinite(f"{where}: the rewards are not finite: a model overflows on this response")
                 continue
             single, cumulative = (modes[mode][owned[at]] for mode in ("single", "cumulative"))
             out[k] = StepRewards(response.steps, response.cu_steps, response.pieces, own, single, cumulative)

@@ -171,7 +171,7 @@ def _text(row: dict[str, Any]) -> str:
     response = row.get("response") or row.get("steps") or ""
     if isinstance(response, str):
         return response
-    return response[-1]["content"] if isinstance(response[-1], dict) else "\n\n".join(response)
+    return str(response[-1].get("content")) if isinstance(response[-1], dict) else "\n\n".join(response)
 
 
 def markdown(results: Sequence[Result], step_rewards: str) -> str:
