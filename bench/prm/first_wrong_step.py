@@ -46,7 +46,8 @@ def first_wrong_step(question: str, steps: Sequence[str]) -> int | None:
 
 def locate(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Over the wrong responses with a known first wrong step: how often the lowest single reward is on it, how often a
-    step drawn at random would be, and how often the best fixed place (first, second, .., last) would be."""
+    step drawn at random would be, and how often the best fixed place would be (0, 1, .. from the first step or
+    -1, -2, .. from the last: -2 is the second to last)."""
     hits, chances, places = [], [], Counter()
     for row in rows:
         if row["label"] > 0.5:

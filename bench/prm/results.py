@@ -28,6 +28,7 @@ from prime_trainer.prm.select import run as select
 from prime_trainer.rows import jsonl_rows
 
 N = 16
+EXPLAINED = {"best_fixed_place": "best fixed place (0 is the first step, -1 the last, -2 the second to last)"}
 PAGE_RESPONSES = 48
 
 
@@ -106,6 +107,16 @@ def floors(found: dict[str, Any]) -> list[tuple[str, str, bool]]:
     ]
 
 
+def figures(found: dict[str, dict[str, Any]]) -> list[str]:
+    """The lines of a table of all that was measured, a column for each seed."""
+    names = list(next(iter(found.values())))
+    lines = [f"| figure | {' | '.join(f'seed {s}' for s in found)} |", "| --- |" + " --- |" * len(found)]
+    for name in names:
+        values = " | ".join(f"{one[name]:.4g}" for one in found.values())
+        lines.append(f"| {EXPLAINED.get(name, name.replace('_', ' '))} | {values} |")
+    return lines
+
+
 def figure(results: list[dict[str, Any]], path: Path) -> None:
     """Accuracy by number of responses, the mean over the runs."""
     import matplotlib
@@ -174,9 +185,7 @@ def main(output: Path, seeds: list[str], target: Path) -> None:
         lines += [f"| floor | seed {seed} | held |", "| --- | --- | --- |"]
         lines += [f"| {name} | {value} | {'yes' if held else 'no'} |" for name, value, held in floors(found[seed])]
         lines.append("")
-    names = list(found[seeds[0]])
-    lines += [f"| figure | {' | '.join(f'seed {s}' for s in seeds)} |", "| --- |" + " --- |" * len(seeds)]
-    lines += [f"| {name.replace('_', ' ')} | {' | '.join(f'{found[s][name]:.4g}' for s in seeds)} |" for name in names]
+    lines += figures(found)
     (target / "floors.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import models
 from .parallel import SINGLE, Ranks, deal
 
 SHARED_ROW_LIMIT = 1024
@@ -50,6 +51,27 @@ class Group:
 def group_from(fields: dict[str, Any]) -> Group:
     """The inverse of `dataclasses.asdict`."""
     return Group(**{**fields, "responses": [Response(**response) for response in fields["responses"]]})
+
+
+class TooLong(ValueError):
+    """A response that does not fit with its prompt."""
+
+
+def check_length(place: str, prompt_ids: Sequence[int], response: Response, limit: int) -> None:
+    length = len(prompt_ids) + len(response.ids)
+    if length > limit:
+        raise TooLong(f"{place}: prompt and response have {length} tokens, over the limit of {limit}")
+
+
+def fits(place: str, prompt_ids: Sequence[int], response: Response, limit: int, section: str, too_long: str) -> bool:
+    """Whether to learn from a response. One that is too long is an error unless `too_long` of `section` is "skip"."""
+    try:
+        check_length(place, prompt_ids, response, limit)
+    except TooLong as error:
+        if too_long == "error":
+            raise ValueError(f"{error} ({section}.too_long = 'skip' leaves such rows out)") from None
+        return False
+    return True
 
 
 Entry = tuple[int, list[int]]
@@ -99,6 +121,11 @@ class Batch:
         self._starts = self.cu_seqlens.tolist()
         self._first = self.cu_groups.tolist()
 
+    @classmethod
+    def read_by(cls, model: Any, groups: Sequence[Group]) -> Batch:
+        """On the model's device, laid out as its attention reads it."""
+        return cls(groups, model.device, stream=models.reads_stream(model))
+
     @property
     def rollout_logp(self) -> Tensor:
         """[T] the sampler's log-probs."""
@@ -128,9 +155,9 @@ class Batch:
     def micro_batches(self, groups: Sequence[int], max_tokens: int, *, pack: bool = False) -> Iterator[Micro]:
         """Forward passes of at most `max_tokens` padded tokens (a longer row goes alone), like lengths together.
 
-        With `pack`, a row holds as many groups as fit into min(max_tokens, SHARED_ROW_LIMIT) tokens. With several ranks
-        those of this rank's share of `groups`, dealt out so that tokens balance. Every rank gets the same number,
-        passes without responses among them: a sharded model's passes are collective.
+        With `pack`, a row holds as many groups as fit into min(max_tokens, SHARED_ROW_LIMIT) tokens; a stream needs no
+        packing. With several ranks those of this rank's share of `groups`, dealt out so that tokens balance. Every rank
+        gets the same number, passes without responses among them: a sharded model's passes are collective.
         """
         loads = [self._length((g, self._members(g))) for g in groups]
         plans = [self._passes([groups[i] for i in part], max_tokens, pack) for part in deal(loads, self.ranks.size)]
@@ -149,7 +176,8 @@ class Batch:
             else:
                 entries.extend((g, [m]) for m in members)
         entries.sort(key=lambda entry: (self._length(entry), entry[1][0]))
-        rows = self._packed(entries, min(max_tokens, SHARED_ROW_LIMIT)) if pack else [[entry] for entry in entries]
+        packed = pack and not self.stream
+        rows = self._packed(entries, min(max_tokens, SHARED_ROW_LIMIT)) if packed else [[entry] for entry in entries]
         passes: list[list[Row]] = []
         for row in rows:
             if passes and self._tokens([*passes[-1], row]) <= max_tokens:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
 from . import checkpoint
@@ -12,6 +13,7 @@ from .metrics import MetricsWriter, Stage
 from .models import Trainable
 from .progress import progress_bar
 from .schedule import cosine
+from .skips import Skips, TooManySkipped
 
 
 def fit(
@@ -23,6 +25,7 @@ def fit(
     backward: Callable[[int], dict[str, float]],
     *,
     warmup: float,
+    skips: Skips,
     floor: float = 0.0,
     evaluate: Callable[[int], dict[str, float]] = lambda step: {},
 ) -> None:
@@ -30,24 +33,37 @@ def fit(
 
     `backward(step)`, from 0, leaves the gradients of that step and returns its metrics, `loss` among them;
     `evaluate(step)`, after the step, adds to them. Ctrl-C stops after the step at hand and leaves a checkpoint for
-    `--resume`.
+    `--resume`; so does TooManySkipped, when gradients have not been finite for as many steps as `skips` allows.
     """
     step = 0
     if state is not None:
         trainable.load_state_dict(state["trainable"])
+        skips.load_state_dict(state["skips"])
         step = state["step"]
     checkpoint.write_config(cfg)
-    metrics = MetricsWriter(cfg.output, resume_step=None if state is None else step, stages=(stage,))
-    with progress_bar(stage, total, step) as bar, stop_signal() as stop:
+
+    def save() -> None:
+        state = {"step": step, "config": cfg.model_dump_json(), "trainable": trainable.state_dict()}
+        checkpoint.save(cfg.output, step, state | {"skips": skips.state_dict()}, cfg.checkpoint.keep)
+
+    record = MetricsWriter(cfg.output, resume_step=None if state is None else step, stages=(stage,))
+    with closing(record) as metrics, progress_bar(stage, total, step) as bar, stop_signal() as stop:
         while step < total and not stop.is_set():
             values = backward(step)
             step += 1
             scale = cosine(step, total, warmup, floor)
             values |= {"lr": trainable.lr * scale, "grad_norm": trainable.step(scale)}
+            values |= skips.note(trainable.taken_skips())
             values |= evaluate(step)
             metrics.log(stage, step, values)
+            try:
+                skips.check(step, None, cfg.output)
+            except TooManySkipped:
+                if step < total:  # one at the end would resume into a finished run
+                    save()
+                raise
             bar.advance(f"loss {values['loss']:.3f}")
             if step < total and (stop.is_set() or (cfg.checkpoint.every and step % cfg.checkpoint.every == 0)):
-                state = {"step": step, "config": cfg.model_dump_json(), "trainable": trainable.state_dict()}
-                checkpoint.save(cfg.output, step, state, cfg.checkpoint.keep)
-    metrics.close()
+                save()
+    if skips.total:
+        print(f"{stage}: {skips.total} of {step} steps had no finite gradient and were skipped")

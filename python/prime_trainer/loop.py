@@ -101,7 +101,7 @@ class Run:
         step = self.step + 1
 
         groups, values = self.rollouts.batch(step, clock)
-        batch = self.batch = Batch(groups, self.device, self.ranks, stream=cfg.model.attention != "sdpa")
+        batch = self.batch = Batch(groups, self.device, self.ranks, models.reads_stream(self.policy.model))
         values["kept_reward"] = batch.outcomes.mean().item()
 
         with clock("score" if self.prm is None or cfg.prm.update == "none" else "prm"):

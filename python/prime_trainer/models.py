@@ -189,6 +189,17 @@ def positions(model: Any) -> int | None:
     return getattr(model.config, "max_position_embeddings", None)
 
 
+def length_limit(models: Iterable[Any], max_length: int | None) -> int | None:
+    """The longest sequence that all `models` can read, at most `max_length`; None where nothing says."""
+    limits = [max_length, *map(positions, models)]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def reads_stream(model: Any) -> bool:
+    """Whether its attention reads one stream of sequences, without masks (`Batch`): flash-attn's kernels."""
+    return model.config._attn_implementation.startswith("flash_attention")
+
+
 def encode_with_spans(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
     """Token ids and the characters each covers."""
     found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)

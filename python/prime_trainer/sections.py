@@ -104,7 +104,11 @@ class SFTConfig(Section):
     warmup: float = Field(default=0.1, ge=0.0, le=1.0)
     """Share of the steps over which the learning rate rises."""
     grad_clip: float = Field(default=1.0, gt=0)
+    max_skipped: PositiveInt = 3
+    """Steps in a row without a finite gradient after which the run ends."""
     max_length: PositiveInt = 1024
+    """Tokens of prompt and answer, at most the model's positions; a longer row is an error, or left out."""
+    too_long: Literal["error", "skip"] = "error"
 
     _actions = field_validator("system_prompt")(chat.system_prompt)
 
@@ -245,6 +249,8 @@ class TrainPRMConfig(Section):
     warmup: float = Field(default=0.03, ge=0.0, le=1.0)
     """Share of the steps over which the learning rate rises; after that a cosine to a tenth."""
     grad_clip: float = Field(default=1.0, gt=0)
+    max_skipped: PositiveInt = 3
+    """Steps in a row without a finite gradient after which the run ends."""
     batch_size: PositiveInt = 64
     """Responses an optimizer step, in whole prompt groups."""
     step_batch_size: PositiveInt = 16
@@ -253,7 +259,8 @@ class TrainPRMConfig(Section):
     """Weight of the squared error of step labels beside the loss of outcomes."""
     epochs: PositiveInt = 1
     max_length: PositiveInt = 8192
-    """Tokens of prompt and response, at most the model's positions; a longer row is an error, or left out."""
+    """Tokens of prompt and response, at most the positions of model and reference; a longer row is an error, or left
+    out."""
     too_long: Literal["error", "skip"] = "error"
     eval_every: int = Field(default=10, ge=0)
     """Steps between held-out evaluations; 0 evaluates only at the end."""

@@ -12,12 +12,13 @@ import torch
 import prime_kernels as pk
 
 from . import chat, checkpoint, demonstrations, lm_head, models
-from .batch import Batch, Group, Response
+from .batch import Batch, Group, Response, fits
 from .config import RunConfig
 from .fit import fit
 from .rollout import derive_seed
 from .rows import read_rows
 from .score import predicting
+from .skips import Skips
 from .tasks import load_task
 
 
@@ -28,17 +29,19 @@ def run(cfg: RunConfig) -> Path:
     """
     state = checkpoint.begin(cfg)
     tokenizer = models.load_tokenizer(cfg.model)
-    examples = _examples(cfg, tokenizer)
     model = models.load_model(cfg.model)
+    examples = _examples(cfg, tokenizer, models.length_limit([model], cfg.sft.max_length))
     trainable = models.Trainable(model, lr=cfg.sft.lr, betas=(0.9, 0.95), grad_clip=cfg.sft.grad_clip)
     size = min(cfg.sft.batch_size, len(examples))
     per_epoch = math.ceil(len(examples) / size)
+    total = cfg.sft.epochs * per_epoch
+    skips = Skips(min(cfg.sft.max_skipped, total), "sft.max_skipped", "sft.lr")
 
     def backward(step: int) -> dict[str, float]:
         epoch, at = divmod(step, per_epoch)
         generator = torch.Generator().manual_seed(derive_seed(cfg.seed, "sft", epoch))
         order = torch.randperm(len(examples), generator=generator).tolist()
-        batch = Batch([examples[i] for i in order[at * size : (at + 1) * size]], model.device)
+        batch = Batch.read_by(model, [examples[i] for i in order[at * size : (at + 1) * size]])
         loss = 0.0
         for micro in batch.micro_batches(range(len(batch.groups)), cfg.micro_batch_tokens, pack=cfg.sft.pack):
             head = lm_head.head(model, predicting(model, micro))
@@ -48,37 +51,39 @@ def run(cfg: RunConfig) -> Path:
             loss += part.item()
         return {"loss": loss, "tokens": batch.num_tokens}
 
-    fit(cfg, "sft", state, trainable, cfg.sft.epochs * per_epoch, backward, warmup=cfg.sft.warmup)
+    fit(cfg, "sft", state, trainable, total, backward, warmup=cfg.sft.warmup, skips=skips)
     final = cfg.output / "final"
     models.save(model, tokenizer, final)
     return final
 
 
-def _examples(cfg: RunConfig, tokenizer: Any) -> list[Group]:
+def _examples(cfg: RunConfig, tokenizer: Any, limit: int) -> list[Group]:
+    """A group each, of at most `limit` tokens."""
     if cfg.sft.path is not None:
-        pairs = list(_chat_rows(cfg.sft.path, cfg.sft.system_prompt))
+        rows = list(_chat_rows(cfg.sft.path, cfg.sft.system_prompt))
     else:
         made = demonstrations.make(
             load_task(cfg.task, cfg.seed), cfg.sft.demonstrations, cfg.sft.worked_fraction, cfg.seed
         )
-        pairs = [(problem.messages, answer) for problem, answer in made]
+        rows = [(f"demonstration {k}", problem.messages, answer) for k, (problem, answer) in enumerate(made, 1)]
     eos = tokenizer.eos_token_id
     groups = []
-    for messages, answer in pairs:
+    for place, messages, answer in rows:
         prompt = models.render(tokenizer, messages)
-        ids = [*tokenizer.encode(answer, add_special_tokens=False), eos]
-        if len(prompt) + len(ids) <= cfg.sft.max_length:
-            groups.append(Group(prompt, [Response(ids)]))
+        response = Response([*tokenizer.encode(answer, add_special_tokens=False), eos])
+        if fits(place, prompt, response, limit, "sft", cfg.sft.too_long):
+            groups.append(Group(prompt, [response]))
+    where = cfg.sft.path or "the task"
     if not groups:
-        where = cfg.sft.path or "the task"
-        raise ValueError(
-            f"no SFT example from {where} fits sft.max_length = {cfg.sft.max_length} tokens ({len(pairs)} were read)"
-        )
+        raise ValueError(f"sft.max_length: all {len(rows)} examples from {where} are longer than {limit} tokens")
+    if len(groups) < len(rows):
+        left_out = len(rows) - len(groups)
+        print(f"sft: {left_out} of {len(rows)} examples from {where} are longer than {limit} tokens and left out")
     return groups
 
 
-def _chat_rows(path: Path, system_prompt: str | None = None) -> Iterator[tuple[list[dict[str, str]], str]]:
-    """(messages before the answer, answer) of each row: `messages`, or `instruction` and `response`."""
+def _chat_rows(path: Path, system_prompt: str | None = None) -> Iterator[tuple[str, list[dict[str, str]], str]]:
+    """(place, messages before the answer, answer) of each row: `messages`, or `instruction` and `response`."""
     empty = True
     for place, row in read_rows(path, "sft.path"):
         empty = False
@@ -86,7 +91,7 @@ def _chat_rows(path: Path, system_prompt: str | None = None) -> Iterator[tuple[l
             messages = _messages(row)
         except ValueError as error:
             raise ValueError(f"{path}, {place}: {error}") from None
-        yield chat.with_system(messages[:-1], system_prompt), messages[-1]["content"]
+        yield f"{path}, {place}", chat.with_system(messages[:-1], system_prompt), messages[-1]["content"]
     if empty:
         raise ValueError(f"sft.path: {path} has no rows")
 

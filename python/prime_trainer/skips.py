@@ -23,8 +23,9 @@ class TooManySkipped(RunError):
 class Skips:
     """Counts a run's skipped optimizer steps; `in_row` of them are steps of the loop that lost at least one."""
 
-    def __init__(self, limit: int) -> None:
-        self.limit, self.total, self.in_row = limit, 0, 0
+    def __init__(self, limit: int, key: str = "policy.max_skipped", rates: str = "policy.lr or prm.lr") -> None:
+        """`key` is the setting that gave the limit, `rates` those of the learning rates, for the message."""
+        self.limit, self.key, self.rates, self.total, self.in_row = limit, key, rates, 0, 0
 
     def state_dict(self) -> dict[str, int]:
         return {"total": self.total, "in_row": self.in_row}
@@ -38,16 +39,17 @@ class Skips:
         self.in_row = self.in_row + 1 if skipped else 0
         return {"skipped": skipped}
 
-    def check(self, step: int, batch: Batch, output: Path) -> None:
-        """Raises TooManySkipped, with the batch on disk, when the limit is reached."""
+    def check(self, step: int, batch: Batch | None, output: Path) -> None:
+        """Raises TooManySkipped, with the batch (if given) on disk, when the limit is reached."""
         if self.in_row < self.limit:
             return
         path = output / BATCH
-        if batch.ranks.first:
+        if batch is not None and batch.ranks.first:
             replace_file(path, json.dumps({"step": step, "groups": [asdict(group) for group in batch.groups]}))
+        kept = "" if batch is None else f" and the last batch is in {path}"
         raise TooManySkipped(
-            f"step {step}: no finite loss or gradient for {self.in_row} steps in a row (policy.max_skipped); their "
-            f"updates were skipped and the last batch is in {path}. Lower policy.lr or prm.lr, or raise the limit"
+            f"step {step}: no finite loss or gradient for {self.in_row} steps in a row ({self.key}); their updates "
+            f"were skipped{kept}. Lower {self.rates}, or raise the limit"
         )
 
 

@@ -1,8 +1,11 @@
 """The tiny model's directory, its tokenizer, and the configuration of a small run with it."""
 
+from contextlib import contextmanager
+
 import pytest
 import tiny
 
+from prime_trainer import fit
 from prime_trainer.config import ModelConfig, RunConfig
 from prime_trainer.models import load_tokenizer
 
@@ -51,3 +54,30 @@ def make_config(model_dir):
 def run_config(make_config, tmp_path):
     """`make_config` with an output directory."""
     return lambda **changes: make_config(**{"output": tmp_path / "run", **changes})
+
+
+@pytest.fixture
+def stop_after(monkeypatch):
+    """`with stop_after(2):` a supervised stage is interrupted in its second step."""
+
+    class Stop:
+        """Asked before and after every step."""
+
+        def __init__(self, steps):
+            self.left = 2 * steps - 1
+
+        def is_set(self):
+            self.left -= 1
+            return self.left < 0
+
+    @contextmanager
+    def stopping(steps):
+        @contextmanager
+        def signal():
+            yield Stop(steps)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(fit, "stop_signal", signal)
+            yield
+
+    return stopping

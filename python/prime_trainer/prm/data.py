@@ -159,16 +159,6 @@ def encode(tokenizer: Any, item: Item, splitter: str) -> StepResponse:
     return StepResponse(ids, item.label or 0.0, cu_steps=cu_steps, step_labels=labels, pieces=pieces, steps=[*parts])
 
 
-class TooLong(ValueError):
-    """A response that does not fit with its prompt."""
-
-
-def check_length(item: Item, prompt_ids: Sequence[int], response: Response, limit: int) -> None:
-    length = len(prompt_ids) + len(response.ids)
-    if length > limit:
-        raise TooLong(f"{item.place}: prompt and response have {length} tokens, over the limit of {limit}")
-
-
 def grouped(pairs: Iterable[tuple[list[int], Response]]) -> list[Group]:
     """Responses to the same prompt together, in order of first appearance."""
     found: dict[tuple[int, ...], list[Response]] = {}

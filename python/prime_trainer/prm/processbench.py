@@ -8,9 +8,11 @@ as it is on the others.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,11 +20,14 @@ from ..config import RunConfig
 from ..rows import read_rows
 
 THRESHOLDS = 10_000
+NOTHING = -2
+"""No prediction: not even that all steps are right."""
 
 
 @dataclass(frozen=True)
 class Chain:
-    """Cumulative rewards of the steps and the index of the first wrong one, -1 where all are right."""
+    """Cumulative rewards of the steps, none where it was too long to score, and the index of the first wrong one, -1
+    where all are right."""
 
     cumulative: list[float]
     label: int
@@ -30,7 +35,8 @@ class Chain:
 
 @dataclass(frozen=True)
 class Figures:
-    """Shares of chains whose prediction is right; F1 is 0 where one of the kinds is missing or never right."""
+    """Shares of chains whose prediction is right; F1 is 0 where one of the kinds is missing or never right. A chain
+    without rewards (`unscored` of them) has no prediction and counts as not found, whichever its label."""
 
     set: str
     threshold: float
@@ -38,6 +44,7 @@ class Figures:
     correct: float
     f1: float
     chains: int
+    unscored: int
 
 
 def run(cfg: RunConfig) -> Path:
@@ -56,6 +63,9 @@ def run(cfg: RunConfig) -> Path:
     lines += ["| set | erroneous | correct | F1 | chains |", "| --- | --- | --- | --- | --- |"]
     for r in rows:
         lines.append(f"| {r.set} | {100 * r.erroneous:.1f} | {100 * r.correct:.1f} | {100 * r.f1:.1f} | {r.chains} |")
+    for r in rows:
+        if r.unscored:
+            lines += ["", f"{r.set}: {r.unscored} of {r.chains} chains have no rewards and count as not found."]
     table = cfg.output / "processbench.md"
     table.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return table
@@ -64,23 +74,35 @@ def run(cfg: RunConfig) -> Path:
 def read_chains(path: Path, key: str) -> list[Chain]:
     chains = []
     for place, row in read_rows(path, key):
-        rewards, label = row.get("rewards"), row.get("label")
-        if not isinstance(rewards, dict) or not isinstance(label, int) or isinstance(label, bool):
+        label = row.get("label")
+        if "rewards" not in row or not isinstance(label, int) or isinstance(label, bool):
             raise ValueError(
                 f"{path}, {place}: needs rewards (from `prime-trainer score`) and label, the first wrong step"
             )
-        if not -1 <= label < len(rewards["cumulative"]):
-            raise ValueError(
-                f"{path}, {place}: label must be -1 or one of {len(rewards['cumulative'])} steps, got {label}"
-            )
-        chains.append(Chain(rewards["cumulative"], label))
-    if not chains:
-        raise ValueError(f"{key}: {path} has no rows")
+        cumulative = [] if row["rewards"] is None else _cumulative(row["rewards"])
+        if cumulative is None:
+            raise ValueError(f"{path}, {place}: rewards.cumulative must be a list of finite numbers, one a step")
+        # How many steps a chain without rewards has is not known here.
+        if not -1 <= label < (len(cumulative) or math.inf):
+            raise ValueError(f"{path}, {place}: label must be -1 or one of {len(cumulative)} steps, got {label}")
+        chains.append(Chain(cumulative, label))
+    if not any(chain.cumulative for chain in chains):
+        raise ValueError(f"{key}: {path} has no rows{' with rewards' if chains else ''}")
     return chains
 
 
+def _cumulative(rewards: Any) -> list[float] | None:
+    """None where they are not there."""
+    values = rewards.get("cumulative") if isinstance(rewards, dict) else None
+    if not isinstance(values, list) or not values:
+        return None
+    return values if all(isinstance(v, (int, float)) and math.isfinite(v) for v in values) else None
+
+
 def predict(chain: Chain, thresholds: np.ndarray) -> np.ndarray:
-    """The predicted step for every threshold."""
+    """The predicted step for every threshold; `NOTHING` for a chain without rewards."""
+    if not chain.cumulative:
+        return np.full(len(thresholds), NOTHING)
     # The first value below t comes where the running minimum first is; that falls, so its negative is sorted.
     lowest = -np.minimum.accumulate(_sigmoid(chain.cumulative))
     first = np.searchsorted(lowest, -thresholds, side="right")
@@ -97,7 +119,8 @@ def best_threshold(chains: Sequence[Chain]) -> float:
 
 def figures(name: str, chains: Sequence[Chain], threshold: float) -> Figures:
     erroneous, correct, f1 = (float(share[0]) for share in _shares(chains, np.array([threshold])))
-    return Figures(name, threshold, erroneous, correct, f1, len(chains))
+    unscored = sum(not chain.cumulative for chain in chains)
+    return Figures(name, threshold, erroneous, correct, f1, len(chains), unscored)
 
 
 def _shares(chains: Sequence[Chain], thresholds: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

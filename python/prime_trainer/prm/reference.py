@@ -1,8 +1,8 @@
 """Log-probs of the frozen reference, computed once and kept on disk.
 
 One file a batch, named by a hash of all that decides its numbers: the model's files and dtype, the tokenizer, the
-token ids, and the size of the forward passes. The last because a 16-bit product rounds differently in another shape:
-with equal layouts a PRM that still equals its reference has log-ratios of exactly 0.
+token ids, and the size and attention of the forward passes. The last because a 16-bit product rounds differently in
+another shape: with equal layouts a PRM that still equals its reference has log-ratios of exactly 0.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Reference:
 
     def __init__(self, cfg: ModelConfig, tokenizer: Any, directory: Path, micro_batch_tokens: int) -> None:
         self._cfg, self._directory, self._micro_batch_tokens = cfg, directory, micro_batch_tokens
-        words = [FORMAT, models.fingerprint(cfg), str(models.device(cfg).type), str(micro_batch_tokens)]
+        words = [FORMAT, models.fingerprint(cfg), str(models.device(cfg).type), str(micro_batch_tokens), cfg.attention]
         words.append(json.dumps(models.tokenizer_parts(tokenizer), sort_keys=True))
         self._key = hashlib.sha256("\n".join(words).encode())
 
@@ -54,7 +54,7 @@ class Reference:
 
     @torch.no_grad()
     def _compute(self, model: Any, groups: Sequence[Group]) -> Tensor:
-        batch = Batch(groups, model.device)
+        batch = Batch.read_by(model, groups)
         out = torch.zeros(batch.num_tokens)
         for micro in batch.micro_batches(range(len(groups)), self._micro_batch_tokens):
             out[micro.tokens.cpu()] = log_probs(model, micro, batch.ids[micro.tokens]).cpu()

@@ -17,13 +17,17 @@ from torch import Tensor
 import prime_kernels as pk
 
 from .. import lm_head, models
-from ..batch import Batch, Group, Micro
+from ..batch import Batch, Group, Micro, check_length
 from ..score import predicting
 from .card import CARD_BETA, card_micro, encode_card
-from .data import Item, StepResponse, check_length, encode, items_of
+from .data import Item, StepResponse, encode, items_of
 
 BETA = 0.05
 RESPONSE_REWARDS = ("min", "mean", "sum", "last")
+
+
+class NotFinite(ValueError):
+    """A response on which a model overflows."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,11 @@ def score_steps(
         prm, reference, tokenizer, beta=beta, splitter=splitter, compat=compat,
         micro_batch_tokens=micro_batch_tokens, max_length=max_length,
     )  # fmt: skip
-    return scorer.score([scorer.encode(item) for item in items])
+    found = scorer.score([scorer.encode(item) for item in items])
+    for rewards in found:
+        if isinstance(rewards, NotFinite):
+            raise rewards
+    return found
 
 
 @dataclass(frozen=True)
@@ -116,12 +124,16 @@ class StepScorer:
     ) -> None:
         if compat not in (None, "eurus-card"):
             raise ValueError(f"compat must be None or 'eurus-card', got {compat!r}")
+        streams = [models.reads_stream(model) for model in (prm, reference)]
+        if streams[0] != streams[1]:
+            raise ValueError("prm and reference must have the same attention: one reads masks, the other a stream")
+        if streams[0] and compat is not None:
+            raise ValueError("compat = 'eurus-card' masks pad tokens; that takes model.attention = 'sdpa'")
         self._prm, self._reference, self._tokenizer = prm, reference, tokenizer
         self._card, self._splitter = compat == "eurus-card", splitter
         self._beta = beta if beta is not None else CARD_BETA if self._card else BETA
         self._micro_batch_tokens = micro_batch_tokens
-        limits = [models.positions(prm), models.positions(reference), max_length]
-        self._limit = min((limit for limit in limits if limit is not None), default=None)
+        self._limit = models.length_limit([prm, reference], max_length)
 
     def encode(self, item: Item) -> Encoded:
         """Raises TooLong for a response that does not fit."""
@@ -131,15 +143,16 @@ class StepScorer:
             prompt_ids = models.render(self._tokenizer, item.messages)
             response = encode(self._tokenizer, item, self._splitter)
         if self._limit is not None:
-            check_length(item, prompt_ids, response, self._limit)
+            check_length(item.place, prompt_ids, response, self._limit)
         return Encoded(item.place, prompt_ids, response)
 
     @torch.no_grad()
-    def score(self, encoded: Sequence[Encoded]) -> list[StepRewards]:
+    def score(self, encoded: Sequence[Encoded]) -> list[StepRewards | NotFinite]:
+        """The rewards of each response, or the error that says why it has none."""
         if not encoded:
             return []
         order, groups = self._group(encoded)
-        batch = Batch(groups, self._prm.device)
+        batch = Batch.read_by(self._prm, groups)
         log_ratio = torch.zeros(batch.num_tokens, device=batch.device)
         for micro in batch.micro_batches(range(len(groups)), self._micro_batch_tokens):
             if self._card:
@@ -151,12 +164,18 @@ class StepScorer:
             mode: pk.step_rewards(rewards, cu_steps, batch.cu_seqlens, mode=mode).tolist()
             for mode in ("single", "cumulative")
         }
-        out: list[StepRewards | None] = [None] * len(encoded)
+        out: list[StepRewards | NotFinite | None] = [None] * len(encoded)
         starts, token_rewards = batch.cu_seqlens.tolist(), rewards.tolist()
         for at, k in enumerate(order):
             own, response = token_rewards[starts[at] : starts[at + 1]], encoded[k].response
             if not all(map(math.isfinite, own)):
-                raise ValueError(f"{encoded[k].place}: the rewards are not finite: a model overflows on this response")
+                # Alone, as the values of one that overflows reach all that share its pass: 0 * NaN is NaN.
+                if len(encoded) > 1:
+                    out[k] = self.score([encoded[k]])[0]
+                else:
+                    where = encoded[k].place
+                    out[k] = NotFinite(f"{where}: the rewards are not finite: a model overflows on this response")
+                continue
             single, cumulative = (modes[mode][owned[at]] for mode in ("single", "cumulative"))
             out[k] = StepRewards(response.steps, response.cu_steps, response.pieces, own, single, cumulative)
         return out

@@ -10,16 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from .. import checkpoint, models
+from ..batch import TooLong
 from ..config import RunConfig, ScoreConfig
 from ..errors import RunError
 from ..interrupt import stop_signal
 from ..progress import progress_bar
-from ..rows import repair_jsonl
-from .data import Item, TooLong, read_items
+from ..rows import jsonl_rows, repair_jsonl
+from ..state_files import replace_file
+from .data import Item, read_items
 from .page import write_page
-from .score import Encoded, StepRewards, StepScorer
+from .score import Encoded, NotFinite, StepRewards, StepScorer
 
 SCORES = "scores.jsonl"
+FINGERPRINTS = "fingerprints.json"
+"""Of the models and the tokenizer that the scores are from."""
+_WRITTEN = ("rewards", "error", "reward_model")
 
 
 def run(cfg: RunConfig) -> Path:
@@ -28,7 +33,8 @@ def run(cfg: RunConfig) -> Path:
     A row of `scores.jsonl` is the input's row (of one with completions, a row each) with `reward_model`, `benchmark`
     and `rewards`: {steps, single, cumulative, tokens, token_rewards, cu_steps, response: {single: {min, mean, sum,
     last}, cumulative: {..}}}. Rows are written as windows are done; Ctrl-C or an error keeps them, and `--resume` goes
-    on after them.
+    on after them, with the same models and where the input up to there is the same. A response on which a model
+    overflows ends the run with an error after its window, and stands there with `error` in place of rewards.
     """
     own = cfg.score
     for name in ("path", "reference"):
@@ -39,6 +45,15 @@ def run(cfg: RunConfig) -> Path:
     tokenizer = models.load_tokenizer(cfg.model)
     reference_model = cfg.model.model_copy(update={"path": str(own.reference), "gguf_file": None})
     models.check_same_tokenizer(tokenizer, models.load_tokenizer(reference_model), ("model.path", "score.reference"))
+    fingerprints = {
+        "model.path": models.fingerprint(cfg.model),
+        "score.reference": models.fingerprint(reference_model),
+        "tokenizer": models.tokenizer_fingerprint(tokenizer),
+    }
+    items = read_items(own.path, "score.path")
+    if done:
+        _check_fingerprints(cfg.output / FINGERPRINTS, fingerprints)
+        _skip(items, out)
     total = _count(own.path)
     if done < total or not total:
         scorer = StepScorer(
@@ -47,7 +62,8 @@ def run(cfg: RunConfig) -> Path:
             micro_batch_tokens=cfg.micro_batch_tokens, max_length=own.max_length,
         )  # fmt: skip
         checkpoint.write_config(cfg)
-        _score(own, cfg.model.path, scorer, out, done, total)
+        replace_file(cfg.output / FINGERPRINTS, json.dumps(fingerprints, indent=1))
+        _score(own, items, cfg.model.path, scorer, out, done, total)
     if own.page_rows:
         write_page(out, cfg.output / "index.html", own.page_rows)
     return out
@@ -69,11 +85,20 @@ def _begin(cfg: RunConfig, out: Path) -> int:
     return repair_jsonl(out)
 
 
-def _score(own: ScoreConfig, model: str, scorer: StepScorer, out: Path, done: int, total: int) -> None:
+def _check_fingerprints(path: Path, now: dict[str, Any]) -> None:
+    if not path.is_file():
+        raise ValueError(f"--resume: {path} is missing: what the scores beside it are from cannot be told")
+    saved = json.loads(path.read_text())
+    changed = [name for name in now if saved.get(name) != now[name]]
+    if changed:
+        raise ValueError(f"--resume: not what the scores there are from: {', '.join(changed)} has changed since")
+
+
+def _score(
+    own: ScoreConfig, items: Iterator[Item], model: str, scorer: StepScorer, out: Path, done: int, total: int
+) -> None:
     windows = math.ceil(total / own.window)
     name = own.name or model
-    items = read_items(own.path, "score.path")
-    _skip(items, out, done)
     with progress_bar("score", windows, done // own.window) as bar, stop_signal() as stop, out.open("a") as file:
         while True:
             if stop.is_set() and done < total:
@@ -118,11 +143,17 @@ def _rows(window: list[Item], scorer: StepScorer, own: ScoreConfig) -> Iterator[
             failure = error
             break
     rewards = iter(scorer.score([each for each in encoded if isinstance(each, Encoded)]))
+    overflow = None
     for item, each in zip(window, encoded, strict=False):
-        if isinstance(each, Encoded):
-            yield {**item.row, "rewards": as_row(next(rewards), own.tokens)}
+        found = next(rewards) if isinstance(each, Encoded) else each
+        if isinstance(found, StepRewards):
+            yield {**item.row, "rewards": as_row(found, own.tokens)}
         else:
-            yield {**item.row, "rewards": None, "error": str(each)}
+            yield {**item.row, "rewards": None, "error": str(found)}
+        if overflow is None and isinstance(found, NotFinite):
+            overflow = ValueError(f"{found}; it stands in the scores without rewards and --resume goes on after it")
+    if overflow is not None:
+        raise overflow
     if failure is not None:
         raise failure
 
@@ -156,15 +187,13 @@ def _count(path: Path) -> int:
     return count
 
 
-def _skip(items: Iterator[Item], out: Path, done: int) -> None:
-    """Passes over the responses that are scored, after checking that they are those of the file."""
-    if not done:
-        return
-    with out.open("rb") as file:
-        for line in file:
-            last = line
-    scored = json.loads(last)
-    for item in itertools.islice(items, done - 1, done):
-        if all(scored.get(key) == value for key, value in item.row.items() if key not in ("benchmark", "reward_model")):
-            return
-    raise ValueError(f"--resume: row {done} of {out} is not response {done} of score.path: the input has changed")
+def _skip(items: Iterator[Item], out: Path) -> None:
+    """Passes over the responses that are scored, after checking each: what comes after them may have been mended."""
+    for number, (_, scored) in enumerate(jsonl_rows(out), 1):
+        item = next(items, None)
+        given = {} if item is None else item.row | {"benchmark": item.row.get("benchmark") or scored.get("benchmark")}
+        was, now = ({key: row[key] for key in row if key not in _WRITTEN} for row in (scored, given))
+        if was != now:
+            raise ValueError(
+                f"--resume: row {number} of {out} is not response {number} of score.path: the input has changed"
+            )

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from ..config import RunConfig
 from ..estimators import bootstrap_interval, majority, pass_at_k
 from ..rows import read_rows
 from ..verify import Verifier, last_boxed
-from .data import PROMPTS, outcome
+from .data import items_of, outcome
 from .score import RESPONSE_REWARDS
 
 
@@ -67,6 +68,10 @@ def run(cfg: RunConfig) -> Path:
         for (benchmark, model), problems in found.items()
         for result in compare(list(problems.values()), own.n, benchmark, model, own.bootstrap, cfg.seed)
     ]
+    for (benchmark, model), problems in found.items():
+        said = left_out(problems, own.n)
+        if said is not None:
+            print(f"select: {benchmark}, {model or 'no reward model'}: {said}", file=sys.stderr)
     cfg.output.mkdir(parents=True, exist_ok=True)
     rows = [asdict(result) for result in results]
     document = {"step_rewards": own.step_rewards, "results": rows}
@@ -97,6 +102,15 @@ def compare(
             low, high = bootstrap_interval(values, resamples=resamples, seed=seed)
             mean = sum(values) / len(values)
             yield Result(benchmark, model, method, rewards, n, mean, low, high, len(values))
+
+
+def left_out(problems: Mapping[str, Problem], ns: Sequence[int]) -> str | None:
+    """Which n have no table, and because of which problem; None where all have one."""
+    name, fewest = min(((name, len(p.right)) for name, p in problems.items()), key=lambda pair: pair[1])
+    over = [str(n) for n in sorted(set(ns)) if n > fewest]
+    if not over:
+        return None
+    return f"n = {', '.join(over)} left out: problem {name:.100} has {fewest} response{'s' if fewest > 1 else ''}"
 
 
 def _over_runs(problem: Problem, n: int, rewards: str | None, choose: Any) -> float:
@@ -130,21 +144,34 @@ def _read(path: Path, mode: str, found: dict[tuple[str, str], dict[str, Problem]
         key = (str(row.get("benchmark") or path.stem), str(row.get("reward_model", "")))
         name = row.get("id")
         if name is None:
-            name = json.dumps(next((row[prompt] for prompt in PROMPTS if row.get(prompt)), None))
+            name = json.dumps(next(items_of(row, f"{path}, {place}")).messages)
         problem = found.setdefault(key, {}).setdefault(str(name), Problem([], [], {}, []))
         problem.right.append(right > 0.5)
         problem.answers.append(row["extracted_answer"] if "extracted_answer" in row else last_boxed(_text(row)))
         for rewards in RESPONSE_REWARDS:
             # A response that was too long to score is chosen last.
-            value = -math.inf if row["rewards"] is None else row["rewards"]["response"][mode][rewards]
+            value = -math.inf if row["rewards"] is None else _reward(row["rewards"], mode, rewards)
+            if value is None:
+                raise ValueError(
+                    f"{path}, {place}: rewards.response.{mode}.{rewards} must be a finite number; is this a file that "
+                    "`prime-trainer score` wrote?"
+                )
             problem.scores.setdefault(rewards, []).append(value)
 
 
+def _reward(rewards: Any, mode: str, name: str) -> float | None:
+    """None where it is not there."""
+    for key in ("response", mode, name):
+        rewards = rewards.get(key) if isinstance(rewards, dict) else None
+    return rewards if isinstance(rewards, (int, float)) and math.isfinite(rewards) else None
+
+
 def _text(row: dict[str, Any]) -> str:
-    """The response, which may be given as a chat or as steps."""
+    """The response, which may be given as a chat, which it ends, or as steps."""
     response = row.get("response") or row.get("steps") or ""
-    parts = [part["content"] if isinstance(part, dict) else part for part in response]
-    return response if isinstance(response, str) else "\n\n".join(parts)
+    if isinstance(response, str):
+        return response
+    return str(response[-1].get("content")) if isinstance(response[-1], dict) else "\n\n".join(response)
 
 
 def markdown(results: Sequence[Result], step_rewards: str) -> str:

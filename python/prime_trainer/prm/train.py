@@ -26,6 +26,7 @@ from ..config import RunConfig, TrainPRMConfig
 from ..fit import fit
 from ..rollout import derive_seed
 from ..score import log_probs
+from ..skips import Skips
 from .ranking import auc
 from .reference import Reference
 from .training_data import outcome_groups, step_groups
@@ -48,7 +49,8 @@ def run(cfg: RunConfig) -> Path:
             tokenizer, models.load_tokenizer(reference_model), ("model.path", "train_prm.reference")
         )
     model = models.load_model(cfg.model)
-    limit = min(own.max_length, models.positions(model) or own.max_length)
+    read_by = [model] if own.reference is None else [model, models.meta_model(reference_model)]
+    limit = models.length_limit(read_by, own.max_length)
     train, held_out = outcome_groups(own, tokenizer, limit, cfg.seed)
     stage2 = [] if own.step_path is None else step_groups(own, tokenizer, limit)
     reference = Reference(reference_model, tokenizer, own.cache, cfg.micro_batch_tokens)
@@ -57,6 +59,7 @@ def run(cfg: RunConfig) -> Path:
     evaluation = _Source(held_out, own.batch_size, reference, cfg.seed, "held-out") if held_out else None
     trainable = models.Trainable(model, lr=own.lr, betas=(0.9, 0.95), grad_clip=own.grad_clip)
     total = own.epochs * len(outcomes.batches)
+    skips = Skips(min(own.max_skipped, total), "train_prm.max_skipped", "train_prm.lr")
 
     def backward(step: int) -> dict[str, float]:
         values = _backward_outcomes(model, outcomes.at(step), own, cfg.micro_batch_tokens)
@@ -69,7 +72,10 @@ def run(cfg: RunConfig) -> Path:
         due = step == total or (own.eval_every and step % own.eval_every == 0)
         return _evaluate(model, evaluation, own, cfg.micro_batch_tokens) if due and evaluation else {}
 
-    fit(cfg, "prm", state, trainable, total, backward, warmup=own.warmup, floor=0.1, evaluate=evaluate)
+    fit(
+        cfg, "prm", state, trainable, total, backward,
+        warmup=own.warmup, skips=skips, floor=0.1, evaluate=evaluate,
+    )  # fmt: skip
     final = cfg.output / "final"
     models.save(model, tokenizer, final)
     return final
@@ -108,7 +114,7 @@ def _content(group: Group) -> bytes:
 
 
 def _backward_outcomes(model: Any, labelled: _Labelled, cfg: TrainPRMConfig, max_tokens: int) -> dict[str, float]:
-    batch = Batch(labelled.groups, model.device)
+    batch = Batch.read_by(model, labelled.groups)
 
     def loss_of(log_ratio: Tensor) -> pk.PRMLoss:
         return pk.prm_loss(
@@ -127,7 +133,7 @@ def _backward_outcomes(model: Any, labelled: _Labelled, cfg: TrainPRMConfig, max
 
 
 def _backward_steps(model: Any, labelled: _Labelled, cfg: TrainPRMConfig, max_tokens: int) -> float:
-    batch = Batch(labelled.groups, model.device)
+    batch = Batch.read_by(model, labelled.groups)
     responses = [r for g in batch.groups for r in g.responses]
     starts = batch.cu_seqlens.tolist()
     cu_steps = [0]
@@ -183,7 +189,7 @@ def _evaluate(model: Any, source: _Source, cfg: TrainPRMConfig, max_tokens: int)
     """Loss, pair accuracy and AUC of the summed rewards over all held-out responses."""
     ratios = []
     for labelled in source.batches:
-        batch = Batch(labelled.groups, model.device)
+        batch = Batch.read_by(model, labelled.groups)
         micros = list(batch.micro_batches(range(len(batch.groups)), max_tokens))
         ratios.append(_log_ratio(model, batch, labelled.ref_logp.to(model.device), micros))
     everything = Batch([group for labelled in source.batches for group in labelled.groups], model.device)

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from .. import models
-from ..batch import Group
+from ..batch import Group, fits
 from ..config import TrainPRMConfig
 from ..rollout import derive_seed
-from .data import Item, TooLong, check_length, encode, grouped, read_items
+from .data import Item, encode, grouped, read_items
 
 
 def outcome_groups(cfg: TrainPRMConfig, tokenizer: Any, limit: int, seed: int) -> tuple[list[Group], list[Group]]:
@@ -62,11 +62,7 @@ def _read_groups(path: Path, key: str, cfg: TrainPRMConfig, tokenizer: Any, limi
     for item in read_items(path, key):
         _check_labels(item, steps)
         prompt_ids, response = models.render(tokenizer, item.messages), encode(tokenizer, item, "none")
-        try:
-            check_length(item, prompt_ids, response, limit)
-        except TooLong as error:
-            if cfg.too_long == "error":
-                raise ValueError(f"{error} (train_prm.too_long = 'skip' leaves such rows out)") from None
+        if not fits(item.place, prompt_ids, response, limit, "train_prm", cfg.too_long):
             left_out += 1
             continue
         # Texts of tokens and steps are for people to read; a training set of them would fill the memory.

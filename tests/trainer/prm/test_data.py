@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from prime_trainer.batch import check_length
 from prime_trainer.models import render
-from prime_trainer.prm.data import check_length, encode, grouped, items_of, read_items
+from prime_trainer.prm.data import encode, grouped, items_of, read_items
 
 CHAT = [{"role": "system", "content": "s"}, {"role": "user", "content": "2 + 3?"}]
 
@@ -88,8 +89,8 @@ def test_length_and_groups(tokenizer):
     groups = grouped(pairs)
     assert [(g.prompt_ids, len(g.responses)) for g in groups] == [(pairs[0][0], 2), (pairs[1][0], 1)]
     length = len(pairs[0][0]) + 2
-    check_length(items[0], *pairs[0], length)
+    check_length("here", *pairs[0], length)
     with pytest.raises(
         ValueError, match=rf"here: prompt and response have {length} tokens, over the limit of {length - 1}"
     ):
-        check_length(items[0], *pairs[0], length - 1)
+        check_length("here", *pairs[0], length - 1)

@@ -54,3 +54,31 @@ def test_command(tmp_path, capsys):
     bad = write("bad.jsonl", [Chain([1.0], 1)])
     with pytest.raises(ValueError, match=r"bad\.jsonl, line 1: label must be -1 or one of 1 steps, got 1"):
         read_chains(tmp_path / bad, "processbench.tune")
+
+
+def test_chains_without_rewards_are_not_found(tmp_path, capsys):
+    def write(name, *rows):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return tmp_path / name
+
+    rows = [{"rewards": {"cumulative": chain.cumulative}, "label": chain.label} for chain in CHAINS]
+    long = [{"rewards": None, "error": "too long", "label": label} for label in (7, -1)]
+    path = write("math.jsonl", *rows, *long)
+    assert read_chains(path, "x")[-2:] == [Chain([], 7), Chain([], -1)]
+    # Two of three erroneous chains and two of three correct ones are right at t = 0.3.
+    found = figures("x", read_chains(path, "x"), 0.3)
+    assert (found.erroneous, found.correct, found.f1) == pytest.approx((2 / 3, 2 / 3, 2 / 3))
+    assert (found.chains, found.unscored) == (6, 2)
+    assert main(["processbench", "--processbench.tune", str(path), "--output", str(tmp_path / "out")]) == 0
+    table = capsys.readouterr().out
+    assert "| math | 66.7 | 66.7 | 66.7 | 6 |" in table
+    assert "math: 2 of 6 chains have no rewards and count as not found." in table
+    with pytest.raises(ValueError, match=r"x: .*long\.jsonl has no rows with rewards"):
+        read_chains(write("long.jsonl", *long), "x")
+    for k, rewards in enumerate(
+        ({}, [1.0], {"cumulative": []}, {"cumulative": [1.0, "x"]}, {"cumulative": [math.nan]})
+    ):
+        with pytest.raises(ValueError, match=rf"bad{k}\.jsonl, line 2: rewards\.cumulative must be a list of finite"):
+            read_chains(write(f"bad{k}.jsonl", rows[0], {"rewards": rewards, "label": 0}), "x")
+    with pytest.raises(ValueError, match=r"none\.jsonl, line 1: needs rewards"):
+        read_chains(write("none.jsonl", {"label": 0}), "x")

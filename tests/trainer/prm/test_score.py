@@ -15,6 +15,7 @@ from prime_trainer.cli import main
 from prime_trainer.config import ModelConfig
 from prime_trainer.models import render
 from prime_trainer.prm import score_steps
+from prime_trainer.prm.score import StepScorer
 
 GOLDEN = Path(__file__).resolve().parents[4] / "shared" / "golden" / "eurusprm_snippet_vectors.json"
 ROWS = [
@@ -154,11 +155,77 @@ def test_command_resumes_after_any_interruption(score, jsonl, tmp_path, prm, mod
         assert again["rewards"]["cumulative"] == pytest.approx(before["rewards"]["cumulative"], abs=1e-5)
     assert score(path, "--resume", "--score.beta", "1") == 2
     assert "the configuration has changed (beta: None -> 1.0)" in capsys.readouterr().err
-    changed = jsonl("rows.jsonl", ROWS[::-1])
-    out.write_bytes(b"".join(lines[:4]))
-    assert score(changed, "--resume") in (0, 2)  # the fourth of seven rows is its own mirror image
-    out.write_bytes(b"".join(lines[:2]))
-    assert score(changed, "--resume") == 2 and "the input has changed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changed", "change"), [(0, {"prompt": "And 1 + 1?"}), (3, {"label": 0}), (1, {"benchmark": "other"})]
+)
+def test_scores_of_other_rows_are_not_gone_on_with(score, jsonl, tmp_path, capsys, changed, change):
+    """Not only the last of them counts."""
+    path = jsonl("rows.jsonl", ROWS)
+    assert score(path) == 0
+    out = tmp_path / "out" / "scores.jsonl"
+    four = out.read_bytes().splitlines(keepends=True)[:4]
+    out.write_bytes(b"".join(four))
+    jsonl("rows.jsonl", [row | change if k == changed else row for k, row in enumerate(ROWS)])
+    assert score(path, "--resume") == 2
+    assert f"row {changed + 1} of {out} is not response {changed + 1}" in capsys.readouterr().err
+    jsonl("rows.jsonl", ROWS[:3])
+    assert score(path, "--resume") == 2 and "is not response 4 of score.path" in capsys.readouterr().err
+    assert out.read_bytes() == b"".join(four)
+    # What is not scored yet may change: a bad row that has been mended.
+    jsonl("rows.jsonl", [*ROWS[:5], ROWS[6]])
+    assert score(path, "--resume") == 0 and [row["id"] for row in read(out)] == [0, 1, 2, 3, 4, 6]
+
+
+@pytest.mark.parametrize("key", ["model.path", "score.reference"])
+def test_scores_of_another_model_are_not_gone_on_with(score, jsonl, tmp_path, model_dir, prm_dir, capsys, key):
+    """One that was trained anew in its place has the same path."""
+    own = tmp_path / "own"
+    shutil.copytree({"model.path": prm_dir, "score.reference": model_dir}[key], own)
+    path = jsonl("rows.jsonl", ROWS)
+    assert score(path, f"--{key}", str(own)) == 0
+    out = tmp_path / "out" / "scores.jsonl"
+    out.write_bytes(b"".join(out.read_bytes().splitlines(keepends=True)[:4]))
+    other = tiny.load(own)
+    with torch.no_grad():
+        other.model.norm.weight.mul_(1.5)
+    models.save(other, models.load_tokenizer(ModelConfig(path=str(own))), own)
+    assert score(path, "--resume", f"--{key}", str(own)) == 2
+    assert f"not what the scores there are from: {key} has changed since" in capsys.readouterr().err
+    assert len(read(out)) == 4
+    (tmp_path / "out" / "fingerprints.json").unlink()
+    assert score(path, "--resume", f"--{key}", str(own)) == 2
+    assert "fingerprints.json is missing" in capsys.readouterr().err
+
+
+@pytest.fixture
+def overflowing(tokenizer, monkeypatch):
+    """A pass with a response that has a '?' overflows, for all that share it."""
+    (marker,) = tokenizer.encode("?", add_special_tokens=False)
+    found = StepScorer._log_ratio
+
+    def log_ratio(self, micro, ids):
+        return found(self, micro, ids) * (math.nan if (ids == marker).any() else 1.0)
+
+    monkeypatch.setattr(StepScorer, "_log_ratio", log_ratio)
+
+
+def test_one_response_that_overflows_costs_no_other(score, jsonl, tmp_path, capsys, overflowing, prm, model, tokenizer):
+    rows = [{"id": k, "prompt": "2 + 3", "response": "5?" if k == 1 else f"so {k}\n\n5"} for k in range(6)]
+    path = jsonl("rows.jsonl", rows)
+    assert score(path, "--score.window", "4") == 2
+    said = capsys.readouterr().err
+    assert "rows.jsonl, line 2: the rewards are not finite" in said and "--resume goes on after it" in said
+    out = tmp_path / "out" / "scores.jsonl"
+    assert [row["id"] for row in read(out)] == [0, 1, 2, 3]  # its whole window
+    assert score(path, "--resume") == 0
+    found = read(out)
+    assert [row["id"] for row in found] == list(range(6))
+    assert found[1]["rewards"] is None and "line 2: the rewards are not finite" in found[1]["error"]
+    del found[1], rows[1]
+    for row, want in zip(found, score_steps(rows, prm=prm, reference=model, tokenizer=tokenizer), strict=True):
+        assert row["rewards"]["cumulative"] == pytest.approx(want.cumulative, abs=1e-5)
 
 
 def test_what_came_before_a_bad_row_is_kept(score, jsonl, tmp_path, capsys):

@@ -2,14 +2,14 @@
 
 import json
 import math
-from contextlib import contextmanager
+import shutil
 
 import pytest
 import tiny
 import torch
 
 from prime_kernels import prm_loss
-from prime_trainer import fit, interrupt, models
+from prime_trainer import models
 from prime_trainer.batch import Batch
 from prime_trainer.cli import main
 from prime_trainer.config import ModelConfig, TrainPRMConfig
@@ -17,6 +17,7 @@ from prime_trainer.prm import score_steps, train, training_data
 from prime_trainer.prm.ranking import auc
 from prime_trainer.prm.reference import Reference
 from prime_trainer.score import log_probs
+from prime_trainer.skips import TooManySkipped
 
 
 def rows(count=12, right="\\boxed{5}", wrong="so 2 + 3"):
@@ -160,31 +161,40 @@ def test_stage_two_mixes_step_labels_in(prm_config, jsonl):
     assert found[-1]["step_loss"] < 0.15
 
 
-def test_resume_goes_on_where_it_was(prm_config, monkeypatch):
+def test_resume_goes_on_where_it_was(prm_config, stop_after):
     whole = prm_config(output="whole", epochs=2)
     train.run(whole)
 
-    class Stop:
-        def __init__(self):
-            self.calls = 0
-
-        def is_set(self):
-            self.calls += 1
-            return self.calls > 3
-
-    @contextmanager
-    def stopping():
-        yield Stop()
-
-    monkeypatch.setattr(fit, "stop_signal", stopping)
     part = prm_config(output="part", epochs=2)
-    train.run(part)
+    with stop_after(2):
+        train.run(part)
     assert len(records(part)) == 2
-    monkeypatch.setattr(fit, "stop_signal", interrupt.stop_signal)
     resumed = part.model_copy(update={"resume": True})
     train.run(resumed)
     keys = ("step", "loss", "lr", "grad_norm")
     assert [[r[k] for k in keys] for r in records(part)] == [[r[k] for k in keys] for r in records(whole)]
+
+
+def test_a_run_of_nan_ends(prm_config, monkeypatch):
+    found = prm_loss
+    monkeypatch.setattr(train.pk, "prm_loss", lambda q, *a, **k: found(q * math.nan, *a, **k))
+    cfg = prm_config(epochs=2, max_skipped=2)
+    with pytest.raises(
+        TooManySkipped, match=r"step 2: .* in a row \(train_prm\.max_skipped\).*Lower train_prm\.lr, or"
+    ):
+        train.run(cfg)
+    assert [row["skipped"] for row in records(cfg)] == [1, 1] and not (cfg.output / "final").exists()
+
+
+def test_the_reference_must_read_it_too(prm_config, model_dir, tmp_path):
+    short = tmp_path / "short"
+    shutil.copytree(model_dir, short)
+    stored = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(stored | {"max_position_embeddings": 40}))
+    data = rows(right="\\boxed{5}" + " so" * 20)
+    train.run(prm_config(data))
+    with pytest.raises(ValueError, match=r"train\.jsonl, line 1: .* over the limit of 40 "):
+        train.run(prm_config(data, output="other", reference=short))
 
 
 @pytest.mark.parametrize(
