@@ -26,6 +26,7 @@ from prime_trainer.loop import Clock
 from prime_trainer.rollout import TransformersSampler
 from prime_trainer.score import Rewards, Scorer, log_probs, process_rewards
 from prime_trainer.tasks import load_task
+from prime_trainer.trainable import Trainable
 from prime_trainer.update import needs_old_logp, policy_update
 from prime_trainer.verify import Verifier
 
@@ -55,8 +56,8 @@ class Setting:
         self.cfg = cfg
         tokenizer = models.load_tokenizer(cfg.model)
         model = models.load_model(cfg.model)
-        self.policy = models.Trainable(model, lr=1e-12, grad_clip=cfg.policy.grad_clip)
-        self.prm = models.Trainable(models.load_model(cfg.model), lr=1e-12, grad_clip=cfg.prm.grad_clip)
+        self.policy = Trainable(model, lr=1e-12, grad_clip=cfg.policy.grad_clip)
+        self.prm = Trainable(models.load_model(cfg.model), lr=1e-12, grad_clip=cfg.prm.grad_clip)
         self.ref = models.frozen(models.load_model(cfg.model))
         sampler = TransformersSampler(model, tokenizer, batch_size=cfg.rollout.batch_size)
         with Verifier(cfg.task.verify_seconds, cfg.task.verify_workers) as verifier:

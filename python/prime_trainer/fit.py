@@ -10,10 +10,10 @@ from . import checkpoint
 from .config import RunConfig
 from .interrupt import stop_signal
 from .metrics import MetricsWriter, Stage
-from .models import Trainable
 from .progress import progress_bar
 from .schedule import cosine
 from .skips import Skips, TooManySkipped
+from .trainable import Trainable
 
 
 def fit(

@@ -27,6 +27,7 @@ from .rollouts import Rollouts
 from .score import Rewards, Scorer, process_rewards
 from .skips import Skips, TooManySkipped, finite
 from .tasks import load_task
+from .trainable import Trainable
 from .update import needs_old_logp, policy_update
 from .verify import Verifier
 from .watch import watched
@@ -40,12 +41,12 @@ class Run:
         self.tokenizer = models.load_tokenizer(cfg.model)
         self.task = load_task(cfg.task, cfg.seed)
         model = load_placed(cfg, ranks, "policy")
-        self.policy = models.Trainable(model, lr=cfg.policy.lr, grad_clip=cfg.policy.grad_clip, ranks=ranks)
+        self.policy = Trainable(model, lr=cfg.policy.lr, grad_clip=cfg.policy.grad_clip, ranks=ranks)
         dense = cfg.algorithm.process_coef > 0
         self.prm = self.ref = None
         if dense:
             prm = load_placed(cfg, ranks, "prm")
-            self.prm = models.Trainable(prm, lr=cfg.prm.lr, grad_clip=cfg.prm.grad_clip, ranks=ranks)
+            self.prm = Trainable(prm, lr=cfg.prm.lr, grad_clip=cfg.prm.grad_clip, ranks=ranks)
         if cfg.policy.kl_coef > 0 or (dense and cfg.prm.ref_type == "freeze"):
             self.ref = load_placed(cfg, ranks, "reference")
         # An engine's log-probs are not quite the trainer's; those of transformers differ by rounding alone.
@@ -189,7 +190,9 @@ def _run(cfg: RunConfig, ranks: Ranks) -> Path:
         raise
     except RunError as error:
         # Of several ranks one may have failed alone, and a checkpoint takes all of them.
-        if ranks.size == 1 or isinstance(error, (NothingPasses, TooManySkipped)):
+        together = ranks.size == 1 or isinstance(error, (NothingPasses, TooManySkipped))
+        # A checkpoint of the last step would resume into a finished run.
+        if together and not (isinstance(error, TooManySkipped) and trainer.step == cfg.steps):
             saver.save(trainer.step, trainer.state_dict())
             saver.wait()
         raise

@@ -19,7 +19,8 @@ import prime_kernels as pk
 from . import lm_head
 from .batch import Batch, Micro
 from .config import PRMConfig
-from .models import Trainable, hidden_states
+from .models import hidden_states
+from .trainable import Trainable
 
 
 @dataclass

@@ -20,6 +20,7 @@ from .rows import read_rows
 from .score import predicting
 from .skips import Skips
 from .tasks import load_task
+from .trainable import Trainable
 
 
 def run(cfg: RunConfig) -> Path:
@@ -31,7 +32,7 @@ def run(cfg: RunConfig) -> Path:
     tokenizer = models.load_tokenizer(cfg.model)
     model = models.load_model(cfg.model)
     examples = _examples(cfg, tokenizer, models.length_limit([model], cfg.sft.max_length))
-    trainable = models.Trainable(model, lr=cfg.sft.lr, betas=(0.9, 0.95), grad_clip=cfg.sft.grad_clip)
+    trainable = Trainable(model, lr=cfg.sft.lr, betas=(0.9, 0.95), grad_clip=cfg.sft.grad_clip)
     size = min(cfg.sft.batch_size, len(examples))
     per_epoch = math.ceil(len(examples) / size)
     total = cfg.sft.epochs * per_epoch

@@ -49,7 +49,7 @@ class Skips:
         kept = "" if batch is None else f" and the last batch is in {path}"
         raise TooManySkipped(
             f"step {step}: no finite loss or gradient for {self.in_row} steps in a row ({self.key}); their updates "
-            f"were skipped{kept}. Lower {self.rates}, or raise the limit"
+            f"were skipped{kept}. Start anew with a lower {self.rates}, or --resume with a higher limit"
         )
 
 

@@ -10,8 +10,8 @@ import prime_kernels as pk
 from . import lm_head
 from .batch import Batch
 from .config import PolicyConfig
-from .models import Trainable
 from .score import predicting
+from .trainable import Trainable
 
 
 def needs_old_logp(cfg: PolicyConfig) -> bool:

@@ -9,8 +9,9 @@ import torch
 import prime_kernels as pk
 from prime_trainer.batch import Batch, Group, Response
 from prime_trainer.config import PRMConfig
-from prime_trainer.models import Trainable, frozen
+from prime_trainer.models import frozen
 from prime_trainer.score import Scorer, log_probs, process_rewards
+from prime_trainer.trainable import Trainable
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import torch
 
 from prime_trainer.batch import Batch
 from prime_trainer.config import PolicyConfig
-from prime_trainer.models import Trainable
 from prime_trainer.score import log_probs
+from prime_trainer.trainable import Trainable
 from prime_trainer.update import needs_old_logp, policy_update
 
 

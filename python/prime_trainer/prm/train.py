@@ -27,6 +27,7 @@ from ..fit import fit
 from ..rollout import derive_seed
 from ..score import log_probs
 from ..skips import Skips
+from ..trainable import Trainable
 from .ranking import auc
 from .reference import Reference
 from .training_data import outcome_groups, step_groups
@@ -57,7 +58,7 @@ def run(cfg: RunConfig) -> Path:
     outcomes = _Source(train, own.batch_size, reference, cfg.seed, "outcomes")
     steps = _Source(stage2, own.step_batch_size, reference, cfg.seed, "steps") if stage2 else None
     evaluation = _Source(held_out, own.batch_size, reference, cfg.seed, "held-out") if held_out else None
-    trainable = models.Trainable(model, lr=own.lr, betas=(0.9, 0.95), grad_clip=own.grad_clip)
+    trainable = Trainable(model, lr=own.lr, betas=(0.9, 0.95), grad_clip=own.grad_clip)
     total = own.epochs * len(outcomes.batches)
     skips = Skips(min(own.max_skipped, total), "train_prm.max_skipped", "train_prm.lr")
 

@@ -120,15 +120,21 @@ def test_a_step_without_a_finite_gradient_is_skipped(output, fault):
     assert steps == {4} and all(torch.isfinite(master).all() for master in saved["policy"]["master"])
 
 
-def test_too_many_skipped_steps_end_the_run_with_their_batch(output):
-    cfg = output("many", policy={"max_skipped": 2})
+@pytest.mark.parametrize("steps", [5, 6])
+def test_too_many_skipped_steps_end_the_run_with_their_batch(output, steps):
+    """In the last step, too: its checkpoint would resume into a finished run."""
+    cfg = output(f"many-{steps}", steps=steps, policy={"max_skipped": 2})
     assert ranks.wait(ranks.start(cfg, 0, faults.nan_advantages, [2, 4, 5])) == [1]
     said = ranks.log(cfg).read_text()
     assert "step 5: no finite loss or gradient for 2 steps in a row (policy.max_skipped)" in said
     batch = json.loads((cfg.output / "skipped_batch.json").read_text())
     assert batch["step"] == 5 and [len(group["responses"]) for group in batch["groups"]] == [3, 3]
     assert set(batch["groups"][0]) == {field.name for field in dataclasses.fields(Group)}
-    assert load_latest(cfg.output)["skips"] == {"total": 3, "in_row": 2}
+    assert load_latest(cfg.output)["skips"] == ({"total": 3, "in_row": 2} if steps == 6 else {"total": 2, "in_row": 1})
+    assert not (cfg.output / "final").exists()
+    patient = cfg.model_copy(update={"resume": True, "policy": cfg.policy.model_copy(update={"max_skipped": 3})})
+    ranks.train(patient, 0)
+    assert load_latest(cfg.output)["step"] == steps and (cfg.output / "final").exists()
 
 
 @pytest.mark.parametrize("dead", [0, 1])

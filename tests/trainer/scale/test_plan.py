@@ -10,8 +10,9 @@ import torch
 from stages import bytes_of
 
 from prime_kernels.ops import _linear_tiles
-from prime_trainer import footprint, models, plan
+from prime_trainer import footprint, plan
 from prime_trainer.cli import main
+from prime_trainer.trainable import Trainable
 
 LLAMA = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 6, "num_attention_heads": 4}
 LLAMA |= {"num_key_value_heads": 2}
@@ -23,7 +24,7 @@ def test_parameters_and_states(run_config, model):
     made = plan.make(cfg, gpus=1, prompt_tokens=32)
     assert made.shape.parameters == sum(p.numel() for p in model.parameters()) == bytes_of(model.parameters()) // 4
     assert made.shape.layers == 2 and made.shape.cache_per_token == 2 * 2 * 1 * 32
-    trained = models.Trainable(model, lr=1e-3, grad_clip=1.0)
+    trained = Trainable(model, lr=1e-3, grad_clip=1.0)
     states = [t for state in trained.optimizer.state.values() for t in state.values() if t.ndim]
     held = made.memory["policy update"]
     # One process holds a copy in the compute dtype beside the masters.
