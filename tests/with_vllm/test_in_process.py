@@ -123,20 +123,6 @@ def test_updates_take_no_memory(engine):
     assert engine.disagreements(PROMPTS) == 0
 
 
-def test_vllm_loads_what_a_run_exports(engine, tmp_path):
-    from vllm import LLM, SamplingParams
-
-    engine.shake(5)
-    models.save(engine.model, engine.tokenizer, tmp_path / "final")
-    options = {**engine.sampler.options, "model": str(tmp_path / "final"), "skip_tokenizer_init": True}
-    llm = LLM(**options)
-    greedy = SamplingParams(temperature=0.0, max_tokens=24, stop_token_ids=[0, 2], detokenize=False)
-    outputs = llm.generate([{"prompt_token_ids": p} for p in PROMPTS], greedy, use_tqdm=False)
-    llm.llm_engine.engine_core.shutdown()
-    engine.push(1)
-    assert [list(output.outputs[0].token_ids) for output in outputs] == engine.greedy(PROMPTS)
-
-
 def test_weights_between_gpus_are_those_that_were_pushed(engine, monkeypatch):
     """vLLM's transfer is not run here; what it would be given is, through its own base class of sources."""
     from vllm.distributed.weight_transfer import WeightTransferTrainerFactory

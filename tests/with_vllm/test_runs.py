@@ -11,13 +11,13 @@ import time
 import psutil
 import pytest
 import ranks
-from engines import processes, rows, same_weights, shared_memory
+from engines import Engine, processes, prompts, rows, same_weights, shared_memory
 
 from prime_trainer import loop, models
 from prime_trainer.checkpoint import load_latest
 from prime_trainer.cli import main
 from prime_trainer.config import ModelConfig
-from prime_trainer.rollout import EngineDied
+from prime_trainer.rollout import EngineDied, _vllm
 from prime_trainer.verify import Verdict
 
 ENGINES = ("transformers", "vllm", "vllm-server")
@@ -95,6 +95,25 @@ def test_two_ranks_share_one_server(configure):
         ranks.train(cfg, size)
         assert not processes(str(cfg.output)) and not shared_memory()
     ranks.assert_close_runs(runs[0].output, runs[2].output, 1e-4)
+
+
+def test_vllm_loads_what_a_run_exports(configure, tmp_path):
+    """As vLLM loads any model, without our part in it."""
+    from vllm import LLM, SamplingParams
+
+    asked, engine = prompts(), Engine(configure("vllm"))
+    engine.shake(5)
+    engine.push(1)
+    models.save(engine.model, engine.tokenizer, tmp_path / "final")
+    want = engine.greedy(asked)
+    engine.sampler.close()
+    llm = LLM(**engine.sampler.options, model=str(tmp_path / "final"), skip_tokenizer_init=True)
+    greedy = SamplingParams(temperature=0.0, max_tokens=24, stop_token_ids=[0, 2], detokenize=False)
+    outputs = llm.generate([{"prompt_token_ids": p} for p in asked], greedy, use_tqdm=False)
+    llm.llm_engine.engine_core.shutdown()
+    del llm
+    _vllm._forget_groups()
+    assert [list(output.outputs[0].token_ids) for output in outputs] == want
 
 
 @pytest.mark.parametrize("lag", [0, 1])
