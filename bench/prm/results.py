@@ -165,6 +165,7 @@ def picture(page: Path, path: Path) -> None:
 
 
 def main(output: Path, seeds: list[str], target: Path) -> None:
+    made_on = environment()  # before anything is written: the commit is marked where files have changed
     target.mkdir(parents=True, exist_ok=True)
     paths = [output / seed / "scores" / "scores.jsonl" for seed in seeds]
     select(RunConfig(output=target, select={"paths": paths, "n": [1, 2, 4, 8, 16]}))
@@ -178,7 +179,7 @@ def main(output: Path, seeds: list[str], target: Path) -> None:
         page.write_text(render(pick(rows), f"Sums, seed {seed}"), encoding="utf-8")
         picture(page, target / f"page-{seed}.png")
     figure(results, target / "select.png")
-    document = {"environment": environment(), "seeds": found, "training": curves}
+    document = {"environment": made_on, "seeds": found, "training": curves}
     (target / "results.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     lines = []
     for seed in seeds:

@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import ExitStack, suppress
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -130,6 +131,8 @@ def is_here(host: str) -> bool:
     except OSError:
         return True
     for family, address in addresses:
+        if ip_address(address).is_loopback:
+            return True
         with socket.socket(family, socket.SOCK_DGRAM) as probe, suppress(OSError):
             probe.bind((address, 0))
             return True
