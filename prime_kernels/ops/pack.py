@@ -147,7 +147,7 @@ def unpack(
     _copied("values", values, 1)
     cu_seqlens = _checks.offsets("cu_seqlens", cu_seqlens, values.shape[0], "tokens", values, "values")
     _checks.choice("padding", padding, PADDINGS)
-    if isinstance(fill, Tensor) or not isinstance(fill, int | float):
+    if isinstance(fill, Tensor) or not isinstance(fill, (int, float)):
         raise TypeError(f"fill: expected a number, got {type(fill).__name__}")
     if not (values.is_floating_point() or values.is_complex()):
         if not math.isfinite(fill) or fill != int(fill):
