@@ -61,7 +61,8 @@ def mask(value: object, other: Tensor, source: str, *, name: str = "mask") -> Te
 
 def number(name: str, value: object, low: float, high: float, *, above_low: bool = False) -> float:
     """``value`` is a finite number in [low, high], or in (low, high] with ``above_low``."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):  # torch.compile of torch 2.9 knows no int | float
+    # A tuple, as torch.compile of torch 2.9 does not know int | float here.
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     if not math.isfinite(value) or value < low or value > high or (above_low and value == low):
         left = "(" if above_low or math.isinf(low) else "["
