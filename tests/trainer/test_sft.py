@@ -198,7 +198,9 @@ def test_a_step_of_nan_is_skipped_and_counted(run_config, nan_at, capsys):
 def test_a_run_of_nan_ends(run_config, nan_at):
     nan_at(*range(2, 99))
     cfg = run_config(sft={"epochs": 2, "max_skipped": 2})
-    with pytest.raises(TooManySkipped, match=r"step 3: .* 2 steps in a row \(sft\.max_skipped\).*Lower sft\.lr, or"):
+    with pytest.raises(
+        TooManySkipped, match=r"step 3: .* 2 steps in a row \(sft\.max_skipped\).*with a lower sft\.lr, or"
+    ):
         sft.run(cfg)
     assert [row["skipped"] for row in records(cfg.output)] == [0, 1, 1] and not (cfg.output / "final").exists()
     assert load_latest(cfg.output)["skips"] == {"total": 2, "in_row": 2}

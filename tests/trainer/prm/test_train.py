@@ -180,7 +180,7 @@ def test_a_run_of_nan_ends(prm_config, monkeypatch):
     monkeypatch.setattr(train.pk, "prm_loss", lambda q, *a, **k: found(q * math.nan, *a, **k))
     cfg = prm_config(epochs=2, max_skipped=2)
     with pytest.raises(
-        TooManySkipped, match=r"step 2: .* in a row \(train_prm\.max_skipped\).*Lower train_prm\.lr, or"
+        TooManySkipped, match=r"step 2: .* in a row \(train_prm\.max_skipped\).*with a lower train_prm\.lr, or"
     ):
         train.run(cfg)
     assert [row["skipped"] for row in records(cfg)] == [1, 1] and not (cfg.output / "final").exists()
