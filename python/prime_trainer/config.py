@@ -108,7 +108,7 @@ def load(toml: Path | None, overrides: list[str] | None = None) -> RunConfig:
     """
     if toml is not None and not toml.is_file():
         raise FileNotFoundError(f"config file not found: {toml}")
-    words = list(overrides or [])
+    words = _switches(list(overrides or []))
     known = set(keys())
     for word in words:
         key = word.removeprefix("--").partition("=")[0]
@@ -128,12 +128,33 @@ def load(toml: Path | None, overrides: list[str] | None = None) -> RunConfig:
         _toml_file.reset(token)
 
 
-def keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:
+def _switches(words: list[str]) -> list[str]:
+    """`--resume true` and `--scale.shard=false` as argparse has them: `--resume` and `--no-scale.shard`."""
+    options, out = {f"--{key}" for key, kind in _fields(RunConfig) if kind is bool}, []
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals and out and out[-1] in options:
+            name, value = out[-1], word
+        if name in options and value in ("true", "false"):
+            if not equals:
+                out.pop()
+            out.append(name if value == "true" else f"--no-{name.removeprefix('--')}")
+        else:
+            out.append(word)
+    return out
+
+
+def keys() -> Iterator[str]:
     """Every key, sections included, dotted."""
+    return (key for key, _ in _fields(RunConfig))
+
+
+def _fields(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key with its type."""
     for name, field in section.model_fields.items():
-        yield prefix + name
+        yield prefix + name, field.annotation
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from keys(field.annotation, f"{prefix}{name}.")
+            yield from _fields(field.annotation, f"{prefix}{name}.")
 
 
 def close_keys(key: str) -> str:

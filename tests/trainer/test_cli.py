@@ -80,6 +80,13 @@ def test_bad_words(capsys, tmp_path, model_dir, words, message):
     assert got.startswith(message)
 
 
+def test_switches_take_words_too():
+    cfg = load(None, ["--resume", "true", "--scale.shard=false", "--steps", "7", "--sft.pack=true"])
+    assert cfg.resume and not cfg.scale.shard and cfg.steps == 7 and cfg.sft.pack
+    cfg = load(None, ["--no-scale.shard", "--resume", "--no-sft.pack", "--score.name", "true"])
+    assert cfg.resume and not cfg.scale.shard and not cfg.sft.pack and cfg.score.name == "true"
+
+
 def test_bad_files(capsys, tmp_path, toml):
     assert fails(capsys, "rl", str(tmp_path / "no.toml")) == f"config file not found: {tmp_path / 'no.toml'}"
     config = tmp_path / "bad.toml"
