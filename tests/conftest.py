@@ -2,12 +2,17 @@
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+
+# A shell starts its background jobs with SIGINT ignored, and Python then leaves it so: Ctrl-C could not be tested.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Tests are collected without touching sys.path; this lets them share support.py.
 sys.path.insert(0, str(Path(__file__).parent))
