@@ -270,7 +270,7 @@ def save(model: Any, tokenizer: Any, directory: Path, ranks: Ranks = SINGLE) -> 
     """An ordinary Hugging Face directory, complete or not there at all. The first rank writes, all take part."""
     partial = directory.with_name(directory.name + ".partial")
     # Every rank goes through all tensors, the first keeps them.
-    whole = {k: v.cpu() for k, v in named_tensors(model) if ranks.first} if ranks.mesh is not None else None
+    whole = {k: v for k, v in named_tensors(model, "cpu") if ranks.first} if ranks.mesh is not None else None
 
     def write() -> None:
         with _quiet():
@@ -309,9 +309,9 @@ def frozen(model: Any) -> Any:
     return model
 
 
-def named_tensors(model: Any) -> Iterable[tuple[str, Tensor]]:
+def named_tensors(model: Any, device: str | None = None) -> Iterable[tuple[str, Tensor]]:
     """What a sampler needs to follow the policy; with shards every rank must go through all of it."""
-    return sharding.whole_tensors(model)
+    return sharding.whole_tensors(model, device)
 
 
 def weight_shapes(model: Any) -> dict[str, torch.Size]:

@@ -14,9 +14,8 @@ from .clock import Clock
 from .collect import Collector
 from .config import RunConfig
 from .errors import RunError
-from .models import named_tensors
 from .parallel import SINGLE, Ranks
-from .rollout import EngineDied, Sampler, make_sampler
+from .rollout import EngineDied, Sampler, make_sampler, weights
 from .tasks import Task
 from .verify import Verifier
 
@@ -134,7 +133,7 @@ class Rollouts:
             try:
                 if self.sampler.version != version:
                     with (clock or Clock())("weights"):
-                        self.sampler.update_weights(named_tensors(self.model), version)
+                        self.sampler.update_weights(weights(self.cfg, self.model), version)
                 return work()
             except EngineDied as error:
                 self._replace(error)

@@ -157,8 +157,11 @@ def gathered(model: Any) -> Iterator[None]:
 
 
 @torch.no_grad()
-def whole_tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """The state dict one whole tensor after the other, in the compute dtype; every rank must go through all of them."""
+def whole_tensors(model: Any, device: str | None = None) -> Iterator[tuple[str, Tensor]]:
+    """The state dict one whole tensor after the other, in the compute dtype; every rank must go through all of them.
+
+    `device`: where what was in shards goes as soon as it is whole; None leaves it where it was put together.
+    """
     state = model.state_dict(keep_vars=True)
     uses = Counter(map(id, state.values()))
     tied: dict[int, Tensor] = {}
@@ -168,7 +171,7 @@ def whole_tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
             continue
         tensor = tied.get(id(value))
         if tensor is None:
-            tensor = whole(value, model.compute_dtype, torch.device(value.device_mesh.device_type))
+            tensor = whole(value, model.compute_dtype, torch.device(value.device_mesh.device_type)).to(device)
         if uses[id(value)] > 1:
             tied[id(value)] = tensor
         yield name, tensor

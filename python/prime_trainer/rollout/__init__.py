@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
+
+from torch import Tensor
 
 from ..config import RunConfig
 from ..models import device, named_tensors
@@ -12,7 +15,16 @@ from .base import EngineDied, Sample, Sampler, Sampling, derive_seed
 from .shared_sampler import SharedSampler
 from .transformers_sampler import TransformersSampler
 
-__all__ = ["EngineDied", "Sample", "Sampler", "Sampling", "TransformersSampler", "derive_seed", "make_sampler"]
+__all__ = [
+    "EngineDied",
+    "Sample",
+    "Sampler",
+    "Sampling",
+    "TransformersSampler",
+    "derive_seed",
+    "make_sampler",
+    "weights",
+]
 
 
 def make_sampler(
@@ -50,8 +62,14 @@ def make_sampler(
 
     sampler = make() if ranks.size == 1 else SharedSampler(make, ranks)
     try:
-        sampler.update_weights(named_tensors(model), 0)
+        sampler.update_weights(weights(cfg, model), 0)
     except BaseException:
         sampler.close()
         raise
     return sampler
+
+
+def weights(cfg: RunConfig, model: Any) -> Iterable[tuple[str, Tensor]]:
+    """What `update_weights` takes. A policy in shards that goes by way of a file is never whole on a GPU."""
+    by_file = cfg.rollout.engine == "vllm-server" and cfg.rollout.server.transfer == "file"
+    return named_tensors(model, "cpu" if by_file else None)
