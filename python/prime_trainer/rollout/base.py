@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RunError
-from ..models import positions, stop_ids, weight_shapes
+from ..models import length_limit, stop_ids, weight_shapes
 
 
 @dataclass(frozen=True)
@@ -107,12 +107,11 @@ class ModelShape:
 
 def model_shape(model: Any, tokenizer: Any, limit: int | None = None) -> ModelShape:
     """`limit` lowers the model's own, where it has one."""
-    limits = [n for n in (limit, positions(model)) if n is not None]
     return ModelShape(
         weight_shapes(model),
         stop_ids(model, tokenizer),
         model.get_input_embeddings().weight.shape[0],
-        min(limits, default=None),
+        length_limit([model], limit),
     )
 
 
