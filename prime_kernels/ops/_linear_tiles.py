@@ -1,7 +1,8 @@
 """Logits that exist one tile at a time: a library product into a buffer, the row kernels on it while it is in cache.
 
 A tile is some tokens by some of the vocabulary. Forward joins the softmax of a token's tiles; backward computes a tile
-again and turns it into its own gradient in place. Scratch memory is one tile, whatever the tokens and the vocabulary.
+again and turns it into its own gradient in place. Scratch memory is one tile, whatever the tokens and the vocabulary;
+logits that are few enough in all are kept instead, which saves one of four products.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,11 @@ TOKENS = {"cpu": 1024, "cuda": 8192}
 # 16-bit partial sums and longer products.
 FORWARD_ELEMENTS = {"cpu": 2**22, "cuda": 2**27}
 BACKWARD_ELEMENTS = {"cpu": 2**24, "cuda": 2**28}
+# The logits of a call that are kept from forward to backward, in bytes, by device.
+KEPT_BYTES = {"cpu": 2**27, "cuda": 2**29}
+# Rows of logits start at multiples of 16 bytes: loads are wide for any vocabulary, and a tile gives the same bits
+# wherever it lies.
+ALIGNED_COLUMNS = 8
 # Tiles of all the vocabulary, whose gradient of the head is summed over tiles: the fewer the better.
 FUSED_BYTES = 2**27
 
@@ -36,9 +42,11 @@ class Tiles:
         self.hidden, self.weight, self.bias = hidden, weight, bias
         self.tokens = max(1, min(len(hidden), TOKENS[_kind(hidden)]))
         self.columns = len(weight) if whole_rows else max(1, min(len(weight), elements // self.tokens))
+        if ALIGNED_COLUMNS < self.columns < len(weight):
+            self.columns -= self.columns % ALIGNED_COLUMNS
         if self.columns == len(weight):
             self.tokens = max(1, min(len(hidden), elements // self.columns))
-        self.buffer = hidden.new_empty(self.tokens * self.columns)
+        self.buffer: Tensor | None = None
 
     def token_spans(self) -> Iterator[slice]:
         return spans(len(self.hidden), self.tokens)
@@ -46,13 +54,28 @@ class Tiles:
     def column_spans(self) -> Iterator[slice]:
         return spans(len(self.weight), self.columns)
 
-    def logits(self, tokens: slice, columns: slice) -> Tensor:
+    def logits(self, tokens: slice, columns: slice, out: Tensor | None = None) -> Tensor:
         """The tile [tokens, columns], in the dtype of the inputs, as the model's own forward pass has it."""
         hidden, weight = self.hidden[tokens], self.weight[columns]
-        out = self.buffer[: len(hidden) * len(weight)].view(len(hidden), len(weight))
+        if out is None:
+            if self.buffer is None:
+                self.buffer = hidden.new_empty(self.tokens * _aligned(self.columns))
+            width = _aligned(len(weight))
+            out = self.buffer[: len(hidden) * width].view(len(hidden), width)[:, : len(weight)]
         if self.bias is None:
             return torch.mm(hidden, weight.T, out=out)
         return torch.addmm(self.bias[columns], hidden, weight.T, out=out)
+
+
+def all_logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Room for all logits [N, V] of tokens [N, D] and a head [V, D]."""
+    return hidden.new_empty(len(hidden), _aligned(len(weight)))[:, : len(weight)]
+
+
+def can_keep(hidden: Tensor, weight: Tensor, backend: str) -> bool:
+    """Whether forward makes all logits of tokens [N, D] and a head [V, D], and they are few enough to stay alive."""
+    few = len(hidden) * len(weight) * hidden.element_size() <= KEPT_BYTES[_kind(hidden)]
+    return few and _fused_kernel(hidden, weight, backend) is None
 
 
 def join(parts: Sequence[tuple[Tensor, Tensor, Tensor | None]], owner: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -86,9 +109,13 @@ def forward(
     temperature: float,
     with_entropy: bool,
     backend: str,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(logp, lse, entropy or None) of tokens [N]. Ids may lie outside the head: their logp then means nothing."""
-    if backend == "triton" and (fused_kernel := _fused_kernel(hidden, weight)) is not None:
+    """(logp, lse, entropy or None) of tokens [N]. Ids may lie outside the head: their logp then means nothing.
+
+    The logits are left in ``kept`` [N, V] if there is one; the results are the same bits with and without it.
+    """
+    if (fused_kernel := _fused_kernel(hidden, weight, backend)) is not None:
         return fused_kernel(hidden, weight, bias, ids.clamp(0, len(weight) - 1), temperature, with_entropy)
     run = kernels(backend).forward
     tiles = Tiles(hidden, weight, bias, FORWARD_ELEMENTS[_kind(hidden)])
@@ -96,7 +123,7 @@ def forward(
     for tokens in tiles.token_spans():
         parts = []
         for columns in tiles.column_spans():
-            z = tiles.logits(tokens, columns)
+            z = tiles.logits(tokens, columns, None if kept is None else kept[tokens, columns])
             inside = (ids[tokens] - columns.start).clamp(0, z.shape[1] - 1)
             parts.append([None if c is None else c[0] for c in run([z], inside, None, [temperature], with_entropy)])
         last = -(-len(weight) // tiles.columns) - 1
@@ -116,19 +143,28 @@ def backward(
     grad_entropy: Tensor | None,
     wanted: Sequence[bool],
     backend: str,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of (hidden, weight, bias) where ``wanted``. Ids may lie outside the head."""
+    """Gradients of (hidden, weight, bias) where ``wanted``. Ids may lie outside the head.
+
+    ``kept`` holds the logits that :func:`forward` left there; they are lost.
+    """
     run = kernels(backend).backward
-    tiles = Tiles(hidden, weight, bias, BACKWARD_ELEMENTS[_kind(hidden)])
+    elements = BACKWARD_ELEMENTS[_kind(hidden)]
+    if can_keep(hidden, weight, backend):
+        elements = len(hidden) * len(weight)
+        if kept is None:
+            kept = _again(hidden, weight, bias)
+    tiles = Tiles(hidden, weight, bias, elements)
     one_column_span, one_token_span = tiles.columns >= len(weight), tiles.tokens >= len(hidden)
     grad_hidden = Sum(hidden, once=one_column_span) if wanted[0] else None
     grad_weight = torch.empty_like(weight) if wanted[1] else None
     grad_bias = torch.empty_like(bias) if bias is not None and wanted[2] else None
     for columns in tiles.column_spans():
-        part = Sum(weight[columns], once=one_token_span) if wanted[1] else None
+        part = None if grad_weight is None else Sum(grad_weight[columns], once=one_token_span, into=True)
         bias_part = 0.0
         for tokens in tiles.token_spans():
-            z = tiles.logits(tokens, columns)
+            z = tiles.logits(tokens, columns) if kept is None else kept
             of_rows = [None if c is None else c[tokens] for c in (lse, entropy, grad_logp, grad_entropy)]
             run(z, ids[tokens] - columns.start, None, *of_rows, temperature, z, partial=True)
             if grad_hidden is not None:
@@ -137,11 +173,21 @@ def backward(
                 part.add(z.T, hidden[tokens])
             if grad_bias is not None:
                 bias_part = bias_part + z.sum(0, dtype=torch.float32)
-        if part is not None:
+        if part is not None and not part.once:
             grad_weight[columns] = part.total
         if grad_bias is not None:
             grad_bias[columns] = bias_part.to(bias.dtype)
     return None if grad_hidden is None else grad_hidden.total.to(hidden.dtype), grad_weight, grad_bias
+
+
+def _again(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The logits that :func:`forward` could have kept, by its tiles: the same bits, hence the same gradients."""
+    tiles = Tiles(hidden, weight, bias, FORWARD_ELEMENTS[_kind(hidden)])
+    logits = all_logits(hidden, weight)
+    for tokens in tiles.token_spans():
+        for columns in tiles.column_spans():
+            tiles.logits(tokens, columns, logits[tokens, columns])
+    return logits
 
 
 def fused(
@@ -183,8 +229,10 @@ def fused(
     return torch.cat(parts), *totals, None if grad_bias is None else grad_bias.to(bias.dtype)
 
 
-def _fused_kernel(hidden: Tensor, weight: Tensor) -> Callable | None:
+def _fused_kernel(hidden: Tensor, weight: Tensor, backend: str) -> Callable | None:
     """The Triton kernel that makes no tile at all, where it is the faster way and takes these tensors."""
+    if backend != "triton":
+        return None
     from prime_kernels._triton import _config
 
     if not _config.FUSED_LINEAR:
@@ -194,18 +242,26 @@ def _fused_kernel(hidden: Tensor, weight: Tensor) -> Callable | None:
     return linear_log_probs.forward if linear_log_probs.supported(hidden, weight) else None
 
 
+def _aligned(columns: int) -> int:
+    return -(-columns // ALIGNED_COLUMNS) * ALIGNED_COLUMNS
+
+
 def _kind(tensor: Tensor) -> str:
     return "cpu" if tensor.device.type == "cpu" else "cuda"
 
 
 class Sum:
-    """A sum of products: written once where there is one term, else float32, as a 16-bit sum would stop counting."""
+    """A sum of products: written once where there is one term, else float32, as a 16-bit sum would stop counting.
 
-    def __init__(self, like: Tensor, *, once: bool) -> None:
+    What is written once goes to a tensor like ``like``, or to that itself with ``into``.
+    """
+
+    def __init__(self, like: Tensor, *, once: bool, into: bool = False) -> None:
         self.once = once
-        self.total = (
-            torch.empty_like(like) if once else torch.zeros(like.shape, dtype=torch.float32, device=like.device)
-        )
+        if once:
+            self.total = like if into else torch.empty_like(like)
+        else:
+            self.total = torch.zeros(like.shape, dtype=torch.float32, device=like.device)
 
     def add(self, a: Tensor, b: Tensor, rows: slice = slice(None)) -> None:
         """Add ``a @ b`` to these rows."""

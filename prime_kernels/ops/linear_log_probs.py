@@ -67,32 +67,37 @@ class _Tiled(torch.autograd.Function):
         with_entropy: bool,
         backend: str,
         group: dist.ProcessGroup | None,
+        with_gradient: bool,
     ) -> tuple[Tensor, Tensor | None]:
         first = 0 if group is None else dist.get_rank(group) * len(weight)
-        results = tiles.forward(hidden, weight, bias, ids - first, temperature, with_entropy, backend)
+        keeps = with_gradient and any(ctx.needs_input_grad) and tiles.can_keep(hidden, weight, backend)
+        kept = tiles.all_logits(hidden, weight) if keeps else None
+        results = tiles.forward(hidden, weight, bias, ids - first, temperature, with_entropy, backend, kept)
         if group is not None:
             results = _join_shares(results, ids // len(weight), group)
         logp, lse, entropy = results
-        ctx.save_for_backward(hidden, weight, bias, ids, lse, entropy)
-        ctx.temperature, ctx.backend, ctx.group, ctx.first = temperature, backend, group, first
+        ctx.save_for_backward(hidden, weight, bias, ids, lse, entropy, kept)
+        ctx.temperature, ctx.backend, ctx.group, ctx.first, ctx.spent = temperature, backend, group, first, False
         ctx.set_materialize_grads(False)
         return logp, entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, ids, lse, entropy = ctx.saved_tensors
+        hidden, weight, bias, ids, lse, entropy, kept = ctx.saved_tensors
         if grad_logp is None and grad_entropy is None:
-            return (None,) * 8
+            return (None,) * 9
+        # The first pass overwrites the logits that were kept, out of autograd's sight; another makes them again.
+        kept, ctx.spent = None if kept is None or ctx.spent else kept.data, True
         upstream = [None if grad is None else grad.contiguous() for grad in (grad_logp, grad_entropy)]
         entropy = None if grad_entropy is None else entropy
         arguments = (ids - ctx.first, ctx.temperature, lse, entropy, *upstream)
-        gradients = tiles.backward(hidden, weight, bias, *arguments, ctx.needs_input_grad[:3], ctx.backend)
+        gradients = tiles.backward(hidden, weight, bias, *arguments, ctx.needs_input_grad[:3], ctx.backend, kept)
         if ctx.group is not None and gradients[0] is not None:
             total = gradients[0].float()
             dist.all_reduce(total, group=ctx.group)
             gradients = (total.to(hidden.dtype), *gradients[1:])
-        return *gradients, None, None, None, None, None
+        return *gradients, None, None, None, None, None, None
 
 
 def _join_shares(
@@ -120,7 +125,7 @@ def run(
     hidden, flat_ids, valid = compact(head.hidden, ids, mask)
     if not len(hidden):
         return reference(head, ids, mask, temperature)
-    arguments = (flat_ids, temperature, with_entropy, backend, group)
+    arguments = (flat_ids, temperature, with_entropy, backend, group, torch.is_grad_enabled())
     columns = _Tiled.apply(hidden, head.weight, head.bias, *arguments)
     return tuple(None if column is None else spread(column, valid, ids.shape) for column in columns)
 
@@ -222,7 +227,8 @@ def linear_log_probs(
 
     As ``log_probs(hidden @ weight.T + bias, ids, ...)``. "eager" keeps the product in float32 whatever the inputs;
     kernels have it in their dtype, as the model's own forward pass does, and the softmax in float32. Scratch memory is
-    one tile of logits, whatever N and V (32 MB on CPUs; forward 8 or 16 MB).
+    one tile of logits, whatever N and V (on CPUs 64 MB at most, without gradients 16); where a gradient is wanted and
+    all logits take no more than 128 MB (GPUs: 512), they are kept for it instead of made twice.
     Differentiable in ``hidden``, ``weight`` and ``bias``.
 
     Args:

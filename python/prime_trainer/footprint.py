@@ -14,8 +14,9 @@ from torch.utils._pytree import tree_leaves
 
 from . import models, sharding
 
-# The tiles of logits in prime_kernels' linear losses: tokens, elements where the logits are made again for their
-# gradient, elements without a gradient, and bytes where loss and gradient come from one product.
+# The logits in prime_kernels' linear losses: bytes that are kept for their gradient, then tiles: tokens, elements where
+# they are made again for it, elements without a gradient, and bytes where loss and gradient come from one product.
+KEPT_BYTES = {"cpu": 2**27, "cuda": 2**29}
 TILE_TOKENS = {"cpu": 1024, "cuda": 8192}
 BACKWARD_TILE = {"cpu": 2**24, "cuda": 2**28}
 FORWARD_TILE = {"cpu": 2**22, "cuda": 2**27}
@@ -118,6 +119,8 @@ def _tile(elements: int, tokens: int, vocabulary: int, device: str) -> tuple[int
     """(tokens, columns of the head) of a tile of logits."""
     rows = min(tokens, TILE_TOKENS[device])
     columns = max(1, min(vocabulary, elements // rows))
+    if 8 < columns < vocabulary:
+        columns -= columns % 8
     return (max(1, min(tokens, elements // columns)) if columns == vocabulary else rows), columns
 
 
@@ -126,11 +129,14 @@ def head_bytes(shape: Shape, tokens: int, compute: int, device: str, fused: bool
     hidden = compute * tokens * shape.width
     if fused:
         rows, columns = max(1, min(tokens, FUSED_TILE_BYTES // compute // shape.vocabulary)), shape.vocabulary
+    elif compute * tokens * shape.vocabulary <= KEPT_BYTES[device]:
+        rows, columns = tokens, shape.vocabulary
     else:
         rows, columns = _tile(BACKWARD_TILE[device], tokens, shape.vocabulary, device)
     # A sum over tiles is float32, beside the product that is added or its own rounding.
-    total = compute if rows >= tokens else 4 + (compute if compute < 4 else 0)
-    gradient = total * shape.head if fused else compute * shape.head + total * columns * shape.width
+    once = rows >= tokens
+    total = compute if once else 4 + (compute if compute < 4 else 0)
+    gradient = total * shape.head if fused or once else compute * shape.head + total * columns * shape.width
     of_hidden = hidden if columns == shape.vocabulary else 4 * tokens * shape.width
     return {"logits": float(compute * rows * columns), "hidden states, head": float(hidden + of_hidden + gradient)}
 

@@ -12,17 +12,21 @@ from prime_kernels.ops import _linear_tiles
 from prime_kernels.ops import linear_log_probs as op
 
 
-def set_tiles(monkeypatch, tokens, columns):
-    """Tiles of some tokens by some of the vocabulary, in every place that has a size of its own."""
+def set_tiles(monkeypatch, tokens, columns, kept=0):
+    """Tiles of some tokens by some of the vocabulary wherever there is a size; bytes of logits that are kept."""
     monkeypatch.setattr(op, "CHUNK_ELEMENTS", 11 * tokens)
     sizes = {"TOKENS": tokens, "FORWARD_ELEMENTS": tokens * columns, "BACKWARD_ELEMENTS": tokens * columns}
-    for name, size in sizes.items():
+    for name, size in (sizes | {"KEPT_BYTES": kept}).items():
         monkeypatch.setattr(_linear_tiles, name, {"cpu": size, "cuda": size})
 
 
-@pytest.fixture(params=[(1, 11), (3, 11), (1000, 11), (3, 4), (8, 1), (1, 10)], ids="{0[0]}x{0[1]}".format)
+CHUNKS = [(1, 11), (3, 11), (1000, 11), (3, 4), (8, 1), (1, 10)]
+
+
+@pytest.fixture(params=[*CHUNKS, (3, 11, 4096), (3, 4, 4096)], ids=lambda size: "x".join(map(str, size)))
 def rows_a_chunk(request, monkeypatch):
-    """Tiles of one row, of a few with a remainder, one for all, and parts of the vocabulary of 11 tokens."""
+    """Tiles of one row, of a few with a remainder, one for all, and parts of the vocabulary of 11 tokens; logits that
+    are made again in backward, and logits that are kept."""
     set_tiles(monkeypatch, *request.param)
 
 
@@ -157,7 +161,7 @@ def test_tiles_never_hold_more_than_one_tile_of_logits(cpu, monkeypatch):
                 largest.append(result.untyped_storage().nbytes() // result.element_size())
             return result
 
-    tokens, width, vocabulary = 64, 3, 50
+    tokens, width, vocabulary = 64, 3, 48
     set_tiles(monkeypatch, 4, vocabulary)
     given_head = head(tokens=tokens, width=width, vocabulary=vocabulary)
     with Watch():
@@ -170,6 +174,47 @@ def test_tiles_never_hold_more_than_one_tile_of_logits(cpu, monkeypatch):
         )
         logp.sum().backward()
     assert max(largest) == max(vocabulary * 4, tokens * width) and len(largest) > 2 * tokens // 4
+
+
+def test_logits_are_kept_where_they_are_few_and_a_gradient_is_wanted(cpu, monkeypatch):
+    """Tiles made in (forward, backward, backward again), and those of forward that stay."""
+    made = []
+    plain = _linear_tiles.Tiles.logits
+    monkeypatch.setattr(
+        _linear_tiles.Tiles, "logits", lambda *a: made.append(len(a) > 3 and a[3] is not None) or plain(*a)
+    )
+    given_head, ids = head(), torch.randint(11, (8,))
+
+    def counts(kept):
+        set_tiles(monkeypatch, 3, 4, kept)
+        made.clear()
+        logp = pk.linear_log_probs(*given_head[:2], ids, backend="cpu")
+        stay, after = sum(made), [len(made)]
+        for _ in range(2):
+            logp.sum().backward(inputs=given_head[:2], retain_graph=True)
+            after.append(len(made) - sum(after))
+        return (*after, stay)
+
+    everything = 4 * 8 * 11
+    assert counts(everything) == (9, 0, 9, 9)
+    assert counts(everything - 1) == (9, 9, 9, 0)
+    with torch.no_grad():
+        set_tiles(monkeypatch, 3, 4, everything)
+        made.clear()
+        pk.linear_log_probs(*given_head[:2], ids, backend="cpu")
+        assert made == [False] * 9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kept_logits_give_the_same_bits(backend, monkeypatch, dtype):
+    """A vocabulary that is no multiple of 8 in tiles that are; a gradient is wanted from one of two equal heads."""
+    set_tiles(monkeypatch, 16, 30, kept=2**20)
+    of = head(dtype, tokens=40, width=5, vocabulary=101)
+    ids = torch.randint(101, (40,))
+    ratios = pk.linear_log_ratios(of, pk.Head(*(leaf.detach() for leaf in of)), ids, backend=backend)
+    assert torch.equal(ratios.log_ratio, torch.zeros(40)) and ratios.prm_logp.requires_grad
+    exact = truth(of, ids, None, 1.0)[0].detach().float()
+    torch.testing.assert_close(ratios.ref_logp, exact, rtol=0.0, atol=16 * torch.finfo(dtype).eps)
 
 
 def test_a_float64_policy_runs_beside_float32_heads(cpu):
@@ -284,7 +329,7 @@ def test_gradcheck(rows_a_chunk):
     assert torch.autograd.gradcheck(run, tuple(given_head))
 
 
-def test_ratio_of_equal_heads_is_exactly_zero(backend):
+def test_ratio_of_equal_heads_is_exactly_zero(backend, rows_a_chunk):
     prm, ids = head(torch.bfloat16), torch.randint(11, (8,))
     ref = pk.Head(*(leaf.detach().clone() for leaf in prm))
     result = pk.linear_log_ratios(prm, ref, ids, backend=backend)

@@ -17,6 +17,7 @@ TESTS = Path(__file__).resolve().parents[1]
         ["triton_backend/interpreted"],
         ["ops/test_log_probs.py"],
         ["ops/test_fuzz.py"],
+        ["ops/test_linear_log_probs.py"],
         [f"ops/test_{name}.py" for name in ("segments", "rloo_advantages", "ppo_loss", "prm_loss", "pack", "golden")],
     ],
     ids=lambda what: what[0],

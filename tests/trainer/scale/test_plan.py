@@ -100,6 +100,7 @@ def test_peaks_of_two_ranks(run_config, models_by_size, tmp_path, size, dtype, c
 def test_tiles_are_those_of_the_losses():
     tiles = _linear_tiles
     assert (footprint.TILE_TOKENS, footprint.FUSED_TILE_BYTES) == (tiles.TOKENS, tiles.FUSED_BYTES)
+    assert footprint.KEPT_BYTES == tiles.KEPT_BYTES
     assert (footprint.FORWARD_TILE, footprint.BACKWARD_TILE) == (tiles.FORWARD_ELEMENTS, tiles.BACKWARD_ELEMENTS)
     for tokens, vocabulary in ((100, 1000), (5000, 1000), (8192, 151936), (20000, 40000), (1500, 300000)):
         head = torch.empty(vocabulary, 1, device="meta"), None
