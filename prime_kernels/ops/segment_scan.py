@@ -27,11 +27,14 @@ def reference(values: Tensor, cu_seqlens: Tensor, gamma: float, reverse: bool) -
     before = cu_seqlens[1:][index] - 1 - place if reverse else place - cu_seqlens[:-1][index]
     # Reading the longest segment would wait for a GPU; a few idle doublings are cheaper.
     longest = total if values.is_cuda or total == 0 else int(cu_seqlens.diff().max())
-    scanned, shift, discount = values.double(), 1, gamma
-    while shift < longest and discount != 0.0:
+    scanned, shift = values.double(), 1
+    # A tensor, as torch.compile would guard on every power of a number that changes from call to call.
+    discount = torch.full((), gamma, dtype=torch.float64, device=values.device)
+    while shift < longest and gamma != 0.0:
         gap = scanned.new_zeros(shift)
         nearer = torch.cat((scanned[shift:], gap)) if reverse else torch.cat((gap, scanned[:-shift]))
-        scanned = scanned + discount * nearer.where(before >= shift, 0.0)
+        # What a power too small to be written would count for is nothing, infinity included.
+        scanned = scanned + discount * nearer.where((before >= shift) & (discount != 0.0), 0.0)
         shift, discount = 2 * shift, discount * discount
     return scanned.to(result_dtype(values))
 

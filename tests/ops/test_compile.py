@@ -1,4 +1,4 @@
-"""log_probs and log_ratios inside torch.compile: one graph, the numbers and the errors of the eager call."""
+"""The operations inside torch.compile: the numbers and the errors of the eager call, log-probs in one graph."""
 
 import pytest
 import torch
@@ -170,3 +170,29 @@ def test_linear_operator_keeps_its_promises(backend):
     opcheck(op, (hidden, weight, ids, bias, mask, 0.7, True, backend))
     opcheck(op, (hidden.detach(), weight, ids.clamp(0), None, None, 1.0, False, backend))
     opcheck(op, (hidden, weight.detach(), ids, bias, torch.zeros_like(mask), 1.0, True, backend))
+
+
+# One response is as long as real ones: a scan takes thirteen powers of its discount.
+CU, GROUPS = torch.tensor([0, 3, 3, 8200, 8207, 8210]), torch.tensor([0, 2, 5])
+# Of x in (0, 1), values of the tokens and outcomes of the responses.
+OF_NUMBERS = {
+    "segment_scan": lambda x, v, o, on: pk.segment_scan(v, CU, gamma=x, reverse=True, backend=on),
+    "rloo_advantages": lambda x, v, o, on: (
+        pk.rloo_advantages(
+            v, o, CU, GROUPS, gamma_process=x, gamma_outcome=1 - x, process_coef=x, outcome_coef=2 * x, backend=on
+        ).advantages
+    ),
+    "ppo_loss": lambda x, v, o, on: pk.ppo_loss(v, v - 0.3, v, clip_low=x, clip_high=x, backend=on).loss,
+    "prm_loss": lambda x, v, o, on: pk.prm_loss(v, o, CU, beta=x, backend=on).loss,
+    "log_probs": lambda x, v, o, on: pk.log_probs(v[:50].view(5, 10), CU[:5] % 10, temperature=x, backend=on),
+}
+
+
+@pytest.mark.parametrize("name", OF_NUMBERS)
+def test_numbers_may_change_from_call_to_call(backend, name):
+    """The compiler makes a number that has changed once a symbol, on which a loop of powers cannot stop."""
+    values, outcomes = torch.randn(8210), torch.randint(2, (5,)).float()
+    compiled = torch.compile(OF_NUMBERS[name], backend="aot_eager")
+    for x in (0.25, 0.95, 0.5, 0.85):
+        want = OF_NUMBERS[name](x, values, outcomes, "eager")
+        torch.testing.assert_close(compiled(x, values, outcomes, backend), want, rtol=1e-5, atol=1e-5)
