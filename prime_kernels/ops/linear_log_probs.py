@@ -1,8 +1,8 @@
 """Log-probabilities straight from hidden states: the logits of all tokens never exist at once.
 
-z = (hidden @ weight.T + bias) / temperature, then as in log_probs. Tokens go through in chunks; backward computes the
-logits of a chunk again instead of keeping them, so memory is one chunk of float32 logits, the head in float32 and its
-gradient.
+z = (hidden @ weight.T + bias) / temperature, then as in log_probs. Kernels go by the tiles of _linear_tiles. In the
+reference tokens go through in chunks; backward computes the logits of a chunk again instead of keeping them, so memory
+is one chunk of float32 logits, the head in float32 and its gradient.
 """
 
 from typing import Any, Literal, NamedTuple, overload

@@ -1,8 +1,8 @@
 """Token losses straight from hidden states, with gradients made in the forward pass.
 
 Where the loss of a token follows from its log-probability alone, d loss / d logp is known as soon as the token's logits
-are: one product serves the loss and its gradient, where linear_log_probs computes it again in backward. The price is
-that the gradients of ``hidden`` and of the head are held from forward to backward, and that a tile is whole rows of
+are: one product serves the loss and its gradient, where linear_log_probs makes more than a few logits twice. The price
+is that the gradients of ``hidden`` and of the head are held from forward to backward, and that a tile is whole rows of
 logits, up to 128 MB of them.
 """
 
