@@ -21,6 +21,8 @@ TILE_TOKENS = {"cpu": 1024, "cuda": 8192}
 BACKWARD_TILE = {"cpu": 2**24, "cuda": 2**28}
 FORWARD_TILE = {"cpu": 2**22, "cuda": 2**27}
 FUSED_TILE_BYTES = 2**27
+# Rows of a 16-bit product that is added to a float32 sum over tiles.
+ADDED_ROWS = {"cpu": 2**12, "cuda": 2**14}
 
 
 @dataclass(frozen=True)
@@ -133,12 +135,20 @@ def head_bytes(shape: Shape, tokens: int, compute: int, device: str, fused: bool
         rows, columns = tokens, shape.vocabulary
     else:
         rows, columns = _tile(BACKWARD_TILE[device], tokens, shape.vocabulary, device)
-    # A sum over tiles is float32, beside the product that is added or its own rounding.
-    once = rows >= tokens
-    total = compute if once else 4 + (compute if compute < 4 else 0)
-    gradient = total * shape.head if fused or once else compute * shape.head + total * columns * shape.width
     of_hidden = hidden if columns == shape.vocabulary else 4 * tokens * shape.width
-    return {"logits": float(compute * rows * columns), "hidden states, head": float(hidden + of_hidden + gradient)}
+    once, low = rows >= tokens, compute < 4
+    # One product is written where it stays. A sum over tiles is float32; CPUs add to it through float32 copies of what
+    # they add, a block of rows at a time.
+    block = low * min(ADDED_ROWS[device], max(rows, columns)) * shape.width * (compute + 4 * (device == "cpu"))
+    total = 0 if once else 4 * columns * shape.width + block
+    held = 0 if fused and not once else compute * shape.head
+    moments = [(compute * rows * columns, held + total)]
+    if fused and not once:  # the sum is rounded when the logits are gone
+        moments.append((0, (4 + compute * low) * shape.head))
+    if fused and device != "cpu":  # gradients times that of the loss, which a CPU leaves out where it is 1
+        moments.append((0, 2 * compute * shape.head))
+    logits, of_head = max(moments, key=sum)
+    return {"logits": float(logits), "hidden states, head": float(hidden + of_hidden + of_head)}
 
 
 def score_tile_bytes(shape: Shape, tokens: int, compute: int, device: str) -> float:

@@ -1,5 +1,6 @@
 """What `plan` counts on a model without data is what a model with data holds."""
 
+import itertools
 import json
 
 import pytest
@@ -9,6 +10,7 @@ import tiny
 import torch
 from stages import bytes_of
 
+import prime_kernels as pk
 from prime_kernels.ops import _linear_tiles
 from prime_trainer import footprint, plan
 from prime_trainer.cli import main
@@ -100,13 +102,50 @@ def test_peaks_of_two_ranks(run_config, models_by_size, tmp_path, size, dtype, c
 def test_tiles_are_those_of_the_losses():
     tiles = _linear_tiles
     assert (footprint.TILE_TOKENS, footprint.FUSED_TILE_BYTES) == (tiles.TOKENS, tiles.FUSED_BYTES)
-    assert footprint.KEPT_BYTES == tiles.KEPT_BYTES
+    assert (footprint.KEPT_BYTES, footprint.ADDED_ROWS) == (tiles.KEPT_BYTES, tiles.ADDED_ROWS)
     assert (footprint.FORWARD_TILE, footprint.BACKWARD_TILE) == (tiles.FORWARD_ELEMENTS, tiles.BACKWARD_ELEMENTS)
     for tokens, vocabulary in ((100, 1000), (5000, 1000), (8192, 151936), (20000, 40000), (1500, 300000)):
         head = torch.empty(vocabulary, 1, device="meta"), None
         made = tiles.Tiles(torch.empty(tokens, 1, device="meta"), *head, tiles.BACKWARD_ELEMENTS["cuda"])
         found = footprint._tile(footprint.BACKWARD_TILE["cuda"], tokens, vocabulary, "cuda")
         assert found == (made.tokens, made.columns)
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["log_probs", "nll"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [250, 1200])
+def test_a_loss_over_tiles(monkeypatch, fused, dtype, tokens):
+    """The most bytes that a loss and its backward pass hold, by torch's own count, temporary copies included."""
+    vocabulary, width, rows = 8000, 256, 256
+    sizes = {
+        "TOKENS": 64,
+        "BACKWARD_ELEMENTS": 64 * 256,
+        "FORWARD_ELEMENTS": 64 * 64,
+        "KEPT_BYTES": 0,
+        "ADDED_ROWS": 80,
+    }
+    ours = {"TOKENS": "TILE_TOKENS", "BACKWARD_ELEMENTS": "BACKWARD_TILE", "FORWARD_ELEMENTS": "FORWARD_TILE"}
+    for name, size in sizes.items():
+        monkeypatch.setattr(_linear_tiles, name, {"cpu": size})
+        monkeypatch.setattr(footprint, ours.get(name, name), {"cpu": size})
+    monkeypatch.setattr(_linear_tiles, "FUSED_BYTES", rows * 4 * vocabulary)
+    monkeypatch.setattr(footprint, "FUSED_TILE_BYTES", rows * 4 * vocabulary)
+    hidden, weight = torch.randn(tokens, width).to(dtype), torch.randn(vocabulary, width).to(dtype)
+    leaves, ids = [hidden.requires_grad_(), weight.requires_grad_()], torch.randint(vocabulary, (tokens,))
+
+    def gradients():
+        loss = pk.linear_nll(*leaves, ids) if fused else -pk.linear_log_probs(*leaves, ids).sum()
+        return torch.autograd.grad(loss, leaves)
+
+    gradients()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        gradients()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    shape = footprint.Shape(0, 0, 0, weight.numel(), False, 1, width, vocabulary, 0)
+    parts = footprint.head_bytes(shape, tokens, hidden.element_size(), "cpu", fused)
+    planned = sum(parts.values()) - hidden.nbytes  # which were there before
+    assert max(held) == pytest.approx(planned, abs=2**18)  # what a product takes to work in
 
 
 def test_shares_and_offload(run_config):
