@@ -116,7 +116,7 @@ def test_tiles_are_those_of_the_losses():
 @pytest.mark.parametrize("tokens", [250, 1200])
 def test_a_loss_over_tiles(monkeypatch, fused, dtype, tokens):
     """The most bytes that a loss and its backward pass hold, by torch's own count, temporary copies included."""
-    vocabulary, width, rows = 8000, 256, 256
+    vocabulary, width, fused_bytes = 8000, 256, 256 * 4 * 8000
     sizes = {
         "TOKENS": 64,
         "BACKWARD_ELEMENTS": 64 * 256,
@@ -128,8 +128,8 @@ def test_a_loss_over_tiles(monkeypatch, fused, dtype, tokens):
     for name, size in sizes.items():
         monkeypatch.setattr(_linear_tiles, name, {"cpu": size})
         monkeypatch.setattr(footprint, ours.get(name, name), {"cpu": size})
-    monkeypatch.setattr(_linear_tiles, "FUSED_BYTES", rows * 4 * vocabulary)
-    monkeypatch.setattr(footprint, "FUSED_TILE_BYTES", rows * 4 * vocabulary)
+    monkeypatch.setattr(_linear_tiles, "FUSED_BYTES", fused_bytes)
+    monkeypatch.setattr(footprint, "FUSED_TILE_BYTES", fused_bytes)
     hidden, weight = torch.randn(tokens, width).to(dtype), torch.randn(vocabulary, width).to(dtype)
     leaves, ids = [hidden.requires_grad_(), weight.requires_grad_()], torch.randint(vocabulary, (tokens,))
 
