@@ -2,7 +2,7 @@
 
 usage: python bench/tune.py [RESULTS.json]
 
-The best of each dtype goes, by hand, into TUNED of prime_kernels/_triton/_config.py: users never pay for a search.
+The best of each dtype goes, by hand, into TUNED of prime_kernels/_triton/_launch_config.py: users never pay for a search.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from prime_kernels._triton import log_probs as kernels
-from prime_kernels._triton._config import Tuning, choose
+from prime_kernels._triton import rows as kernels
+from prime_kernels._triton._launch_config import Tuning, choose
 
 CANDIDATES = [
     Tuning(block_bytes, bytes_per_thread, num_stages)

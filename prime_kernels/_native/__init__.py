@@ -1,6 +1,6 @@
 """The extension, seen from torch: tensors become addresses, sizes and strides in this folder and nowhere else.
 
-Here the row kernels of log-probs; cpu.py and cuda.py have the token passes. CPU tensors run on the C++ kernels with as
+Here the row kernels of log-probs; packed_cpu.py and packed_cuda.py have the token passes. CPU tensors run on the C++ kernels with as
 many threads as torch has, CUDA tensors on the CUDA C++ kernels, on the current stream of their device. Callers have
 checked shapes, dtypes and ranges; the assertions only guard memory.
 """
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prime_kernels._rows import column, is_rows, mask_column, row_stride
+from prime_kernels._layout import column, is_rows, mask_column, row_stride
 
 try:
     from prime_kernels import _C
@@ -102,10 +102,10 @@ def backward(
 
 
 def token_passes(backend: str) -> ModuleType:
-    """cpu.py or cuda.py."""
-    from prime_kernels._native import cpu, cuda
+    """packed_cpu.py or packed_cuda.py."""
+    from prime_kernels._native import packed_cpu, packed_cuda
 
-    return cpu if backend == "cpu" else cuda
+    return packed_cpu if backend == "cpu" else packed_cuda
 
 
 def constant(name: str) -> int:

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prime_kernels._rows import column
+from prime_kernels._layout import column
 from prime_kernels._triton import interpreted
-from prime_kernels._triton._config import ShareConfig, choose_shares
-from prime_kernels._triton.log_probs import device_of
+from prime_kernels._triton._launch_config import ShareConfig, choose_shares
+from prime_kernels._triton.rows import device_of
 
 # Offsets are counted in int32 within kernels, with room for a step of a loop.
 MAX_SEGMENTS = 2**30

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from prime_kernels._triton._config import LinearConfig, choose_linear
+from prime_kernels._triton._launch_config import LinearConfig, choose_linear
 from prime_kernels._triton._linear_kernels import linear_forward_kernel
 from prime_kernels._triton._log_probs_kernels import combine_kernel
-from prime_kernels._triton.log_probs import PARTIAL_FIELDS, device_of, on_device
+from prime_kernels._triton.rows import PARTIAL_FIELDS, device_of, on_device
 
 ALIGNED_BYTES = 16
 

@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
-from prime_kernels._rows import column, mask_column
-from prime_kernels._scratch import arrivals
-from prime_kernels._triton._config import ShareConfig
+from prime_kernels._launch_counters import arrivals
+from prime_kernels._layout import column, mask_column
 from prime_kernels._triton._launch import offsets, options, shares
+from prime_kernels._triton._launch_config import ShareConfig
 from prime_kernels._triton._ppo_kernels import ppo_backward_kernel, ppo_forward_kernel
 from prime_kernels._triton._prm_kernels import prm_kernel
-from prime_kernels._triton.log_probs import on_device
+from prime_kernels._triton.rows import on_device
 
 # Sums that programs publish; responses that the last one takes at once, and columns it keeps of them.
 PPO_SUMS, RESPONSES, RESPONSE_COLUMNS = 4, 512, 3

@@ -5,12 +5,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from prime_kernels._rows import column, mask_column
-from prime_kernels._scratch import arrivals
-from prime_kernels._triton._config import ShareConfig
+from prime_kernels._launch_counters import arrivals
+from prime_kernels._layout import column, mask_column
 from prime_kernels._triton._launch import launch_phases, log2, offsets, shares
+from prime_kernels._triton._launch_config import ShareConfig
 from prime_kernels._triton._rloo_kernels import rloo_kernel, whiten_kernel
-from prime_kernels._triton.log_probs import on_device
+from prime_kernels._triton.rows import on_device
 
 # Responses that a program looks up the groups of at once, and statistics that it joins at once.
 RESPONSES, ROWS = 256, 256

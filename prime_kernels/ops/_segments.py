@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from prime_kernels import _dispatch
-from prime_kernels._packed import segment_index, segment_total
+from prime_kernels._segment_math import segment_index, segment_total
 
 
 def segment_total_on(backend: str, values: Tensor, offsets: Tensor) -> Tensor:

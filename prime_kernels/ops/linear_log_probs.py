@@ -1,6 +1,6 @@
 """Log-probabilities straight from hidden states: the logits of all tokens never exist at once.
 
-z = (hidden @ weight.T + bias) / temperature, then as in log_probs. Kernels go by the tiles of _linear_tiles. In the
+z = (hidden @ weight.T + bias) / temperature, then as in log_probs. Kernels go by the tiles of _tiled_head. In the
 reference tokens go through in chunks; backward computes the logits of a chunk again instead of keeping them, so memory
 is one chunk of float32 logits, the head in float32 and its gradient.
 """
@@ -14,8 +14,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from prime_kernels import _checks, _dispatch
-from prime_kernels._packed import result_dtype
-from prime_kernels.ops import _linear_tiles as tiles
+from prime_kernels._segment_math import result_dtype
+from prime_kernels.ops import _tiled_head as tiles
 from prime_kernels.ops import log_probs as rows
 from prime_kernels.ops.log_ratios import LogRatios
 
@@ -54,7 +54,7 @@ def reference(head: Head, ids: Tensor, mask: Tensor | None, temperature: float) 
 
 
 class _Tiled(torch.autograd.Function):
-    """The tiles of _linear_tiles, on the vocabulary of this process or on its share of one."""
+    """The tiles of _tiled_head, on the vocabulary of this process or on its share of one."""
 
     @staticmethod
     def forward(

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from prime_kernels import _checks, _dispatch
-from prime_kernels.ops import _linear_tiles as tiles
+from prime_kernels.ops import _tiled_head as tiles
 from prime_kernels.ops import linear_log_probs as linear
 from prime_kernels.ops.ppo_loss import PPOLoss, check_denominator, ppo_loss
 

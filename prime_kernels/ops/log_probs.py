@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from prime_kernels import _checks, _dispatch
-from prime_kernels._packed import result_dtype
+from prime_kernels._segment_math import result_dtype
 
 
 def reference(logits: Tensor, ids: Tensor, mask: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
@@ -91,13 +91,13 @@ class _LogProbs(torch.autograd.Function):
 def kernels(backend: str) -> Any:
     """The module whose forward and backward take [rows, V] views on this backend."""
     if backend == "triton":
-        from prime_kernels._triton import log_probs as triton_kernels
+        from prime_kernels._triton import rows as triton_kernels
 
         return triton_kernels
     if backend == "eager":
-        from prime_kernels.ops import _eager_rows
+        from prime_kernels._eager import rows as eager_rows
 
-        return _eager_rows
+        return eager_rows
     from prime_kernels import _native
 
     return _native

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from prime_kernels import _checks, _dispatch
-from prime_kernels._packed import segment_index
+from prime_kernels._segment_math import segment_index
 
 PADDINGS = ("right", "left")
 

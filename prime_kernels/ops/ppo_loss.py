@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from prime_kernels import _checks, _dispatch
-from prime_kernels._packed import result_dtype
+from prime_kernels._segment_math import result_dtype
 
 # The ratio is held at e^20 for a token whose probability exploded, where float32 would overflow to inf and NaN.
 MAX_LOG_RHO = 20.0

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
 from prime_kernels import _checks, _dispatch
-from prime_kernels._packed import result_dtype, segment_index, segment_total
+from prime_kernels._segment_math import result_dtype, segment_index, segment_total
 from prime_kernels.ops._segments import segment_total_on
 
 KINDS = ("ce", "dpo", "kto", "nca")

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from prime_kernels import _checks, _dispatch
-from prime_kernels._packed import leave_one_out, merge_moments, result_dtype, segment_index, segment_total
+from prime_kernels._segment_math import leave_one_out, merge_moments, result_dtype, segment_index, segment_total
 from prime_kernels.ops import segment_scan
 
 PROCESS_BASELINES = ("reference", "paper")

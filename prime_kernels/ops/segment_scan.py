@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from prime_kernels import _checks, _dispatch
-from prime_kernels._packed import result_dtype, segment_index
+from prime_kernels._segment_math import result_dtype, segment_index
 
 
 def reference(values: Tensor, cu_seqlens: Tensor, gamma: float, reverse: bool) -> Tensor:

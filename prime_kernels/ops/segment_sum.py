@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from prime_kernels import _checks, _dispatch
-from prime_kernels._packed import result_dtype
+from prime_kernels._segment_math import result_dtype
 from prime_kernels.ops._segments import segment_total_on
 
 

@@ -5,9 +5,9 @@ import torch
 from support import assert_close
 
 import prime_kernels as pk
-from prime_kernels._triton import _config
+from prime_kernels._triton import _launch_config
 from prime_kernels._triton import linear_log_probs as kernels
-from prime_kernels._triton._config import Device, LinearConfig, choose_linear
+from prime_kernels._triton._launch_config import Device, LinearConfig, choose_linear
 
 
 def small(splits, programs):
@@ -48,7 +48,7 @@ def test_impossible_tokens_and_parts():
 
 
 def test_linear_log_probs_with_it(monkeypatch):
-    monkeypatch.setattr(_config, "FUSED_LINEAR", True)
+    monkeypatch.setattr(_launch_config, "FUSED_LINEAR", True)
     called = []
     plain = kernels.forward
     monkeypatch.setattr(kernels, "forward", lambda *a, **k: called.append(1) or plain(*a, small(2, 2), **k))
@@ -76,4 +76,4 @@ def test_tiles_fill_the_device(rows):
     row_blocks = -(-rows // config.block_rows)
     assert config.splits & (config.splits - 1) == 0
     assert config.programs == min(132, row_blocks * config.splits)
-    assert row_blocks * config.splits >= 132 or config.splits == _config.MAX_SPLITS
+    assert row_blocks * config.splits >= 132 or config.splits == _launch_config.MAX_SPLITS

@@ -9,8 +9,8 @@ import torch
 from support import assert_close, gradient_kind
 
 import prime_kernels as pk
-from prime_kernels._triton import log_probs as kernels
-from prime_kernels._triton._config import Config, Tuning
+from prime_kernels._triton import rows as kernels
+from prime_kernels._triton._launch_config import Config, Tuning
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Blocks of 128 columns, so that a few hundred columns are several blocks; whole rows and rows in parts.

@@ -13,7 +13,7 @@ import torch
 from support import offsets
 from triton.runtime import interpreter
 
-from prime_kernels import _scratch
+from prime_kernels import _launch_counters
 from prime_kernels._triton import _launch, rloo, segments
 from prime_kernels._triton import losses as loss_kernels
 
@@ -61,7 +61,7 @@ def same_bits(one, other):
 @pytest.fixture
 def counters(monkeypatch) -> Iterator[list[torch.Tensor]]:
     """The counters of all launches, each of which must have left it 0."""
-    made, make = [], _scratch.arrivals
+    made, make = [], _launch_counters.arrivals
 
     def arrivals(device):
         made.append(make(device))

@@ -1,4 +1,4 @@
-"""Token passes on the CUDA C++ kernels, with the functions of cpu.py; nothing waits for the device."""
+"""Token passes on the CUDA C++ kernels, with the functions of packed_cpu.py; nothing waits for the device."""
 
 from collections.abc import Callable, Sequence
 
@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from prime_kernels import _native
+from prime_kernels._launch_counters import arrivals
+from prime_kernels._layout import column, mask_column
 from prime_kernels._native import address
-from prime_kernels._native.cpu import element_bits, offsets_column, ppo_fields, values_column
-from prime_kernels._rows import column, mask_column
-from prime_kernels._scratch import arrivals
+from prime_kernels._native.packed_cpu import element_bits, offsets_column, ppo_fields, values_column
 
 PRM_KINDS = ("ce", "dpo", "kto", "nca")
 

@@ -1,4 +1,4 @@
-"""Token passes on the C++ kernels of the CPU. cuda.py and _triton/segments.py have the same functions."""
+"""Token passes on the C++ kernels of the CPU. packed_cuda.py and _triton/segments.py have the same functions."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prime_kernels._layout import column, mask_column
 from prime_kernels._native import address, run
-from prime_kernels._packed import leave_one_out, merge_moments
-from prime_kernels._rows import column, mask_column
+from prime_kernels._segment_math import leave_one_out, merge_moments
 
 CPU = torch.device("cpu")
 NORMALIZE_EPS, WHITEN_EPS = 1e-6, 1e-8

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from prime_kernels._rows import column, is_rows, mask_column, row_stride
+from prime_kernels._layout import column, is_rows, mask_column, row_stride
 from prime_kernels._triton import interpreted
-from prime_kernels._triton._config import Config, Device, choose
+from prime_kernels._triton._launch_config import Config, Device, choose
 from prime_kernels._triton._log_probs_kernels import backward_kernel, combine_kernel, forward_kernel
 
 # Columns of 16-byte loads at any dtype; strides and addresses must be multiples for these.

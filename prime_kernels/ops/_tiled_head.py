@@ -237,9 +237,9 @@ def _fused_kernel(hidden: Tensor, weight: Tensor, backend: str) -> Callable | No
     """The Triton kernel that makes no tile at all, where it is the faster way and takes these tensors."""
     if backend != "triton":
         return None
-    from prime_kernels._triton import _config
+    from prime_kernels._triton import _launch_config
 
-    if not _config.FUSED_LINEAR:
+    if not _launch_config.FUSED_LINEAR:
         return None
     from prime_kernels._triton import linear_log_probs
 

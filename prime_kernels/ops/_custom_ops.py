@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from prime_kernels import _checks, _dispatch
-from prime_kernels._packed import result_dtype
-from prime_kernels.ops import _linear_tiles as tiles
+from prime_kernels._segment_math import result_dtype
+from prime_kernels.ops import _tiled_head as tiles
 from prime_kernels.ops import linear_log_probs as linear
 from prime_kernels.ops import log_probs as rows
 from prime_kernels.ops import log_ratios as ratios

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from prime_kernels._packed import result_dtype
+from prime_kernels._segment_math import result_dtype
 
 
 def forward(
