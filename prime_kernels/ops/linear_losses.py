@@ -41,7 +41,7 @@ class _Fused(torch.autograd.Function):
                 leaf = logp.detach().requires_grad_()
                 return torch.autograd.grad(loss_of(leaf, tokens)[0], leaf)[0]
 
-        logp, *gradients = tiles.fused(
+        logp, *gradients = tiles.loss_gradients(
             hidden, weight, bias, ids, temperature, grad_of, ctx.needs_input_grad[:3], backend
         )
         ctx.save_for_backward(*gradients)

@@ -15,3 +15,10 @@ def passes(native):
     from prime_kernels._native import packed_cpu
 
     return packed_cpu
+
+
+@pytest.fixture
+def rows(native):
+    from prime_kernels._native import rows
+
+    return rows
