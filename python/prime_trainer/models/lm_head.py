@@ -14,8 +14,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 import prime_kernels as pk
+from prime_kernels.integrations import output_layer
 
 from ..scale import sharding
+from . import reading
 from .protocols import CausalLM
 
 
@@ -24,25 +26,35 @@ def is_split(model: CausalLM) -> bool:
     return getattr(model, "head_group", None) is not None
 
 
-def head(model: CausalLM, hidden: Tensor) -> pk.Head:
-    """The whole LM head applied to `hidden` [T, H], as the kernels take it."""
-    return pk.Head(hidden, *(sharding.whole(part, hidden.dtype, hidden.device) for part in _parts(model)))
+def is_capped(model: CausalLM) -> bool:
+    """Whether its logits are capped: the fused losses have no cap, `log_probs` has."""
+    return reading.of(model).head.softcap is not None
+
+
+def head(model: CausalLM, hidden: Tensor) -> tuple[pk.Head, float]:
+    """The whole LM head applied to `hidden` [T, H], as the kernels take it, and the temperature that its factor of the
+    logits comes to. Raises ValueError for capped logits."""
+    form = reading.of(model).head
+    if form.softcap is not None:
+        raise ValueError(f"{type(model).__name__}'s logits are capped at {form.softcap}: use log_probs")
+    return pk.Head(hidden, *_whole(model, hidden)), 1.0 / form.scale
 
 
 def log_probs(
     model: CausalLM, hidden: Tensor, ids: Tensor, *, temperature: float = 1.0, with_entropy: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """(log-probs [T], entropies [T] or None) of `ids` [T]; logits never exist for more than a tile of tokens."""
-    options = {"temperature": temperature, "with_entropy": with_entropy}
+    form = reading.of(model).head
+    options: dict[str, Any] = {"temperature": temperature, "with_entropy": with_entropy}
     if not is_split(model):
-        at = head(model, hidden)
-        found = pk.linear_log_probs(at.hidden, at.weight, ids, bias=at.bias, **options)
+        weight, bias = _whole(model, hidden)
+        found = form.log_probs(hidden, weight, ids, bias=bias, **options)
         return found if with_entropy else (found, None)
-    group = model.head_group
+    group = model.head_group  # type: ignore[attr-defined]
     counts = _gathered(torch.tensor([len(ids)], device=ids.device), [1] * dist.get_world_size(group), group).tolist()
-    weight, bias = (sharding.share(part, hidden.dtype, hidden.device) for part in _parts(model))
+    weight, bias = (sharding.share(part, hidden.dtype, hidden.device) for part in output_layer(model))
     everyones = _OfAllRanks.apply(hidden, counts, group)
-    found = pk.linear_log_probs(
+    found = form.log_probs(
         everyones, weight, _gathered(ids, counts, group), bias=bias, process_group=group, **options
     )
     columns = found if with_entropy else (found,)
@@ -50,9 +62,8 @@ def log_probs(
     return mine[0], mine[1] if with_entropy else None
 
 
-def _parts(model: CausalLM) -> tuple[Tensor, Tensor | None]:
-    layer = model.get_output_embeddings()
-    return layer.weight, getattr(layer, "bias", None)
+def _whole(model: CausalLM, hidden: Tensor) -> Any:
+    return [sharding.whole(part, hidden.dtype, hidden.device) for part in output_layer(model)]
 
 
 def _gathered(rows: Tensor, counts: list[int], group: dist.ProcessGroup) -> Tensor:
