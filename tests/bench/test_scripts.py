@@ -29,7 +29,7 @@ HERE = {
     "trainer_cost", "trl_table", "verify/math_answers", "verify/programs",
 }  # fmt: skip
 # What tests/bench/test_benchmarks.py, tests/integrations/installed and tests/triton_backend run.
-ELSEWHERE = {"conftest", "measure", "table", "trl_steps", "tune"}
+ELSEWHERE = {"conftest", "measure", "smoke", "table", "trl_steps", "tune"}
 DATA = SHARED / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no {DATA}: the benchmark files are not here")
 
