@@ -27,6 +27,7 @@ part() {
   shift 2
   if [ "$left" -lt 10 ]; then
     echo "== $name: skipped, $left s are left of $limit" | tee -a "$results/skipped.txt"
+    keep
     return 1
   fi
   [ "$seconds" -le "$left" ] || seconds=$left

@@ -94,7 +94,7 @@ def test_a_failed_build_ends_the_call_and_keeps_its_log(run):
 
 
 def test_the_limit_skips_what_would_be_cut_and_keeps_what_was_measured(run):
-    _, said, calls, names = run("measure", "tests", LIMIT="16", SLOW="5")
+    _, said, calls, names = run("measure", "tests", LIMIT="25", SLOW="8")
     assert "skipped" in said and "gpu/skipped.txt" in names and "gpu/measure_ceiling.json" in names
     assert not any("test_fuzz" in call for call in calls)
 
