@@ -51,7 +51,9 @@ def test_linear_log_probs_with_it(monkeypatch):
     monkeypatch.setattr(_launch_config, "FUSED_LINEAR", True)
     called = []
     plain = kernels.linear_token_log_probs
-    monkeypatch.setattr(kernels, "linear_token_log_probs", lambda *a, **k: called.append(1) or plain(*a, small(2, 2), **k))
+    monkeypatch.setattr(
+        kernels, "linear_token_log_probs", lambda *a, **k: called.append(1) or plain(*a, small(2, 2), **k)
+    )
     hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(40, 8, requires_grad=True)
     ids, upstream = torch.randint(40, (6,)), torch.randn(6)
     logp = pk.linear_log_probs(hidden, weight, ids, backend="triton")
