@@ -49,7 +49,7 @@ def trainer_steps(model_dir, tmp_path_factory):
         task={"name": "chain_sum", "params": {"max_terms": 2, "max_digits": 1, "min_digits": 1}, "eval_size": 2},
         rollout={"engine": "transformers", "prompts_per_step": 4, "n": 4, "max_new_tokens": 12},
         filter={"low": 0.1, "high": 0.9},
-        prm={"lr": 1e-3},
+        prm={"lr": 6e-4},
         policy={"lr": 1e-4, "minibatches": 2},
     )
     steps = []
