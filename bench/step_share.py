@@ -14,7 +14,7 @@ from pathlib import Path
 import prime_kernels as pk
 from prime_kernels.ops import _segments
 from prime_trainer import loop
-from prime_trainer.config import load
+from prime_trainer.config.load import load
 
 OPERATIONS = ("rloo_advantages", "prm_loss", "ppo_loss", "segment_sum")
 spent: dict[str, float] = {}

@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-from prime_trainer.environment import environment
+from prime_trainer.run.provenance import environment
 
 RATES = ("GB/s", "TFLOP/s")
 COLUMNS = (*RATES, "of ceiling", "peak MiB")

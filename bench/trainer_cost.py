@@ -17,17 +17,19 @@ from pathlib import Path
 import torch
 
 import prime_kernels as pk
-from prime_trainer import batch as batch_module
-from prime_trainer import models
-from prime_trainer.batch import Batch
-from prime_trainer.collect import Collector
-from prime_trainer.config import RunConfig, load
+from prime_trainer.config.load import load
+from prime_trainer.config.run_config import RunConfig
+from prime_trainer.data.tasks import load_task
 from prime_trainer.loop import Clock
+from prime_trainer.models import loading, tokenizers
 from prime_trainer.rollout import TransformersSampler
-from prime_trainer.score import Rewards, Scorer, log_probs, process_rewards
-from prime_trainer.tasks import load_task
-from prime_trainer.trainable import Trainable
-from prime_trainer.update import needs_old_logp, policy_update
+from prime_trainer.rollout.collector import Collector
+from prime_trainer.train import batch as batch_module
+from prime_trainer.train.batch import Batch
+from prime_trainer.train.forward import log_probs
+from prime_trainer.train.policy_step import needs_old_logp, policy_update
+from prime_trainer.train.prm_step import Rewards, Scorer, process_rewards
+from prime_trainer.train.trainable import Trainable
 from prime_trainer.verify import Verifier
 
 LAYOUTS = {
@@ -54,18 +56,18 @@ class Setting:
 
     def __init__(self, cfg: RunConfig) -> None:
         self.cfg = cfg
-        tokenizer = models.load_tokenizer(cfg.model)
-        model = models.load_model(cfg.model)
+        tokenizer = tokenizers.load_tokenizer(cfg.model)
+        model = loading.load_model(cfg.model)
         self.policy = Trainable(model, lr=1e-12, grad_clip=cfg.policy.grad_clip)
-        self.prm = Trainable(models.load_model(cfg.model), lr=1e-12, grad_clip=cfg.prm.grad_clip)
-        self.ref = models.frozen(models.load_model(cfg.model))
+        self.prm = Trainable(loading.load_model(cfg.model), lr=1e-12, grad_clip=cfg.prm.grad_clip)
+        self.ref = loading.frozen(loading.load_model(cfg.model))
         sampler = TransformersSampler(model, tokenizer, batch_size=cfg.rollout.batch_size)
         with Verifier(cfg.task.verify_seconds, cfg.task.verify_workers) as verifier:
             collector = Collector(cfg, load_task(cfg.task, cfg.seed), tokenizer, sampler, verifier)
             clock = Clock()
             self.groups, _ = collector.collect(1, clock)
         self.rollout = clock.spent["rollout"] + clock.spent["verify"]
-        self.batch = Batch(self.groups, models.device(cfg.model))
+        self.batch = Batch(self.groups, loading.device(cfg.model))
 
     def forward(self, layout: str) -> Callable[[], None]:
         """A forward pass of the policy over the batch."""

@@ -13,11 +13,12 @@ import re
 import time
 from pathlib import Path
 
-from prime_trainer import benchmarks, markdown
-from prime_trainer.config import BenchConfig
-from prime_trainer.tasks import Problem
+from prime_trainer.config.sections import BenchConfig
+from prime_trainer.data.problems import Problem
+from prime_trainer.evaluation import benchmarks
+from prime_trainer.report import markdown
 from prime_trainer.verify import Verifier
-from prime_trainer.verify.scorers import plain
+from prime_trainer.verify.answer_scorers import plain
 
 MATH = [name for name, benchmark in benchmarks.BENCHMARKS.items() if benchmark.ability == "math"]
 CATEGORIES = ("itself", "rewritten", "plus one", "neighbour's")

@@ -13,11 +13,12 @@ import json
 import time
 from pathlib import Path
 
-from prime_trainer import benchmarks, markdown
-from prime_trainer.config import BenchConfig
-from prime_trainer.verify import host
-from prime_trainer.verify.code import CodeRunner
-from prime_trainer.verify.host import Confinement, Limits
+from prime_trainer.config.sections import BenchConfig
+from prime_trainer.evaluation import benchmarks
+from prime_trainer.report import markdown
+from prime_trainer.verify import sandbox
+from prime_trainer.verify.programs import CodeRunner
+from prime_trainer.verify.sandbox import Confinement, Limits
 
 CHANGE = """
 
@@ -66,8 +67,8 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1, help="every n-th program alone")
     args = parser.parse_args()
     solutions, rows, odd = canonical(args.data), [], []
-    for kind in host.KINDS:
-        reason = host.obstacle(kind)
+    for kind in sandbox.KINDS:
+        reason = sandbox.obstacle(kind)
         if reason is not None:
             print(f"{kind}: {reason}")
             continue

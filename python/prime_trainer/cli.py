@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from .errors import RunError
 
 if TYPE_CHECKING:
-    from .config import RunConfig
+    from .config.run_config import RunConfig
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _config(words: list[str]) -> RunConfig:
-    from .config import load
+    from .config.load import load
 
     toml = Path(words.pop(0)) if words and not words[0].startswith("-") else None
     return load(toml, words)
@@ -74,7 +74,7 @@ def _prm(words: list[str]) -> int:
 
 def _score(words: list[str]) -> int:
     cfg = _config(words)
-    from .prm.score_file import run
+    from .prm.score import run
 
     print(f"scores: {run(cfg)}")
     return 0
@@ -99,22 +99,22 @@ def _processbench(words: list[str]) -> int:
 def _eval(words: list[str]) -> int:
     cfg = _config(words)
     if cfg.bench.data is not None or cfg.bench.paths:
-        from .bench_eval import run
+        from .evaluation.benchmark_table import run
 
         path = run(cfg)
         print(f"{path.read_text(encoding='utf-8')}\ntable: {path}")
         return 0
     import json
 
-    from . import evaluate
+    from .evaluation import held_out
 
-    print(json.dumps(evaluate.run(cfg)))
+    print(json.dumps(held_out.run(cfg)))
     return 0
 
 
 def _generate(words: list[str]) -> int:
     cfg = _config(words)
-    from .generate import run
+    from .evaluation.responses import run
 
     print(f"responses: {run(cfg)}")
     return 0
@@ -122,15 +122,15 @@ def _generate(words: list[str]) -> int:
 
 def _serve(words: list[str]) -> int:
     cfg = _config(words)
-    from .rollout.server import serve
+    from .rollout.vllm.server import serve
 
     serve(cfg)
     return 0
 
 
 def _report(words: list[str]) -> int:
-    from .record import read_record
-    from .report import summary_row, write_report
+    from .report.page import summary_row, write_report
+    from .report.run_record import read_record
 
     if not words:
         return _fail("report needs a run directory: prime-trainer report RUN_DIR [OTHER_RUN_DIR ...]")
@@ -154,7 +154,7 @@ def _plan(words: list[str]) -> int:
             sizes[name] = float(text)
             del words[at : at + 2]
     cfg = _config(words)
-    from . import plan
+    from .plan import plan
 
     gpus = int(sizes["--gpus"])
     print(plan.render(plan.make(cfg, gpus, int(sizes["--prompt-tokens"])), cfg, gpus, sizes["--memory"]))
@@ -166,7 +166,7 @@ def _describe(error: Exception) -> str:
     details = getattr(error, "errors", None)
     if details is None:
         return str(error)
-    from .config import close_keys
+    from .config.load import close_keys
 
     lines = []
     for d in details():

@@ -9,36 +9,38 @@ import torch
 
 import prime_kernels as pk
 
-from . import checkpoint, models
-from .batch import Batch, Group
-from .clock import Clock
-from .collect import NothingPasses
-from .config import RunConfig
+from .config.run_config import RunConfig
+from .data.groups import Group
+from .data.tasks import load_task
 from .errors import RunError
-from .evaluate import evaluate
-from .interrupt import stop_signal
-from .metrics import MetricsWriter, NoMetrics
-from .mismatch import importance
-from .parallel import SINGLE, Ranks, connect
-from .placement import load_placed
-from .progress import progress_bar
-from .rollout import derive_seed
-from .rollouts import Rollouts
-from .score import Rewards, Scorer, process_rewards
-from .skips import Skips, TooManySkipped, finite
-from .tasks import load_task
-from .trainable import Trainable
-from .update import needs_old_logp, policy_update
+from .evaluation.held_out import evaluate
+from .models import forward, loading, tokenizers
+from .models.placement import load_placed
+from .rollout.collector import NothingPasses
+from .rollout.pipeline import Rollouts
+from .run import checkpoint
+from .run.metrics import MetricsWriter, NoMetrics
+from .run.progress import progress_bar
+from .run.seeds import derive_seed
+from .run.stage_clock import Clock
+from .run.stop_signal import stop_signal
+from .scale.heartbeat import watched
+from .scale.ranks import SINGLE, Ranks, connect
+from .train.batch import Batch
+from .train.importance import importance
+from .train.nonfinite_guard import Skips, TooManySkipped, finite
+from .train.policy_step import needs_old_logp, policy_update
+from .train.prm_step import Rewards, Scorer, process_rewards
+from .train.trainable import Trainable
 from .verify import Verifier
-from .watch import watched
 
 
 class Run:
     """Everything a run holds between two steps."""
 
     def __init__(self, cfg: RunConfig, ranks: Ranks = SINGLE) -> None:
-        self.cfg, self.ranks, self.device = cfg, ranks, models.device(cfg.model)
-        self.tokenizer = models.load_tokenizer(cfg.model)
+        self.cfg, self.ranks, self.device = cfg, ranks, loading.device(cfg.model)
+        self.tokenizer = tokenizers.load_tokenizer(cfg.model)
         self.task = load_task(cfg.task, cfg.seed)
         model = load_placed(cfg, ranks, "policy")
         self.policy = Trainable(model, lr=cfg.policy.lr, grad_clip=cfg.policy.grad_clip, ranks=ranks)
@@ -62,7 +64,7 @@ class Run:
         except BaseException:
             self.verifier.close()
             raise
-        self.skips, self.fingerprint = Skips(cfg.policy.max_skipped), models.tokenizer_fingerprint(self.tokenizer)
+        self.skips, self.fingerprint = Skips(cfg.policy.max_skipped), tokenizers.tokenizer_fingerprint(self.tokenizer)
         self.step = 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -102,7 +104,7 @@ class Run:
         step = self.step + 1
 
         groups, values = self.rollouts.batch(step, clock)
-        batch = self.batch = Batch(groups, self.device, self.ranks, models.reads_stream(self.policy.model))
+        batch = self.batch = Batch(groups, self.device, self.ranks, forward.reads_stream(self.policy.model))
         values["kept_reward"] = batch.outcomes.mean().item()
 
         with clock("score" if self.prm is None or cfg.prm.update == "none" else "prm"):
@@ -148,7 +150,7 @@ class Run:
 def run(cfg: RunConfig) -> Path:
     """Trains until `cfg.steps`, or until Ctrl-C, which leaves a checkpoint; returns the final model's directory."""
     cfg = checkpoint.restarted(cfg)
-    with connect(cfg.scale, models.device(cfg.model)) as ranks, watched(ranks):
+    with connect(cfg.scale, loading.device(cfg.model)) as ranks, watched(ranks):
         return _run(cfg, ranks)
 
 
@@ -183,9 +185,9 @@ def _run(cfg: RunConfig, ranks: Ranks) -> Path:
         if saved != trainer.step:
             saver.save(trainer.step, trainer.state_dict())
         saver.wait()
-        models.save(trainer.policy.model, trainer.tokenizer, cfg.output / "final", ranks)
+        loading.save(trainer.policy.model, trainer.tokenizer, cfg.output / "final", ranks)
         if trainer.prm is not None:
-            models.save(trainer.prm.model, trainer.tokenizer, cfg.output / "prm", ranks)
+            loading.save(trainer.prm.model, trainer.tokenizer, cfg.output / "prm", ranks)
     except checkpoint.CheckpointError:
         raise
     except RunError as error:

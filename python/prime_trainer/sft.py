@@ -11,16 +11,19 @@ import torch
 
 import prime_kernels as pk
 
-from . import chat, checkpoint, demonstrations, lm_head, models
-from .batch import Batch, Group, Response, fits
-from .config import RunConfig
-from .fit import fit
-from .rollout import derive_seed
-from .rows import read_rows
-from .score import predicting
-from .skips import Skips
-from .tasks import load_task
-from .trainable import Trainable
+from .config.run_config import RunConfig
+from .data import chat, demonstrations
+from .data.groups import Group, Response, fits
+from .data.readers import read_rows
+from .data.tasks import load_task
+from .models import forward, lm_head, loading, tokenizers
+from .run import checkpoint
+from .run.seeds import derive_seed
+from .train.batch import Batch
+from .train.forward import predicting
+from .train.nonfinite_guard import Skips
+from .train.supervised_loop import fit
+from .train.trainable import Trainable
 
 
 def run(cfg: RunConfig) -> Path:
@@ -29,9 +32,9 @@ def run(cfg: RunConfig) -> Path:
     Ctrl-C stops after the step at hand and leaves a checkpoint for `--resume` beside the model as it is then.
     """
     state = checkpoint.begin(cfg)
-    tokenizer = models.load_tokenizer(cfg.model)
-    model = models.load_model(cfg.model)
-    examples = _examples(cfg, tokenizer, models.length_limit([model], cfg.sft.max_length))
+    tokenizer = tokenizers.load_tokenizer(cfg.model)
+    model = loading.load_model(cfg.model)
+    examples = _examples(cfg, tokenizer, forward.length_limit([model], cfg.sft.max_length))
     trainable = Trainable(model, lr=cfg.sft.lr, betas=(0.9, 0.95), grad_clip=cfg.sft.grad_clip)
     size = min(cfg.sft.batch_size, len(examples))
     per_epoch = math.ceil(len(examples) / size)
@@ -54,7 +57,7 @@ def run(cfg: RunConfig) -> Path:
 
     fit(cfg, "sft", state, trainable, total, backward, warmup=cfg.sft.warmup, skips=skips)
     final = cfg.output / "final"
-    models.save(model, tokenizer, final)
+    loading.save(model, tokenizer, final)
     return final
 
 
@@ -70,7 +73,7 @@ def _examples(cfg: RunConfig, tokenizer: Any, limit: int) -> list[Group]:
     eos = tokenizer.eos_token_id
     groups = []
     for place, messages, answer in rows:
-        prompt = models.render(tokenizer, messages)
+        prompt = tokenizers.render(tokenizer, messages)
         response = Response([*tokenizer.encode(answer, add_special_tokens=False), eos])
         if fits(place, prompt, response, limit, "sft", cfg.sft.too_long):
             groups.append(Group(prompt, [response]))

@@ -13,13 +13,13 @@ import pytest
 
 pytest.importorskip("transformers", reason="the trainer's packages are not installed: pip install '.[train]'")
 
-import tiny
 from conftest import SHARED
+from helpers import tiny
 
 import prime_kernels as pk
 from prime_kernels.ops import _segments
 from prime_trainer import cli, loop
-from prime_trainer.verify import host
+from prime_trainer.verify import sandbox
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCH = ROOT / "bench"
@@ -218,14 +218,14 @@ def test_math_answers(script, tmp_path):
 
 
 @needs_data
-@pytest.mark.skipif(all(map(host.obstacle, host.KINDS)), reason="neither bubblewrap nor Landlock works here")
+@pytest.mark.skipif(all(map(sandbox.obstacle, sandbox.KINDS)), reason="neither bubblewrap nor Landlock works here")
 def test_programs(script):
     said = script("verify/programs", DATA, "--every", "200", "--workers", "1")
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")] for line in said.splitlines() if line.startswith("| ")
     ]
     passed = {(row[0], row[1]): row[2:4] for row in rows[2:]}
-    works = [kind for kind in host.KINDS if host.obstacle(kind) is None]
+    works = [kind for kind in sandbox.KINDS if sandbox.obstacle(kind) is None]
     assert {kind for kind, _ in passed} == set(works)
     for (_, programs), (count, right) in passed.items():
         assert right == ("0" if programs.endswith("wrong") else count), programs

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from support import run_page
+from helpers.support import run_page
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -21,7 +21,7 @@ def test_page_runs(name, tmp_path, capsys):
     if name != "pytorch":
         pytest.importorskip("transformers", reason="transformers is not installed: pip install '.[train]'")
     if name == "prm":
-        import tiny
+        from helpers import tiny
 
         given["REFERENCE"] = tiny.write_model(tmp_path / "reference")
         given["PRM"] = tiny.write_model(tmp_path / "prm", tied=False)

@@ -5,7 +5,7 @@ import re
 import shlex
 from pathlib import Path
 
-from support import code_blocks, run_page
+from helpers.support import code_blocks, run_page
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -18,7 +18,7 @@ def test_python_runs():
 
 
 def test_toml_loads(tmp_path):
-    from prime_trainer.config import load
+    from prime_trainer.config.load import load
 
     found = []
     for text in code_blocks(README, "toml"):
@@ -50,7 +50,7 @@ filter = { low = 0.0, high = 1.0 }
 
 def test_trainer_commands_run_one_after_the_other(tmp_path, monkeypatch, capsys):
     """As they stand there, with a tiny model: no command is refused for what another left."""
-    import tiny
+    from helpers import tiny
 
     from prime_trainer import cli
 

@@ -8,8 +8,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from ..rows import jsonl_rows
-from .data import PROMPTS, outcome
+from ..data.readers import jsonl_rows
+from .items import PROMPTS, outcome
 
 WIDTH, HEIGHT, MARGIN = 320, 150, 8
 
@@ -26,7 +26,7 @@ def render(rows: Iterable[dict[str, Any]], title: str) -> str:
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    source = files("prime_trainer").joinpath("templates", "steps.html.j2").read_text(encoding="utf-8")
+    source = files("prime_trainer.prm").joinpath("steps.html.j2").read_text(encoding="utf-8")
     responses = [_response(row) for row in rows]
     counts = {kind: sum(r["outcome"] == kind for r in responses) for kind in ("correct", "incorrect", "unlabelled")}
     return environment.from_string(source).render(

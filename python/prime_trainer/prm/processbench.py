@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from ..config import RunConfig
-from ..rows import read_rows
+from ..config.run_config import RunConfig
+from ..data.readers import read_rows
 
 THRESHOLDS = 10_000
 NOTHING = -2

@@ -16,12 +16,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import RunConfig
-from ..estimators import bootstrap_interval, majority, pass_at_k
-from ..rows import read_rows
+from ..config.run_config import RunConfig
+from ..data.readers import read_rows
+from ..report.statistics import bootstrap_interval, majority, pass_at_k
 from ..verify import Verifier, last_boxed
-from .data import items_of, outcome
-from .score import RESPONSE_REWARDS
+from .items import items_of, outcome
+from .step_scorer import RESPONSE_REWARDS
 
 
 @dataclass

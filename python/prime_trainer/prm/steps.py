@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from ..chat import ACTIONS
+from ..config.action_prompt import ACTIONS
 
 _STARTS = {
     "blank_line": re.compile(r"\n[ \t]*\n\s*"),

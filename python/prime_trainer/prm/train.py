@@ -20,16 +20,19 @@ from torch import Tensor
 
 import prime_kernels as pk
 
-from .. import checkpoint, models
-from ..batch import Batch, Group, Micro
-from ..config import RunConfig, TrainPRMConfig
-from ..fit import fit
-from ..rollout import derive_seed
-from ..score import log_probs
-from ..skips import Skips
-from ..trainable import Trainable
-from .ranking import auc
-from .reference import Reference
+from ..config.run_config import RunConfig
+from ..config.sections import TrainPRMConfig
+from ..data.groups import Group
+from ..models import forward, loading, meta, tokenizers
+from ..report.statistics import auc
+from ..run import checkpoint
+from ..run.seeds import derive_seed
+from ..train.batch import Batch, Micro
+from ..train.forward import log_probs
+from ..train.nonfinite_guard import Skips
+from ..train.supervised_loop import fit
+from ..train.trainable import Trainable
+from .reference_cache import Reference
 from .training_data import outcome_groups, step_groups
 
 
@@ -42,16 +45,16 @@ def run(cfg: RunConfig) -> Path:
     if own.path is None:
         raise ValueError("train_prm.path is required: the rows with labelled responses")
     state = checkpoint.begin(cfg)
-    tokenizer = models.load_tokenizer(cfg.model)
+    tokenizer = tokenizers.load_tokenizer(cfg.model)
     reference_model = cfg.model
     if own.reference is not None:
         reference_model = cfg.model.model_copy(update={"path": str(own.reference), "gguf_file": None})
-        models.check_same_tokenizer(
-            tokenizer, models.load_tokenizer(reference_model), ("model.path", "train_prm.reference")
+        tokenizers.check_same_tokenizer(
+            tokenizer, tokenizers.load_tokenizer(reference_model), ("model.path", "train_prm.reference")
         )
-    model = models.load_model(cfg.model)
-    read_by = [model] if own.reference is None else [model, models.meta_model(reference_model)]
-    limit = models.length_limit(read_by, own.max_length)
+    model = loading.load_model(cfg.model)
+    read_by = [model] if own.reference is None else [model, meta.meta_model(reference_model)]
+    limit = forward.length_limit(read_by, own.max_length)
     train, held_out = outcome_groups(own, tokenizer, limit, cfg.seed)
     stage2 = [] if own.step_path is None else step_groups(own, tokenizer, limit)
     reference = Reference(reference_model, tokenizer, own.cache, cfg.micro_batch_tokens)
@@ -78,7 +81,7 @@ def run(cfg: RunConfig) -> Path:
         warmup=own.warmup, skips=skips, floor=0.1, evaluate=evaluate,
     )  # fmt: skip
     final = cfg.output / "final"
-    models.save(model, tokenizer, final)
+    loading.save(model, tokenizer, final)
     return final
 
 

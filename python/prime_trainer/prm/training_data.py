@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from .. import models
-from ..batch import Group, fits
-from ..config import TrainPRMConfig
-from ..rollout import derive_seed
-from .data import Item, encode, grouped, read_items
+from ..config.sections import TrainPRMConfig
+from ..data.groups import Group, fits
+from ..models import tokenizers
+from ..run.seeds import derive_seed
+from .items import Item, encode, grouped, read_items
 
 
 def outcome_groups(cfg: TrainPRMConfig, tokenizer: Any, limit: int, seed: int) -> tuple[list[Group], list[Group]]:
@@ -61,7 +61,7 @@ def _read_groups(path: Path, key: str, cfg: TrainPRMConfig, tokenizer: Any, limi
     pairs, left_out = [], 0
     for item in read_items(path, key):
         _check_labels(item, steps)
-        prompt_ids, response = models.render(tokenizer, item.messages), encode(tokenizer, item, "none")
+        prompt_ids, response = tokenizers.render(tokenizer, item.messages), encode(tokenizer, item, "none")
         if not fits(item.place, prompt_ids, response, limit, "train_prm", cfg.too_long):
             left_out += 1
             continue

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor
 
-from ..parallel import Ranks
-from .base import Sample, Sampler, Sampling
+from ..scale.ranks import Ranks
+from .sampler import Sample, Sampler, Sampling
 
 
 class SharedSampler:

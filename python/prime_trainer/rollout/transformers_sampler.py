@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models import new_cache
-from ..sharding import gathered
-from .base import Sample, Sampling, derive_seed, model_shape
+from ..models.forward import new_cache
+from ..run.seeds import derive_seed
+from ..scale.sharding import gathered
+from .sampler import Sample, Sampling, model_shape
 
 
 class TransformersSampler:

@@ -6,15 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .boxed import last_answer, last_boxed
-from .code import CodeRunner, last_code_block
-from .host import Confinement, Limits, confinement
-from .pool import WorkerPool
-from .scorers import plain
+from .answer_scorers import plain
+from .extract import last_answer, last_boxed
+from .programs import CodeRunner, last_code_block
+from .sandbox import Confinement, Limits, confinement
 from .verdict import Verdict
+from .worker_pool import WorkerPool
 
 if TYPE_CHECKING:
-    from ..config import TaskConfig
+    from ..config.sections import TaskConfig
 
 
 class Verifier:
@@ -41,7 +41,7 @@ class Verifier:
     @classmethod
     def from_config(cls, cfg: TaskConfig) -> Verifier:
         limits = Limits(cfg.code_seconds, cfg.code_memory_mb)
-        code = CodeOptions(lambda: sandbox(cfg), limits, cfg.code_workers, cfg.code_partial_credit)
+        code = CodeOptions(lambda: confinement_for(cfg), limits, cfg.code_workers, cfg.code_partial_credit)
         return cls(cfg.verify_seconds, cfg.verify_workers, any_answer=cfg.any_answer, code=code)
 
     def __enter__(self) -> Verifier:
@@ -128,6 +128,6 @@ class CodeOptions:
         return CodeRunner(self.confine(), self.limits, self.workers, self.partial_credit)
 
 
-def sandbox(cfg: TaskConfig) -> Confinement:
+def confinement_for(cfg: TaskConfig) -> Confinement:
     """The sandbox that a configuration asks for. Raises SandboxError where it does not work on this machine."""
     return confinement(cfg.sandbox, cfg.code_packages, cfg.allow_unsafe)

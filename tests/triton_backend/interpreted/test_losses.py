@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from support import assert_close, offsets
+from helpers.support import assert_close, offsets
 
 from prime_kernels._triton import losses as kernels
 from prime_kernels._triton.segments import segment_fill

@@ -1,0 +1,96 @@
+"""The LM head of a causal LM as the losses take it: its weight, whole on this rank or in shares over all of them.
+
+A share has some of the vocabulary's rows (Megatron-LM, arXiv 1909.08053, section 3). Every rank then needs every rank's
+hidden states, and no rank ever holds the head or its gradient whole.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+import prime_kernels as pk
+
+from ..scale import sharding
+
+
+def is_split(model: Any) -> bool:
+    """Whether the ranks share out the vocabulary: what is computed from the head is then collective."""
+    return getattr(model, "head_group", None) is not None
+
+
+def head(model: Any, hidden: Tensor) -> pk.Head:
+    """The whole LM head applied to `hidden` [T, H], as the kernels take it."""
+    return pk.Head(hidden, *(sharding.whole(part, hidden.dtype, hidden.device) for part in _parts(model)))
+
+
+def log_probs(
+    model: Any, hidden: Tensor, ids: Tensor, *, temperature: float = 1.0, with_entropy: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """(log-probs [T], entropies [T] or None) of `ids` [T]; logits never exist for more than a tile of tokens."""
+    options = {"temperature": temperature, "with_entropy": with_entropy}
+    if not is_split(model):
+        at = head(model, hidden)
+        found = pk.linear_log_probs(at.hidden, at.weight, ids, bias=at.bias, **options)
+        return found if with_entropy else (found, None)
+    group = model.head_group
+    counts = _gathered(torch.tensor([len(ids)], device=ids.device), [1] * dist.get_world_size(group), group).tolist()
+    weight, bias = (sharding.share(part, hidden.dtype, hidden.device) for part in _parts(model))
+    everyones = _OfAllRanks.apply(hidden, counts, group)
+    found = pk.linear_log_probs(
+        everyones, weight, _gathered(ids, counts, group), bias=bias, process_group=group, **options
+    )
+    columns = found if with_entropy else (found,)
+    mine = [_OfThisRank.apply(column, counts, group) for column in columns]
+    return mine[0], mine[1] if with_entropy else None
+
+
+def _parts(model: Any) -> tuple[Tensor, Tensor | None]:
+    layer = model.get_output_embeddings()
+    return layer.weight, getattr(layer, "bias", None)
+
+
+def _gathered(rows: Tensor, counts: list[int], group: dist.ProcessGroup) -> Tensor:
+    """The rows of all ranks, one rank's after another's; rank r has counts[r]."""
+    padded = rows.new_zeros(max(counts), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded, group=group)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+def _own(counts: list[int], group: dist.ProcessGroup) -> slice:
+    first = sum(counts[: dist.get_rank(group)])
+    return slice(first, first + counts[dist.get_rank(group)])
+
+
+class _OfAllRanks(torch.autograd.Function):
+    """All ranks' rows; the gradient of them, which every rank has in full, is this rank's part of it."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, counts: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.own = _own(counts, group)
+        return _gathered(rows, counts, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad[ctx.own], None, None
+
+
+class _OfThisRank(torch.autograd.Function):
+    """This rank's part of a column that all have; backward puts the parts' gradients together for each share."""
+
+    @staticmethod
+    def forward(ctx: Any, column: Tensor, counts: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.counts, ctx.group = counts, group
+        return column[_own(counts, group)].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _gathered(grad.contiguous(), ctx.counts, ctx.group), None, None

@@ -1,0 +1,34 @@
+"""Which model goes where: in shards or whole, offloaded or not, with or without kept activations."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from ..config.run_config import RunConfig
+from ..scale import sharding
+from ..scale.ranks import Ranks
+from . import loading
+
+Role = Literal["policy", "prm", "reference"]
+
+
+def load_placed(cfg: RunConfig, ranks: Ranks, role: Role) -> Any:
+    """The model of the configuration as `cfg.scale` places it for its role; the reference is frozen."""
+    scale, trained = cfg.scale, role != "reference"
+    if ranks.mesh is None and scale.offload:
+        raise ValueError(
+            f"scale.offload = {scale.offload} moves shards: it needs scale.shard = true and torchrun "
+            "(torchrun --nproc-per-node 1 for a single GPU)"
+        )
+    # What is going to be cut up is never whole on the device.
+    where = cfg.model if ranks.mesh is None else cfg.model.model_copy(update={"device": "cpu"})
+    model = loading.load_model(where)
+    if not trained:
+        loading.frozen(model)
+    elif scale.activation_checkpointing:
+        sharding.recompute_activations(model)
+    if ranks.mesh is not None:
+        sharding.shard(
+            model, ranks.mesh, trained=trained, offload=role in scale.offload, split_head=scale.vocab_parallel_head
+        )
+    return model

@@ -1,0 +1,121 @@
+"""The sampler protocol: small, so that an engine is one file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import RunError
+from ..models.forward import length_limit
+from ..models.loading import weight_shapes
+from ..models.tokenizers import stop_ids
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """`temperature` 0 is greedy."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One response. `ids` has the stop token where there was one; `logprobs` are the engine's own, one a token."""
+
+    ids: list[int]
+    logprobs: list[float]
+    finish_reason: Literal["stop", "length"]
+    weight_version: int
+
+
+class EngineDied(RunError):
+    """The engine, or what it holds, cannot be used any more; the message says what happened. `restart` may help."""
+
+
+class Sampler(Protocol):
+    version: int
+    """Of the weights that sample now."""
+    limit: int | None
+    """Tokens of prompt and response together."""
+
+    def generate(
+        self, prompts: Sequence[list[int]], n: int, sampling: Sampling, seeds: Sequence[int]
+    ) -> list[list[Sample]]:
+        """`n` responses a prompt. `seeds` has one seed a prompt; a response depends on it, its index and the weights
+        alone, never on the caller's random state. Raises ValueError for a bad prompt, EngineDied."""
+
+    def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """The policy's full set of weights. After EngineDied nothing is sampled before a restart and an update."""
+
+    def release(self) -> None:
+        """Nothing is sampled until the next update: memory that only sampling needs may go."""
+
+    def restart(self) -> None:
+        """A new engine in the place of a dead one; it needs an update before it samples."""
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What an engine must know of the model: the names and shapes of its weights, its limits, how responses end."""
+
+    weights: Mapping[str, torch.Size]
+    stops: Sequence[int]
+    vocabulary: int
+    limit: int | None
+    """Tokens of prompt and response together."""
+
+    def check_prompts(self, prompts: Sequence[list[int]], sampling: Sampling) -> None:
+        """One bad prompt would fail or silently shorten a whole call. Raises ValueError that names it."""
+        for i, prompt in enumerate(prompts):
+            if not prompt:
+                raise ValueError(f"prompts[{i}] is empty; a prompt needs at least one token")
+            if self.limit is not None and len(prompt) + sampling.max_new_tokens > self.limit:
+                raise ValueError(
+                    f"prompts[{i}] has {len(prompt)} tokens; with max_new_tokens = {sampling.max_new_tokens} that is "
+                    f"over the model's {self.limit} positions"
+                )
+            wrong = next((t for t in prompt if not 0 <= t < self.vocabulary), None)
+            if wrong is not None:
+                raise ValueError(f"prompts[{i}] has the token {wrong}; the vocabulary has {self.vocabulary}")
+
+    def check_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        """The tensors by name, one of each storage: a tied head goes with its embedding. An incomplete set would
+        leave a mix of two models without an error of the engine's. Raises ValueError that names what is wrong."""
+        found = dict(named_tensors)
+        missing, unknown = self.weights.keys() - found.keys(), found.keys() - self.weights.keys()
+        if missing or unknown:
+            raise ValueError(
+                f"the weights must be all {len(self.weights)} of the model's: {len(missing)} are missing"
+                f"{_some(missing)}, {len(unknown)} unknown{_some(unknown)}"
+            )
+        for name, tensor in found.items():
+            if tensor.shape != self.weights[name]:
+                raise ValueError(f"{name} must have shape {list(self.weights[name])}, got {list(tensor.shape)}")
+        seen: set[tuple[int, torch.Size]] = set()
+        return {
+            name: tensor.detach()
+            for name, tensor in found.items()
+            if (key := (tensor.data_ptr(), tensor.shape)) not in seen and not seen.add(key)
+        }
+
+
+def model_shape(model: Any, tokenizer: Any, limit: int | None = None) -> ModelShape:
+    """`limit` lowers the model's own, where it has one."""
+    return ModelShape(
+        weight_shapes(model),
+        stop_ids(model, tokenizer),
+        model.get_input_embeddings().weight.shape[0],
+        length_limit([model], limit),
+    )
+
+
+def _some(names: Iterable[str]) -> str:
+    shown = sorted(names)[:3]
+    return f" ({', '.join(shown)})" if shown else ""

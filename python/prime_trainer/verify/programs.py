@@ -1,0 +1,225 @@
+"""Scores programs: takes the code out of a response, runs it in a sandbox, and compares what it did out here.
+
+An answer of kind "code" has one of three forms, named by `form`:
+
+- `stdio`: `inputs` and `outputs`, texts; each input is a run of the program of its own, in a fresh process;
+- `calls`: `fn_name`, `inputs` (the arguments of each call) and `outputs`; a method of a class `Solution` counts, too;
+- `asserts`: `setup` and `tests`, trusted Python; `names`, what the tests call; `prelude`, put before the program.
+
+The program's process never holds an expected result: outputs and returned values are plain data that is compared here,
+and assertions run in a second sandbox, which calls the program's functions in the first one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from .sandbox import (
+    Confinement,
+    Ended,
+    Expired,
+    Limits,
+    SandboxError,
+    Session,
+)
+from .verdict import TIME_LIMIT, Verdict
+
+MAX_PROGRAM_CHARS = 100_000
+_START_ATTEMPTS = 3
+_SPARE = 1 << 16  # bytes that an output may have beyond the expected one's before it is cut off
+
+
+# Each part ends where the next begins, so that no text makes the search slow: this runs in the trainer's process.
+_FENCE = re.compile(r"^[ \t]*```([^\n]*)\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
+
+
+def last_code_block(text: str) -> str | None:
+    """Returns the content of the last complete fenced block that is Python or names no language, or None."""
+    found = _FENCE.finditer(text[-4 * MAX_PROGRAM_CHARS :])
+    blocks = [match[2] for match in found if match[1].strip().lower() in ("", "python", "py", "python3")]
+    return blocks[-1] if blocks else None
+
+
+class CodeRunner:
+    """Scores programs, `workers` at once, each in a sandbox of its own; its threads only wait and compare."""
+
+    def __init__(self, confinement: Confinement, limits: Limits, workers: int, partial_credit: bool = False) -> None:
+        self._confinement, self._limits, self._partial = confinement, limits, partial_credit
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="sandbox")
+        self._live: set[Session] = set()
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def submit(self, answer: dict[str, Any], program: str) -> Future[Verdict]:
+        return self._pool.submit(self._score, answer, program)
+
+    def close(self) -> None:
+        """Kills the programs that run and forgets those that wait."""
+        with self._lock:
+            self._closed = True
+            for session in self._live:
+                session.kill()
+        self._pool.shutdown(cancel_futures=True)
+
+    def _score(self, answer: dict[str, Any], program: str) -> Verdict:
+        if len(program) > MAX_PROGRAM_CHARS:
+            return Verdict(0.0, "too long")
+        mode, judge = _FORMS[answer["form"]]
+        with self._open(mode) as session:
+            with self._lock:
+                if self._closed:
+                    return Verdict(0.0, "stopped")
+                self._live.add(session)
+            try:
+                passed, total = judge(session, answer, program, self._partial)
+            except Expired:
+                return Verdict(0.0, TIME_LIMIT)
+            except Ended:
+                return Verdict(0.0, "the program ended its process")
+            except (RecursionError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+                # A reply is whatever the program wants it to be.
+                return Verdict(0.0, f"the program's reply: {type(error).__name__}")
+            finally:
+                with self._lock:
+                    self._live.discard(session)
+        if self._partial:
+            return Verdict(passed / total, None)
+        return Verdict(float(passed == total), None)
+
+    def _open(self, mode: Any) -> Session:
+        for attempt in range(_START_ATTEMPTS):
+            try:
+                return Session(self._confinement, mode, self._limits)
+            except (SandboxError, OSError) as error:
+                # It worked when it was tried first: a machine that is short of something has it again soon.
+                failure = error
+                time.sleep(0.5 * (attempt + 1))
+        raise SandboxError(f"a sandbox that worked before does not start: {failure}")
+
+
+def _judge_runs(session: Session, answer: dict[str, Any], program: str, every: bool) -> tuple[int, int]:
+    session.send({"program": program})
+    passed, total = 0, len(answer["inputs"])
+    for text, expected in zip(answer["inputs"], answer["outputs"], strict=True):
+        limit = 2 * len(expected.encode()) + _SPARE
+        reply = session.ask({"stdin": text, "limit": limit}, 7 * limit + 1024)  # JSON may need six bytes for one
+        right = reply.get("status") == 0 and reply.get("over") is False and isinstance(reply.get("stdout"), str)
+        if right and same_output(reply["stdout"], expected):
+            passed += 1
+        elif not every:
+            break
+    return passed, total
+
+
+def _judge_calls(session: Session, answer: dict[str, Any], program: str, every: bool) -> tuple[int, int]:
+    passed, total = 0, len(answer["inputs"])
+    if session.ask({"program": program}, 1 << 12) != {"loaded": True}:
+        return 0, total
+    for args, expected in zip(answer["inputs"], answer["outputs"], strict=True):
+        cap = 8 * len(json.dumps(expected)) + _SPARE
+        reply = session.ask({"name": answer["fn_name"], "args": args}, cap)
+        if "value" in reply and same_value(reply["value"], expected):
+            passed += 1
+        elif not every:
+            break
+    return passed, total
+
+
+def _judge_asserts(session: Session, answer: dict[str, Any], program: str, every: bool) -> tuple[int, int]:
+    request = {key: answer[key] for key in ("setup", "tests", "names")}
+    reply = session.ask({"program": _complete(answer, program), "every": every, **request}, 1 << 12)
+    return reply["passed"], len(answer["tests"])  # the tests' own sandbox counted them
+
+
+def _complete(answer: dict[str, Any], program: str) -> str:
+    """Puts the prompt's code before the program; a bare body continues the prompt's last function."""
+    prelude = answer.get("prelude", "")
+    defines = any(re.search(rf"\bdef\s+{re.escape(name)}\b", program) for name in answer["names"])
+    return f"{prelude}\n\n{program}" if defines else f"{prelude}{program}"
+
+
+_Judge = Callable[[Session, dict[str, Any], str, bool], tuple[int, int]]
+_FORMS: dict[str, tuple[Any, _Judge]] = {
+    "stdio": ("run", _judge_runs),
+    "calls": ("calls", _judge_calls),
+    "asserts": ("tests", _judge_asserts),
+}
+
+
+def same_output(got: str, expected: str) -> bool:
+    """Whether two outputs have the same words in the same lines.
+
+    Spaces at the ends of lines and empty lines at the end do not count. Where the expected word has a decimal point or
+    an exponent, a number within a relative or absolute 1e-6 of it is the same.
+    """
+    mine, theirs = _words(got), _words(expected)
+    return len(mine) == len(theirs) and all(
+        len(a) == len(b) and all(x == y or _close(x, y) for x, y in zip(a, b, strict=True))
+        for a, b in zip(mine, theirs, strict=True)
+    )
+
+
+def _words(text: str) -> list[list[str]]:
+    return [line.split() for line in text.rstrip().split("\n")]
+
+
+_REAL = re.compile(r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?")
+
+
+def _close(got: str, expected: str) -> bool:
+    if len(got) > 400 or not _REAL.fullmatch(expected):
+        return False
+    try:
+        return math.isclose(float(got), float(expected), rel_tol=1e-6, abs_tol=1e-6)
+    except ValueError:
+        return False
+
+
+def same_value(got: Any, expected: Any) -> bool:
+    """Whether an encoded returned value is the expected JSON value, or its only element (some files wrap results).
+
+    Tuples are lists, keys are text, and floats may differ by 1e-6 as in `same_output`.
+    """
+    got = _plain(got)
+    wrapped = isinstance(expected, list) and len(expected) == 1
+    return _equal(got, expected) or (wrapped and _equal(got, expected[0]))
+
+
+def _plain(value: Any) -> Any:
+    # Not `decode`: it would hash what the program chose, and hashes of numbers can be made to collide.
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    if not isinstance(value, dict):
+        return value
+    kind, items = value.get("__python__"), value.get("items")
+    if kind is None:
+        return {k: _plain(v) for k, v in value.items()}
+    if kind in ("tuple", "iterator", "deque") and isinstance(items, list):
+        return [_plain(v) for v in items]
+    if kind == "dict" and isinstance(items, list) and all(isinstance(i, list) and len(i) == 2 for i in items):
+        return {str(k): _plain(v) for k, v in items}
+    return _NOTHING
+
+
+_NOTHING = object()
+
+
+def _equal(got: Any, expected: Any) -> bool:
+    if isinstance(expected, list):
+        return isinstance(got, list) and len(got) == len(expected) and all(map(_equal, got, expected))
+    if isinstance(expected, dict):
+        same_keys = isinstance(got, dict) and got.keys() == expected.keys()
+        return same_keys and all(_equal(got[k], v) for k, v in expected.items())
+    if isinstance(expected, float) and isinstance(got, (int, float)):
+        try:
+            return math.isclose(got, expected, rel_tol=1e-6, abs_tol=1e-6)
+        except OverflowError:
+            return False
+    return type(got) in (bool, int, float, str, type(None)) and got == expected
