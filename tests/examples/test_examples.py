@@ -1,6 +1,8 @@
 """The examples: every TOML file loads, and the PRIME of one file does what the trainer does."""
 
+import importlib
 import importlib.util
+import json
 import random
 import sys
 from dataclasses import replace
@@ -11,13 +13,14 @@ import torch
 
 pytest.importorskip("transformers", reason="the trainer's packages are not installed: pip install '.[train]'")
 
-import tiny
-from ranks import RandomVerifier
+from helpers import tiny
+from helpers.ranks import RandomVerifier
 
 import prime_kernels as pk
 from prime_trainer import loop
-from prime_trainer.config import RunConfig
-from prime_trainer.rollout import derive_seed
+from prime_trainer.config.load import load
+from prime_trainer.config.run_config import RunConfig
+from prime_trainer.run.seeds import derive_seed
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 STEPS = 2
@@ -150,3 +153,34 @@ def test_minimal_prime_verifies(minimal, response, right):
 
 def test_minimal_prime_is_short():
     assert len((EXAMPLES / "minimal_prime.py").read_text().splitlines()) <= 200
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.toml")), ids=lambda path: path.name)
+def test_settings_load(path):
+    cfg = load(path)
+    wanted = {
+        "demo.toml": {"steps": 10, "rollout.n": 6, "sft.worked_fraction": 0.38},
+        "prm.toml": {"train_prm.lr": 3e-5, "rollout.n": 16, "score.splitter": "line"},
+        "eight_gpus.toml": {"rollout.engine": "vllm-server", "rollout.lag": 1, "scale.shard": True, "prm.minibatches": 4},
+    }
+    for key, value in wanted[path.name].items():
+        found = cfg
+        for name in key.split("."):
+            found = getattr(found, name)
+        assert found == value, key
+
+
+def test_a_7b_model_fits_the_four_gpus_that_train(tmp_path, monkeypatch):
+    """By `prime-trainer plan`, with the shape of Qwen2.5-7B: what the comments of eight_gpus.toml say."""
+    from prime_trainer.plan import plan
+
+    monkeypatch.syspath_prepend(str(EXAMPLES.parent / "bench"))
+    table = importlib.import_module("plan_table")
+    shape = dict(zip(table.KEYS, table.SIZES["7B"][:-1], strict=True))
+    config = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "max_position_embeddings": 4096}
+    (tmp_path / "config.json").write_text(json.dumps(config | shape))
+    cfg = load(EXAMPLES / "eight_gpus.toml", ["--model.path", str(tmp_path)])
+    most = {stage: sum(parts.values()) / 2**30 for stage, parts in plan.make(cfg, 4, 1024).memory.items()}
+    assert most["score and PRM update"] == pytest.approx(59.8, abs=0.1) and max(most.values()) < 0.9 * 80
+    cfg.scale.activation_checkpointing = False
+    assert max(sum(parts.values()) / 2**30 for parts in plan.make(cfg, 4, 1024).memory.values()) > 80
