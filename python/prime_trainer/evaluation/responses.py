@@ -10,6 +10,7 @@ from typing import Any
 from ..config.run_config import RunConfig
 from ..data.problems import Problem
 from ..models import loading, tokenizers
+from ..models.protocols import Tokenizer
 from ..rollout import Sampler, Sampling, make_sampler
 from ..run.jsonl import read_jsonl
 from ..run.progress import progress_bar
@@ -19,7 +20,7 @@ from . import benchmarks
 GREEDY, SAMPLED = "greedy", "sampled"
 
 
-def open_sampler(cfg: RunConfig, tokenizer: Any) -> Sampler:
+def open_sampler(cfg: RunConfig, tokenizer: Tokenizer) -> Sampler:
     """The model of `cfg.model`, to be sampled from."""
     return make_sampler(cfg, loading.load_model(cfg.model), tokenizer, batch_size=cfg.eval.batch_size)
 
@@ -69,7 +70,7 @@ def read(cfg: RunConfig, name: str) -> dict[tuple[str, str, int], dict[str, Any]
 
 
 def _respond(
-    cfg: RunConfig, name: str, mode: str, n: int, chunk: Sequence[Problem], sampler: Sampler, tokenizer: Any
+    cfg: RunConfig, name: str, mode: str, n: int, chunk: Sequence[Problem], sampler: Sampler, tokenizer: Tokenizer
 ) -> list[dict[str, Any]]:
     prompts = [tokenizers.render(tokenizer, p.messages) for p in chunk]
     sampling = Sampling(cfg.bench.max_new_tokens, 0.0 if mode == GREEDY else cfg.bench.temperature)
