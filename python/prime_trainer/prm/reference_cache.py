@@ -19,6 +19,7 @@ from ..config.sections import ModelConfig
 from ..data.groups import Group
 from ..models import loading, tokenizers
 from ..models.protocols import CausalLM, Tokenizer
+from ..run.atomic_files import replacing
 from ..run.progress import progress_bar
 from ..train.batch import Batch
 from ..train.forward import log_probs
@@ -71,9 +72,8 @@ class Reference:
 def _save(values: Tensor, path: Path) -> None:
     from safetensors.torch import save_file
 
-    partial = path.with_suffix(".partial")
-    save_file({"log_probs": values}, partial)
-    partial.replace(path)
+    with replacing(path) as partial:
+        save_file({"log_probs": values}, partial)
 
 
 def _load(path: Path) -> Tensor:
