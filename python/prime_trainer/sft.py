@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 
-import prime_kernels as pk
-
 from .config.run_config import RunConfig
 from .data import chat, demonstrations
 from .data.groups import Group, Response, fits
@@ -46,17 +44,15 @@ def run(cfg: RunConfig) -> Path:
         epoch, at = divmod(step, per_epoch)
         generator = torch.Generator().manual_seed(derive_seed(cfg.seed, "sft", epoch))
         order = torch.randperm(len(examples), generator=generator).tolist()
-        batch = Batch.read_by(model, [examples[i] for i in order[at * size : (at + 1) * size]])
+        batch = Batch.for_model(model, [examples[i] for i in order[at * size : (at + 1) * size]])
         loss = 0.0
         for micro in batch.micro_batches(range(len(batch.groups)), cfg.micro_batch_tokens, pack=cfg.sft.pack):
-            head = lm_head.head(model, predicting(model, micro))
-            ids = batch.ids[micro.tokens]
-            part = pk.linear_nll(head.hidden, head.weight, ids, bias=head.bias, denominator=batch.num_tokens)
+            part = lm_head.nll(model, predicting(model, micro), batch.ids[micro.tokens], batch.num_tokens)
             part.backward()
             loss += part.item()
         return {"loss": loss, "tokens": batch.num_tokens}
 
-    fit(cfg, "sft", state, trainable, total, backward, warmup=cfg.sft.warmup, skips=skips)
+    fit(cfg, cfg.checkpoint, "sft", state, trainable, total, backward, warmup=cfg.sft.warmup, skips=skips)
     final = cfg.output / "final"
     loading.save(model, tokenizer, final)
     return final

@@ -26,18 +26,29 @@ def is_split(model: CausalLM) -> bool:
     return getattr(model, "head_group", None) is not None
 
 
-def is_capped(model: CausalLM) -> bool:
-    """Whether its logits are capped: the fused losses have no cap, `log_probs` has."""
-    return reading.of(model).head.softcap is not None
+def has_fused_losses(model: CausalLM) -> bool:
+    """Whether losses straight from hidden states take its head: whole on this rank, its logits not capped."""
+    return not is_split(model) and reading.of(model).head.softcap is None
 
 
-def head(model: CausalLM, hidden: Tensor) -> tuple[pk.Head, float]:
-    """The whole LM head applied to `hidden` [T, H], as the kernels take it, and the temperature that its factor of the
-    logits comes to. Raises ValueError for capped logits."""
-    form = reading.of(model).head
-    if form.softcap is not None:
-        raise ValueError(f"{type(model).__name__}'s logits are capped at {form.softcap}: use log_probs")
-    return pk.Head(hidden, *_whole(model, hidden)), 1.0 / form.scale
+def head(model: CausalLM, hidden: Tensor) -> pk.Head:
+    """The whole LM head applied to `hidden` [T, H], as the kernels take it; its logits lack `factor`."""
+    return pk.Head(hidden, *(sharding.whole(part, hidden.dtype, hidden.device) for part in output_layer(model)))
+
+
+def factor(model: CausalLM) -> float:
+    """What the model multiplies its logits by: the kernels divide by a temperature."""
+    return reading.of(model).head.scale
+
+
+def nll(model: CausalLM, hidden: Tensor, ids: Tensor, denominator: int) -> Tensor:
+    """Negative log-likelihood of `ids` [T], summed and divided by `denominator`."""
+    if not has_fused_losses(model):
+        return -log_probs(model, hidden, ids)[0].sum() / denominator
+    at = head(model, hidden)
+    return pk.linear_nll(
+        at.hidden, at.weight, ids, bias=at.bias, temperature=1.0 / factor(model), denominator=denominator
+    )
 
 
 def log_probs(
@@ -47,8 +58,8 @@ def log_probs(
     form = reading.of(model).head
     options: dict[str, Any] = {"temperature": temperature, "with_entropy": with_entropy}
     if not is_split(model):
-        weight, bias = _whole(model, hidden)
-        found = form.log_probs(hidden, weight, ids, bias=bias, **options)
+        at = head(model, hidden)
+        found = form.log_probs(at.hidden, at.weight, ids, bias=at.bias, **options)
         return found if with_entropy else (found, None)
     group = model.head_group  # type: ignore[attr-defined]
     counts = _gathered(torch.tensor([len(ids)], device=ids.device), [1] * dist.get_world_size(group), group).tolist()
@@ -60,10 +71,6 @@ def log_probs(
     columns = found if with_entropy else (found,)
     mine = [_OfThisRank.apply(column, counts, group) for column in columns]
     return mine[0], mine[1] if with_entropy else None
-
-
-def _whole(model: CausalLM, hidden: Tensor) -> Any:
-    return [sharding.whole(part, hidden.dtype, hidden.device) for part in output_layer(model)]
 
 
 def _gathered(rows: Tensor, counts: list[int], group: dist.ProcessGroup) -> Tensor:

@@ -16,6 +16,7 @@ from ..config.sections import ModelConfig
 from ..run.atomic_files import replace_directory
 from ..scale import sharding
 from ..scale.ranks import SINGLE, Ranks
+from . import reading
 from .protocols import CausalLM, Tokenizer
 
 SMOLLM2 = "smollm2-135m-instruct"
@@ -86,6 +87,7 @@ def load_model(cfg: ModelConfig) -> CausalLM:
             "model.attention = 'flash_attention_2' needs the package flash-attn and a CUDA device: "
             "pip install 'prime-kernels[cuda]'"
         )
+    attention = None if cfg.attention == "auto" else cfg.attention
     with _quiet():
         if gguf:
             from transformers import GgufConfig
@@ -94,12 +96,17 @@ def load_model(cfg: ModelConfig) -> CausalLM:
                 directory,
                 gguf_file=gguf,
                 quantization_config=GgufConfig(dequantize=True),
-                attn_implementation=cfg.attention,
+                attn_implementation=attention,
             )
         else:
-            model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation=cfg.attention)
+            model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation=attention)
     _check_finite(model, cfg)
-    return model.to(device=device(cfg), dtype=dtype).eval()
+    model = model.to(device=device(cfg), dtype=dtype).eval()
+    try:
+        reading.of(model)
+    except reading.UnsupportedModel as error:
+        raise ModelError(f"model.path = {cfg.path!r}: {error}") from None
+    return model
 
 
 def _check_finite(model: CausalLM, cfg: ModelConfig) -> None:
