@@ -65,9 +65,7 @@ def log_probs(
     counts = _gathered(torch.tensor([len(ids)], device=ids.device), [1] * dist.get_world_size(group), group).tolist()
     weight, bias = (sharding.share(part, hidden.dtype, hidden.device) for part in output_layer(model))
     everyones = _OfAllRanks.apply(hidden, counts, group)
-    found = form.log_probs(
-        everyones, weight, _gathered(ids, counts, group), bias=bias, process_group=group, **options
-    )
+    found = form.log_probs(everyones, weight, _gathered(ids, counts, group), bias=bias, process_group=group, **options)
     columns = found if with_entropy else (found,)
     mine = [_OfThisRank.apply(column, counts, group) for column in columns]
     return mine[0], mine[1] if with_entropy else None

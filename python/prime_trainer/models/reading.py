@@ -52,7 +52,7 @@ class Masks:
     def of(self, seen: Tensor, position_ids: Tensor | None, additive: torch.dtype | None) -> Any:
         """`seen` bool [b, 1, L, L] as the model takes it: one mask or one a layer type, bool or added in a dtype."""
         made = {kind: self._one(seen, position_ids, window, additive) for kind, window in self.windows.items()}
-        return made[""] if "" in made else made
+        return made.get("", made)
 
     @staticmethod
     def _one(seen: Tensor, position_ids: Tensor | None, window: int | None, additive: torch.dtype | None) -> Tensor:
@@ -114,13 +114,13 @@ def hidden_states(
         if masks is None:
             raise UnsupportedModel(f"{type(model).__name__} reads no masks: one response a row, without padding inside")
         # A bool mask is for SDPA; eager attention adds what it is given.
-        additive = None if model.config._attn_implementation == "sdpa" else model_dtype(model)
+        additive = None if model.config._attn_implementation == "sdpa" else dtype_of(model)
         inputs["attention_mask"] = masks.of(seen, position_ids, additive)
     found: Tensor = model.base_model(**inputs).last_hidden_state
     return found
 
 
-def model_dtype(model: CausalLM) -> torch.dtype:
+def dtype_of(model: CausalLM) -> torch.dtype:
     """The dtype that the model computes in; of one in shards, not that of its masters."""
     return getattr(model, "compute_dtype", None) or next(iter(model.parameters())).dtype
 
@@ -220,7 +220,8 @@ class _Probe:
         self._first = first
         alone = [self._run([prompt + response])[0] for prompt, response in self._sequences()]
         self._alone = torch.cat([self._predicting(h, p, r) for h, (p, r) in zip(alone, self._sequences(), strict=True)])
-        again = self._run([sum(self._sequences()[0], [])] * 3)[2]
+        prompt, response = self._sequences()[0]
+        again = self._run([[*prompt, *response]] * 3)[2]
         noise = _relative(again, alone[0])
         self.rounding = max(ROUNDING[self._alone.dtype], 4 * noise)
         if noise > 0.1:

@@ -2,8 +2,9 @@
 
 A forward row is a prompt followed by its responses, each of which sees the prompt and itself and nothing else, so a
 prompt is computed once however many responses it has; a packed row holds several such groups. Long rows, and models
-that no mask keeps apart (`models.reading`), fall back to one response a row, where nothing needs a mask. For flash-attn's varlen kernels a pass is one unpadded
-row of sequences instead, each a prompt with a response; positions that restart at 0 mark where a sequence begins.
+that no mask keeps apart (`models.reading`), fall back to one response a row, where nothing needs a mask. For
+flash-attn's varlen kernels a pass is one unpadded row of sequences instead, each a prompt with a response; positions
+that restart at 0 mark where a sequence begins.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 from ..data.groups import Group
 from ..models import reading
 from ..models.protocols import CausalLM
+from ..models.reading import SHARED_ROW_LIMIT
 from ..scale.ranks import SINGLE, Ranks, deal
 
 Entry = tuple[int, list[int]]
@@ -42,6 +44,8 @@ class Micro:
     """[B] index of each response in the batch."""
     cu_seqlens: Tensor
     """[B + 1] of this micro-batch's own tokens."""
+    nonempty: int
+    """Responses of at least one token."""
 
 
 class Batch:
@@ -121,13 +125,13 @@ class Batch:
         entries: list[Entry] = []
         for g in groups:
             members = self._members(g)
-            if self._length((g, members)) <= reading.SHARED_ROW_LIMIT and self.layout == "shared":
+            if self._length((g, members)) <= SHARED_ROW_LIMIT and self.layout == "shared":
                 entries.append((g, members))
             else:
                 entries.extend((g, [m]) for m in members)
         entries.sort(key=lambda entry: (self._length(entry), entry[1][0]))
         packed = pack and self.layout == "shared"
-        rows = self._packed(entries, min(max_tokens, reading.SHARED_ROW_LIMIT)) if packed else [[entry] for entry in entries]
+        rows = self._packed(entries, min(max_tokens, SHARED_ROW_LIMIT)) if packed else [[entry] for entry in entries]
         passes: list[list[Row]] = []
         for row in rows:
             if passes and self._tokens([*passes[-1], row]) <= max_tokens:
@@ -216,6 +220,7 @@ class Batch:
             torch.cat(tokens).to(to),
             torch.tensor(responses, dtype=torch.int64, device=to),
             _cumulative(lengths, to),
+            sum(map(bool, lengths)),
         )
 
 

@@ -132,7 +132,7 @@ class PRMScorer:
                     beta=self.cfg.beta,
                 ).loss
                 # The micro-batch's mean over responses becomes its part of the minibatch's mean.
-                (loss * (micro.cu_seqlens.diff().count_nonzero() * share)).backward()
+                (loss * (micro.nonempty * share)).backward()
             norm = self.prm.step()
         return batch.ranks.sum_(logps), norm
 
