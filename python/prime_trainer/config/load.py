@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
-from pydantic_settings import (
-    SettingsError,
-)
+from pydantic_settings import SettingsError
 
 from .run_config import RunConfig, _toml_file
 
@@ -32,7 +30,8 @@ def load(toml: Path | None, overrides: list[str] | None = None) -> RunConfig:
             raise ValueError(f"unknown key --{key}{close_keys(key)}")
     token = _toml_file.set(toml)
     try:
-        return RunConfig(_cli_parse_args=words, _cli_prog_name="prime-trainer")
+        options: dict[str, Any] = {"_cli_parse_args": words, "_cli_prog_name": "prime-trainer"}
+        return RunConfig(**options)
     except SettingsError as error:
         raise ValueError(str(error).removeprefix("error parsing CLI: ")) from None
     except ValueError as error:
@@ -45,7 +44,8 @@ def load(toml: Path | None, overrides: list[str] | None = None) -> RunConfig:
 
 def _switches(words: list[str]) -> list[str]:
     """`--resume true` and `--scale.shard=false` as argparse has them: `--resume` and `--no-scale.shard`."""
-    options, out = {f"--{key}" for key, kind in _fields(RunConfig) if kind is bool}, []
+    options = {f"--{key}" for key, kind in _fields(RunConfig) if kind is bool}
+    out: list[str] = []
     for word in words:
         name, equals, value = word.partition("=")
         if not equals and out and out[-1] in options:

@@ -51,7 +51,7 @@ def load(name: str, cfg: BenchConfig) -> list[Problem]:
     Raises ValueError, naming the file, the row and the field or the number of items, for what is not as expected.
     """
     benchmark = BENCHMARKS[name]
-    problems = []
+    problems: list[Problem] = []
     for path in _locate(name, benchmark, cfg):
         for place, row in read_rows(path, "bench.data", _kind(path)):
             try:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ class ModelError(ValueError):
 
 
 @contextmanager
-def _quiet():
+def _quiet() -> Iterator[None]:
     from transformers.utils import logging
 
     shown, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -90,7 +91,7 @@ def load_model(cfg: ModelConfig) -> CausalLM:
         if gguf:
             from transformers import GgufConfig
 
-            model = AutoModelForCausalLM.from_pretrained(
+            model: Any = AutoModelForCausalLM.from_pretrained(
                 directory,
                 gguf_file=gguf,
                 quantization_config=GgufConfig(dequantize=True),

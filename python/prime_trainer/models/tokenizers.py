@@ -25,7 +25,7 @@ def load_tokenizer(cfg: ModelConfig) -> Tokenizer:
 
     directory, gguf = _locate(cfg)
     with _quiet():
-        tokenizer = AutoTokenizer.from_pretrained(directory, **({"gguf_file": gguf} if gguf else {}))
+        tokenizer: Any = AutoTokenizer.from_pretrained(directory, **({"gguf_file": gguf} if gguf else {}))
     if cfg.chat_template == "bare":
         tokenizer.chat_template = BARE_CHATML
     return tokenizer

@@ -10,6 +10,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,8 @@ def staged(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
     stager = DefaultStager(StagingOptions(False, False, False, False))
     try:
-        return stager.stage(tensors)
+        copies = stager.stage(tensors)
+        return copies.result() if isinstance(copies, Future) else copies
     finally:
         stager.close()
 
