@@ -80,7 +80,8 @@ def test_commands_exist(page):
     keys = set(pytest.importorskip("prime_trainer.config.load", reason="pydantic-settings is not installed").keys())
     keys |= {"gpus", "memory", "prompt-tokens", "help"}  # of plan, and of all
     text = page.read_text(encoding="utf-8").replace("\\\n", " ")
-    for line in re.findall(r"(?:^|-m )prime[-_]trainer(?:\.cli)? (.*)$", "\n".join(code_blocks(text, "")), re.MULTILINE):
+    plain = "".join(code_blocks(re.sub(r"^```\w+\n.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE), ""))
+    for line in re.findall(r"(?:^|-m )prime[-_]trainer(?:\.cli)? (.*)$", plain, re.MULTILINE):
         words = shlex.split(line, comments=True)
         if words[0] == "COMMAND":
             continue
