@@ -46,7 +46,7 @@ def run(cfg: RunConfig) -> Path:
         epoch, at = divmod(step, per_epoch)
         generator = torch.Generator().manual_seed(derive_seed(cfg.seed, "sft", epoch))
         order = torch.randperm(len(examples), generator=generator).tolist()
-        batch = Batch.read_by(model, [examples[i] for i in order[at * size : (at + 1) * size]])
+        batch = Batch.for_model(model, [examples[i] for i in order[at * size : (at + 1) * size]])
         loss = 0.0
         for micro in batch.micro_batches(range(len(batch.groups)), cfg.micro_batch_tokens, pack=cfg.sft.pack):
             head = lm_head.head(model, predicting(model, micro))
@@ -56,7 +56,7 @@ def run(cfg: RunConfig) -> Path:
             loss += part.item()
         return {"loss": loss, "tokens": batch.num_tokens}
 
-    fit(cfg, "sft", state, trainable, total, backward, warmup=cfg.sft.warmup, skips=skips)
+    fit(cfg, cfg.checkpoint, "sft", state, trainable, total, backward, warmup=cfg.sft.warmup, skips=skips)
     final = cfg.output / "final"
     loading.save(model, tokenizer, final)
     return final

@@ -14,7 +14,7 @@ from ..config.sections import ScoreConfig
 from ..data.groups import TooLong
 from ..errors import RunError
 from ..models import loading, tokenizers
-from ..run import checkpoint
+from ..run import checkpoint, unchanged
 from ..run.atomic_files import replace_file
 from ..run.jsonl import JsonlWriter, cut_torn_tail, jsonl_rows
 from ..run.progress import progress_bar
@@ -52,7 +52,7 @@ def run(cfg: RunConfig) -> Path:
     fingerprints = {
         "model.path": loading.fingerprint(cfg.model),
         "score.reference": loading.fingerprint(reference_model),
-        "tokenizer": tokenizers.tokenizer_fingerprint(tokenizer),
+        "tokenizer": tokenizers.TokenizerIdentity.of(tokenizer).fingerprint(),
     }
     items = read_items(own.path, "score.path")
     if done:
@@ -87,7 +87,8 @@ def _begin(cfg: RunConfig, out: Path) -> int:
         old, new = (
             {"model": c["model"]} | c["score"] for c in (json.loads(config.read_text()), cfg.model_dump(mode="json"))
         )
-        checkpoint.check_unchanged(old, new, [key for key in new if key not in free])
+        changed = "--resume: the configuration has changed"
+        unchanged.check(old, new, [key for key in new if key not in free], changed)
     return cut_torn_tail(out)
 
 

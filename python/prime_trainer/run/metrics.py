@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from .jsonl import JsonlWriter, keep_rows
 
@@ -17,6 +17,16 @@ Stage = Literal["sft", "prm", "rl", "eval"]
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
+
+
+class Metrics(Protocol):
+    """A run's record, or the stand-in of a rank that keeps none."""
+
+    def log(self, stage: Stage, step: int, values: Mapping[str, float]) -> None: ...
+
+    def samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class MetricsWriter:
