@@ -17,12 +17,9 @@ from ..config.sections import ModelConfig
 from ..run.atomic_files import replace_directory
 from ..scale import sharding
 from ..scale.ranks import SINGLE, Ranks
+from .model_files import READ_SAFELY, ModelError, check_directory, check_loaded, gguf_left_out, reading
 
 SMOLLM2 = "smollm2-135m-instruct"
-
-
-class ModelError(ValueError):
-    """The model cannot be had; the message says what was asked for and what to do."""
 
 
 @contextmanager
@@ -56,6 +53,8 @@ def _locate(cfg: ModelConfig) -> tuple[str, str | None]:
         raise ModelError(f"model.path = {cfg.path!r} has no config.json; for a GGUF model set model.gguf_file")
     if cfg.gguf_file is not None and not (directory / cfg.gguf_file).is_file():
         raise ModelError(f"model.gguf_file = {cfg.gguf_file!r} is not in {cfg.path!r}")
+    if cfg.gguf_file is None:
+        check_directory(directory, cfg)
     return str(directory), cfg.gguf_file
 
 
@@ -86,18 +85,20 @@ def load_model(cfg: ModelConfig) -> Any:
             "model.attention = 'flash_attention_2' needs the package flash-attn and a CUDA device: "
             "pip install 'prime-kernels[cuda]'"
         )
-    with _quiet():
-        if gguf:
-            from transformers import GgufConfig
+    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
+    if gguf:
+        from transformers import GgufConfig
 
-            model = AutoModelForCausalLM.from_pretrained(
-                directory,
-                gguf_file=gguf,
-                quantization_config=GgufConfig(dequantize=True),
-                attn_implementation=cfg.attention,
-            )
-        else:
-            model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation=cfg.attention)
+        options = {"gguf_file": gguf, "quantization_config": GgufConfig(dequantize=True)}
+    with _quiet(), reading(cfg):
+        # Shapes that differ are let through to be named with what else is wrong.
+        model, found = AutoModelForCausalLM.from_pretrained(
+            directory, attn_implementation=cfg.attention, ignore_mismatched_sizes=True, output_loading_info=True,
+            **options, **READ_SAFELY,
+        )  # fmt: skip
+        if gguf:
+            found["unexpected_keys"] = {*found["unexpected_keys"], *gguf_left_out(Path(directory) / gguf, model)}
+    check_loaded(found, cfg)
     _check_finite(model, cfg)
     return model.to(device=device(cfg), dtype=dtype).eval()
 
@@ -117,8 +118,6 @@ def fingerprint(cfg: ModelConfig) -> str:
     """A hash of the configuration and the weights of a model, as files, and of the dtype they are computed in."""
     directory, gguf = _locate(cfg)
     names = [gguf] if gguf else ["config.json", *sorted(p.name for p in Path(directory).glob("*.safetensors"))]
-    if not gguf and len(names) == 1:
-        names += sorted(p.name for p in Path(directory).glob("*.bin"))
     total = hashlib.sha256(cfg.dtype.encode())
     for name in names:
         with (Path(directory) / name).open("rb") as file:

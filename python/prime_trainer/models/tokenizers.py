@@ -7,7 +7,8 @@ import json
 from typing import Any
 
 from ..config.sections import ModelConfig
-from .loading import ModelError, _locate, _quiet
+from .loading import _locate, _quiet
+from .model_files import READ_SAFELY, ModelError, reading
 
 BARE_CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -19,8 +20,8 @@ def load_tokenizer(cfg: ModelConfig) -> Any:
     from transformers import AutoTokenizer
 
     directory, gguf = _locate(cfg)
-    with _quiet():
-        tokenizer = AutoTokenizer.from_pretrained(directory, **({"gguf_file": gguf} if gguf else {}))
+    with _quiet(), reading(cfg):
+        tokenizer = AutoTokenizer.from_pretrained(directory, **({"gguf_file": gguf} if gguf else {}), **READ_SAFELY)
     if cfg.chat_template == "bare":
         tokenizer.chat_template = BARE_CHATML
     return tokenizer

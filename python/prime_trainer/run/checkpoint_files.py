@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..scale.ranks import SINGLE, Ranks
+from . import checkpoint_metadata
 from .atomic_files import sync
 
 STATE = "state.pt"
@@ -101,7 +102,14 @@ def verify(directory: Path, ranks: Ranks = SINGLE, only: str | None = None) -> N
 
 def read_plain(directory: Path) -> Any:
     """The state with references in the places of its tensors. Only plain data is unpickled."""
-    return torch.load(directory / STATE, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(directory / STATE, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    # A damaged or foreign file raises whatever its bytes happen to mean, over many lines.
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{directory / STATE} is not the state of a run: {reason}") from None
 
 
 def read(directory: Path, into: Any = None, ranks: Ranks = SINGLE) -> Any:
@@ -109,17 +117,16 @@ def read(directory: Path, into: Any = None, ranks: Ranks = SINGLE) -> Any:
     plain = read_plain(directory)
     wanted = split(plain_tensors(directory, plain) if into is None else into)[1]
     if wanted:
-        dcp = _dcp()
-        reader = dcp.FileSystemReader(directory)
-        dcp.load(wanted, storage_reader=reader, process_group=ranks.group, no_dist=ranks.group is None)
+        reader = checkpoint_metadata.reader(directory)
+        _dcp().load(wanted, storage_reader=reader, process_group=ranks.group, no_dist=ranks.group is None)
     return join(plain, wanted)
 
 
 def plain_tensors(directory: Path, plain: Any) -> Any:
     """The state in `directory` with empty tensors of the sizes that were saved."""
-    if not (directory / ".metadata").exists():
+    if not (directory / checkpoint_metadata.METADATA).exists():
         return plain
-    saved = _dcp().FileSystemReader(directory).read_metadata().state_dict_metadata
+    saved = checkpoint_metadata.read(directory).state_dict_metadata
     return join(plain, {key: torch.empty(m.size, dtype=m.properties.dtype) for key, m in saved.items()})
 
 
