@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import prime_kernels as pk
-from prime_kernels.ops import _segments
+from prime_kernels.ops import segment_sum
 from prime_trainer import loop
 from prime_trainer.config.load import load
 
@@ -34,8 +34,8 @@ def clocked(name, function):
 def main() -> None:
     for name in OPERATIONS:
         setattr(pk, name, clocked(name, getattr(pk, name)))
-    backward = _segments._Total.backward
-    _segments._Total.backward = staticmethod(clocked("backward of sums", backward))
+    backward = segment_sum._Total.backward
+    segment_sum._Total.backward = staticmethod(clocked("backward of sums", backward))
     step = loop.Run.train_step
 
     def timed_step(self):

@@ -17,7 +17,7 @@ from conftest import SHARED
 from helpers import tiny
 
 import prime_kernels as pk
-from prime_kernels.ops import _segments
+from prime_kernels.ops import segment_sum
 from prime_trainer import cli, loop
 from prime_trainer.verify import sandbox
 
@@ -87,7 +87,7 @@ def shared_step(small, tmp_path_factory):
         # The script puts clocks there and leaves them.
         for name in ("rloo_advantages", "prm_loss", "ppo_loss", "segment_sum"):
             patch.setattr(pk, name, getattr(pk, name))
-        patch.setattr(_segments._Total, "backward", _segments._Total.__dict__["backward"])
+        patch.setattr(segment_sum._Total, "backward", segment_sum._Total.__dict__["backward"])
         patch.setattr(loop.Run, "train_step", loop.Run.train_step)
         said = []
         patch.setattr("builtins.print", lambda *words, **_: said.append(" ".join(map(str, words))))
