@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,9 @@ import torch
 import prime_kernels as pk
 
 from .config.run_config import RunConfig
+from .config.sections import ModelConfig
 from .data.groups import Group
 from .data.tasks import load_task
-from .errors import RunError
 from .evaluation.held_out import evaluate
 from .models import forward, loading, tokenizers
 from .models.placement import load_placed
@@ -21,6 +22,7 @@ from .rollout.collector import NothingPasses
 from .rollout.pipeline import Rollouts
 from .run import checkpoint
 from .run.metrics import MetricsWriter, NoMetrics
+from .run.output_lock import output_lock
 from .run.progress import progress_bar
 from .run.seeds import derive_seed
 from .run.stage_clock import Clock
@@ -39,7 +41,8 @@ from .verify import Verifier
 class Run:
     """Everything a run holds between two steps."""
 
-    def __init__(self, cfg: RunConfig, ranks: Ranks = SINGLE) -> None:
+    def __init__(self, cfg: RunConfig, ranks: Ranks = SINGLE, models: dict[str, str] | None = None) -> None:
+        self.models = models or {}
         self.cfg, self.ranks, self.device = cfg, ranks, loading.device(cfg.model)
         self.tokenizer = tokenizers.load_tokenizer(cfg.model)
         self.task = load_task(cfg.task, cfg.seed)
@@ -66,7 +69,15 @@ class Run:
             self.verifier.close()
             raise
         self.skips, self.fingerprint = Skips(cfg.policy.max_skipped), tokenizers.tokenizer_fingerprint(self.tokenizer)
-        self.step = 0
+        self.step = self._before = 0
+
+    def _updates(self) -> int:
+        return self.policy.updates + (0 if self.prm is None else self.prm.updates)
+
+    @property
+    def whole(self) -> bool:
+        """Whether the weights are those after `step` steps, and not half of the next one's."""
+        return self._updates() == self._before
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a run needs to go on bit for bit; with shards, every rank has its own."""
@@ -74,6 +85,7 @@ class Run:
             "step": self.step,
             "config": self.cfg.model_dump_json(),
             "tokenizer": self.fingerprint,
+            "models": self.models,
             "random": self.ranks.gather(checkpoint.random_states()),
             "skips": self.skips.state_dict(),
             "policy": self.policy.state_dict(),
@@ -102,7 +114,7 @@ class Run:
     def train_step(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """One PRIME step; its metrics, and a few responses for the report."""
         cfg, algorithm, clock = self.cfg, self.cfg.algorithm, Clock()
-        step = self.step + 1
+        step, self._before = self.step + 1, self._updates()
 
         groups, values = self.rollouts.batch(step, clock)
         batch = self.batch = Batch(groups, self.device, self.ranks, forward.reads_stream(self.policy.model))
@@ -139,9 +151,15 @@ class Run:
             skipped += self.policy.taken_skips()
         else:
             advantages, skipped = torch.zeros_like(batch.ids, dtype=torch.float32), skipped + 1
-        self.step = step
+        self.step, self._before = step, self._updates()
         values |= self.skips.note(skipped)
         return values | clock.times(), _examples(step, batch, rewards, advantages, self.tokenizer)
+
+    def save(self, saver: checkpoint.Saver) -> None:
+        """A checkpoint in the middle of what failed: the batch that was not trained on is the next one again."""
+        self.rollouts.take_back(self.step + 1)
+        saver.save(self.step, self.state_dict())
+        saver.wait()
 
     def close(self) -> None:
         self.rollouts.close()
@@ -151,16 +169,23 @@ class Run:
 def run(cfg: RunConfig) -> Path:
     """Trains until `cfg.steps`, or until Ctrl-C, which leaves a checkpoint; returns the final model's directory."""
     cfg = checkpoint.restarted(cfg)
-    with connect(cfg.scale, loading.device(cfg.model)) as ranks, watched(ranks):
+    with connect(cfg.scale, loading.device(cfg.model)) as ranks, watched(ranks), ExitStack() as held:
+        ranks.once(lambda: held.enter_context(output_lock(cfg.output, cfg.wait_lock)))
         return _run(cfg, ranks)
 
 
+def starting_models(cfg: RunConfig) -> dict[str, ModelConfig]:
+    """What the run's models start from, by what they are for."""
+    return dict.fromkeys(("policy", "prm", "reference"), cfg.model)
+
+
 def _run(cfg: RunConfig, ranks: Ranks) -> Path:
-    found = ranks.once(lambda: checkpoint.resume_point(cfg))
-    trainer = Run(cfg, ranks)
+    models = ranks.once(lambda: loading.fingerprints(starting_models(cfg)))
+    found = ranks.once(lambda: checkpoint.resume_point(cfg, models))
+    trainer = Run(cfg, ranks, models)
     if found is not None:
         trainer.load_state_dict(checkpoint.load(found, trainer.state_dict(), ranks))
-    ranks.once(lambda: checkpoint.write_config(cfg))
+    ranks.once(lambda: checkpoint.write_config(cfg, models))
     metrics, saver = NoMetrics(), checkpoint.Saver(cfg.output, cfg.checkpoint.keep, ranks)
     if ranks.first:
         resumed = (trainer.step or -1) if cfg.resume else None  # at 0 the run starts anew, evaluation included
@@ -183,21 +208,20 @@ def _run(cfg: RunConfig, ranks: Ranks) -> Path:
                     saver.save(step, trainer.state_dict())
                     saved = step
                 saver.check()
-        if saved != trainer.step:
-            saver.save(trainer.step, trainer.state_dict())
-        saver.wait()
-        loading.save(trainer.policy.model, trainer.tokenizer, cfg.output / "final", ranks)
-        if trainer.prm is not None:
-            loading.save(trainer.prm.model, trainer.tokenizer, cfg.output / "prm", ranks)
+            if saved != trainer.step:
+                saver.save(trainer.step, trainer.state_dict())
+            saver.wait()
+            loading.save(trainer.policy.model, trainer.tokenizer, cfg.output / "final", ranks)
+            if trainer.prm is not None:
+                loading.save(trainer.prm.model, trainer.tokenizer, cfg.output / "prm", ranks)
     except checkpoint.CheckpointError:
         raise
-    except RunError as error:
+    except Exception as error:
         # Of several ranks one may have failed alone, and a checkpoint takes all of them.
         together = ranks.size == 1 or isinstance(error, (NothingPasses, TooManySkipped))
         # A checkpoint of the last step would resume into a finished run.
         if together and not (isinstance(error, TooManySkipped) and trainer.step == cfg.steps):
-            saver.save(trainer.step, trainer.state_dict())
-            saver.wait()
+            checkpoint.leave(trainer.step, trainer.whole, lambda: trainer.save(saver))
         raise
     finally:
         saver.close()

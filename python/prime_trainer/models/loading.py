@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -123,6 +123,13 @@ def fingerprint(cfg: ModelConfig) -> str:
         with (Path(directory) / name).open("rb") as file:
             total.update(hashlib.file_digest(file, "sha256").digest())
     return total.hexdigest()
+
+
+def fingerprints(models: Mapping[str, ModelConfig]) -> dict[str, str]:
+    """The `fingerprint` of each; files that several are read from are read once."""
+    settings = {name: cfg.model_dump_json() for name, cfg in models.items()}
+    found = {text: fingerprint(ModelConfig.model_validate_json(text)) for text in set(settings.values())}
+    return {name: found[text] for name, text in settings.items()}
 
 
 def save(model: CausalLM, tokenizer: Tokenizer, directory: Path, ranks: Ranks = SINGLE) -> None:

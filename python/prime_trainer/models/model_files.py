@@ -34,7 +34,8 @@ def reading(cfg: ModelConfig) -> Iterator[None]:
         if "trust_remote_code" in told:
             told = "it needs code of its own (auto_map), and code that comes with a model is never run"
         told = _damaged(Path(cfg.path)) or told
-        raise ModelError(f"model.path = {cfg.path!r} cannot be read: {told:.300}") from error
+        file = "" if cfg.gguf_file is None else f" ({cfg.gguf_file})"
+        raise ModelError(f"model.path = {cfg.path!r}{file} cannot be read: {told:.300}") from error
 
 
 def _damaged(directory: Path) -> str | None:
@@ -60,7 +61,9 @@ def check_directory(directory: Path, cfg: ModelConfig) -> None:
     if (directory / GENERATION).exists():
         read_object(directory / GENERATION)  # a damaged one would be left out without a word
     if (directory / "adapter_config.json").exists():
-        raise ModelError(f"model.path = {cfg.path!r} is an adapter (adapter_config.json): merge it into its model first")
+        raise ModelError(
+            f"model.path = {cfg.path!r} is an adapter (adapter_config.json): merge it into its model first"
+        )
     if any(directory.glob("*.safetensors")):
         return
     pickled = sorted(path.name for suffix in ("bin", "pt", "pth", "ckpt") for path in directory.glob(f"*.{suffix}"))
@@ -89,7 +92,9 @@ def check_loaded(found: Mapping[str, Any], cfg: ModelConfig) -> None:
         if names
     ]
     if wrong:
-        raise ModelError(f"model.path = {cfg.path!r}: its weights are not those of its configuration: {'; '.join(wrong)}")
+        raise ModelError(
+            f"model.path = {cfg.path!r}: its weights are not those of its configuration: {'; '.join(wrong)}"
+        )
 
 
 def gguf_left_out(path: Path, model: Any) -> list[str]:

@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 
 from ..config.run_config import RunConfig
 from ..errors import RunError
 from ..scale.ranks import SINGLE, Ranks, restarts
 from . import atomic_files, checkpoint_files
+from .json_files import parse_json, read_object
 from .metrics import METRICS
 from .provenance import environment
 
 CONFIG = "config.json"
-FREE_ON_RESUME = {"steps", "resume", "output", "eval", "checkpoint", "micro_batch_tokens", "scale"}
+FINGERPRINTS = "fingerprints.json"
+"""Of the models that a run starts from, or that scores are from, by what the models are for."""
+_NAME = re.compile(r"step_\d{6,}")
+FREE_ON_RESUME = {"steps", "resume", "output", "wait_lock", "eval", "checkpoint", "micro_batch_tokens", "scale"}
 """What a resumed run may change and still be the same run: its length, its place, its memory and its reporting."""
 
 
@@ -29,16 +36,17 @@ class CheckpointError(RunError):
     """A checkpoint could not be written; the one before it is whole."""
 
 
-def begin(cfg: RunConfig) -> dict[str, Any] | None:
+def begin(cfg: RunConfig, models: dict[str, str]) -> dict[str, Any] | None:
     """The state to go on from, None for a new run. Refuses to overwrite a run or to resume another one."""
-    found = resume_point(cfg)
+    found = resume_point(cfg, models)
     return None if found is None else load(found)
 
 
-def resume_point(cfg: RunConfig) -> Path | None:
+def resume_point(cfg: RunConfig, models: dict[str, str]) -> Path | None:
     """The checkpoint to go on from, None for a new run or one that died before its first checkpoint.
 
-    Raises ValueError where `cfg` would overwrite a run or go on as another one.
+    `models` are the fingerprints of what the run starts from. Raises ValueError where `cfg` would overwrite a run or go
+    on as another one.
     """
     if not cfg.resume:
         if (cfg.output / METRICS).exists():
@@ -48,11 +56,17 @@ def resume_point(cfg: RunConfig) -> Path | None:
     found = _all(cfg.output)
     if found:
         checkpoint_files.verify(found[-1], only=checkpoint_files.STATE)
-        _same_config(checkpoint_files.read_plain(found[-1])["config"], cfg)
+        state = checkpoint_files.read_plain(found[-1])
+        if not isinstance(state, dict) or not isinstance(state.get("config"), str):
+            raise ValueError(f"{found[-1] / checkpoint_files.STATE} is not the state of a run")
+        _same_config(state["config"], cfg, str(found[-1] / checkpoint_files.STATE))
+        same_models(state.get("models"), models)
         return found[-1]
     if not (cfg.output / CONFIG).exists():
         raise ValueError(f"--resume: {cfg.output} has no checkpoint to go on from")
-    _same_config((cfg.output / CONFIG).read_text(), cfg)
+    _same_config((cfg.output / CONFIG).read_bytes(), cfg, str(cfg.output / CONFIG))
+    kept = cfg.output / FINGERPRINTS
+    same_models(read_object(kept) if kept.exists() else None, models)
     return None
 
 
@@ -62,12 +76,17 @@ def restarted(cfg: RunConfig) -> RunConfig:
     return cfg.model_copy(update={"resume": True}) if anew else cfg
 
 
-def _same_config(saved: str, cfg: RunConfig) -> None:
-    old, new = json.loads(saved), json.loads(cfg.model_dump_json())
+def _same_config(saved: str | bytes, cfg: RunConfig, where: str) -> None:
+    old, new = parse_json(saved, where), json.loads(cfg.model_dump_json())
+    if not isinstance(old, dict) or not all(isinstance(old.get(k, {}), dict) for k in new if isinstance(new[k], dict)):
+        raise ValueError(f"{where}: not the configuration of a run")
+    for section, default in RunConfig.model_fields.items():  # what a run of an earlier version had no key for
+        if isinstance(default.default, BaseModel) and section in old:
+            old[section] = default.default.model_dump(mode="json") | old[section]
     for config in (old, new):
-        config["rollout"].pop("server", None)  # where the engine runs changes nothing
+        config.get("rollout", {}).pop("server", None)  # where the engine runs changes nothing
         for section in ("policy", "sft", "train_prm"):  # nor does how many skipped steps are too many
-            config[section].pop("max_skipped", None)
+            config.get(section, {}).pop("max_skipped", None)
     check_unchanged(old, new, [key for key in new if key not in FREE_ON_RESUME])
 
 
@@ -79,6 +98,19 @@ def check_unchanged(old: dict[str, Any], new: dict[str, Any], keys: Iterable[str
         raise ValueError(f"--resume: the configuration has changed ({detail})")
 
 
+def same_models(saved: Any, now: dict[str, str]) -> None:
+    """Raises ValueError that names the models whose files are not what they were; a run that kept none is told of."""
+    if not isinstance(saved, dict):
+        print(
+            "--resume: the run is older than fingerprints of models: whether its models are the same is not known",
+            file=sys.stderr,
+        )
+        return
+    changed = [name for name in now if saved.get(name) != now[name]]
+    if changed:
+        raise ValueError(f"--resume: the files of {', '.join(changed)} are not what they were when the run began")
+
+
 def same_tokenizer(saved: dict[str, Any], now: dict[str, Any]) -> None:
     """Raises ValueError, naming the difference, unless both are `models.tokenizer_fingerprint` of the same one."""
     changed = [f"{key}: {saved.get(key)} -> {now[key]}" for key in now if saved.get(key) != now[key]]
@@ -86,11 +118,28 @@ def same_tokenizer(saved: dict[str, Any], now: dict[str, Any]) -> None:
         raise ValueError(f"--resume: the tokenizer has changed ({'; '.join(changed)})")
 
 
-def write_config(cfg: RunConfig) -> None:
-    """The resolved configuration and what the run runs on, beside what it writes."""
+def write_config(cfg: RunConfig, models: Mapping[str, Any]) -> None:
+    """The resolved configuration, the models it starts from and what the run runs on, beside what it writes."""
     cfg.output.mkdir(parents=True, exist_ok=True)
     atomic_files.replace_file(cfg.output / "environment.json", json.dumps(environment(), indent=2))
+    atomic_files.replace_file(cfg.output / FINGERPRINTS, json.dumps(models, indent=1))
     atomic_files.replace_file(cfg.output / CONFIG, cfg.model_dump_json(indent=2))
+
+
+def leave(step: int, whole: bool, save: Callable[[], None]) -> None:
+    """After an error that ends a run: a checkpoint of `step` by `save`, or a line that says why there is none.
+
+    The error stays what the run ends with, whatever happens here.
+    """
+    if not whole:
+        print(f"step {step + 1} failed half done: no checkpoint of it; --resume goes on from the last", file=sys.stderr)
+        return
+    try:
+        save()
+    except Exception as error:
+        print(f"no checkpoint of step {step} could be left: {error}", file=sys.stderr)
+    else:
+        print(f"a checkpoint of step {step} is left; --resume goes on from there", file=sys.stderr)
 
 
 class Saver:
@@ -136,9 +185,9 @@ def _write(run_dir: Path, step: int, plain: Any, tensors: dict[str, Any], keep: 
     partial = root / f".step_{step:06d}.partial"
 
     def prepare() -> None:
-        root.mkdir(parents=True, exist_ok=True)
+        root.mkdir(exist_ok=True)  # where the run's folder is gone, so is the run
         for torn in root.glob(".step_*.partial"):
-            shutil.rmtree(torn)
+            shutil.rmtree(torn, ignore_errors=True)
         partial.mkdir()
 
     def finish() -> None:
@@ -159,6 +208,8 @@ def _write(run_dir: Path, step: int, plain: Any, tensors: dict[str, Any], keep: 
             raise
         left = [path.name for path in _all(run_dir)]
         kept = f"{left[-1]} is whole" if left else "there is none before it"
+        if not run_dir.is_dir():
+            raise CheckpointError(f"the checkpoint of step {step} could not be written: {run_dir} is gone") from None
         free = shutil.disk_usage(run_dir).free / 2**30
         raise CheckpointError(
             f"the checkpoint of step {step} could not be written to {root} ({free:.1f} GiB free): {cause}; {kept}"
@@ -217,4 +268,6 @@ def _recover(run_dir: Path) -> None:
 
 
 def _all(run_dir: Path) -> list[Path]:
-    return sorted((run_dir / "checkpoints").glob("step_*"))
+    """Oldest first. Whatever else lies in the folder, put there or left by others, is none of the run's."""
+    found = [path for path in (run_dir / "checkpoints").glob("step_*") if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..scale.ranks import SINGLE, Ranks
 from . import checkpoint_metadata
 from .atomic_files import sync
+from .json_files import read_object
 
 STATE = "state.pt"
 MANIFEST = "manifest.json"
@@ -88,8 +89,10 @@ def verify(directory: Path, ranks: Ranks = SINGLE, only: str | None = None) -> N
     manifest = directory / MANIFEST
     wrong: list[str] = []
     try:
-        facts = json.loads(manifest.read_text())
+        facts = read_object(manifest)
         for name in ranks.share(sorted(facts) if only is None else [only]):
+            if Path(name).name != name:
+                raise ValueError(f"{name!r:.100} is not in the directory")
             wrong += _difference(directory / name, facts[name])
     except (OSError, ValueError, KeyError, TypeError) as error:
         wrong.append(f"{MANIFEST} cannot be read ({error})")

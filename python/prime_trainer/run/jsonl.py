@@ -95,6 +95,10 @@ class JsonlWriter:
             raise
         self.count += len(rows)
 
+    def stat(self) -> os.stat_result:
+        """Of the file that is written to, wherever it is by now."""
+        return os.fstat(self._file.fileno())
+
     def close(self) -> None:
         self._file.close()
 

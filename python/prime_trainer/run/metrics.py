@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+from ..errors import RunError
+from .event_file import EventFile
 from .jsonl import JsonlWriter, keep_rows
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 Stage = Literal["sft", "prm", "rl", "eval"]
 
@@ -28,7 +28,7 @@ class MetricsWriter:
 
     def __init__(self, run_dir: Path, resume_step: int | None, stages: Sequence[Stage] = ("rl", "eval")) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
-        self._tensorboard_dir = run_dir / "tensorboard"
+        self._run_dir = run_dir
         self._purge = {stage: resume_step + 1 for stage in stages} if resume_step is not None else {}
         if resume_step is not None:
             keep_rows(run_dir / METRICS, lambda row: row.get("stage") not in stages or row["step"] <= resume_step)
@@ -36,17 +36,15 @@ class MetricsWriter:
                 keep_rows(run_dir / SAMPLES, lambda row: row["step"] <= resume_step)
         self._metrics = JsonlWriter(run_dir / METRICS)
         self._samples = JsonlWriter(run_dir / SAMPLES)
-        self._boards: dict[Stage, SummaryWriter] = {}
+        self._boards: dict[Stage, EventFile] = {}
 
     def log(self, stage: Stage, step: int, values: Mapping[str, float]) -> None:
         """Records `values` of one step; NaN and infinity become null."""
+        self._still_there()
         numbers = {key: float(value) for key, value in values.items()}
         finite = {key: value if math.isfinite(value) else None for key, value in numbers.items()}
         self._metrics.append([{"stage": stage, "step": step, "time": time.time(), **finite}])
-        board = self._board(stage)
-        for key, value in numbers.items():
-            board.add_scalar(f"{stage}/{key}", value, step)
-        board.flush()
+        self._board(stage).log({f"{stage}/{key}": value for key, value in numbers.items()}, step)
 
     def samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
         """Records responses of one step, one line each."""
@@ -58,15 +56,22 @@ class MetricsWriter:
         for board in self._boards.values():
             board.close()
 
-    def _board(self, stage: Stage) -> SummaryWriter:
+    def _board(self, stage: Stage) -> EventFile:
         if stage not in self._boards:
-            from torch.utils.tensorboard import SummaryWriter
-
             # A directory each: TensorBoard drops all that is past the purged step, and steps of stages differ.
-            self._boards[stage] = SummaryWriter(
-                str(self._tensorboard_dir / stage), purge_step=self._purge.get(stage), max_queue=1000
-            )
+            self._boards[stage] = EventFile(self._run_dir / "tensorboard" / stage, self._purge.get(stage))
         return self._boards[stage]
+
+    def _still_there(self) -> None:
+        """Raises RunError where the files are no longer in the run's folder: all further rows would be lost."""
+        try:
+            if os.path.samestat(os.stat(self._run_dir / METRICS), self._metrics.stat()):
+                return
+        except OSError:
+            pass
+        raise RunError(
+            f"{self._run_dir} was removed or replaced while the run wrote to it: nothing more can be kept there"
+        )
 
 
 class NoMetrics:
