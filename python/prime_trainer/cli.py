@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import RunError
-from .run.lasting_output import lasting_output
+from .run.progress import lasting_output
 
 if TYPE_CHECKING:
     from .config.run_config import RunConfig

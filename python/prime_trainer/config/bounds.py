@@ -1,4 +1,4 @@
-"""What every value of a configuration must be, whatever its own rule: finite numbers of a usable size, no empty path."""
+"""What every value of a configuration must be beside its own rule: a finite number of a usable size, no empty path."""
 
 from __future__ import annotations
 

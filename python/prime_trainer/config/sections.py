@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field, PositiveInt, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
 from . import action_prompt
 from .bounds import Bounded
@@ -24,7 +24,7 @@ def vllm_installed() -> bool:
     return spec is not None and spec.origin is not None
 
 
-class Section(Bounded):
+class Section(Bounded, BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True)
 
 

@@ -13,8 +13,7 @@ from ..models import loading, tokenizers
 from ..models.protocols import Tokenizer
 from ..rollout import Sampler, Sampling, make_sampler
 from ..run.atomic_files import replace_file
-from ..run.json_files import read_object
-from ..run.jsonl import JsonlWriter, read_jsonl
+from ..run.jsonl import JsonlWriter, read_jsonl, read_object
 from ..run.output_lock import owns_output
 from ..run.progress import progress_bar
 from ..run.seeds import derive_seed

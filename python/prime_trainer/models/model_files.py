@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..config.sections import ModelConfig
-from ..run.json_files import read_object
+from ..run.jsonl import read_object
 
 GENERATION = "generation_config.json"
 READ_SAFELY = {"trust_remote_code": False, "local_files_only": True}

@@ -15,8 +15,7 @@ from ..errors import RunError
 from ..models import loading, tokenizers
 from ..run import checkpoint
 from ..run.checkpoint import FINGERPRINTS
-from ..run.json_files import read_object
-from ..run.jsonl import JsonlWriter, cut_torn_tail, jsonl_rows
+from ..run.jsonl import JsonlWriter, cut_torn_tail, jsonl_rows, read_object
 from ..run.output_lock import owns_output
 from ..run.progress import progress_bar
 from ..run.stop_signal import stop_signal

@@ -20,7 +20,7 @@ from ..config.run_config import RunConfig
 from ..errors import RunError
 from ..scale.ranks import SINGLE, Ranks, restarts
 from . import atomic_files, checkpoint_files
-from .json_files import parse_json, read_object
+from .jsonl import parse_json, read_object
 from .metrics import METRICS
 from .provenance import environment
 

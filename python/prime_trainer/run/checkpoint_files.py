@@ -19,7 +19,7 @@ from torch import Tensor
 from ..scale.ranks import SINGLE, Ranks
 from . import checkpoint_metadata
 from .atomic_files import sync
-from .json_files import read_object
+from .jsonl import read_object
 
 STATE = "state.pt"
 MANIFEST = "manifest.json"
