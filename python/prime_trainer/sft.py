@@ -49,7 +49,7 @@ def run(cfg: RunConfig) -> Path:
         epoch, at = divmod(step, per_epoch)
         generator = torch.Generator().manual_seed(derive_seed(cfg.seed, "sft", epoch))
         order = torch.randperm(len(examples), generator=generator).tolist()
-        batch = Batch.read_by(model, [examples[i] for i in order[at * size : (at + 1) * size]])
+        batch = Batch.for_model(model, [examples[i] for i in order[at * size : (at + 1) * size]])
         loss = 0.0
         for micro in batch.micro_batches(range(len(batch.groups)), cfg.micro_batch_tokens, pack=cfg.sft.pack):
             head = lm_head.head(model, predicting(model, micro))
@@ -61,8 +61,8 @@ def run(cfg: RunConfig) -> Path:
 
     final = cfg.output / "final"
     fit(
-        cfg, "sft", state, trainable, total, backward, warmup=cfg.sft.warmup, skips=skips, models=models,
-        finish=lambda: loading.save(model, tokenizer, final),
+        cfg, cfg.checkpoint, "sft", state, trainable, total, backward, warmup=cfg.sft.warmup, skips=skips,
+        finish=lambda: loading.save(model, tokenizer, final), models=models,
     )  # fmt: skip
     return final
 

@@ -23,13 +23,14 @@ from prime_trainer.verify import sandbox
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCH = ROOT / "bench"
-DEMO = BENCH / "demo" / "demo.toml"
+EXAMPLES = ROOT / "examples"
+DEMO = EXAMPLES / "demo.toml"
 HERE = {
     "demo/results", "plan_table", "prm/first_wrong_step", "prm/results", "prm/sample", "rollout", "step_share",
     "trainer_cost", "trl_table", "verify/math_answers", "verify/programs",
 }  # fmt: skip
-# What tests/bench/test_benchmarks.py, tests/integrations/installed and tests/triton_backend run.
-ELSEWHERE = {"conftest", "measure", "table", "trl_steps", "tune"}
+# What other tests of this folder and of packaging, integrations and triton_backend run.
+ELSEWHERE = {"conftest", "measure", "readme_charts", "smoke", "table", "trl_steps", "tune"}
 DATA = SHARED / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no {DATA}: the benchmark files are not here")
 
@@ -176,7 +177,7 @@ def worked(question, off=0):
 
 def test_prm(small, module, script, monkeypatch, tmp_path):
     """Sampling, then scores of made solutions (the tiny model adds nothing up), then the tables of them."""
-    config, run, model = BENCH / "prm" / "prm.toml", tmp_path / "runs" / "0", small[1]
+    config, run, model = EXAMPLES / "prm.toml", tmp_path / "runs" / "0", small[1]
     sample = module("prm/sample")
     monkeypatch.setattr(sample, "TRAIN", 3)
     sample.main([str(config), *small, "--output", str(run)])

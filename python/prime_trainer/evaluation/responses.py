@@ -11,7 +11,7 @@ from ..config.run_config import RunConfig
 from ..data.problems import Problem
 from ..models import loading, tokenizers
 from ..models.protocols import Tokenizer
-from ..rollout import Sampler, Sampling, make_sampler
+from ..rollout import EngineConfig, Sampler, Sampling, make_sampler
 from ..run.atomic_files import replace_file
 from ..run.jsonl import JsonlWriter, read_jsonl, read_object
 from ..run.output_lock import owns_output
@@ -25,7 +25,10 @@ FILES = "the files of model.path"
 
 def open_sampler(cfg: RunConfig, tokenizer: Tokenizer) -> Sampler:
     """The model of `cfg.model`, to be sampled from."""
-    return make_sampler(cfg, loading.load_model(cfg.model), tokenizer, batch_size=cfg.eval.batch_size)
+    return make_sampler(
+        EngineConfig(cfg.rollout, cfg.model, cfg.output), loading.load_model(cfg.model), tokenizer,
+        batch_size=cfg.eval.batch_size,
+    )  # fmt: skip
 
 
 def folder(cfg: RunConfig) -> Path:

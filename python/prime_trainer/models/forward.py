@@ -21,8 +21,8 @@ def length_limit(models: Iterable[CausalLM], max_length: int | None) -> int | No
     return min((limit for limit in limits if limit is not None), default=None)
 
 
-def reads_stream(model: CausalLM) -> bool:
-    """Whether its attention reads one stream of sequences, without masks (`Batch`): flash-attn's kernels."""
+def is_varlen(model: CausalLM) -> bool:
+    """Whether its attention takes packed sequences of varying length without masks or padding (flash-attn's varlen)."""
     return model.config._attn_implementation.startswith("flash_attention")
 
 

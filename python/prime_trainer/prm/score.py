@@ -13,7 +13,7 @@ from ..config.sections import ScoreConfig
 from ..data.groups import TooLong
 from ..errors import RunError
 from ..models import loading, tokenizers
-from ..run import checkpoint
+from ..run import checkpoint, unchanged
 from ..run.checkpoint import FINGERPRINTS
 from ..run.jsonl import JsonlWriter, cut_torn_tail, jsonl_rows, read_object
 from ..run.output_lock import owns_output
@@ -50,7 +50,7 @@ def run(cfg: RunConfig) -> Path:
     )
     fingerprints = {
         **loading.fingerprints({"model.path": cfg.model, "score.reference": reference_model}),
-        "tokenizer": tokenizers.tokenizer_fingerprint(tokenizer),
+        "tokenizer": tokenizers.TokenizerIdentity.of(tokenizer).fingerprint(),
     }
     items = read_items(own.path, "score.path")
     if done:
@@ -85,7 +85,8 @@ def _begin(cfg: RunConfig, out: Path) -> int:
             {"model": c.get("model")} | dict(c.get("score") or {})
             for c in (read_object(config), cfg.model_dump(mode="json"))
         )
-        checkpoint.check_unchanged(old, new, [key for key in new if key not in free])
+        changed = "--resume: the configuration has changed"
+        unchanged.check(old, new, [key for key in new if key not in free], changed)
     return cut_torn_tail(out)
 
 

@@ -126,10 +126,10 @@ class StepScorer:
     ) -> None:
         if compat not in (None, "eurus-card"):
             raise ValueError(f"compat must be None or 'eurus-card', got {compat!r}")
-        streams = [forward.reads_stream(model) for model in (prm, reference)]
-        if streams[0] != streams[1]:
-            raise ValueError("prm and reference must have the same attention: one reads masks, the other a stream")
-        if streams[0] and compat is not None:
+        varlen = [forward.is_varlen(model) for model in (prm, reference)]
+        if varlen[0] != varlen[1]:
+            raise ValueError("prm and reference must have the same attention: one takes masks, the other varlen passes")
+        if varlen[0] and compat is not None:
             raise ValueError("compat = 'eurus-card' masks pad tokens; that takes model.attention = 'sdpa'")
         self._prm, self._reference, self._tokenizer = prm, reference, tokenizer
         self._card, self._splitter = compat == "eurus-card", splitter
@@ -154,7 +154,7 @@ class StepScorer:
         if not encoded:
             return []
         order, groups = self._group(encoded)
-        batch = Batch.read_by(self._prm, groups)
+        batch = Batch.for_model(self._prm, groups)
         log_ratio = torch.zeros(batch.num_tokens, device=batch.device)
         for micro in batch.micro_batches(range(len(groups)), self._micro_batch_tokens):
             if self._card:

@@ -82,9 +82,9 @@ def run(cfg: RunConfig) -> Path:
 
     final = cfg.output / "final"
     fit(
-        cfg, "prm", state, trainable, total, backward,
-        warmup=own.warmup, skips=skips, floor=0.1, evaluate=evaluate, models=models,
-        finish=lambda: loading.save(model, tokenizer, final),
+        cfg, cfg.checkpoint, "prm", state, trainable, total, backward,
+        warmup=own.warmup, skips=skips, floor=0.1, evaluate=evaluate,
+        finish=lambda: loading.save(model, tokenizer, final), models=models,
     )  # fmt: skip
     return final
 
@@ -122,7 +122,7 @@ def _content(group: Group) -> bytes:
 
 
 def _backward_outcomes(model: CausalLM, labelled: _Labelled, cfg: TrainPRMConfig, max_tokens: int) -> dict[str, float]:
-    batch = Batch.read_by(model, labelled.groups)
+    batch = Batch.for_model(model, labelled.groups)
 
     def loss_of(log_ratio: Tensor) -> pk.PRMLoss:
         return pk.prm_loss(
@@ -141,7 +141,7 @@ def _backward_outcomes(model: CausalLM, labelled: _Labelled, cfg: TrainPRMConfig
 
 
 def _backward_steps(model: CausalLM, labelled: _Labelled, cfg: TrainPRMConfig, max_tokens: int) -> float:
-    batch = Batch.read_by(model, labelled.groups)
+    batch = Batch.for_model(model, labelled.groups)
     responses = [r for g in batch.groups for r in g.responses]
     starts = batch.cu_seqlens.tolist()
     cu_steps = [0]
@@ -203,7 +203,7 @@ def _evaluate(model: CausalLM, source: _Source, cfg: TrainPRMConfig, max_tokens:
     """Loss, pair accuracy and AUC of the summed rewards over all held-out responses."""
     ratios = []
     for labelled in source.batches:
-        batch = Batch.read_by(model, labelled.groups)
+        batch = Batch.for_model(model, labelled.groups)
         micros = list(batch.micro_batches(range(len(batch.groups)), max_tokens))
         ratios.append(_log_ratio(model, batch, labelled.ref_logp.to(model.device), micros))
     everything = Batch([group for labelled in source.batches for group in labelled.groups], model.device)

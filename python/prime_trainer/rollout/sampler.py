@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from ..config.sections import ModelConfig, RolloutConfig
 from ..errors import RunError
 from ..models.forward import length_limit
 from ..models.loading import weight_shapes
@@ -32,6 +34,16 @@ class Sample:
     logprobs: list[float]
     finish_reason: Literal["stop", "length"]
     weight_version: int
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What of the configuration an engine is built from."""
+
+    rollout: RolloutConfig
+    model: ModelConfig
+    output: Path
+    """The run's directory, for the log of a server of its own."""
 
 
 class EngineDied(RunError):

@@ -7,19 +7,18 @@ import random
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from pydantic import BaseModel
 
 from ..config.run_config import RunConfig
 from ..errors import RunError
 from ..scale.ranks import SINGLE, Ranks, restarts
-from . import atomic_files, checkpoint_files
+from . import atomic_files, checkpoint_files, unchanged
 from .jsonl import parse_json, read_object
 from .metrics import METRICS
 from .provenance import environment
@@ -32,17 +31,31 @@ FREE_ON_RESUME = {"steps", "resume", "output", "wait_lock", "eval", "checkpoint"
 """What a resumed run may change and still be the same run: its length, its place, its memory and its reporting."""
 
 
+class RunSettings(Protocol):
+    """What of a run's configuration decides where it writes and which run it is."""
+
+    @property
+    def output(self) -> Path: ...
+
+    @property
+    def resume(self) -> bool: ...
+
+    def model_dump_json(self, *, indent: int | None = None) -> str:
+        """Returns the whole resolved configuration."""
+        ...
+
+
 class CheckpointError(RunError):
     """A checkpoint could not be written; the one before it is whole."""
 
 
-def begin(cfg: RunConfig, models: dict[str, str]) -> dict[str, Any] | None:
+def begin(cfg: RunSettings, models: Mapping[str, str]) -> dict[str, Any] | None:
     """The state to go on from, None for a new run. Refuses to overwrite a run or to resume another one."""
     found = resume_point(cfg, models)
     return None if found is None else load(found)
 
 
-def resume_point(cfg: RunConfig, models: dict[str, str]) -> Path | None:
+def resume_point(cfg: RunSettings, models: Mapping[str, str]) -> Path | None:
     """The checkpoint to go on from, None for a new run or one that died before its first checkpoint.
 
     `models` are the fingerprints of what the run starts from. Raises ValueError where `cfg` would overwrite a run or go
@@ -56,53 +69,46 @@ def resume_point(cfg: RunConfig, models: dict[str, str]) -> Path | None:
     found = _all(cfg.output)
     if found:
         checkpoint_files.verify(found[-1], only=checkpoint_files.STATE)
-        state = checkpoint_files.read_plain(found[-1])
+        where, state = found[-1] / checkpoint_files.STATE, checkpoint_files.read_plain(found[-1])
         if not isinstance(state, dict) or not isinstance(state.get("config"), str):
-            raise ValueError(f"{found[-1] / checkpoint_files.STATE} is not the state of a run")
-        _same_config(state["config"], cfg, str(found[-1] / checkpoint_files.STATE))
+            raise ValueError(f"{where} is not the state of a run")
+        _same_config(state["config"], cfg, where)
         same_models(state.get("models"), models)
         return found[-1]
     if not (cfg.output / CONFIG).exists():
         raise ValueError(f"--resume: {cfg.output} has no checkpoint to go on from")
-    _same_config((cfg.output / CONFIG).read_bytes(), cfg, str(cfg.output / CONFIG))
+    _same_config((cfg.output / CONFIG).read_bytes(), cfg, cfg.output / CONFIG)
     kept = cfg.output / FINGERPRINTS
     same_models(read_object(kept) if kept.exists() else None, models)
     return None
 
 
-def restarted(cfg: RunConfig) -> RunConfig:
-    """As the run goes on when torchrun has started its ranks anew (--max-restarts): with the same words, but later."""
-    anew = restarts() > 0 and (cfg.output / CONFIG).exists()
-    return cfg.model_copy(update={"resume": True}) if anew else cfg
+def restarted(cfg: RunSettings) -> bool:
+    """Whether torchrun has restarted the ranks (--max-restarts) of a run that had begun: it then resumes."""
+    return restarts() > 0 and (cfg.output / CONFIG).exists()
 
 
-def _same_config(saved: str | bytes, cfg: RunConfig, where: str) -> None:
-    old, new = parse_json(saved, where), json.loads(cfg.model_dump_json())
-    if not isinstance(old, dict) or not all(isinstance(old.get(k, {}), dict) for k in new if isinstance(new[k], dict)):
+def _same_config(saved: str | bytes, cfg: RunSettings, where: Path) -> None:
+    old, new = parse_json(saved, str(where)), json.loads(cfg.model_dump_json())
+    sections = [name for name, value in new.items() if isinstance(value, dict)]
+    if not isinstance(old, dict) or not all(isinstance(old.get(name), dict) for name in sections):
         raise ValueError(f"{where}: not the configuration of a run")
-    for section, default in RunConfig.model_fields.items():  # what a run of an earlier version had no key for
-        if isinstance(default.default, BaseModel) and section in old:
-            old[section] = default.default.model_dump(mode="json") | old[section]
+    for name in sections:  # what a run of an earlier version had no key for
+        old[name] = RunConfig.model_fields[name].default.model_dump(mode="json") | old[name]
     for config in (old, new):
-        config.get("rollout", {}).pop("server", None)  # where the engine runs changes nothing
+        config["rollout"].pop("server", None)  # where the engine runs changes nothing
         for section in ("policy", "sft", "train_prm"):  # nor does how many skipped steps are too many
-            config.get(section, {}).pop("max_skipped", None)
-    check_unchanged(old, new, [key for key in new if key not in FREE_ON_RESUME])
+            config[section].pop("max_skipped", None)
+    unchanged.check(
+        old, new, [key for key in new if key not in FREE_ON_RESUME], "--resume: the configuration has changed"
+    )
 
 
-def check_unchanged(old: dict[str, Any], new: dict[str, Any], keys: Iterable[str]) -> None:
-    """Raises ValueError where a setting that decides the results is not what the interrupted run had."""
-    changed = [key for key in keys if old.get(key) != new[key]]
-    if changed:
-        detail = "; ".join(f"{key}: {old.get(key)} -> {new[key]}" for key in changed)
-        raise ValueError(f"--resume: the configuration has changed ({detail})")
-
-
-def same_models(saved: Any, now: dict[str, str]) -> None:
-    """Raises ValueError that names the models whose files are not what they were; a run that kept none is told of."""
+def same_models(saved: Any, now: Mapping[str, str]) -> None:
+    """Raises ValueError that names the models whose files are not what they were; says so where a run kept nothing."""
     if not isinstance(saved, dict):
         print(
-            "--resume: the run is older than fingerprints of models: whether its models are the same is not known",
+            "--resume: the run kept no fingerprints of its models: whether they are still the same is not known",
             file=sys.stderr,
         )
         return
@@ -111,18 +117,11 @@ def same_models(saved: Any, now: dict[str, str]) -> None:
         raise ValueError(f"--resume: the files of {', '.join(changed)} are not what they were when the run began")
 
 
-def same_tokenizer(saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raises ValueError, naming the difference, unless both are `models.tokenizer_fingerprint` of the same one."""
-    changed = [f"{key}: {saved.get(key)} -> {now[key]}" for key in now if saved.get(key) != now[key]]
-    if changed:
-        raise ValueError(f"--resume: the tokenizer has changed ({'; '.join(changed)})")
-
-
-def write_config(cfg: RunConfig, models: Mapping[str, Any]) -> None:
+def write_config(cfg: RunSettings, models: Mapping[str, Any]) -> None:
     """The resolved configuration, the models it starts from and what the run runs on, beside what it writes."""
     cfg.output.mkdir(parents=True, exist_ok=True)
-    atomic_files.replace_file(cfg.output / "environment.json", json.dumps(environment(), indent=2))
     atomic_files.replace_file(cfg.output / FINGERPRINTS, json.dumps(models, indent=1))
+    atomic_files.replace_file(cfg.output / "environment.json", json.dumps(environment(), indent=2))
     atomic_files.replace_file(cfg.output / CONFIG, cfg.model_dump_json(indent=2))
 
 
@@ -145,12 +144,13 @@ def leave(step: int, whole: bool, save: Callable[[], None]) -> None:
 class Saver:
     """Writes checkpoints while the training goes on; one at a time, each from a copy of the state as it was."""
 
-    def __init__(self, run_dir: Path, keep: int, ranks: Ranks = SINGLE) -> None:
-        self.run_dir, self.keep = run_dir, keep
+    def __init__(self, run_dir: Path, keep: int, ranks: Ranks = SINGLE, saved_step: int = 0) -> None:
+        """`saved_step` is that of the newest checkpoint on the disk, 0 for none."""
+        self.run_dir, self.keep, self.saved_step = run_dir, keep, saved_step
         # The thread's collectives go through a group of their own.
         self.ranks = replace(ranks, group=ranks.saving)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._pending: Future[None] | None = None
+        self._pending: Future[Path] | None = None
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Starts checkpoints/step_N. Raises CheckpointError if the one before could not be written."""
@@ -158,6 +158,7 @@ class Saver:
         plain, tensors = checkpoint_files.split(state)
         tensors = checkpoint_files.staged(tensors) if tensors else {}
         self._pending = self._thread.submit(_write, self.run_dir, step, plain, tensors, self.keep, self.ranks)
+        self.saved_step = step
 
     def check(self) -> None:
         """Raises CheckpointError as soon as it is known that a checkpoint could not be written."""
@@ -185,7 +186,7 @@ def _write(run_dir: Path, step: int, plain: Any, tensors: dict[str, Any], keep: 
     partial = root / f".step_{step:06d}.partial"
 
     def prepare() -> None:
-        root.mkdir(exist_ok=True)  # where the run's folder is gone, so is the run
+        root.mkdir(exist_ok=True)  # not its parents: where the run's folder is gone, so is the run
         for torn in root.glob(".step_*.partial"):
             shutil.rmtree(torn, ignore_errors=True)
         partial.mkdir()
@@ -240,12 +241,6 @@ def load(directory: Path, into: dict[str, Any] | None = None, ranks: Ranks = SIN
         raise ValueError(f"the checkpoint {directory} does not fit this run: {_cause(error)}") from None
 
 
-def load_latest(run_dir: Path) -> dict[str, Any] | None:
-    """The newest state, None where there is none."""
-    found = _all(run_dir)
-    return load(found[-1]) if found else None
-
-
 def random_states() -> dict[str, Any]:
     """Those of Python and of torch, as plain data."""
     devices = [state.tolist() for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else []
@@ -268,6 +263,6 @@ def _recover(run_dir: Path) -> None:
 
 
 def _all(run_dir: Path) -> list[Path]:
-    """Oldest first. Whatever else lies in the folder, put there or left by others, is none of the run's."""
+    """Oldest first. Whatever else lies in the folder, put or left there by others, is none of the run's."""
     found = [path for path in (run_dir / "checkpoints").glob("step_*") if _NAME.fullmatch(path.name) and path.is_dir()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))

@@ -8,7 +8,7 @@ import socket
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from ..errors import RunError
 from .jsonl import JsonlWriter, keep_rows
@@ -17,6 +17,16 @@ Stage = Literal["sft", "prm", "rl", "eval"]
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
+
+
+class Metrics(Protocol):
+    """A run's record, or the stand-in of a rank that keeps none."""
+
+    def log(self, stage: Stage, step: int, values: Mapping[str, float]) -> None: ...
+
+    def samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class MetricsWriter:
@@ -69,9 +79,7 @@ class MetricsWriter:
                 return
         except OSError:
             pass
-        raise RunError(
-            f"{self._run_dir} was removed or replaced while the run wrote to it: nothing more can be kept there"
-        )
+        raise RunError(f"{self._run_dir} was removed or replaced while the run wrote there: nothing more would be kept")
 
 
 class EventFile:

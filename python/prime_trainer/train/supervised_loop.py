@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from typing import Any
 
-from ..config.run_config import RunConfig
+from ..config.sections import CheckpointConfig
 from ..run import checkpoint
 from ..run.metrics import MetricsWriter, Stage
 from ..run.progress import progress_bar
@@ -17,7 +17,8 @@ from .trainable import Trainable
 
 
 def fit(
-    cfg: RunConfig,
+    run: checkpoint.RunSettings,
+    saving: CheckpointConfig,
     stage: Stage,
     state: dict[str, Any] | None,
     trainable: Trainable,
@@ -29,7 +30,7 @@ def fit(
     floor: float = 0.0,
     evaluate: Callable[[int], dict[str, float]] = lambda step: {},
     finish: Callable[[], None] = lambda: None,
-    models: dict[str, str],
+    models: Mapping[str, str],
 ) -> None:
     """Takes `total` steps, those of `state` (from `checkpoint.begin`) already done.
 
@@ -44,15 +45,16 @@ def fit(
         trainable.load_state_dict(state["trainable"])
         skips.load_state_dict(state["skips"])
         step = saved = state["step"]
-    checkpoint.write_config(cfg, models)
+    checkpoint.write_config(run, models)
 
     def save() -> None:
         nonlocal saved
-        state = {"step": step, "config": cfg.model_dump_json(), "models": models, "trainable": trainable.state_dict()}
-        checkpoint.save(cfg.output, step, state | {"skips": skips.state_dict()}, cfg.checkpoint.keep)
+        state = {"step": step, "config": run.model_dump_json(), "models": dict(models)}
+        state |= {"trainable": trainable.state_dict(), "skips": skips.state_dict()}
+        checkpoint.save(run.output, step, state, saving.keep)
         saved = step
 
-    record = MetricsWriter(cfg.output, resume_step=None if state is None else step, stages=(stage,))
+    record = MetricsWriter(run.output, resume_step=None if state is None else step, stages=(stage,))
     with closing(record) as metrics, progress_bar(stage, total, step) as bar, stop_signal() as stop:
         try:
             while step < total and not stop.is_set():
@@ -64,9 +66,9 @@ def fit(
                 step, whole = step + 1, True
                 values |= evaluate(step)
                 metrics.log(stage, step, values)
-                skips.check(step, None, cfg.output)
+                skips.check(step, None, run.output)
                 bar.advance(f"loss {values['loss']:.3f}")
-                if step < total and (stop.is_set() or (cfg.checkpoint.every and step % cfg.checkpoint.every == 0)):
+                if step < total and (stop.is_set() or (saving.every and step % saving.every == 0)):
                     save()
             finish()
         except checkpoint.CheckpointError:

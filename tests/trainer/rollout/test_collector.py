@@ -56,7 +56,10 @@ class Verifier:
 def collector(run_config, tokenizer):
     def make(right, sampler=None, failures=0, **changes):
         changes = {"filter": {"low": 0.2, "high": 0.8}, "rollout": {"prompts_per_step": 4, "n": 5}, **changes}
-        return Collector(run_config(**changes), Task(), tokenizer, sampler or Sampler(), Verifier(right, failures))
+        cfg = run_config(**changes)
+        return Collector(
+            cfg.rollout, cfg.filter, cfg.seed, Task(), tokenizer, sampler or Sampler(), Verifier(right, failures)
+        )
 
     return make
 
