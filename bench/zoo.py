@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from prime_trainer.data.groups import Group, Response
-from prime_trainer.models import lm_head, reading
+from prime_trainer.models import lm_head, traits
 from prime_trainer.prm.items import StepResponse
 from prime_trainer.prm.step_scorer import Encoded, StepScorer
 from prime_trainer.rollout.sampler import Sampling
@@ -31,8 +31,8 @@ VOCABULARY = 97
 # the sequences.
 SIZES = {
     32: "hidden_size d_model n_embd embed_dim n_embed dim emb_dim attention_hidden_size",
-    48: "intermediate_size ffn_dim d_ff n_inner decoder_ffn_dim encoder_ffn_dim ffn_hidden_size dense_intermediate_size "
-    "intermediate_size_mlp shared_intermediate_size shared_expert_intermediate_size",
+    48: "intermediate_size ffn_dim d_ff n_inner decoder_ffn_dim encoder_ffn_dim ffn_hidden_size "
+    "dense_intermediate_size intermediate_size_mlp shared_intermediate_size shared_expert_intermediate_size",
     2: "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_decoder_layers "
     "num_key_value_heads num_experts_per_tok moe_k moe_topk moe_top_k top_k n_kv_heads linear_num_key_heads",
     4: "num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads num_experts "
@@ -74,7 +74,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"],
         "vocab_size_per_layer_input": VOCABULARY,
         "laurel_rank": 4,
-        "activation_sparsity_pattern": 0.0,
+        "activation_sparsity_pattern": [0.5, 0.0],
     },
     "gemma4_text": {
         "layer_types": ["sliding_attention", "full_attention"],
@@ -120,9 +120,9 @@ OTHER_THINGS = {
     "emu3": "vision and text",
 }
 MUST_BE_EXACT = (
-    "llama qwen2 qwen3 qwen3_5_text gemma2 gemma3_text gemma4_text mistral phi3 olmo2 olmo3 granite cohere2 gpt_oss "
-    "deepseek_v3 lfm2"
-).split()
+    *("llama", "qwen2", "qwen3", "qwen3_5_text", "gemma2", "gemma3_text", "gemma4_text", "mistral", "phi3"),
+    *("olmo2", "olmo3", "granite", "cohere2", "gpt_oss", "deepseek_v3", "lfm2"),
+)
 """SmolLM2 is a Llama, Phi-4 a Phi-3."""
 
 TOLERANCE = 2e-3
@@ -317,8 +317,8 @@ def examine(model_type: str, name: str) -> Finding:
     except Exception as error:  # of 150 configurations each may have its own
         return Finding(model_type, name, "not built", f"{type(error).__name__}: {_line(error)}")
     try:
-        found = reading.of(model)
-    except reading.UnsupportedModel as error:
+        found = traits.of(model)
+    except traits.UnsupportedModel as error:
         return Finding(model_type, name, "refused", _line(error).split("; supported")[0].removeprefix("model: "))
     except Exception as error:
         return Finding(
@@ -358,8 +358,8 @@ def table(findings: list[Finding]) -> str:
         ", ".join(f"{count} {status}" for status, count in sorted(counts.items())) + ".",
         "",
         "*Exact*: prompts are shared and rows packed. *One response a row*: masks cannot keep responses of a row apart "
-        "(recurrent state, positions of the model's own), so each has its row. *Refused*: the model is not loaded, with "
-        "this reason. *Not built*: not a text model of its own, or not to be had in a tiny size.",
+        "(recurrent state, positions of the model's own), so each has its row. *Refused*: the model is not loaded, "
+        "with this reason. *Not built*: not a text model of its own, or not to be had in a tiny size.",
         "",
         "| class | trainer | attention | sampler | |",
         "|---|---|---|---|---|",

@@ -1,7 +1,7 @@
 """What a backend has to implement, and where each backend does.
 
-Row kernels take rows of logits, packed kernels take packed tokens. A backend implements each group as a module with
-the functions of the protocol; it is imported when it is first used.
+Row kernels take rows of logits, packed kernels take packed tokens. A backend implements each group as a module or
+an object with the functions of the protocol, imported on first use.
 """
 
 from collections.abc import Callable, Sequence
@@ -162,11 +162,11 @@ class PackedKernels(Protocol):
         """d loss / d logp * ``grad``, [T] float32; ``scale`` is that of the forward pass."""
         ...
 
-    def pack(self, padded: Tensor, cu_seqlens: Tensor, total: int, left: bool) -> Tensor:
-        """Tokens [total, W] of padded rows [B, L, W]; with ``left`` the padding comes first."""
+    def pack(self, padded: Tensor, cu_seqlens: Tensor, total: int, pad_left: bool) -> Tensor:
+        """Tokens [total, W] of padded rows [B, L, W]; with ``pad_left`` the padding comes first."""
         ...
 
-    def unpack(self, values: Tensor, cu_seqlens: Tensor, length: int, left: bool, fill: float) -> Tensor:
+    def unpack(self, values: Tensor, cu_seqlens: Tensor, length: int, pad_left: bool, fill: float) -> Tensor:
         """Padded rows [B, length, W] of tokens [N, W]."""
         ...
 
@@ -205,9 +205,9 @@ def rows(backend: str) -> RowKernels:
 def packed(backend: str) -> PackedKernels:
     """The packed kernels of a resolved backend other than "eager", which is plain PyTorch in ops/."""
     if backend == "cpu":
-        from prime_kernels._native import packed_cpu
+        from prime_kernels._native import packed as native_packed
 
-        return packed_cpu
+        return native_packed.CPU
     return packed_on_gpu(backend)
 
 
@@ -217,6 +217,6 @@ def packed_on_gpu(backend: str) -> GpuPackedKernels:
         from prime_kernels._triton import packed as triton_packed
 
         return triton_packed
-    from prime_kernels._native import packed_cuda
+    from prime_kernels._native import packed as native_packed
 
-    return packed_cuda
+    return native_packed.CUDA

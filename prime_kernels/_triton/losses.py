@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from prime_kernels._backends import PPOResults, PPOTokens, PRMResults
+from prime_kernels._constants import PRM_PAIR_KINDS
 from prime_kernels._launch_counters import arrivals
 from prime_kernels._layout import column, mask_column
 from prime_kernels._triton._launch import offsets, on_device, options, shares
@@ -110,7 +111,7 @@ def prm_forward(
     Two float32 scalars, and d loss / d Delta of each response, [B] float64. Without groups the accuracy is NaN.
     """
     total, device = log_ratio.numel(), log_ratio.device
-    assert cu_groups is not None or kind in ("ce", "kto")
+    assert cu_groups is not None or kind not in PRM_PAIR_KINDS
     log_ratio, (cu_seqlens, responses) = column(log_ratio, torch.float32, total, device), offsets(cu_seqlens, device)
     outcomes = column(outcomes, torch.float64, responses, device)
     grouped = cu_groups is not None

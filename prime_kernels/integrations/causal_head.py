@@ -88,7 +88,7 @@ class CausalHead:
             )
         if process_group is not None:
             raise ValueError("process_group: expected None for capped logits, whose head is not shared out")
-        whole_weight, whole_bias = whole(weight), whole(bias)
+        whole_weight, whole_bias = _dense(weight), None if bias is None else _dense(bias)
         flat, flat_ids, valid = compact(hidden, ids, mask)
 
         def of_chunk(hidden: Tensor, ids: Tensor) -> Any:
@@ -106,7 +106,7 @@ class CausalHead:
         return tuple(spread(torch.cat(column), valid, ids.shape) for column in zip(*pieces, strict=True))
 
 
-def output_layer(model: nn.Module) -> OutputLayer:
+def output_layer(model: Any) -> OutputLayer:
     """The output layer of a causal language model.
 
     Raises:
@@ -145,7 +145,7 @@ def candidates(config: Any) -> Iterator[CausalHead]:
 
 
 @torch.no_grad()
-def causal_head(model: nn.Module) -> CausalHead:
+def causal_head(model: Any) -> CausalHead:
     """The head of a Hugging Face causal language model, proved on a few random tokens.
 
     The tokens go through ``model(...).logits``, with what the output layer gives scaled so that a cap would show, and
@@ -162,7 +162,7 @@ def causal_head(model: nn.Module) -> CausalHead:
     ids = torch.randint(weight.shape[0], PROBE_SHAPE, generator=generator).to(weight.device)
     with _evaluating(model):
         logits, factor = _scaled_logits(model, ids, known[0])
-        output = model.base_model(input_ids=ids, use_cache=False)  # type: ignore[operator]
+        output = model.base_model(input_ids=ids, use_cache=False)
     hidden = getattr(output, "last_hidden_state", None)
     if hidden is None:
         raise TypeError(f"model: expected a backbone that gives last_hidden_state, got {type(output).__name__}")

@@ -14,10 +14,8 @@ from torch.autograd.function import once_differentiable
 
 from prime_kernels import _backends, _checks, _dispatch
 from prime_kernels._backends import PPOTokens
+from prime_kernels._constants import MAX_LOG_RHO
 from prime_kernels._segment_math import result_dtype
-
-# The ratio is held at e^20 for a token whose probability exploded, where float32 would overflow to inf and NaN.
-MAX_LOG_RHO = 20.0
 
 
 class PPOLoss(NamedTuple):

@@ -21,12 +21,11 @@ from torch import Tensor
 
 from prime_kernels import _backends, _checks, _dispatch
 from prime_kernels._backends import RlooBatch, RlooSettings
+from prime_kernels._constants import NORMALIZE_EPS, WHITEN_EPS
 from prime_kernels._segment_math import leave_one_out, merge_moments, result_dtype, segment_index, segment_total
 from prime_kernels.ops import segment_scan
 
 PROCESS_BASELINES = ("reference", "paper")
-NORMALIZE_EPS = 1e-6
-WHITEN_EPS = 1e-8
 
 
 class Advantages(NamedTuple):

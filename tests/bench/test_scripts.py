@@ -29,8 +29,8 @@ HERE = {
     "demo/results", "plan_table", "prm/first_wrong_step", "prm/results", "prm/sample", "rollout", "step_share",
     "trainer_cost", "trl_table", "verify/math_answers", "verify/programs",
 }  # fmt: skip
-# What tests/bench/test_benchmarks.py, tests/integrations/installed and tests/triton_backend run.
-ELSEWHERE = {"conftest", "measure", "smoke", "table", "trl_steps", "tune"}
+# What other tests of this folder and of packaging, integrations and triton_backend run.
+ELSEWHERE = {"conftest", "measure", "readme_charts", "smoke", "table", "trl_steps", "tune"}
 DATA = SHARED / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no {DATA}: the benchmark files are not here")
 

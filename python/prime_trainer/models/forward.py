@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, overload
 
 from torch import Tensor
 
-from . import reading
+from . import traits
 from .protocols import CausalLM
 
 
@@ -16,6 +16,10 @@ def positions(model: CausalLM) -> int | None:
     return getattr(model.config, "max_position_embeddings", None)
 
 
+@overload
+def length_limit(models: Iterable[CausalLM], max_length: int) -> int: ...
+@overload
+def length_limit(models: Iterable[CausalLM], max_length: int | None) -> int | None: ...
 def length_limit(models: Iterable[CausalLM], max_length: int | None) -> int | None:
     """The longest sequence that all `models` can read, at most `max_length`; None where nothing says."""
     limits = [max_length, *map(positions, models)]
@@ -35,5 +39,5 @@ def hidden_states(
 
     Without `position_ids` they are the model's own, 0 to L - 1 in most.
     """
-    masks = None if attention_mask is None else reading.of(model).masks
-    return reading.hidden_states(model, input_ids, position_ids, attention_mask, masks)
+    masks = None if attention_mask is None else traits.of(model).masks
+    return traits.hidden_states(model, input_ids, position_ids, attention_mask, masks)

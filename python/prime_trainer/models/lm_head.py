@@ -17,7 +17,7 @@ import prime_kernels as pk
 from prime_kernels.integrations import output_layer
 
 from ..scale import sharding
-from . import reading
+from . import traits
 from .protocols import CausalLM
 
 
@@ -28,17 +28,22 @@ def is_split(model: CausalLM) -> bool:
 
 def has_fused_losses(model: CausalLM) -> bool:
     """Whether losses straight from hidden states take its head: whole on this rank, its logits not capped."""
-    return not is_split(model) and reading.of(model).head.softcap is None
+    return not is_split(model) and traits.of(model).head.softcap is None
 
 
 def head(model: CausalLM, hidden: Tensor) -> pk.Head:
     """The whole LM head applied to `hidden` [T, H], as the kernels take it; its logits lack `factor`."""
-    return pk.Head(hidden, *(sharding.whole(part, hidden.dtype, hidden.device) for part in output_layer(model)))
+    weight, bias = output_layer(model)
+    return pk.Head(
+        hidden,
+        sharding.whole(weight, hidden.dtype, hidden.device),
+        None if bias is None else sharding.whole(bias, hidden.dtype, hidden.device),
+    )
 
 
 def factor(model: CausalLM) -> float:
     """What the model multiplies its logits by: the kernels divide by a temperature."""
-    return reading.of(model).head.scale
+    return traits.of(model).head.scale
 
 
 def nll(model: CausalLM, hidden: Tensor, ids: Tensor, denominator: int) -> Tensor:
@@ -55,18 +60,22 @@ def log_probs(
     model: CausalLM, hidden: Tensor, ids: Tensor, *, temperature: float = 1.0, with_entropy: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """(log-probs [T], entropies [T] or None) of `ids` [T]; logits never exist for more than a tile of tokens."""
-    form = reading.of(model).head
-    options: dict[str, Any] = {"temperature": temperature, "with_entropy": with_entropy}
-    if not is_split(model):
+    form, group = traits.of(model).head, getattr(model, "head_group", None)
+    if group is None:
         at = head(model, hidden)
-        found = form.log_probs(at.hidden, at.weight, ids, bias=at.bias, **options)
-        return found if with_entropy else (found, None)
-    group = model.head_group  # type: ignore[attr-defined]
+        found = form.log_probs(
+            at.hidden, at.weight, ids, bias=at.bias, temperature=temperature, with_entropy=with_entropy
+        )
+        return (found, None) if isinstance(found, Tensor) else found
     counts = _gathered(torch.tensor([len(ids)], device=ids.device), [1] * dist.get_world_size(group), group).tolist()
-    weight, bias = (sharding.share(part, hidden.dtype, hidden.device) for part in output_layer(model))
+    weight, bias = output_layer(model)
     everyones = _OfAllRanks.apply(hidden, counts, group)
-    found = form.log_probs(everyones, weight, _gathered(ids, counts, group), bias=bias, process_group=group, **options)
-    columns = found if with_entropy else (found,)
+    found = form.log_probs(
+        everyones, sharding.share(weight, hidden.dtype, hidden.device), _gathered(ids, counts, group),
+        bias=None if bias is None else sharding.share(bias, hidden.dtype, hidden.device),
+        temperature=temperature, with_entropy=with_entropy, process_group=group,
+    )  # fmt: skip
+    columns = (found,) if isinstance(found, Tensor) else found
     mine = [_OfThisRank.apply(column, counts, group) for column in columns]
     return mine[0], mine[1] if with_entropy else None
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..models.forward import new_cache
 from ..models.protocols import CausalLM, Tokenizer
+from ..models.traits import first_line
 from ..run.seeds import derive_seed
 from ..scale.sharding import gathered
 from .sampler import Sample, Sampling, model_shape
@@ -32,17 +33,15 @@ class Decoding:
     reorders: bool
     """Rows of the cache are repeated for n responses, and dropped as they end; else prompts are repeated, and rows
     run on until all have ended."""
-    positions: bool
-    """It is told the positions; else it counts them itself."""
 
 
-DECODINGS = [Decoding(*each) for each in itertools.product((True, False), repeat=3)]
+DECODINGS = [Decoding(*each) for each in itertools.product((True, False), repeat=2)]
 """The fastest first."""
 
-CHECKED = ((3, 7), 3, 6)
+CHECKED = ((2, 11), 3, 6)
 """Lengths of the prompts, responses each, and their longest, on which a way of decoding is proved."""
 NOISE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.03}
-"""Mean difference of log-probs, in nats, that is rounding."""
+"""Mean difference of log-probs, in nats, that is rounding; of one token it may be ten times that."""
 
 
 class TransformersSampler:
@@ -146,7 +145,7 @@ class TransformersSampler:
             "input_ids": ids,
             # Without padding nothing needs a mask.
             "attention_mask": mask if decoding.padded else None,
-            "position_ids": positions if decoding.positions else None,
+            "position_ids": positions,
             "past_key_values": cache,
             "use_cache": True,
             "logits_to_keep": 1,
@@ -180,19 +179,20 @@ class TransformersSampler:
             found = self._generate(prompts, n, Sampling(longest), list(range(len(prompts))), stops, decoding)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # whatever a model does with inputs that it was not made for
-            return f"it ends in {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:120]}"
+        except Exception as problem:  # whatever a model does with inputs that it was not made for
+            return f"it ends in {first_line(problem)}"
         errors = []
         for prompt, samples in zip(prompts, found, strict=True):
             for sample in samples:
                 ids = torch.tensor([prompt + sample.ids], device=self.model.device)
-                logits = self.model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
+                logits: Tensor = self.model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
                 wanted = logits.float().log_softmax(-1).gather(1, ids[0, len(prompt) :, None]).squeeze(1).cpu()
                 errors.append((torch.tensor(sample.logprobs) - wanted).abs())
-        error = torch.cat(errors).mean().item()
-        if error <= NOISE[logits.dtype]:
+        off = torch.cat(errors)
+        noise = NOISE[logits.dtype]
+        if off.mean().item() <= noise and off.max().item() <= 10 * noise:
             return None
-        return f"with its cache log-probs are off by {error:.2g} nats in the mean"
+        return f"with its cache log-probs are off by {off.mean().item():.2g} nats in the mean"
 
 
 def _uniforms(seeds: list[int], n: int, length: int) -> Tensor:

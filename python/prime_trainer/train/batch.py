@@ -2,7 +2,7 @@
 
 A forward row is a prompt followed by its responses, each of which sees the prompt and itself and nothing else, so a
 prompt is computed once however many responses it has; a packed row holds several such groups. Long rows, and models
-that no mask keeps apart (`models.reading`), fall back to one response a row, where nothing needs a mask. For
+that no mask keeps apart (`models.traits`), fall back to one response a row, where nothing needs a mask. For
 flash-attn's varlen kernels a pass is one unpadded row of sequences instead, each a prompt with a response; positions
 that restart at 0 mark where a sequence begins.
 """
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ..data.groups import Group
-from ..models import reading
+from ..models import traits
 from ..models.protocols import CausalLM
-from ..models.reading import SHARED_ROW_LIMIT
+from ..models.traits import SHARED_ROW_LIMIT
 from ..scale.ranks import SINGLE, Ranks, deal
 
 Entry = tuple[int, list[int]]
@@ -56,7 +56,7 @@ class Batch:
         groups: Sequence[Group],
         device: torch.device | str = "cpu",
         ranks: Ranks = SINGLE,
-        layout: reading.Layout = "shared",
+        layout: traits.Layout = "shared",
     ) -> None:
         if not groups:
             raise ValueError("groups is empty; a batch needs at least one")
@@ -73,12 +73,12 @@ class Batch:
     @classmethod
     def for_model(cls, model: CausalLM, groups: Sequence[Group], *others: CausalLM) -> Batch:
         """On the model's device, laid out as it reads exactly, and as `others` do."""
-        return cls(groups, model.device, layout=reading.layout_of([model, *others]))
+        return cls(groups, model.device, layout=traits.layout_of([model, *others]))
 
     @property
     def rollout_logp(self) -> Tensor:
         """[T] the sampler's log-probs."""
-        return torch.tensor([p for g in self.groups for r in g.responses for p in r.logprobs], device=self.device)
+        return torch.tensor([p for g in self.groups for r in g.responses for p in r.logprobs or ()], device=self.device)
 
     @property
     def num_tokens(self) -> int:
@@ -180,7 +180,9 @@ class Batch:
         owner = torch.full(shape, -1, dtype=torch.int64)
         segment = torch.full(shape, -1, dtype=torch.int64)
         none = torch.zeros(0, dtype=torch.int64)
-        predictors, tokens, responses, lengths = [none], [none], [], []
+        predicted_at, tokens = [none], [none]
+        responses: list[int] = []
+        lengths: list[int] = []
         for row, entries in enumerate(rows):
             at = 0
             for k_group, (g, members) in enumerate(entries):
@@ -198,15 +200,15 @@ class Batch:
                     owner[row, span], segment[row, span] = k_group, k
                     where = torch.arange(at - 1, at + length - 1)
                     where[:1] = last  # the first token is predicted by the prompt's last
-                    predictors.append(row * width + where)
+                    predicted_at.append(row * width + where)
                     tokens.append(torch.arange(self._starts[m], self._starts[m + 1]))
                     responses.append(m)
                     lengths.append(length)
                     at += length
         mask = None
         if any(len(entries) > 1 or len(entries[0][1]) > 1 for entries in rows):
-            mask = reading.visible(owner, segment)
-        predictors = torch.cat(predictors)
+            mask = traits.visible(owner, segment)
+        predictors = torch.cat(predicted_at)
         if self.layout == "varlen":
             kept = (segment >= 0).flatten()
             input_ids, position_ids = (x.flatten()[kept][None] for x in (input_ids, position_ids))

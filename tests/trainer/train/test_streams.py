@@ -9,7 +9,7 @@ from helpers import tiny
 
 from prime_trainer import loop, sft
 from prime_trainer.config.sections import ModelConfig
-from prime_trainer.models import forward, loading, reading
+from prime_trainer.models import forward, loading, traits
 from prime_trainer.prm import score_steps, train
 from prime_trainer.prm.reference_cache import Reference
 from prime_trainer.train.batch import Batch
@@ -38,9 +38,9 @@ def passes(monkeypatch):
 def layout(request, monkeypatch):
     """sdpa takes a varlen pass too, by the positions that restart at 0: the numbers must be those of rows."""
     if request.param == "varlen":
-        monkeypatch.setattr(reading, "layout_of", lambda models: "varlen")
-        found = reading.of
-        monkeypatch.setattr(reading, "of", lambda model: dataclasses.replace(found(model), layout="varlen"))
+        monkeypatch.setattr(traits, "layout_of", lambda models: "varlen")
+        found = traits.of
+        monkeypatch.setattr(traits, "of", lambda model: dataclasses.replace(found(model), layout="varlen"))
     return request.param
 
 
@@ -55,9 +55,9 @@ def check(passes, layout):
 def test_flash_attention_is_varlen(model, monkeypatch):
     assert Batch.for_model(model, tiny.random_groups()).layout == "shared"
     # SDPA stands in for its kernels: it tells sequences apart by the same positions.
-    found = reading._prove(model, "flash_attention_2")
+    found = traits._prove(model, "flash_attention_2")
     assert found.layout == "varlen" and found.masks is None
-    model.reading = dataclasses.replace(found, attention="sdpa")
+    model.traits = dataclasses.replace(found, attention="sdpa")
     assert Batch.for_model(model, tiny.random_groups()).layout == "varlen"
 
 
@@ -112,7 +112,7 @@ def test_models_of_two_layouts_are_read_one_response_a_row(model_dir, tokenizer,
     one, other = tiny.load(model_dir), tiny.load(model_dir)
     want = score_steps(ROWS, prm=one, reference=other, tokenizer=tokenizer, beta=1.0)
     del passes[:]
-    one.reading = dataclasses.replace(one.reading, layout="rows", masks=None)
+    one.traits = dataclasses.replace(one.traits, layout="rows", masks=None)
     found = score_steps(ROWS, prm=one, reference=other, tokenizer=tokenizer, beta=1.0)
     assert passes and not any(masked for _, masked in passes)
     for a, b in zip(found, want, strict=True):

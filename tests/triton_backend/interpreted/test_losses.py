@@ -7,6 +7,7 @@ import torch
 from helpers.support import assert_close, offsets
 
 from prime_kernels._backends import PPOTokens
+from prime_kernels._constants import PRM_KINDS
 from prime_kernels._triton import losses as kernels
 from prime_kernels._triton.segments import segment_fill
 from prime_kernels.ops import ppo_loss, prm_loss
@@ -111,7 +112,7 @@ def prm_check(log_ratio, outcomes, lengths, groups, kind, beta, config):
 
 
 @pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
-@pytest.mark.parametrize("kind", prm_loss.KINDS)
+@pytest.mark.parametrize("kind", PRM_KINDS)
 def test_prm(kind, soft, cut):
     log_ratio, outcomes = torch.randn(TOTAL), torch.rand(len(LENGTHS), dtype=torch.float64)
     if not soft:
@@ -129,7 +130,7 @@ def test_prm_without_groups(kind, cut):
     prm_check(log_ratio, outcomes, LENGTHS, None, kind, 0.5, cut(TOTAL))
 
 
-@pytest.mark.parametrize("kind", prm_loss.KINDS)
+@pytest.mark.parametrize("kind", PRM_KINDS)
 @pytest.mark.parametrize("lengths, groups", [([], []), ([0, 0], [2]), ([0], [1, 0]), ([20], [1]), ([9, 30], [1, 1])])
 def test_prm_of_little(kind, lengths, groups, cut):
     log_ratio, outcomes = torch.randn(sum(lengths)), torch.ones(len(lengths), dtype=torch.float64)
@@ -147,7 +148,7 @@ def test_prm_of_extreme_sums(cut):
     """Sure predictions, right and wrong: losses neither overflow nor lose their tails."""
     lengths, outcomes = [1, 12, 20, 5], torch.tensor([1.0, 0.0, 1.0, 0.0], dtype=torch.float64)
     log_ratio = torch.cat([torch.full((n,), x) for n, x in zip(lengths, [900.0, -80.0, -60.0, 300.0], strict=True)])
-    for kind in prm_loss.KINDS:
+    for kind in PRM_KINDS:
         prm_check(log_ratio, outcomes, lengths, [4], kind, 1.0, cut(sum(lengths)))
 
 

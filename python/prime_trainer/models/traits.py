@@ -67,7 +67,7 @@ class Masks:
 
 
 @dataclass(frozen=True)
-class Reading:
+class Traits:
     """What was proved of a model with its attention implementation."""
 
     attention: str
@@ -79,13 +79,13 @@ class Reading:
     """Why responses do not share rows, where they do not."""
 
 
-def of(model: CausalLM) -> Reading:
+def of(model: CausalLM) -> Traits:
     """How to read `model`: proved at the first call and kept with it. Raises UnsupportedModel."""
-    known: Reading | None = getattr(model, "reading", None)
+    known: Traits | None = getattr(model, "traits", None)
     attention = model.config._attn_implementation
     if known is None or known.attention != attention:
         known = _prove(model, attention)
-        model.reading = known  # type: ignore[attr-defined]
+        model.traits = known  # type: ignore[attr-defined]
         if known.layout == "rows":
             _say(f"{type(model).__name__}: one response a row, {known.reason}")
     return known
@@ -134,28 +134,32 @@ def visible(owner: Tensor, segment: Tensor) -> Tensor:
     return (same & own & torch.ones(width, width, dtype=torch.bool, device=owner.device).tril())[:, None]
 
 
-def _prove(model: CausalLM, attention: str) -> Reading:
+def _prove(model: CausalLM, attention: str) -> Traits:
     name = type(model).__name__
     try:
-        head = causal_head(model)  # type: ignore[arg-type]
-    except (TypeError, ValueError) as error:
-        raise UnsupportedModel(str(error)) from None
+        head = causal_head(model)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as problem:  # whatever a model does with inputs that it was not made for
+        known = isinstance(problem, (TypeError, ValueError)) and str(problem).startswith("model: ")
+        what = str(problem) if known else f"{name}'s forward pass ends in {first_line(problem)}"
+        raise UnsupportedModel(what.removeprefix("model: ")) from None
     with torch.no_grad():
         probe = _Probe(model, PROBE)
         reason = "a stream of sequences leaks"
         if attention.startswith("flash_attention"):
             if _exact(probe, probe.stream) is None:
-                return Reading(attention, head, "varlen", None)
+                return Traits(attention, head, "varlen", None)
         else:
             for masks in _mask_forms(model.config):
                 failed = _exact(probe, lambda: probe.shared(masks)) or _far_exact(model, masks)  # noqa: B023
                 if failed is None:
-                    return Reading(attention, head, "shared", masks)
+                    return Traits(attention, head, "shared", masks)
                 reason = f"as rows that share a prompt {failed}"
         failed = _exact(probe, probe.rows)
     if failed is not None:
         raise UnsupportedModel(f"{name} cannot be read exactly: of padded rows, one response each, {failed}")
-    return Reading(attention, head, "rows", None, reason)
+    return Traits(attention, head, "rows", None, reason)
 
 
 def _exact(probe: _Probe, passes: Callable[[], Tensor]) -> str | None:
@@ -164,11 +168,15 @@ def _exact(probe: _Probe, passes: Callable[[], Tensor]) -> str | None:
         found = passes()
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # whatever a model does with inputs that it was not made for
-        first = str(error).strip().splitlines()
-        return f"end in {type(error).__name__}: {first[0][:120] if first else ''}"
+    except Exception as problem:
+        return f"end in {first_line(problem)}"
     error = probe.error(found)
     return None if error <= probe.rounding else f"differ from single passes by {error:.2g}"
+
+
+def first_line(problem: Exception) -> str:
+    """An exception in one line of bounded length."""
+    return f"{type(problem).__name__}: {' '.join(str(problem).split())[:120]}"
 
 
 def _far_exact(model: CausalLM, masks: Masks) -> str | None:
@@ -249,7 +257,11 @@ class _Probe:
 
     def shared(self, masks: Masks) -> Tensor:
         """All groups in one row, a prompt before its responses."""
-        ids, positions, owner, segment, predictors = [], [], [], [], []
+        ids: list[int] = []
+        positions: list[int] = []
+        owner: list[int] = []
+        segment: list[int] = []
+        predictors: list[int] = []
         for g, (prompt, responses) in enumerate(self._groups):
             last = len(ids) + len(prompt) - 1
             for k, part in enumerate([prompt, *responses]):
