@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from prime_kernels import _backends
-from prime_kernels._backends import RowGradient, RowResults
+from prime_kernels._backends import RowGradient, RowKernels, RowResults
+from prime_kernels._segment_math import result_dtype
+from prime_kernels.ops._softcap import cap, slope, through_cap
 
 # Tokens of a tile, by device: enough for a product at full speed.
 TOKENS = {"cpu": 1024, "cuda": 8192}
@@ -75,9 +77,12 @@ def all_logits(hidden: Tensor, weight: Tensor) -> Tensor:
     return hidden.new_empty(len(hidden), _aligned(len(weight)))[:, : len(weight)]
 
 
-def can_keep(hidden: Tensor, weight: Tensor, backend: str) -> bool:
-    """Whether forward makes all logits of tokens [N, D] and a head [V, D], and they are few enough to stay alive."""
-    few = len(hidden) * len(weight) * hidden.element_size() <= KEPT_BYTES[_kind(hidden)]
+def can_keep(hidden: Tensor, weight: Tensor, backend: str, softcap: float | None = None) -> bool:
+    """Whether forward makes all logits of tokens [N, D] and a head [V, D], and they are few enough to stay alive.
+
+    Capped logits are not kept: they would be float32.
+    """
+    few = softcap is None and len(hidden) * len(weight) * hidden.element_size() <= KEPT_BYTES[_kind(hidden)]
     return few and _fused_kernel(hidden, weight, backend) is None
 
 
@@ -118,12 +123,13 @@ def head_log_probs(
     with_entropy: bool,
     backend: str,
     kept: Tensor | None = None,
+    softcap: float | None = None,
 ) -> RowResults:
     """Results [N] of hidden states [N, D]. For ids outside the head logp is meaningless.
 
     ``kept`` [N, V] receives the logits if it is given; the results are bitwise the same with and without it.
     """
-    if (fused_kernel := _fused_kernel(hidden, weight, backend)) is not None:
+    if softcap is None and (fused_kernel := _fused_kernel(hidden, weight, backend)) is not None:
         return fused_kernel(hidden, weight, bias, ids.clamp(0, len(weight) - 1), temperature, with_entropy)
     kernels = _backends.rows(backend)
     tiles = Tiles(hidden, weight, bias, FORWARD_ELEMENTS[_kind(hidden)])
@@ -132,6 +138,7 @@ def head_log_probs(
         parts = []
         for columns in tiles.column_spans():
             z = tiles.logits(tokens, columns, None if kept is None else kept[tokens, columns])
+            z = z if softcap is None else cap(z.to(result_dtype(z)), softcap)
             inside = (ids[tokens] - columns.start).clamp(0, z.shape[1] - 1)
             parts.append(first_model(kernels.token_log_probs([z], inside, None, [temperature], with_entropy)))
         last = -(-len(weight) // tiles.columns) - 1
@@ -149,6 +156,7 @@ def head_gradients(
     wanted: Sequence[bool],
     backend: str,
     kept: Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of (hidden, weight, bias) where ``wanted``. Ids may lie outside the head.
 
@@ -156,7 +164,7 @@ def head_gradients(
     """
     kernels = _backends.rows(backend)
     elements = BACKWARD_ELEMENTS[_kind(hidden)]
-    if can_keep(hidden, weight, backend):
+    if can_keep(hidden, weight, backend, softcap):
         elements = len(hidden) * len(weight)
         if kept is None:
             kept = _again(hidden, weight, bias)
@@ -171,7 +179,7 @@ def head_gradients(
         for tokens in tiles.token_spans():
             z = tiles.logits(tokens, columns) if kept is None else kept
             of_tokens = RowGradient(*(None if c is None else c[tokens] for c in gradient))
-            kernels.logits_gradient(z, ids[tokens] - columns.start, None, of_tokens, temperature, z, partial=True)
+            _to_gradient(kernels, z, ids[tokens] - columns.start, of_tokens, temperature, softcap, partial=True)
             if grad_hidden is not None:
                 grad_hidden.add(z, weight[columns], tokens)
             if part is not None:
@@ -205,6 +213,7 @@ def loss_gradients(
     grad_of: Callable[[Tensor, slice], Tensor],
     wanted: Sequence[bool],
     backend: str,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """(logp, gradients of hidden, weight, bias): both from one product, where a token's gradient follows from its logp.
 
@@ -220,12 +229,14 @@ def loss_gradients(
     parts = []
     for tokens in tiles.token_spans():
         z = tiles.logits(tokens, columns)
-        logp, lse, _ = first_model(kernels.token_log_probs([z], ids[tokens], None, [temperature], False))
+        seen = z if softcap is None else cap(z.to(result_dtype(z), copy=True), softcap)
+        logp, lse, _ = first_model(kernels.token_log_probs([seen], ids[tokens], None, [temperature], False))
+        del seen
         parts.append(logp)
         if not any(wanted):
             continue
         gradient = RowGradient(lse, None, grad_of(logp, tokens), None)
-        kernels.logits_gradient(z, ids[tokens], None, gradient, temperature, z)
+        _to_gradient(kernels, z, ids[tokens], gradient, temperature, softcap)
         if grad_hidden is not None:
             grad_hidden.add(z, weight, tokens)
         if grad_weight is not None:
@@ -235,6 +246,25 @@ def loss_gradients(
     del tiles, z  # before the sums are rounded, which takes memory too
     totals = [None if each is None else each.total.to(hidden.dtype) for each in (grad_hidden, grad_weight)]
     return torch.cat(parts), *totals, None if grad_bias is None else grad_bias.to(bias.dtype)
+
+
+def _to_gradient(
+    kernels: RowKernels,
+    z: Tensor,
+    ids: Tensor,
+    gradient: RowGradient,
+    temperature: float,
+    softcap: float | None,
+    partial: bool = False,
+) -> None:
+    """Logits become their own gradient."""
+    if softcap is None:
+        kernels.logits_gradient(z, ids, None, gradient, temperature, z, partial=partial)
+        return
+    values = cap(z.to(result_dtype(z)), softcap)
+    of_cap = slope(values, softcap)
+    kernels.logits_gradient(values, ids, None, gradient, temperature, values, partial=partial)
+    z.copy_(through_cap(values, of_cap))
 
 
 def _fused_kernel(hidden: Tensor, weight: Tensor, backend: str) -> Callable | None:

@@ -1,10 +1,11 @@
 """Log-probabilities straight from hidden states: the logits of all tokens never exist at once.
 
-z = (hidden @ weight.T + bias) / temperature, then as in log_probs. Kernels go by the tiles of _tiled_head. In the
+z = cap(hidden @ weight.T + bias) / temperature, then as in log_probs. Kernels go by the tiles of _tiled_head. In the
 reference tokens go through in chunks; backward computes the logits of a chunk again instead of keeping them, so memory
 is one chunk of float32 logits, the head in float32 and its gradient.
 """
 
+import math
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -18,6 +19,7 @@ from prime_kernels._backends import RowGradient, RowResults
 from prime_kernels._segment_math import result_dtype
 from prime_kernels.ops import _tiled_head as tiles
 from prime_kernels.ops import log_probs as rows
+from prime_kernels.ops._softcap import capped, check_softcap
 from prime_kernels.ops.log_ratios import LogRatios
 
 # Logits alive at once: 2^24 float32 values are 64 MiB, enough rows for a product to run at full speed.
@@ -25,11 +27,21 @@ CHUNK_ELEMENTS = 2**24
 
 
 class Head(NamedTuple):
-    """A model's last hidden states [..., D] with its output layer: weight [V, D] and bias [V] or None."""
+    """A model's last hidden states [..., D] with its output layer: weight [V, D] and bias [V] or None.
+
+    Its logits are cap(scale * (hidden @ weight.T + bias)), cap(x) = softcap * tanh(x / softcap), or x for None.
+    """
 
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+def as_product(head: Head, temperature: float) -> tuple[float, float | None]:
+    """(temperature, softcap) of the bare product, whose logits over the temperature are those of the head."""
+    return temperature / head.scale, None if head.softcap is None else head.softcap / head.scale
 
 
 def reference(head: Head, ids: Tensor, mask: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
@@ -38,11 +50,13 @@ def reference(head: Head, ids: Tensor, mask: Tensor | None, temperature: float) 
     Products are float32 even for bfloat16 inputs: logits rounded to 16 bits would drown the ratio of two close models.
     """
     dtype = result_dtype(head.hidden)
+    temperature, softcap = as_product(head, temperature)
     # Converted once, outside the chunks, so that the gradient of the head is also summed in this dtype.
     weight, bias = head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)
 
     def chunk_log_probs(hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        return rows.reference(torch.nn.functional.linear(hidden.to(dtype), weight, bias), ids, None, temperature)
+        logits = capped(torch.nn.functional.linear(hidden.to(dtype), weight, bias), softcap)
+        return rows.reference(logits, ids, None, temperature)
 
     hidden, flat_ids, valid = compact(head.hidden, ids, mask)
     size = max(1, CHUNK_ELEMENTS // weight.shape[0])
@@ -65,20 +79,23 @@ class _Tiled(torch.autograd.Function):
         bias: Tensor | None,
         ids: Tensor,
         temperature: float,
+        softcap: float | None,
         with_entropy: bool,
         backend: str,
         group: dist.ProcessGroup | None,
         with_gradient: bool,
     ) -> tuple[Tensor, Tensor | None]:
         first = 0 if group is None else dist.get_rank(group) * len(weight)
-        keeps = with_gradient and any(ctx.needs_input_grad) and tiles.can_keep(hidden, weight, backend)
+        keeps = with_gradient and any(ctx.needs_input_grad) and tiles.can_keep(hidden, weight, backend, softcap)
         kept = tiles.all_logits(hidden, weight) if keeps else None
-        results = tiles.head_log_probs(hidden, weight, bias, ids - first, temperature, with_entropy, backend, kept)
+        arguments = (ids - first, temperature, with_entropy, backend, kept, softcap)
+        results = tiles.head_log_probs(hidden, weight, bias, *arguments)
         if group is not None:
             results = _join_shares(results, ids // len(weight), group)
         logp, lse, entropy = results
         ctx.save_for_backward(hidden, weight, bias, ids, lse, entropy, kept)
-        ctx.temperature, ctx.backend, ctx.group, ctx.first, ctx.spent = temperature, backend, group, first, False
+        ctx.temperature, ctx.softcap, ctx.backend = temperature, softcap, backend
+        ctx.group, ctx.first, ctx.spent = group, first, False
         ctx.set_materialize_grads(False)
         return logp, entropy
 
@@ -87,18 +104,18 @@ class _Tiled(torch.autograd.Function):
     def backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, ids, lse, entropy, kept = ctx.saved_tensors
         if grad_logp is None and grad_entropy is None:
-            return (None,) * 9
+            return (None,) * 10
         # The first pass overwrites the logits that were kept, out of autograd's sight; another makes them again.
         kept, ctx.spent = None if kept is None or ctx.spent else kept.data, True
         upstream = [None if grad is None else grad.contiguous() for grad in (grad_logp, grad_entropy)]
         gradient = RowGradient(lse, None if grad_entropy is None else entropy, *upstream)
         arguments = (ids - ctx.first, ctx.temperature, gradient, ctx.needs_input_grad[:3], ctx.backend, kept)
-        gradients = tiles.head_gradients(hidden, weight, bias, *arguments)
+        gradients = tiles.head_gradients(hidden, weight, bias, *arguments, softcap=ctx.softcap)
         if ctx.group is not None and gradients[0] is not None:
             total = gradients[0].float()
             dist.all_reduce(total, group=ctx.group)
             gradients = (total.to(hidden.dtype), *gradients[1:])
-        return *gradients, None, None, None, None, None, None
+        return *gradients, None, None, None, None, None, None, None
 
 
 def _join_shares(results: RowResults, owner: Tensor, group: dist.ProcessGroup) -> RowResults:
@@ -124,7 +141,7 @@ def run(
     hidden, flat_ids, valid = compact(head.hidden, ids, mask)
     if not len(hidden):
         return reference(head, ids, mask, temperature)
-    arguments = (flat_ids, temperature, with_entropy, backend, group, torch.is_grad_enabled())
+    arguments = (flat_ids, *as_product(head, temperature), with_entropy, backend, group, torch.is_grad_enabled())
     columns = _Tiled.apply(hidden, head.weight, head.bias, *arguments)
     return tuple(None if column is None else spread(column, valid, ids.shape) for column in columns)
 
@@ -162,6 +179,8 @@ def check_head(head: Head, ids: Tensor, mask: Tensor | None, prefix: str, shares
         _checks.tensor(bias, head.bias, (head.hidden.dtype,), ndim=1)
         _checks.shape(bias, head.bias, (vocabulary,), f"[V] with the V of {weight}")
         _checks.device(bias, head.bias, head.hidden, hidden)
+    _checks.number(f"{prefix}scale", head.scale, 0.0, math.inf, above_low=True)
+    check_softcap(f"{prefix}softcap", head.softcap)
     return rows.check_arguments(head.hidden, ids, mask, name=hidden, vocabulary=vocabulary * shares)
 
 
@@ -174,6 +193,7 @@ def linear_log_probs(
     bias: Tensor | None = ...,
     mask: Tensor | None = ...,
     temperature: float = ...,
+    softcap: float | None = ...,
     with_entropy: Literal[False] = ...,
     process_group: dist.ProcessGroup | None = ...,
     backend: str | None = ...,
@@ -189,6 +209,7 @@ def linear_log_probs(
     bias: Tensor | None = ...,
     mask: Tensor | None = ...,
     temperature: float = ...,
+    softcap: float | None = ...,
     with_entropy: Literal[True],
     process_group: dist.ProcessGroup | None = ...,
     backend: str | None = ...,
@@ -204,6 +225,7 @@ def linear_log_probs(
     bias: Tensor | None = ...,
     mask: Tensor | None = ...,
     temperature: float = ...,
+    softcap: float | None = ...,
     with_entropy: bool,
     process_group: dist.ProcessGroup | None = ...,
     backend: str | None = ...,
@@ -218,6 +240,7 @@ def linear_log_probs(
     bias: Tensor | None = None,
     mask: Tensor | None = None,
     temperature: float = 1.0,
+    softcap: float | None = None,
     with_entropy: bool = False,
     process_group: dist.ProcessGroup | None = None,
     backend: str | None = None,
@@ -238,10 +261,13 @@ def linear_log_probs(
         mask: [...], bool, or None for all. Where False the results are exactly 0, nothing is read and nothing is
             computed. "eager" waits for the device once to count valid tokens.
         temperature: above 0, divides the logits.
+        softcap: above 0, caps the logits before the temperature as in :func:`prime_kernels.log_probs`, a tile at a
+            time in float32; None for no cap.
         with_entropy: also return the entropy, in nats.
         process_group: the processes that share the head, each with V / size rows of it in the order of their ranks
-            (``weight`` and ``bias`` are this process's; pad with a bias of -inf). Every process passes the same tokens
-            and gets the same results and the same gradient of ``hidden``; that of ``weight`` is its own.
+            (``weight`` and ``bias`` are this process's; pad with a bias of -inf, which ``softcap`` makes -softcap).
+            Every process passes the same tokens and gets the same results and the same gradient of ``hidden``; that of
+            ``weight`` is its own.
         backend: see :mod:`prime_kernels`.
 
     Returns:
@@ -256,11 +282,11 @@ def linear_log_probs(
     Source: arXiv 2502.01456, section 2; logits by chunks as in arXiv 2411.09009.
     """
     if torch.compiler.is_compiling() and process_group is None:
-        arguments = (hidden, weight, ids, bias, mask, temperature, with_entropy, backend)
+        arguments = (hidden, weight, ids, bias, mask, temperature, softcap, with_entropy, backend)
         logp, _, entropy = torch.ops.prime_kernels.linear_log_probs(*arguments)
         return (logp, entropy) if with_entropy else logp
     head, ids, temperature, chosen = check(
-        hidden, weight, ids, bias, mask, temperature, with_entropy, backend, process_group
+        hidden, weight, ids, bias, mask, temperature, softcap, with_entropy, backend, process_group
     )
     logp, entropy = run(head, ids, mask, temperature, with_entropy, chosen, process_group)
     return (logp, entropy) if with_entropy else logp
@@ -273,12 +299,13 @@ def check(
     bias: Tensor | None,
     mask: Tensor | None,
     temperature: float,
+    softcap: float | None,
     with_entropy: bool,
     backend: str | None,
     process_group: dist.ProcessGroup | None = None,
 ) -> tuple[Head, Tensor, float, str]:
     """(head, ids, temperature, backend) of arguments that have passed every check."""
-    head = Head(hidden, whole(weight), whole(bias))
+    head = Head(hidden, whole(weight), whole(bias), softcap=softcap)
     shares = 1 if process_group is None else dist.get_world_size(process_group)
     ids = check_head(head, ids, mask, "", shares)
     temperature = rows.check_temperature("temperature", temperature)
@@ -343,12 +370,15 @@ def linear_log_ratios(
     if torch.compiler.is_compiling():
 
         def logp(name: str, temperature: float) -> Tensor:
+            of = heads[name]
+            temperature, softcap = as_product(of, temperature)
             return linear_log_probs(
-                *heads[name][:2], ids, bias=heads[name].bias, mask=mask, temperature=temperature, backend=backend
-            )
+                of.hidden, of.weight, ids, bias=of.bias, mask=mask, temperature=temperature, softcap=softcap,
+                backend=backend,
+            )  # fmt: skip
 
     else:
-        heads = {name: Head(head.hidden, whole(head.weight), whole(head.bias)) for name, head in heads.items()}
+        heads = {name: head._replace(weight=whole(head.weight), bias=whole(head.bias)) for name, head in heads.items()}
         checked = {name: check_head(head, ids, mask, f"{name}.") for name, head in heads.items()}
         policy_temperature = rows.check_temperature("policy_temperature", policy_temperature)
 

@@ -33,6 +33,7 @@ class _Fused(torch.autograd.Function):
         bias: Tensor | None,
         ids: Tensor,
         temperature: float,
+        softcap: float | None,
         loss_of: LossOf,
         backend: str,
     ) -> tuple[Tensor, ...]:
@@ -42,7 +43,7 @@ class _Fused(torch.autograd.Function):
                 return torch.autograd.grad(loss_of(leaf, tokens)[0], leaf)[0]
 
         logp, *gradients = tiles.loss_gradients(
-            hidden, weight, bias, ids, temperature, grad_of, ctx.needs_input_grad[:3], backend
+            hidden, weight, bias, ids, temperature, grad_of, ctx.needs_input_grad[:3], backend, softcap
         )
         ctx.save_for_backward(*gradients)
         loss, *statistics = loss_of(logp, slice(0, len(logp)))
@@ -56,7 +57,7 @@ class _Fused(torch.autograd.Function):
         # On a GPU looking at the factor would wait for it.
         if grad.device.type != "cpu" or grad != 1.0:
             gradients = [None if each is None else each * grad.to(each.dtype) for each in gradients]
-        return *gradients, None, None, None, None
+        return *gradients, None, None, None, None, None
 
 
 def _fused_loss(
@@ -78,9 +79,10 @@ def _fused_loss(
         return loss_of(logp, *(None if column is None else column[tokens] for column in flat))
 
     if backend == "eager" or not len(hidden):
-        logp, _ = linear.reference(linear.Head(hidden, head.weight, head.bias), flat_ids, None, temperature)
+        logp, _ = linear.reference(head._replace(hidden=hidden), flat_ids, None, temperature)
         return of_span(logp, slice(0, len(logp)))
-    return _Fused.apply(hidden, head.weight, head.bias, flat_ids, temperature, of_span, backend)
+    product = linear.as_product(head, temperature)
+    return _Fused.apply(hidden, head.weight, head.bias, flat_ids, *product, of_span, backend)
 
 
 def _count(ids: Tensor, mask: Tensor | None) -> Tensor:
@@ -102,6 +104,7 @@ def linear_nll(
     mask: Tensor | None = None,
     weights: Tensor | None = None,
     temperature: float = 1.0,
+    softcap: float | None = None,
     denominator: Tensor | float | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -118,6 +121,7 @@ def linear_nll(
         mask: [...], bool, or None for all: the tokens that count.
         weights: [...], floating point, or None for 1: factors of the token losses. Constants.
         temperature: above 0, divides the logits.
+        softcap: above 0 or None, as in :func:`prime_kernels.linear_log_probs`.
         denominator: what to divide by: a number or a tensor of one element above 0. Give the token count of the whole
             batch so that micro-batch losses add up. None: the valid tokens given here.
         backend: see :mod:`prime_kernels`.
@@ -132,10 +136,10 @@ def linear_nll(
     """
     if torch.compiler.is_compiling():
         logp = linear.linear_log_probs(
-            hidden, weight, ids, bias=bias, mask=mask, temperature=temperature, backend=backend
+            hidden, weight, ids, bias=bias, mask=mask, temperature=temperature, softcap=softcap, backend=backend
         )
         return _nll(logp, weights, _count(ids, mask) if denominator is None else denominator)
-    head, ids, temperature, _ = linear.check(hidden, weight, ids, bias, mask, temperature, False, None)
+    head, ids, temperature, _ = linear.check(hidden, weight, ids, bias, mask, temperature, softcap, False, None)
     weights = None if weights is None else _column("weights", weights, ids)
     denominator = _count(ids, mask) if denominator is None else check_denominator(denominator, ids, "ids")
     chosen = _dispatch.resolve("linear_nll", hidden, backend)
@@ -162,6 +166,7 @@ def linear_ppo_loss(
     mask: Tensor | None = None,
     weights: Tensor | None = None,
     temperature: float = 1.0,
+    softcap: float | None = None,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     denominator: Tensor | float | None = None,
@@ -183,6 +188,7 @@ def linear_ppo_loss(
         mask: [...], bool, or None for all: the tokens that count.
         weights: [...] or None.
         temperature: above 0, divides the logits.
+        softcap: above 0 or None, as in :func:`prime_kernels.linear_log_probs`.
         clip_low: in [0, 1].
         clip_high: at least 0.
         denominator: a number or a tensor of one element above 0, or None for the valid tokens given here.
@@ -199,11 +205,11 @@ def linear_ppo_loss(
     clip = {"clip_low": clip_low, "clip_high": clip_high}
     if torch.compiler.is_compiling():
         logp = linear.linear_log_probs(
-            hidden, weight, ids, bias=bias, mask=mask, temperature=temperature, backend=backend
+            hidden, weight, ids, bias=bias, mask=mask, temperature=temperature, softcap=softcap, backend=backend
         )
         old_logp = logp if old_logp is None else old_logp
         return ppo_loss(logp, old_logp, advantages, mask=mask, weights=weights, denominator=denominator, **clip)
-    head, ids, temperature, _ = linear.check(hidden, weight, ids, bias, mask, temperature, False, None)
+    head, ids, temperature, _ = linear.check(hidden, weight, ids, bias, mask, temperature, softcap, False, None)
     columns = [
         None if value is None and name != "advantages" else _column(name, value, ids)
         for name, value in (("old_logp", old_logp), ("advantages", advantages), ("weights", weights))

@@ -1,6 +1,7 @@
 """Log-probability of given tokens under a softmax over logits, and its entropy.
 
-With z = logits / temperature and log p = z - logsumexp(z), per row:
+With z = cap(logits) / temperature, cap(x) = softcap * tanh(x / softcap) or x without one, and
+log p = z - logsumexp(z), per row:
     logp = log p[id],    entropy = -sum_v p_v log p_v    (terms with p_v = 0 are 0)
     d logp / d z_v    = 1[v = id] - p_v
     d entropy / d z_v = -p_v (log p_v + entropy)
@@ -17,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from prime_kernels import _backends, _checks, _dispatch
 from prime_kernels._backends import RowGradient, RowResults
 from prime_kernels._segment_math import result_dtype
+from prime_kernels.ops._softcap import capped, check_softcap
 
 
 def reference(logits: Tensor, ids: Tensor, mask: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
@@ -200,6 +202,7 @@ def log_probs(
     *,
     mask: Tensor | None = ...,
     temperature: float = ...,
+    softcap: float | None = ...,
     with_entropy: Literal[False] = ...,
     inplace_backward: bool = ...,
     backend: str | None = ...,
@@ -213,6 +216,7 @@ def log_probs(
     *,
     mask: Tensor | None = ...,
     temperature: float = ...,
+    softcap: float | None = ...,
     with_entropy: Literal[True],
     inplace_backward: bool = ...,
     backend: str | None = ...,
@@ -226,6 +230,7 @@ def log_probs(
     *,
     mask: Tensor | None = ...,
     temperature: float = ...,
+    softcap: float | None = ...,
     with_entropy: bool,
     inplace_backward: bool = ...,
     backend: str | None = ...,
@@ -238,15 +243,17 @@ def log_probs(
     *,
     mask: Tensor | None = None,
     temperature: float = 1.0,
+    softcap: float | None = None,
     with_entropy: bool = False,
     inplace_backward: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of each token, and optionally the entropy of its distribution, in nats.
 
-    logp = z[id] - logsumexp(z) and entropy = -sum p log p, with z = logits / temperature. Differentiable in ``logits``,
-    which are not changed. A logit of -inf is a token of probability 0, also in the gradient. A row of nothing but -inf
-    is no distribution: its results are NaN.
+    logp = z[id] - logsumexp(z) and entropy = -sum p log p, with z = logits / temperature, or
+    z = softcap * tanh(logits / softcap) / temperature. Differentiable in ``logits``, which are not changed. A logit of
+    -inf is a token of probability 0, also in the gradient. A row of nothing but -inf is no distribution: its results
+    are NaN.
 
     Args:
         logits: [..., V], any strides; float32, bfloat16 or float16 (float64 on "eager"). Computed in float32.
@@ -255,10 +262,12 @@ def log_probs(
         mask: [...], bool, or None for all. Where False, the results are exactly 0 and the gradient is 0; neither the
             logits nor the label matter there.
         temperature: above 0.
+        softcap: above 0, caps the logits before the temperature; None for no cap. Capped logits are a float32 copy,
+            and a logit of -inf is -softcap.
         with_entropy: also return the entropy.
         inplace_backward: let backward write the gradient over the storage of ``logits``, which saves their size in
             memory. The logits are lost then: a second backward (retain_graph) raises RuntimeError. Of no effect inside
-            torch.compile.
+            torch.compile and with ``softcap``.
         backend: see :mod:`prime_kernels`.
 
     Returns:
@@ -273,6 +282,7 @@ def log_probs(
     Source: the token log-probabilities of arXiv 2502.01456, section 2.
     """
     if torch.compiler.is_compiling():
+        logits = capped(logits, check_softcap("softcap", softcap), mask)
         # One node of the graph, which checks its arguments and chooses its backend when it runs. Memory is the
         # compiler's to plan, so the gradient has its own.
         arguments = (logits, ids, mask, temperature, with_entropy, backend)
@@ -287,6 +297,9 @@ def log_probs(
                 f"inplace_backward: expected logits with a last stride of 1 and no expanded dimension, "
                 f"got strides {list(logits.stride())}"
             )
+    softcap = check_softcap("softcap", softcap)
+    if softcap is not None:
+        logits, inplace_backward = capped(logits, softcap), False
     logp, entropy = run(
         logits, ids, mask, temperature, with_entropy=with_entropy, inplace_backward=inplace_backward, backend=chosen
     )

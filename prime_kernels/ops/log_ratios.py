@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 from prime_kernels import _checks, _dispatch
 from prime_kernels._backends import RowGradient
 from prime_kernels.ops import log_probs as rows
+from prime_kernels.ops._softcap import capped, check_softcap
 
 # The order of the models wherever they come as a list.
 PRM, REF, POLICY = 0, 1, 2
@@ -98,6 +99,7 @@ def log_ratios(
     policy_logits: Tensor | None = None,
     mask: Tensor | None = None,
     policy_temperature: float = 1.0,
+    softcap: float | None = None,
     backend: str | None = None,
 ) -> LogRatios:
     """Log-ratio of two models on the same tokens, with the log-probabilities of up to three models.
@@ -112,6 +114,7 @@ def log_ratios(
         policy_logits: [..., V] as well, or None.
         mask: [...], bool, or None for all. Where False every result is exactly 0 and nothing is read.
         policy_temperature: above 0, divides the logits of the policy alone.
+        softcap: above 0, caps the logits of all models as in :func:`prime_kernels.log_probs`; None for no cap.
         backend: see :mod:`prime_kernels`.
 
     Returns:
@@ -125,7 +128,10 @@ def log_ratios(
 
     Source: arXiv 2412.01981 (the implicit reward) and arXiv 2502.01456, section 2.
     """
+    softcap = check_softcap("softcap", softcap)
     if torch.compiler.is_compiling():
+        prm_logits, ref_logits = capped(prm_logits, softcap, mask), capped(ref_logits, softcap, mask)
+        policy_logits = None if policy_logits is None else capped(policy_logits, softcap, mask)
         # One node of the graph, which checks its arguments and chooses its backend when it runs.
         arguments = (prm_logits, ref_logits, ids, policy_logits, mask, policy_temperature, backend)
         prm_logp, ref_logp, policy_logp, *_ = torch.ops.prime_kernels.log_ratios(*arguments)
@@ -135,6 +141,7 @@ def log_ratios(
         prm_logits, ref_logits, ids, policy_logits, mask, policy_temperature, backend
     )
     models[REF] = models[REF].detach()
+    models = [capped(z, softcap) for z in models]
     if chosen == "eager":
         logp = reference(models, ids, mask, temperatures)
     else:
