@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
@@ -273,6 +273,10 @@ class TrainPRMConfig(Section):
     """Log-probs of the reference, kept between runs; keyed by model, data and tokenizer, so never stale."""
 
 
+Compat = Literal["eurus-card"]
+Splitter = Literal["blank_line", "line", "numbered", "action", "none"]
+
+
 class ScoreConfig(Section):
     """`prime-trainer score`: rewards of responses; `model` is the PRM."""
 
@@ -282,10 +286,10 @@ class ScoreConfig(Section):
     """The model that the PRM was trained from (its directory)."""
     beta: float | None = Field(default=None, gt=0)
     """Without it 0.05, or the card's 0.001 with `compat`."""
-    splitter: Literal["blank_line", "line", "numbered", "action", "none"] = "blank_line"
+    splitter: Splitter = "blank_line"
     """Where steps of a response begin: after a blank line, on every line, at "Step n:", at [ACTION], nowhere. Rows with
     `steps` have their own."""
-    compat: Literal["eurus-card"] | None = None
+    compat: Compat | None = None
     """`eurus-card`: number for number what the EurusPRM card's snippet gives, its index arithmetic included."""
     max_length: PositiveInt = 8192
     too_long: Literal["error", "skip"] = "error"
@@ -366,15 +370,15 @@ class EvalConfig(Section):
     batch_size: PositiveInt = 128
 
 
-Benchmarks = Literal["aime24", "math500", "amc", "minerva", "olympiad", "humaneval", "mbpp"]
+BenchmarkName = Literal["aime24", "math500", "amc", "minerva", "olympiad", "humaneval", "mbpp"]
 
 
 class BenchConfig(Section):
     data: Path | None = None
     """A folder with the benchmarks' files; `generate` and `eval` then work on the benchmarks."""
-    paths: dict[Benchmarks, Path] = Field(default_factory=dict)
+    paths: dict[BenchmarkName, Path] = Field(default_factory=dict)
     """Where single benchmarks are: a file, or a folder of a Hugging Face dataset."""
-    tasks: tuple[Benchmarks, ...] = ("aime24", "math500", "amc", "minerva", "olympiad", "humaneval", "mbpp")
+    tasks: tuple[BenchmarkName, ...] = get_args(BenchmarkName)
     limit: int = Field(default=0, ge=0)
     """The first items of each benchmark alone; 0 is all."""
     greedy: bool = True

@@ -17,7 +17,7 @@ from ..verify import confinement_for
 from ..verify.answers import CallTests, MathAnswer, ProgramTests, StdioTests
 from . import chat
 from .problems import Problem, messages_for
-from .readers import read_rows
+from .readers import Kind, kind_of, read_rows
 
 _DEFAULT_TEMPLATE = TaskConfig.model_fields["template"].default
 
@@ -29,9 +29,9 @@ class FileTask:
         if cfg.path is None:
             raise ValueError(f"task.path is required when task.kind = {cfg.kind!r}")
         self.name = cfg.path.stem
-        rows = _read_problems(cfg.path, cfg.kind, cfg, "task.path")
+        rows = _read_problems(cfg.path, "parquet" if cfg.kind == "parquet" else "jsonl", cfg, "task.path")
         if cfg.eval_path is not None:
-            kind = "parquet" if cfg.eval_path.suffix == ".parquet" else "jsonl"
+            kind: Kind = "parquet" if kind_of(cfg.eval_path) == "parquet" else "jsonl"
             self._held_out = _read_problems(cfg.eval_path, kind, cfg, "task.eval_path")[: cfg.eval_size]
         else:
             self._held_out, rows = rows[: cfg.eval_size], rows[cfg.eval_size :]
@@ -61,7 +61,7 @@ def _shuffled(count: int, seed: int, epoch: int) -> list[int]:
     return order
 
 
-def _read_problems(path: Path, kind: str, cfg: TaskConfig, option: str) -> list[Problem]:
+def _read_problems(path: Path, kind: Kind, cfg: TaskConfig, option: str) -> list[Problem]:
     if not path.is_file():
         raise ValueError(f"{option}: no such file: {path}")
     problems: list[Problem] = []

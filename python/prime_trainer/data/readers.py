@@ -5,23 +5,32 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..run.jsonl import jsonl_rows
 
+Kind = Literal["parquet", "jsonl", "json"]
+KINDS: dict[str, Kind] = {".parquet": "parquet", ".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".json": "json"}
+"""By the end of a file's name."""
 
-def read_rows(path: Path, key: str, kind: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+
+def kind_of(path: Path) -> Kind | None:
+    """What the name of a file says that it holds, None where it says nothing."""
+    return next((kind for suffix, kind in KINDS.items() if path.name.endswith(suffix)), None)
+
+
+def read_rows(path: Path, key: str, kind: Kind | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields ("line 3" or "row 3", row) of a JSONL file (gzipped if its name says so), a JSON list or a parquet file.
 
-    `kind` is "jsonl", "json" or "parquet"; None takes what the name says. Raises FileNotFoundError for a missing file
+    `kind` None takes what the name says, JSONL where it says nothing. Raises FileNotFoundError for a missing file
     and ValueError, naming file and line, for what is no row; `key` is the setting that named the file.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{key}: no such file: {path}")
-    kind = kind or {".parquet": "parquet", ".json": "json"}.get(path.suffix, "jsonl")
+    kind = kind or kind_of(path) or "jsonl"
     if kind == "jsonl":
         return jsonl_rows(path)
-    return {"parquet": parquet_rows, "json": json_rows}[kind](path, key)
+    return parquet_rows(path, key) if kind == "parquet" else json_rows(path, key)
 
 
 def json_rows(path: Path, key: str) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -12,6 +12,7 @@ import dataclasses
 
 import torch
 
+from ..config.sections import Splitter
 from ..models.protocols import Tokenizer
 from ..train.batch import Micro
 from .items import Item, StepResponse
@@ -20,7 +21,7 @@ from .steps import split
 CARD_BETA = 0.001
 
 
-def encode_card(tokenizer: Tokenizer, item: Item, splitter: str) -> tuple[list[int], StepResponse]:
+def encode_card(tokenizer: Tokenizer, item: Item, splitter: Splitter) -> tuple[list[int], StepResponse]:
     """(ids before the first reward, the rest with its steps): a token's reward counts from index `last[0]` on."""
     given = item.row.get("steps") if item.parts is not None else None
     steps = list(given) if given is not None else [part.strip() for part in split(item.response, splitter)]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import prime_kernels as pk
 
+from ..config.sections import Compat, Splitter
 from ..data.groups import check_length
 from ..models import forward, lm_head, tokenizers
 from ..models.protocols import CausalLM, Tokenizer
@@ -63,8 +64,8 @@ def score_steps(
     reference: CausalLM,
     tokenizer: Tokenizer,
     beta: float | None = None,
-    splitter: str = "blank_line",
-    compat: str | None = None,
+    splitter: Splitter = "blank_line",
+    compat: Compat | None = None,
     micro_batch_tokens: int = 4096,
     max_length: int | None = None,
 ) -> list[StepRewards]:
@@ -121,8 +122,8 @@ class StepScorer:
         tokenizer: Tokenizer,
         *,
         beta: float | None,
-        splitter: str,
-        compat: str | None,
+        splitter: Splitter,
+        compat: Compat | None,
         micro_batch_tokens: int,
         max_length: int | None,
     ) -> None:
