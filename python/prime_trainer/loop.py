@@ -39,7 +39,7 @@ from .verify import Verifier
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step leaves: its metrics, a few responses for the report, and the batch it trained on."""
+    """Metrics of a step, a few responses for the report, and the batch that it trained on."""
 
     metrics: dict[str, float]
     examples: list[dict[str, Any]]
@@ -82,7 +82,7 @@ class Run:
         self.step = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a run needs to go on bit for bit; with shards, every rank has its own."""
+        """Everything a run needs to resume bit for bit; with sharding, each rank has its shards."""
         return {
             "step": self.step,
             "config": self.cfg.model_dump_json(),
@@ -220,17 +220,17 @@ def _train(trainer: Run, metrics: Metrics, saver: checkpoint.Saver) -> None:
 
 
 def _metrics(cfg: RunConfig, step: int) -> MetricsWriter:
-    """The record of a run that goes on after `step`; at 0 it starts anew, evaluation included."""
+    """The record of a run at `step`; a run that resumes at 0 starts over, evaluation included."""
     if not cfg.resume:
         return MetricsWriter(cfg.output, resume_step=None)
     return MetricsWriter(cfg.output, resume_step=step if step > 0 else -1)
 
 
 def _can_save(trainer: Run, error: RunError) -> bool:
-    """Whether a run that ends with `error` leaves a checkpoint to go on from."""
+    """Whether a run that ends with `error` first saves its state."""
     if isinstance(error, checkpoint.CheckpointError):
         return False
     if isinstance(error, TooManySkipped):
         return trainer.step < trainer.cfg.steps  # one of the last step would resume into a finished run
-    # A checkpoint takes all ranks, and of several one may have failed alone, unless the error comes to all alike.
+    # Saving is collective, and one of several ranks may have failed alone; NothingPasses is raised on all.
     return trainer.ranks.size == 1 or isinstance(error, NothingPasses)

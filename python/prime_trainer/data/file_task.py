@@ -76,7 +76,7 @@ def _read_problems(path: Path, kind: Kind, cfg: TaskConfig, option: str) -> list
     if not problems:
         raise ValueError(f"{option}: {path} has no rows")
     if any(isinstance(problem.answer, ProgramTests) for problem in problems):
-        confinement_for(cfg)  # a machine that cannot run programs says so before anything is trained
+        confinement_for(cfg)  # fails before training on a machine that cannot run programs
     return problems
 
 
@@ -85,7 +85,7 @@ def _messages(row: dict[str, Any], cfg: TaskConfig) -> list[dict[str, str]]:
     messages = chat.prompt(prompt, "prompt")
     if isinstance(prompt, str):
         return messages_for(cfg, prompt)
-    # A chat is kept as it is, but what the configuration sets acts.
+    # A chat is kept, but the template and the system prompt of the configuration apply.
     if cfg.template != _DEFAULT_TEMPLATE:
         messages[-1]["content"] = cfg.template.replace("{question}", messages[-1]["content"])
     return chat.with_system(messages, cfg.system_prompt)

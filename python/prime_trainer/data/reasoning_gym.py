@@ -26,7 +26,7 @@ class ReasoningGymTask:
     """An unending stream of one reasoning-gym dataset, and a held-out set that is the same for every seed.
 
     reasoning-gym seeds item `i` of a dataset with `seed + i`, so neighbouring seeds share nearly all items. Here every
-    chunk of positions has a seed of its own, drawn by hashing.
+    chunk of positions has its own seed, derived by hashing.
     """
 
     def __init__(self, cfg: TaskConfig, seed: int) -> None:

@@ -1,9 +1,9 @@
-"""The arithmetic of the EurusPRM-Stage2 card's scoring snippet, for numbers that can be laid beside the card's.
+"""The arithmetic of the EurusPRM-Stage2 card's scoring snippet, to reproduce the card's numbers.
 
 It scores the rendered chat, assistant's turn included. Step k ends where a chat of its first k steps would, less two
-tokens, and prefixes are encoded anew; so steps start one token before the response's first and take the first tokens
+tokens, and each prefix is encoded again; so steps start one token before the response's first and take the first tokens
 of the next. Tokens equal to the pad token are masked out of the attention wherever they stand. We reproduce the
-indices and the mask; the exact boundaries are in data.py.
+indices and the mask; the exact boundaries are in items.py.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ def token_counts(parts: Sequence[str], spans: Sequence[tuple[int, int]]) -> list
 
 
 def without_empty(parts: Sequence[str], counts: Sequence[int]) -> tuple[list[str], list[int]]:
-    """Joins a part inside a token of another to its neighbour: it could have no reward of its own."""
+    """Joins parts without a token of their own to their neighbours: they would have no reward."""
     kept: list[tuple[str, int]] = []
     for part, count in zip(parts, counts, strict=True):
         if kept and (count == 0 or kept[-1][1] == 0):

@@ -80,7 +80,7 @@ class MetricsWriter:
 
 
 class NoMetrics:
-    """The record of a rank that keeps none."""
+    """For ranks that write no metrics."""
 
     def log(self, stage: Stage, step: int, values: Mapping[str, float]) -> None:
         pass

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a question the loop answers between two steps."""
+"""Turns Ctrl-C and SIGTERM into a flag that the loop checks between steps."""
 
 from __future__ import annotations
 

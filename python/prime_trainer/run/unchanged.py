@@ -1,4 +1,4 @@
-"""Whether what results depend on is what it was when they were begun."""
+"""Compares saved settings with the current ones."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def fit(
     """Takes `total` steps, those of `state` (from `checkpoint.begin`) already done.
 
     `backward(step)`, from 0, leaves the gradients of that step and returns its metrics, `loss` among them;
-    `evaluate(step)`, after the step, adds to them. Ctrl-C stops after the step at hand and leaves a checkpoint for
+    `evaluate(step)`, after the step, adds to them. Ctrl-C stops after the current step and leaves a checkpoint for
     `--resume`; so does TooManySkipped, when gradients have not been finite for as many steps as `skips` allows.
     """
     step = 0

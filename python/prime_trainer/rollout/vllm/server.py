@@ -101,10 +101,10 @@ def arguments(
 
 
 def environment(cfg: RolloutConfig, model: ModelConfig, token: str) -> dict[str, str]:
-    """What the server's environment needs beside ours."""
+    """Environment variables of the server, beside ours."""
     added = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", TOKEN_VARIABLE: token}
     if loading.device(model).type == "cpu" and cfg.vllm.tensor_parallel == 1:
-        # The engine's process runs the model itself, with all cores; a worker of its own would leave one core idle.
+        # The engine's process runs the model itself, on all cores; a separate worker would leave one core idle.
         added["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     if cfg.server.transfer == "ipc":
         added["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # handles of GPU memory travel pickled, behind the token
@@ -141,7 +141,7 @@ def is_here(host: str) -> bool:
 
 
 def without_launcher(env: Mapping[str, str]) -> dict[str, str]:
-    """Without what torchrun sets for its ranks: the server is none of them, and may have more than their one thread."""
+    """Without torchrun's variables: the server is no rank, and may use more threads than one."""
     if "WORLD_SIZE" not in env:
         return dict(env)
     names = {*ENVIRONMENT, "LOCAL_RANK", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS"}
@@ -194,7 +194,7 @@ def read_token(path: Path) -> str:
 
 
 class ServerProcess:
-    """A server of the run's own, in a process group of its own so that all of it can be ended."""
+    """A server that the run starts, in a separate process group so that all its processes can be ended."""
 
     def __init__(self, cfg: RolloutConfig, model: ModelConfig, directory: str, token: str, log: Path) -> None:
         self.log = log
@@ -215,7 +215,7 @@ class ServerProcess:
             )
 
     def death(self) -> str | None:
-        """Why the process ended, or None while it runs."""
+        """Why the process ended; None while it runs."""
         status = self._process.poll()
         if status is None:
             return None
