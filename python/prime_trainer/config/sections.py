@@ -53,7 +53,7 @@ class TaskConfig(Section):
     template: str = "{question}"
     """The user's message; `{question}` is replaced."""
     system_prompt: str | None = None
-    """`actions` is the action-centric prompt of the Eurus-2-SFT stage (config/action_prompt.py); any other text is used as it is."""
+    """`actions` is the action-centric prompt of the Eurus-2-SFT stage; any other text is used as it is."""
     eval_size: PositiveInt = 200
     verify_seconds: float = Field(default=5.0, gt=0)
     """Time limit of one answer; the worker that exceeds it is killed and the answer scores 0."""
@@ -91,7 +91,7 @@ class SFTConfig(Section):
     """JSONL or parquet chat data: `messages`, or `instruction` and `response`. Without it, worked solutions made for
     the task (`demonstrations`)."""
     system_prompt: str | None = None
-    """In place of the system message of every row of `path`; `actions` is the action-centric prompt (config/action_prompt.py)."""
+    """In place of the system message of every row of `path`; `actions` is the action-centric prompt."""
     pack: bool = False
     """Several examples in one row of at most 1024 tokens, each blind to the others; without it, a row each, like
     lengths together. The same numbers either way."""
