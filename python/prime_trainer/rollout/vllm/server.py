@@ -72,7 +72,7 @@ def serve(cfg: RolloutConfig, model: ModelConfig) -> None:
             f"serving {model.path} on http://{address[0]}:{address[1]}; token in {cfg.server.token_file}",
             flush=True,
         )
-        os.environ.update(environment(cfg, model, token))
+        os.environ.update(server_environment(cfg, model, token))
         engine.serve(arguments(cfg, model, directory, *address, dummy=False))
 
 
@@ -100,7 +100,7 @@ def arguments(
     return words
 
 
-def environment(cfg: RolloutConfig, model: ModelConfig, token: str) -> dict[str, str]:
+def server_environment(cfg: RolloutConfig, model: ModelConfig, token: str) -> dict[str, str]:
     """Environment variables of the server, beside ours."""
     added = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", TOKEN_VARIABLE: token}
     if loading.device(model).type == "cpu" and cfg.vllm.tensor_parallel == 1:
@@ -207,7 +207,7 @@ class ServerProcess:
         with log.open("w") as output:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "prime_trainer.rollout.vllm.server_main", str(os.getpid()), *words],
-                env=without_launcher(os.environ) | environment(cfg, model, token),
+                env=without_launcher(os.environ) | server_environment(cfg, model, token),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
