@@ -20,11 +20,16 @@ def load(toml: Path | None, overrides: list[str] | None = None) -> RunConfig:
     key, for words that are no option and for a file that is not TOML.
     """
     if toml is not None and not toml.is_file():
+        if toml.is_dir():
+            raise IsADirectoryError(f"config file expected, got a directory: {toml}")
         raise FileNotFoundError(f"config file not found: {toml}")
     words = _switches(list(overrides or []))
     known = set(keys())
-    for word in words:
-        key = word.removeprefix("--").partition("=")[0]
+    for at, word in enumerate(words):
+        key, equals, value = word.removeprefix("--").partition("=")
+        if word.startswith("--") and key.replace("-", "_") in known:  # --wait-lock is --wait_lock
+            words[at] = word = f"--{key.replace('-', '_')}{equals}{value}"
+            key = key.replace("-", "_")
         # argparse would answer a misspelt key with all two hundred lines of usage.
         if word.startswith("--") and key not in known and key.removeprefix("no-") not in known and key != "help":
             raise ValueError(f"unknown key --{key}{close_keys(key)}")
@@ -34,6 +39,10 @@ def load(toml: Path | None, overrides: list[str] | None = None) -> RunConfig:
         return RunConfig(**options)
     except SettingsError as error:
         raise ValueError(str(error).removeprefix("error parsing CLI: ")) from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{toml} is not UTF-8: {error.reason} at byte {error.start}") from None
+    except RecursionError:
+        raise ValueError(f"{toml} is nested too deeply") from None
     except ValueError as error:
         if type(error).__name__ != "TOMLDecodeError":
             raise

@@ -20,6 +20,7 @@ from ..config.run_config import RunConfig
 from ..data.readers import read_rows
 from ..report.markdown import grid
 from ..run.atomic_files import replace_file
+from ..run.output_lock import owns_output
 
 THRESHOLDS = 10_000
 NOTHING = -2
@@ -49,6 +50,7 @@ class Figures:
     unscored: int
 
 
+@owns_output
 def run(cfg: RunConfig) -> Path:
     """Writes `processbench.json` and `processbench.md` to `cfg.output`; returns the path of the table."""
     own = cfg.processbench

@@ -21,6 +21,7 @@ from ..data.readers import read_rows
 from ..report.markdown import grid
 from ..report.statistics import bootstrap_interval, majority, pass_at_k
 from ..run.atomic_files import replace_file
+from ..run.output_lock import owns_output
 from ..verify import Verifier, last_boxed
 from .items import items_of, outcome
 from .step_scorer import RESPONSE_REWARDS
@@ -52,6 +53,7 @@ class Result:
     problems: int
 
 
+@owns_output
 def run(cfg: RunConfig) -> Path:
     """Writes `select.json` and `select.md` to `cfg.output`; returns the path of the table."""
     own = cfg.select

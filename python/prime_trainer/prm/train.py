@@ -25,6 +25,7 @@ from ..models import forward, loading, meta, tokenizers
 from ..models.protocols import CausalLM
 from ..report.statistics import auc
 from ..run import checkpoint
+from ..run.output_lock import owns_output
 from ..run.seeds import derive_seed
 from ..train.batch import Batch, Micro
 from ..train.forward import log_probs
@@ -36,6 +37,7 @@ from .reference_cache import Reference
 from .training_data import outcome_groups, step_groups
 
 
+@owns_output
 def run(cfg: RunConfig) -> Path:
     """Trains `cfg.model` on `cfg.train_prm.path`; returns the directory of the saved PRM.
 
@@ -44,11 +46,13 @@ def run(cfg: RunConfig) -> Path:
     own = cfg.train_prm
     if own.path is None:
         raise ValueError("train_prm.path is required: the rows with labelled responses")
-    state = checkpoint.begin(cfg)
-    tokenizer = tokenizers.load_tokenizer(cfg.model)
     reference_model = cfg.model
     if own.reference is not None:
         reference_model = cfg.model.model_copy(update={"path": str(own.reference), "gguf_file": None})
+    models = loading.fingerprints({"model.path": cfg.model, "train_prm.reference": reference_model})
+    state = checkpoint.begin(cfg, models)
+    tokenizer = tokenizers.load_tokenizer(cfg.model)
+    if own.reference is not None:
         tokenizers.check_same_tokenizer(
             tokenizer, tokenizers.load_tokenizer(reference_model), ("model.path", "train_prm.reference")
         )
@@ -76,12 +80,12 @@ def run(cfg: RunConfig) -> Path:
         due = step == total or (own.eval_every and step % own.eval_every == 0)
         return _evaluate(model, evaluation, own, cfg.micro_batch_tokens) if due and evaluation else {}
 
+    final = cfg.output / "final"
     fit(
         cfg, cfg.checkpoint, "prm", state, trainable, total, backward,
         warmup=own.warmup, skips=skips, floor=0.1, evaluate=evaluate,
+        finish=lambda: loading.save(model, tokenizer, final), models=models,
     )  # fmt: skip
-    final = cfg.output / "final"
-    loading.save(model, tokenizer, final)
     return final
 
 

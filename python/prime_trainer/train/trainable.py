@@ -44,7 +44,7 @@ class Trainable:
                 "exp_avg": torch.zeros_like(master),
                 "exp_avg_sq": torch.zeros_like(master),
             }
-        self._skipped = 0
+        self._skipped, self.updates = 0, 0
         if not self.sharded:
             for param, master in zip(self.params, self.master, strict=True):
                 param.register_post_accumulate_grad_hook(_adder(master))
@@ -60,6 +60,7 @@ class Trainable:
         if math.isfinite(norm):
             for group in self.optimizer.param_groups:
                 group["lr"] = self.lr * lr_scale
+            self.updates += 1
             self.optimizer.step()
             self.publish()
         else:
