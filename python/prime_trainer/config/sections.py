@@ -35,8 +35,9 @@ class ModelConfig(Section):
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Compute dtype; master weights and optimizer states are float32 whatever this is."""
     device: str = "auto"
-    attention: Literal["sdpa", "flash_attention_2"] = "sdpa"
-    """`flash_attention_2`: one unpadded stream of tokens a pass, with flash-attn's varlen kernels (extra `cuda`)."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """`auto`: SDPA where the model has it, else eager (Gemma 2, GPT-OSS). `flash_attention_2`: one unpadded row of
+    sequences a pass, with flash-attn's varlen kernels (extra `cuda`)."""
     chat_template: Literal["model", "bare"] = "model"
     """`model`: the tokenizer's own template. `bare`: ChatML turns without a default system prompt (shorter prompts)."""
 
