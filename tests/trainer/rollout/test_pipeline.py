@@ -281,6 +281,7 @@ def test_a_resume_may_move_the_server(run_config, tmp_path, monkeypatch):
     from prime_trainer.run.checkpoint import begin, save
 
     cfg = run_config(rollout={"engine": "vllm-server", "server": {"port": 1234}})
+    cfg.output.mkdir()
     save(cfg.output, 1, {"step": 1, "config": cfg.model_dump_json()}, keep=1)
     moved = run_config(resume=True, rollout={"engine": "vllm-server", "server": {"port": 4321}})
     assert begin(moved)["step"] == 1
