@@ -18,7 +18,7 @@ from prime_trainer.data.problems import Problem
 from prime_trainer.evaluation import benchmarks
 from prime_trainer.report import markdown
 from prime_trainer.verify import Verifier
-from prime_trainer.verify.answer_scorers import plain
+from prime_trainer.verify.extract import plain
 
 MATH = [name for name, benchmark in benchmarks.BENCHMARKS.items() if benchmark.ability == "math"]
 CATEGORIES = ("itself", "rewritten", "plus one", "neighbour's")

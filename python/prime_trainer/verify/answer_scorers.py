@@ -9,6 +9,10 @@ from collections.abc import Callable
 from typing import Any, cast
 
 from .answers import GymAnswer, MathAnswer, ScoredAnswer
+from .mathematics.equality import Options, equal
+from .mathematics.formula import TooLarge, Unreadable
+from .mathematics.normalize import canonical, normalize
+from .mathematics.structure import read
 from .sandboxed.codec import decode
 
 Scorer = Callable[[ScoredAnswer, str], float]
@@ -67,34 +71,53 @@ def _unwrap(text: str) -> str:
 
 
 def _math_scorer() -> Callable[[MathAnswer, str], float]:
-    from math_verify import parse, verify
+    from math_verify import parse
 
     parse("\\boxed{1}", parsing_timeout=None)  # builds the grammar, which the first answer should not pay for
-
-    def score(answer: MathAnswer, text: str) -> float:
-        gold = answer.answer
-        if plain(gold) == plain(text):
-            return 1.0
-        based = _BASED.fullmatch(plain(gold)), _BASED.fullmatch(plain(text))
-        if based[0] and based[1]:  # math-verify leaves the base out
-            return float(based[0].groups() == based[1].groups())
-        numbers = _NUMBER.fullmatch(plain(gold)), _NUMBER.fullmatch(plain(text))
-        if answer.tolerance is not None and numbers[0] and numbers[1]:
-            # A hair more: 4.3 - 4.2 is 0.0999.. or 0.1000..1, as floats happen to be.
-            difference = abs(float(numbers[1][1]) - float(numbers[0][1]))
-            return float(difference <= answer.tolerance * (1 + 1e-9))
-        # No limits inside (they are signals, and C code ignores them): the trainer kills a worker that takes too long.
-        parsed = parse(f"\\boxed{{{text}}}", parsing_timeout=None, raise_on_error=True)
-        wanted = parse(f"\\boxed{{{gold}}}", parsing_timeout=None, raise_on_error=True)
-        return float(verify(wanted, parsed, timeout_seconds=None, raise_on_error=True))
-
-    return score
+    return lambda answer, text: float(right(answer, text))
 
 
-_BASED = re.compile(r"(\w+)_\{?(\d+)\}?")
-_NUMBER = re.compile(r"([-+]?\d*\.?\d+(?:e[-+]?\d+)?)\\?%?")
+def right(answer: MathAnswer, text: str) -> bool:
+    """Whether a text is the answer: by the rules of `mathematics.equality`, or else by math-verify."""
+    reference, given = normalize(answer.answer), normalize(text)
+    if canonical(reference) == canonical(given):
+        return True
+    if not given:
+        return False
+    options = Options(answer.tolerance, answer.interval_as_inequality)
+    try:
+        return equal(read(reference), read(given), options)
+    except TooLarge:
+        return False
+    except Unreadable:
+        return _by_math_verify(reference, given, answer.interval_as_inequality)
 
 
-def plain(latex: str) -> str:
-    """The text without what does not change its meaning: equal results are equal answers."""
-    return re.sub(r"\s+|\\[,;!:]|\\left|\\right|\$", "", latex).rstrip(".").replace("dfrac", "frac")
+def _by_math_verify(reference: str, given: str, interval_as_inequality: bool) -> bool:
+    """For what the grammar here does not know: integrals, sums, limits."""
+    from math_verify import LatexExtractionConfig, parse, verify
+    from sympy import Basic, MatrixBase
+
+    # No limits inside (they are signals, and C code ignores them): the trainer kills a worker that takes too long.
+    config = [LatexExtractionConfig()]
+    wanted, parsed = (
+        [
+            found
+            for found in parse(f"\\boxed{{{text}}}", config, parsing_timeout=None, raise_on_error=True)
+            if isinstance(found, (Basic, MatrixBase))
+        ]
+        for text in (reference, given)
+    )
+    if not wanted or not parsed:
+        return False
+    return bool(
+        verify(
+            wanted,
+            parsed,
+            float_rounding=12,
+            numeric_precision=30,
+            allow_set_relation_comp=interval_as_inequality,
+            timeout_seconds=None,
+            raise_on_error=True,
+        )
+    )

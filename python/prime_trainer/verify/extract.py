@@ -7,28 +7,28 @@ import re
 WINDOW = 200_000
 """Characters at the end of a response in which the box is looked for."""
 
-_OPENING = r"\boxed{"
-_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+_OPENING = re.compile(r"\\f?boxed?[ \t]*\{")
+_BRACE = re.compile(r"\\f?boxed?[ \t]*\{|\\.|[{}]", re.DOTALL)
+_BARE = re.compile(r"\\f?boxed?[ \t]+([-+]?\d[\d.,/]*|\\?[A-Za-z]\w{0,20})")
 
 
 def last_boxed(text: str) -> str | None:
     r"""Returns the content of the last complete `\boxed{...}`, or None.
 
-    Braces nest; a brace behind a backslash (`\{`) is text. A box that never closes (a truncated response) does not
-    count, the one before it does. One pass over the last `WINDOW` characters, so the time is bounded whatever the
-    text is.
+    `\fbox{5}`, `\boxed {5}` and, where there is no brace, `\boxed 5` are boxes, too. Braces nest; a brace behind a
+    backslash (`\{`) is text. A box that never closes (a truncated response) does not count, the one before it does. A
+    box in a draft between `<think>` and `</think>` is not the answer. One pass over the last `WINDOW` characters, so
+    the time is bounded whatever the text is.
     """
-    text = text[-WINDOW:]
+    text = without_draft(text)[-WINDOW:]
     last: tuple[int, int] | None = None
     boxes: list[tuple[int, int]] = []  # (depth outside, start of the content) of the boxes that are open
     depth = 0
-    cursor = text.find(_OPENING)
-    if cursor < 0:
-        return None
-    for match in _BRACE.finditer(text, cursor):
+    first = _OPENING.search(text)
+    for match in _BRACE.finditer(text, first.start()) if first else ():
         token = match.group()
-        if token == "{":
-            if text.startswith(_OPENING, match.start() - len(_OPENING) + 1):
+        if token[-1] == "{" and token != "\\{":
+            if len(token) > 1:
                 boxes.append((depth, match.end()))
             depth += 1
         elif token == "}":
@@ -39,12 +39,22 @@ def last_boxed(text: str) -> str | None:
                 last = (start, match.start())
             elif not boxes:
                 depth = 0  # a stray closing brace in the prose
+    bare = None
+    for bare in _BARE.finditer(text, last[1] if last else 0):
+        pass
+    if bare is not None and not boxes:
+        return bare[1].rstrip(".,")
     return None if last is None else text[slice(*last)]
+
+
+def without_draft(text: str) -> str:
+    """What comes after the last `</think>`; the whole text where there is none."""
+    return text.rpartition("</think>")[2]
 
 
 _TAIL = 2_000
 _FORMULA = re.compile(
-    r"\$\$?([^$]{1,200})\$\$?|\\\(([^$]{1,200}?)\\\)|\\\[([^$]{1,200}?)\\\]|([-+]?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?)"
+    r"\$\$?([^$]{1,200})\$\$?|\\\(([^$]{1,200}?)\\\)|\\\[([^$]{1,200}?)\\\]|([-+−]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?(?:/\d+)?%?)"
 )
 
 
@@ -54,8 +64,13 @@ def last_answer(text: str) -> str | None:
     Of `x = 5` the right side counts. For models that were never told to use a box; looked for in the last `_TAIL`
     characters.
     """
-    found = list(_FORMULA.finditer(text[-_TAIL:]))
+    found = list(_FORMULA.finditer(without_draft(text)[-_TAIL:]))
     if not found:
         return None
     formula = next(group for group in found[-1].groups() if group is not None)
     return formula.rpartition("=")[2].strip().rstrip(".,") or None
+
+
+def plain(latex: str) -> str:
+    """The text without spacing and what else does not change its meaning: equal results are equal answers."""
+    return re.sub(r"\s+|\\[,;!:]|\\left|\\right|\$", "", latex).rstrip(".").replace("dfrac", "frac")

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from .answer_scorers import plain
+
 from .answers import Answer, MathAnswer, ProgramTests, ScoredAnswer
-from .extract import last_answer, last_boxed
+from .extract import last_answer, last_boxed, plain
 from .programs import CodeRunner, last_code_block
 from .sandbox import Confinement, Limits, confinement
 from .verdict import Verdict
