@@ -324,10 +324,12 @@ class _Comparison:
         return True
 
     def intervals(self, reference: Interval, answer: Interval) -> bool:
-        open_ends = [
-            (i.left_open or _infinite(i.low), i.right_open or _infinite(i.high)) for i in (reference, answer)
-        ]
-        return open_ends[0] == open_ends[1] and self.same(reference.low, answer.low) and self.same(reference.high, answer.high)
+        open_ends = [(i.left_open or _infinite(i.low), i.right_open or _infinite(i.high)) for i in (reference, answer)]
+        return (
+            open_ends[0] == open_ends[1]
+            and self.same(reference.low, answer.low)
+            and self.same(reference.high, answer.high)
+        )
 
 
 def _spelled(thing: Thing) -> str | None:
@@ -431,7 +433,7 @@ def _interval_of(relation: Relation) -> list[Interval] | None:
         return None
     low, high = _LINE.low, _LINE.high
     left_open = right_open = True
-    if len(sides) == 2 and bare[0] != bare[1] or len(sides) == 2 and bare[0]:
+    if (len(sides) == 2 and bare[0] != bare[1]) or (len(sides) == 2 and bare[0]):
         operator, bound = (operators[0], sides[1]) if bare[0] else (_ORDER[operators[0]], sides[0])
         if operator in ("<", "\\le"):
             high, right_open = bound, operator == "<"

@@ -100,16 +100,13 @@ Node = Number | Symbol | Apply
 E, I, PI, INFINITY = Symbol("e"), Symbol("i"), Symbol("\\pi"), Symbol("\\infty")
 
 FUNCTIONS = frozenset(
-    "sin cos tan cot sec csc arcsin arccos arctan arccot sinh cosh tanh coth ln log lg exp asin acos atan".split()
+    ["sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "arccot", "sinh", "cosh", "tanh", "coth", "ln", "log", "lg", "exp", "asin", "acos", "atan"]
 )
 _GREEK = frozenset(
-    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi chi psi omega "
-    "Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega hbar ell partial nabla Re Im aleph wp imath prime "
-    "angle triangle square diamond circ".split()
+    ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu", "nu", "xi", "rho", "sigma", "tau", "upsilon", "phi", "chi", "psi", "omega", "Gamma", "Delta", "Theta", "Lambda", "Xi", "Pi", "Sigma", "Upsilon", "Phi", "Psi", "Omega", "hbar", "ell", "partial", "nabla", "Re", "Im", "aleph", "wp", "imath", "prime", "angle", "triangle", "square", "diamond", "circ"]
 )
 _ACCENTS = frozenset(
-    "hat bar vec tilde dot ddot overline underline widehat widetilde overrightarrow mathcal mathscr mathfrak mathbb "
-    "overset check breve".split()
+    ["hat", "bar", "vec", "tilde", "dot", "ddot", "overline", "underline", "widehat", "widetilde", "overrightarrow", "mathcal", "mathscr", "mathfrak", "mathbb", "overset", "check", "breve"]
 )
 _CLOSING = {"(": ")", "[": "]", "{": "}"}
 _PAIRS = {"\\lfloor": ("\\rfloor", "floor"), "\\lceil": ("\\rceil", "ceil"), "\\lVert": ("\\rVert", "norm")}

@@ -20,11 +20,9 @@ _CHARACTERS = {
     "√": r"\sqrt ", "∛": r"\sqrt[3] ", "°": r"^{\circ}", "º": r"^{\circ}", "…": r"\ldots ", "⋯": r"\cdots ", "∠": r"\angle ",
     "ℏ": r"\hbar ", "⟨": r"\langle ", "⟩": r"\rangle ", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ",
     "′": "'", "’": "'", "‘": "'", "∶": ":", "‰": "", "，": ",", "。": ".", "∣": "|", "→": r"\to ",
-    **dict(zip("αβγδεζηθικλμνξπρστυφχψω", [f"\\{n} " for n in (
-        "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau upsilon phi chi psi "
-        "omega").split()], strict=True)),
+    **dict(zip("αβγδεζηθικλμνξπρστυφχψω", [f"\\{n} " for n in ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu", "nu", "xi", "pi", "rho", "sigma", "tau", "upsilon", "phi", "chi", "psi", "omega"]], strict=True)),
     **dict(zip("ΓΔΘΛΞΠΣΦΨΩ", [f"\\{n} " for n in
-        "Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega".split()], strict=True)),
+        ["Gamma", "Delta", "Theta", "Lambda", "Xi", "Pi", "Sigma", "Phi", "Psi", "Omega"]], strict=True)),
     "µ": r"\mu ", "ϕ": r"\phi ", "ϵ": r"\epsilon ",
 }  # fmt: skip
 _TABLE = str.maketrans(_CHARACTERS)
@@ -46,26 +44,26 @@ _FONTS = re.compile(
     r"|strut|color\{[a-z]*\}|textcolor\{[a-z]*\}|rm|bf|it|ensuremath)(?![A-Za-z])"
 )
 _SIZES = re.compile(r"\\(?:left|right|[bB]igg?[lrm]?|middle)(?![A-Za-z])\s*\.?(?=[^A-Za-z]|$)")
-_SPACES = re.compile(r"(?<!\\)\\[,;:!> ]|\\(?:quad|qquad|thinspace|hspace\*?\{[^{}]*\}|hfill|nobreakspace)(?![A-Za-z])|~|\s+")
+_SPACES = re.compile(
+    r"(?<!\\)\\[,;:!> ]|\\(?:quad|qquad|thinspace|hspace\*?\{[^{}]*\}|hfill|nobreakspace)(?![A-Za-z])|~|\s+"
+)
 _THIN_GROUPS = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:\\[,; !]|~|\s|\{,\}|\{ , \}|\\text\{,\})\d{3})+(?![\d])")
-_COMMA_GROUPS = re.compile(r"([-+]?\s*)(\d{1,3}(?:,\d{3})+)(?!\d)(.*)", re.DOTALL)
+_COMMA_GROUPS = re.compile(r"((?:[^,;=()\[\]{}]{1,20}=)?\s*[-+]?\s*)(\d{1,3}(?:,\d{3})+)(?!\d)(.*)", re.DOTALL)
 _E_NOTATION = re.compile(
-    r"(?<![A-Za-z\\_^{\d.])(\d+\.?\d*|\.\d+)(?:[eE]|\\(?:mathrm|text|rm|textrm)\{\s*[eE]\s*\})\{?([-+]?\d+)\}?(?![\d.A-Za-z])"
+    r"(?<![A-Za-z\\_^\d.])(?<![_^]\{)(\d+\.?\d*|\.\d+)(?:[eE]|\\(?:mathrm|text|rm|textrm)\{\s*[eE]\s*\})\{?([-+]?\d+)\}?(?![\d.A-Za-z])"
 )
 _TIMES_X = re.compile(r"(?<=\d)\s*[xX]\s*(?=10\s*\^)")
 _REPEATING = re.compile(
-    r"(\d*)\.(\d*)(?:\\(?:overline|bar|dot|overbar|widebar)\s*(?:\{(\d+)\}|(\d))|\((\d+)\))(?![\d(\\])"
+    r"(?<!\d)(\d*)\.(\d*)(?:\\(?:overline|bar|dot|overbar|widebar)\s*(?:\{(\d+)\}|(\d))|\((\d+)\))(?![\d(\\])"
 )
 _MIXED = re.compile(r"(?<![\d.^_{/])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d.])")
-_FUNCTIONS = (
-    "sqrt pi exp ln log sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh theta alpha beta gamma lambda mu "
-    "omega sigma phi infty cup cap pm binom"
-).split()
+_FUNCTIONS = ["sqrt", "pi", "exp", "ln", "log", "sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "theta", "alpha", "beta", "gamma", "lambda", "mu", "omega", "sigma", "phi", "infty", "cup", "cap", "pm", "binom"]
 _NAMES = re.compile(rf"(?<![\\A-Za-z])(?:{'|'.join(_FUNCTIONS)})(?![A-Za-z])")
 _INFINITY = re.compile(r"(?<![\\A-Za-z])(?:infinity|inf|oo|Infinity)(?![A-Za-z])")
 _JOINING = re.compile(r"(?<![\\A-Za-z{])\s(and|or)\s(?![A-Za-z]{2})")
 _INTRODUCED = re.compile(
-    r"(?:\\text\s*\{\s*|\*+)?(?:the\s+)?(?:final\s+)?(?:answer|result|ans|solution)(?:\s+is)?\s*[:=]\s*(?=.)", re.IGNORECASE
+    r"(?:\\text\s*\{\s*|\*+)?(?:the\s+)?(?:final\s+)?(?:answer|result|ans|solution)(?:\s+is)?\s*[:=]\s*(?=.)",
+    re.IGNORECASE,
 )
 _WHOLE_TEXT = re.compile(TEXT + r"\{([^{}]*)\}")
 _PARAMETER = re.compile(
@@ -116,7 +114,8 @@ def normalize(text: str) -> str:
         text = text[2:-2].strip()
     text = _CURRENCY.sub("", _DELIMITERS.sub(" ", text))
     text = _FONTS.sub("", _SIZES.sub("", text))
-    text = _introduced(text)
+    text = _introduced(_unbraced(text.strip()))
+    text = _LONG_EXPONENT.sub(r"^{\1}", text)
     text = _THIN_GROUPS.sub(lambda m: re.sub(r"\D", "", m[0]), text)
     text = _E_NOTATION.sub(r"\1\\times 10^{\2}", text)
     text = _MIXED.sub(r"\1\\frac{\2}{\3}", text)
@@ -130,6 +129,7 @@ def normalize(text: str) -> str:
     return _without_comma_groups(_strip_end(text))
 
 
+_LONG_EXPONENT = re.compile(r"\^\s*([-+]\d+|\d{2,})(?![\d.])")
 _PLUS_SIGN = re.compile(r"^\+\s*")
 
 
@@ -138,6 +138,20 @@ def _from_unicode(text: str) -> str:
     text = _LOWERED.sub(lambda m: "_{" + "".join(_SUBSCRIPTS[c] for c in m[0]) + "}", text)
     text = _VULGAR.sub(lambda m: "\\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", m[0]).split("⁄")), text)
     return unicodedata.normalize("NFKC", text.translate(_TABLE))
+
+
+def _unbraced(text: str) -> str:
+    """The text without braces around the whole of it."""
+    while text.startswith("{") and text.endswith("}"):
+        depth = 0
+        for match in re.finditer(r"\\.|[{}]", text):
+            depth += (match[0] == "{") - (match[0] == "}")
+            if depth == 0:
+                break
+        if match.end() < len(text) or "\\choose" in text:
+            break
+        text = text[1:-1].strip()
+    return text
 
 
 def _introduced(text: str) -> str:

@@ -83,7 +83,9 @@ def proportional(reference: Node, answer: Node) -> int:
 def within(reference: Node, answer: Node, tolerance: float) -> bool:
     """Whether two real numbers differ by `tolerance` at most, with a hair for the rounding of decimals."""
     try:
-        return bool(abs(_real(number(reference)) - _real(number(answer))) <= Fraction(tolerance) * (1 + Fraction(1, 10**9)))
+        return bool(
+            abs(_real(number(reference)) - _real(number(answer))) <= Fraction(tolerance) * (1 + Fraction(1, 10**9))
+        )
     except (ArithmeticError, ValueError, TypeError):
         return False
 

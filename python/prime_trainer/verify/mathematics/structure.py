@@ -102,9 +102,7 @@ class Raw:
     tokens: tuple[str, ...]
 
 
-Thing = (
-    Words | Scalar | Based | Collection | Interval | Union | Difference | NamedSet | Matrix | Relation | Dots | Raw
-)
+Thing = Words | Scalar | Based | Collection | Interval | Union | Difference | NamedSet | Matrix | Relation | Dots | Raw
 
 
 def read(normalized: str) -> Thing:
