@@ -152,7 +152,7 @@ FORMS: dict[str, Form] = {
     "pi": _replaced((r"\\pi(?![A-Za-z])\s*", " pi ")),
     "star for a product": _replaced((r"\\cdot(?![A-Za-z])|\\times(?![A-Za-z])", "*")),
     "sqrt()": _replaced((r"\\sqrt\{([^{}\[\]]+)\}", r" sqrt(\1)")),
-    "slash": _replaced((r"(?<!\d)\\d?frac\{(\d+)\}\{(\d+)\}", r"(\1/\2)")),
+    "slash": _replaced((r"(?<![\d ])\\d?frac\{(\d+)\}\{(\d+)\}", r"(\1/\2)")),
     "dfrac": _replaced((r"\\frac", r"\\dfrac")),
     "short fraction": _replaced((r"\\d?frac\{(\d)\}\{(\d)\}", r"\\frac\1\2")),
     "exp": _replaced((r"(?<![A-Za-z\\])e\^\{([^{}]+)\}", r"\\exp(\1)")),

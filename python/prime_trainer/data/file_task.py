@@ -176,4 +176,3 @@ def _arguments(value: Any, field: str) -> list[Any]:
     if not isinstance(value, list):
         raise ValueError(f"{field} must be the list of arguments, got {value!r:.100}")
     return value
-

@@ -143,8 +143,8 @@ class _Comparison:
             if len(reference.items) == 2:
                 pair = _quotient(reference), _quotient(answer)
                 return pair[0] is not None and pair[1] is not None and self.same(pair[0], pair[1])
-            return self.ordered(reference.items, answer.items)
-        if _inequalities(reference) and _inequalities(answer):
+            return _same_ratio(reference.items, answer.items)
+        if _inequalities(reference) or _inequalities(answer):
             return None
         kinds = reference.kind, answer.kind
         dotted = any(isinstance(i, Dots) for i in (*reference.items, *answer.items))
@@ -192,7 +192,8 @@ class _Comparison:
             return self.equal(mine, theirs)
         mine, theirs = self.as_set(reference), self.as_set(answer)
         if mine is not None and theirs is not None:
-            return self.names(reference, answer) and self.sets(mine, theirs)
+            if self.names(reference, answer) and self.sets(mine, theirs):
+                return True
         return self.proportional(reference, answer)
 
     def names(self, reference: Relation, answer: Relation) -> bool:
@@ -367,6 +368,13 @@ def _quotient(ratio: Collection) -> Node | None:
     return Apply("/", (above.node, below.node)) if isinstance(above, Scalar) and isinstance(below, Scalar) else None
 
 
+def _same_ratio(reference: Sequence[Thing], answer: Sequence[Thing]) -> bool:
+    mine, theirs = ([item.node for item in items if isinstance(item, Scalar)] for items in (reference, answer))
+    return len(mine) == len(theirs) == len(reference) == len(answer) and all(
+        numbers.same(Apply("*", (a, theirs[0])), Apply("*", (b, mine[0]))) for a, b in zip(mine, theirs, strict=True)
+    )
+
+
 def _infinite(node: Node) -> bool:
     return INFINITY in (node, *(node.args if isinstance(node, Apply) else ()))
 
@@ -431,6 +439,17 @@ def _interval_of(relation: Relation) -> list[Interval] | None:
         return _cut(_LINE, sides[1])
     if not set(operators) <= set(_ORDER):
         return None
+    if (
+        len(sides) == 2
+        and isinstance(sides[0], Apply)
+        and sides[0].name == "abs"
+        and isinstance(sides[0].args[0], Symbol)
+    ):
+        bound, strict = sides[1], operators[0] in ("<", ">")
+        below = Apply("neg", (bound,))
+        if operators[0] in ("<", "\\le"):
+            return [Interval(below, bound, strict, strict)]
+        return [Interval(_LINE.low, below, True, strict), Interval(bound, _LINE.high, strict, True)]
     low, high = _LINE.low, _LINE.high
     left_open = right_open = True
     if (len(sides) == 2 and bare[0] != bare[1]) or (len(sides) == 2 and bare[0]):

@@ -11,7 +11,8 @@ from .structure import read
 
 def right(answer: MathAnswer, text: str) -> bool:
     """Whether a text is the answer: by the rules of `mathematics.equality`, or else by math-verify."""
-    reference, given = normalize(answer.answer), normalize(text)
+    wanted, found = normalize(answer.answer), normalize(text)
+    reference, given = wanted.text, found.renamed(wanted.parameter)
     if canonical(reference) == canonical(given):
         return True
     if not given:

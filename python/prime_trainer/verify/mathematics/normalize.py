@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from typing import NamedTuple
 
 _CHARACTERS = {
     **dict.fromkeys("−–—‒﹣－", "-"),
@@ -30,6 +31,7 @@ _SUPERSCRIPTS = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿⁱ", "0123456789+
 _SUBSCRIPTS = dict(zip("₀₁₂₃₄₅₆₇₈₉₊₋", "0123456789+-", strict=True))
 _RAISED = re.compile(f"[{''.join(_SUPERSCRIPTS)}]+")
 _LOWERED = re.compile(f"[{''.join(_SUBSCRIPTS)}]+")
+_ROOT = re.compile(r"([√∛])\s*(\d+(?:\.\d+)?)")
 _VULGAR = re.compile("[¼-¾⅐-⅞]")
 
 TEXT = r"\\(?:text(?:bf|it|rm|normal|sf|tt|up)?|mbox|hbox|mathrm|mathsf|mathtt|operatorname\*?)\s*"
@@ -41,14 +43,14 @@ _CURRENCY = re.compile(
 )
 _FONTS = re.compile(
     r"\\(?:boldsymbol|mathbf|bm|pmb|mathit|mathnormal|bold|boxed|fbox|displaystyle|textstyle|scriptstyle|limits|nolimits"
-    r"|strut|color\{[a-z]*\}|textcolor\{[a-z]*\}|rm|bf|it|ensuremath)(?![A-Za-z])"
+    r"|strut|underline|uline|emph|tiny|small|normalsize|large|Large|huge|Huge|color\{[a-z]*\}|textcolor\{[a-z]*\}|rm|bf|it|ensuremath)(?![A-Za-z])"
 )
 _SIZES = re.compile(r"\\(?:left|right|[bB]igg?[lrm]?|middle)(?![A-Za-z])\s*\.?(?=[^A-Za-z]|$)")
 _SPACES = re.compile(
     r"(?<!\\)\\[,;:!> ]|\\(?:quad|qquad|thinspace|hspace\*?\{[^{}]*\}|hfill|nobreakspace)(?![A-Za-z])|~|\s+"
 )
 _THIN_GROUPS = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:\\[,; !]|~|\s|\{,\}|\{ , \}|\\text\{,\})\d{3})+(?![\d])")
-_COMMA_GROUPS = re.compile(r"((?:[^,;=()\[\]{}]{1,20}=)?\s*[-+]?\s*)(\d{1,3}(?:,\d{3})+)(?!\d)(.*)", re.DOTALL)
+_COMMA_GROUPS = re.compile(r"((?:[^,;=()\[\]]{1,30}=)?\s*[-+]?\s*)(\d{1,3}(?:,\d{3})+)(?!\d)(.*)", re.DOTALL)
 _E_NOTATION = re.compile(
     r"(?<![A-Za-z\\_^\d.])(?<![_^]\{)(\d+\.?\d*|\.\d+)(?:[eE]|\\(?:mathrm|text|rm|textrm)\{\s*[eE]\s*\})\{?([-+]?\d+)\}?(?![\d.A-Za-z])"
 )
@@ -57,8 +59,11 @@ _REPEATING = re.compile(
     r"(?<!\d)(\d*)\.(\d*)(?:\\(?:overline|bar|dot|overbar|widebar)\s*(?:\{(\d+)\}|(\d))|\((\d+)\))(?![\d(\\])"
 )
 _MIXED = re.compile(r"(?<![\d.^_{/])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d.])")
-_FUNCTIONS = ["sqrt", "pi", "exp", "ln", "log", "sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "theta", "alpha", "beta", "gamma", "lambda", "mu", "omega", "sigma", "phi", "infty", "cup", "cap", "pm", "binom"]
-_NAMES = re.compile(rf"(?<![\\A-Za-z])(?:{'|'.join(_FUNCTIONS)})(?![A-Za-z])")
+_FUNCTIONS = (
+    "sqrt|pi|exp|ln|log|sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|asin|acos|atan|sinh|cosh|tanh|theta|alpha|beta|gamma"
+    "|lambda|mu|omega|sigma|phi|infty|cup|cap|pm|binom"
+)
+_NAMES = re.compile(rf"(?<![\\A-Za-z])(?:{_FUNCTIONS})(?![A-Za-z])")
 _INFINITY = re.compile(r"(?<![\\A-Za-z])(?:infinity|inf|oo|Infinity)(?![A-Za-z])")
 _JOINING = re.compile(r"(?<![\\A-Za-z{])\s(and|or)\s(?![A-Za-z]{2})")
 _INTRODUCED = re.compile(
@@ -67,11 +72,11 @@ _INTRODUCED = re.compile(
 )
 _WHOLE_TEXT = re.compile(TEXT + r"\{([^{}]*)\}")
 _PARAMETER = re.compile(
-    r"(?:[\s,;(]|\\text\{[^{}]*\}|\\mid|\\forall|\||:)*(?<![A-Za-z])([a-z](?:_\{?\d\}?)?(?:\s*,\s*[a-z])?)\s*\\in\s*"
-    r"\\(?:mathbb|mathbf|Bbb)?\s*\{?\s*[ZN]\s*\}?(?:\s*[_^]\s*\{?[+*>\d]*\}?)?\s*\)?\s*$"
+    r"(?:[\s,;(]|\\text\{[^{}]*\}|\\mid|\\forall|\||:)*(?:(?<=[,;(}])\s*[a-z]\s*,\s*)?(?<![A-Za-z\\])([a-z])(?:_\{?\d\}?)?"
+    r"\s*\\in\s*\\(?:mathbb|mathbf|Bbb)?\s*\{?\s*[ZN]\s*\}?(?:\s*[_^]\s*\{?[+*>\d]*\}?)?\s*\)?\s*$"
 )
 _INTEGER_WORDS = re.compile(
-    r"(?:[\s,;(]|\\text\{[^{}]*\})*\s(?:[a-z]|\$[a-z]\$)\s*\\text\{\s*(?:is|being)?\s*(?:an?|any)?\s*integers?\s*\}\s*\)?\s*$"
+    r"(?:[\s,;(]|\\text\{[^{}]*\})*\s([a-z])\s*\\text\{\s*(?:is|being)?\s*(?:an?|any)?\s*integers?\s*\}\s*\)?\s*$"
 )
 _SYNONYMS = [
     (re.compile(r"\\(?:dfrac|tfrac|cfrac|nicefrac|sfrac)(?![A-Za-z])"), r"\\frac"),
@@ -107,7 +112,7 @@ _SYNONYMS = [
 ]  # fmt: skip
 
 
-def normalize(text: str) -> str:
+def normalize(text: str) -> Normalized:
     r"""The answer in one dialect of LaTeX, without its delimiters, fonts, spacing and closing punctuation."""
     text = _from_unicode(text).strip()
     while len(text) > 4 and text.startswith("**") and text.endswith("**"):
@@ -115,25 +120,54 @@ def normalize(text: str) -> str:
     text = _CURRENCY.sub("", _DELIMITERS.sub(" ", text))
     text = _FONTS.sub("", _SIZES.sub("", text))
     text = _introduced(_unbraced(text.strip()))
-    text = _LONG_EXPONENT.sub(r"^{\1}", text)
+    text = _LONG_EXPONENT.sub(r"^{\1}", _STARS.sub("^", text))
+    text = _PERIODIC.sub(_repeating, text)
     text = _THIN_GROUPS.sub(lambda m: re.sub(r"\D", "", m[0]), text)
     text = _E_NOTATION.sub(r"\1\\times 10^{\2}", text)
     text = _MIXED.sub(r"\1\\frac{\2}{\3}", text)
     text = _JOINING.sub(r"\\text{ \1 }", _SPACES.sub(" ", re.sub(r"\\\\\s*\[[^\[\]]{0,9}\]", r"\\\\", text)))
     text = _LETTER.sub(lambda m: f" {m[1]} " if m[1] in "ei" else m[0], text)
     text = _TIMES_X.sub(r"\\times ", _REPEATING.sub(_repeating, text))
-    text = _NAMES.sub(r"\\\g<0> ", _INFINITY.sub(r"\\infty ", text)) if "\\text" not in text else text
+    text = _outside_words(text)
     for pattern, replacement in _SYNONYMS:
         text = pattern.sub(replacement, text)
-    text = _without_parameter(_PLUS_SIGN.sub("", text.strip()))
-    return _without_comma_groups(_strip_end(text))
+    text, parameter = _without_parameter(_PLUS_SIGN.sub("", text.strip()))
+    return Normalized(_without_comma_groups(_strip_end(text)), parameter)
 
 
+class Normalized(NamedTuple):
+    text: str
+    parameter: str
+    r"""The letter that stands for any integer, where the text said so (`k \in \mathbb{Z}`), else empty."""
+
+    def renamed(self, parameter: str) -> str:
+        """The text with another letter for its parameter, where both are said."""
+        if not self.parameter or not parameter or self.parameter == parameter:
+            return self.text
+        return re.sub(rf"(?<![A-Za-z\\]){self.parameter}(?![A-Za-z])", f" {parameter} ", self.text)
+
+
+_WORD_COMMAND = re.compile(r"(" + TEXT + r"\{[^{}]*\})")
+
+
+def _outside_words(text: str) -> str:
+    """Names of functions and constants become commands where no command says that they are words."""
+    parts = _WORD_COMMAND.split(text)
+    for k in range(0, len(parts), 2):
+        parts[k] = _NAMES.sub(r"\\\g<0> ", _INFINITY.sub(r"\\infty ", parts[k]))
+    return "".join(parts)
+
+
+_STARS = re.compile(r"(?<=[\w)}])\s*\*\*\s*(?=[\w(\\{-])")
+_PERIODIC = re.compile(
+    r"(?<!\d)(\d{0,20})\.(\d{0,6}?)(?:(\d)\3{2,20}|(\d{2,8})\4{1,4})()\s*(?:\.\.\.|\\l?dots(?![A-Za-z]))"
+)
 _LONG_EXPONENT = re.compile(r"\^\s*([-+]\d+|\d{2,})(?![\d.])")
 _PLUS_SIGN = re.compile(r"^\+\s*")
 
 
 def _from_unicode(text: str) -> str:
+    text = _ROOT.sub(lambda m: ("\\sqrt" if m[1] == "√" else "\\sqrt[3]") + "{" + m[2] + "}", text)
     text = _RAISED.sub(lambda m: "^{" + "".join(_SUPERSCRIPTS[c] for c in m[0]) + "}", text)
     text = _LOWERED.sub(lambda m: "_{" + "".join(_SUBSCRIPTS[c] for c in m[0]) + "}", text)
     text = _VULGAR.sub(lambda m: "\\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", m[0]).split("⁄")), text)
@@ -181,15 +215,15 @@ def _repeating(match: re.Match[str]) -> str:
     return f"(\\frac{{{above}}}{{{below}}})"
 
 
-def _without_parameter(text: str) -> str:
-    r"""The text without `k \in \mathbb{Z}` at its end, where something comes before it."""
+def _without_parameter(text: str) -> tuple[str, str]:
+    r"""The text without `k \in \mathbb{Z}` at its end, where something comes before it, and `k`."""
     for pattern in (_PARAMETER, _INTEGER_WORDS):
         match = pattern.search(text[-200:])
         if match:
             start = max(0, len(text) - 200) + match.start()
             if re.search(r"[\w\\]", text[:start]) and text[:start].strip() not in ("\\{", "("):
-                return text[:start]
-    return text
+                return text[:start], match[1]
+    return text, ""
 
 
 def _strip_end(text: str) -> str:

@@ -166,7 +166,9 @@ def _close(reference: Node, answer: Node, mine: Value, theirs: Value) -> bool:
     for written, other in ((answer, reference), (reference, answer)):
         literal = written.args[0] if isinstance(written, Apply) and written.name == "neg" else written
         if isinstance(literal, Number) and literal.decimal and not has_decimal(other) and not whole:
-            return size >= mpmath.mpf("0.01") and literal.value.denominator * 10 > 10**6 and bool(difference <= 1e-6)
+            cut = abs(_mp(literal.value)) < abs(_mp(mine if written is answer else theirs))
+            allowed = mpmath.mpf("1e-6") if cut else mpmath.mpf("0.5e-6")
+            return size >= mpmath.mpf("0.01") and literal.value.denominator * 10 > 10**6 and bool(difference <= allowed)
     return False
 
 

@@ -107,6 +107,9 @@ Thing = Words | Scalar | Based | Collection | Interval | Union | Difference | Na
 
 def read(normalized: str) -> Thing:
     """Raises Unreadable where a part is no formula."""
+    option = _OPTION.fullmatch(re.sub(r"\\text\s*|[{}]", "", normalized).strip())
+    if option:
+        return Scalar(Symbol(option[1]))
     words = _plain_words(normalized)
     if words:
         return words
@@ -115,11 +118,15 @@ def read(normalized: str) -> Thing:
     return _read(tokenize(units.mark(text)), 0)
 
 
+_IS_WORD = re.compile(
+    r"[A-Za-z]{4}|(?<![A-Za-z])(?:[Yy]es|YES|[Nn]o|NO|[Oo]dd|ODD|DNE|[Aa]ll|[Tt]wo|[Oo]ne)(?![A-Za-z])"
+)
+_OPTION = re.compile(r"(?:the\s+)?(?:option|choice|answer)\s*\(?([A-J])\)?", re.IGNORECASE)
 _PLAIN_WORDS = re.compile(r"[A-Za-z][A-Za-z' -]*[A-Za-z]")
 
 
 def _plain_words(text: str) -> Words | None:
-    if _PLAIN_WORDS.fullmatch(text) and re.search("[A-Za-z]{3}", text):
+    if _PLAIN_WORDS.fullmatch(text) and _IS_WORD.search(text):
         return Words(_letters(text), plain=True)
     return None
 
@@ -345,7 +352,7 @@ def _choice(tokens: Sequence[Token]) -> Thing | None:
     """`(A)`, `A)` and `A.` name the choice A, also with the choice's value after them."""
     text = "".join(token.value for token in tokens[:4]).replace(" ", "")
     found = re.match(r"\(?([A-J])(?:\)(?![\^(_'/])|[.:])", text)
-    if found and (len(tokens) <= 3 or tokens[0].kind == "text"):
+    if found and (len(tokens) <= 3 or tokens[0].kind == "text" or tokens[3].kind == "number"):
         return Scalar(Symbol(found[1]))
     return None
 
