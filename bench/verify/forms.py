@@ -1,4 +1,4 @@
-"""Other ways in which models write a reference answer: each form is the same answer, or None where it does not apply."""
+"""Other ways in which models write a reference answer."""
 
 import re
 from collections.abc import Callable
@@ -117,7 +117,7 @@ FORMS: dict[str, Form] = {
     "trailing comma": _everywhere("%s,"),
     "trailing full stop": _everywhere("%s ."),
     "Answer:": _everywhere("Answer: %s"),
-    "text Answer:": lambda a: rf"\text{{Answer: {a}}}" if _DECIMAL.fullmatch(a) else rf"\text{{Answer: }}{a.strip('$ ')}",
+    "text Answer:": _everywhere(r"\text{Answer: }%s"),
     "text": _number_in(r"\text{{{}}}"),
     "spaces": _everywhere(r"\ %s \quad"),
     "named": _formula_in("S = {}"),
@@ -142,7 +142,7 @@ FORMS: dict[str, Form] = {
     "unit, roman": _number_in(r"{}\,\mathrm{{m\,s^{{-1}}}}"),
     "percent": _number_in(r"{}\%"),
     "percent left out": _replaced((r"\\%$", "")),
-    "minus, Unicode": _replaced("-−"),
+    "minus, Unicode": _replaced(("-", "−")),
     "root, Unicode": _replaced((r"\\sqrt\{(\w)\}", r"√\1"), (r"\\sqrt\{", "√{")),
     "pi, Unicode": _replaced((r"\\pi(?![A-Za-z])", "π")),
     "infinity, Unicode": _replaced((r"\\infty", "∞")),
@@ -165,11 +165,8 @@ FORMS: dict[str, Form] = {
     "thousands, thin": _grouped(r"\,"),
     "thousands, braces": _grouped("{,}"),
     "decimal zero": lambda a: a + ".0" if _INTEGER.fullmatch(a) else None,
-    "integers": lambda a: a.strip("$ ") + r", k \in \mathbb{Z}" if re.search(r"(?<![A-Za-z\\])k(?![A-Za-z])", a) else None,
+    "integers": _everywhere(r"%s, k \in \mathbb{Z}"),
 }  # fmt: skip
-FORMS["minus, Unicode"] = _replaced(("-", "−"))
-FORMS["left, right"] = lambda a: None if "\\left" in a else _replaced(
-    (r"(?<![A-Za-z\\])\(", r"\\left("), (r"(?<!\\)\)", r"\\right)"))(a)  # fmt: skip
 
 
 def written(answer: str) -> dict[str, str]:

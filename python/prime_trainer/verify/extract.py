@@ -42,11 +42,9 @@ def last_boxed(text: str) -> str | None:
                 last = (start, match.start())
             elif not boxes:
                 depth = 0  # a stray closing brace in the prose
-    bare = None
-    for bare in _BARE.finditer(text, last[1] if last else 0):
-        pass
-    if bare is not None and not boxes:
-        return bare[1].rstrip(".,")
+    bare = [match[1] for match in _BARE.finditer(text, last[1] if last else 0)]
+    if bare and not boxes:
+        return bare[-1].rstrip(".,")
     return None if last is None else text[slice(*last)]
 
 

@@ -3,7 +3,8 @@ r"""Whether an answer is the reference, by their structure. The rules:
 * a value is the reference's by `numbers.same`; percent may be written or left out (`5\%` is 5 and is 0.05);
 * a unit may be missing; two known units must be the same;
 * a bare list and a set have no order; a tuple has one, and a bare list may stand for it; a set is no tuple;
-* `x = 5` is 5 where one side alone names x; in a chain (`2 + 3 = 5`) all numbers must agree; an approximation may follow;
+* `x = 5` is 5 where one side alone names x; in a chain (`2 + 3 = 5`) all numbers must agree, an approximation may
+  follow;
 * equations and inequalities are the same up to a constant factor;
 * an interval, its inequality, and unions of both are the same set, unless `interval_as_inequality` is off;
 * in lists with dots every item that is written must agree.
@@ -11,12 +12,14 @@ r"""Whether an answer is the reference, by their structure. The rules:
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
 from . import numbers, units
-from .formula import INFINITY, Apply, Node, Number, Symbol, Unreadable
+from .formula import INFINITY, Apply, Node, Number, Symbol
+from .real_sets import LINE, ORDER, cut, infinite, intersection, interval_of, joined
 from .structure import (
     Based,
     Collection,
@@ -32,11 +35,10 @@ from .structure import (
     Union,
     Words,
 )
+from .tokens import Unreadable
 
 _EQUALS = frozenset(("=", "\\approx", "\\equiv", "\\sim"))
-_ORDER = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le"}
 _MAX_UNORDERED = 60
-_LINE = Interval(Apply("neg", (INFINITY,)), INFINITY, True, True)
 
 
 @dataclass(frozen=True)
@@ -116,9 +118,8 @@ class _Comparison:
 
     def based(self, reference: Thing, answer: Thing) -> bool:
         """The digits count; the base may be left out."""
-        things = [Based(str(t.node.value), "") if _is_whole(t) else t for t in (reference, answer)]
-        mine, theirs = things
-        if not isinstance(mine, Based) or not isinstance(theirs, Based) or mine.digits != theirs.digits:
+        mine, theirs = _digits(reference), _digits(answer)
+        if mine is None or theirs is None or mine.digits != theirs.digits:
             return False
         return "" in (mine.base, theirs.base) or mine.base == theirs.base
 
@@ -188,12 +189,12 @@ class _Comparison:
         if "\\in" in (*reference.operators[:1], *answer.operators[:1]):
             if not self.names(reference, answer):
                 return False
-            mine, theirs = (r.sides[-1] if r.operators == ("\\in",) else r for r in (reference, answer))
-            return self.equal(mine, theirs)
+            sides = [r.sides[-1] if r.operators == ("\\in",) else r for r in (reference, answer)]
+            return self.equal(*sides)
         mine, theirs = self.as_set(reference), self.as_set(answer)
-        if mine is not None and theirs is not None:
-            if self.names(reference, answer) and self.sets(mine, theirs):
-                return True
+        comparable = mine is not None and theirs is not None and self.names(reference, answer)
+        if comparable and self.sets(mine or [], theirs or []):
+            return True
         return self.proportional(reference, answer)
 
     def names(self, reference: Relation, answer: Relation) -> bool:
@@ -203,9 +204,9 @@ class _Comparison:
 
     def equations(self, reference: Relation, answer: Relation) -> bool:
         values = self.candidates(answer)
-        if _is_name(reference.sides[0]) and _is_name(answer.sides[0]):
-            if self.same_name(reference.sides[0], answer.sides[0]):
-                return any(self.equal(mine, v) for mine in self.candidates(reference) for v in values)
+        first = reference.sides[0], answer.sides[0]
+        if all(map(_is_name, first)) and self.same_name(*first):
+            return any(self.equal(mine, v) for mine in self.candidates(reference) for v in values)
         return bool(values) and self.proportional(reference, answer)
 
     def same_name(self, reference: Thing, answer: Thing) -> bool:
@@ -214,7 +215,7 @@ class _Comparison:
         return self.values(reference, answer)
 
     def proportional(self, reference: Relation, answer: Relation) -> bool:
-        """Relations of two sides: the difference of their sides, up to a factor; a negative one turns an inequality."""
+        """Whether the differences of the sides are the same up to a factor; a negative one turns an inequality."""
         sides = [*reference.sides, *answer.sides]
         if len(sides) != 4 or not all(isinstance(side, Scalar) for side in sides):
             if any(isinstance(side, Raw) for side in sides):
@@ -224,16 +225,16 @@ class _Comparison:
         differences = [_minus(nodes[0], nodes[1]), _minus(nodes[2], nodes[3])]
         sign = numbers.proportional(*differences)
         mine, theirs = reference.operators[0], answer.operators[0]
-        if mine in _ORDER:
-            return (theirs == mine and sign > 0) or (theirs == _ORDER[mine] and sign < 0)
+        if mine in ORDER:
+            return (theirs == mine and sign > 0) or (theirs == ORDER[mine] and sign < 0)
         return sign != 0 and (mine == theirs or {mine, theirs} <= _EQUALS)
 
     def candidates(self, relation: Relation) -> list[Thing]:
-        """The values that an equation states: its last side, and the one before an approximation; none if it is false."""
+        """What an equation states: its last side, and the one before an approximation; nothing if it is false."""
         sides = [side for side in relation.sides if side != Raw(())]
         scalars = [s for s in sides if isinstance(s, Scalar) and not numbers.symbols(s.node)]
         if not _is_name(relation.sides[0]) or len(sides) > 2:
-            for first, second in zip(scalars, scalars[1:], strict=False):
+            for first, second in itertools.pairwise(scalars):
                 if not (self.scalars(first, second) or ("\\approx" in relation.operators and _near(first, second))):
                     return []
         values = [sides[-1]]
@@ -270,11 +271,11 @@ class _Comparison:
     # Sets of real numbers
 
     def as_set(self, thing: Thing) -> list[Interval] | None:
-        """The intervals of a set, points as closed ones, in the order in which they are written; None for no such set."""
+        """The intervals of a set as they are written, points as closed ones; None for what is no such set."""
         if isinstance(thing, Interval):
             return [thing]
         if isinstance(thing, NamedSet):
-            return {"R": [_LINE], "empty": []}.get(thing.name)
+            return {"R": [LINE], "empty": []}.get(thing.name)
         if isinstance(thing, Union):
             parts = [self.as_set(part) for part in thing.parts]
             return None if None in parts else [piece for part in parts if part for piece in part]
@@ -283,7 +284,7 @@ class _Comparison:
         if isinstance(thing, Relation):
             if thing.operators == ("\\in",):
                 return self.as_set(thing.sides[1])
-            return _interval_of(thing) if self.options.interval_as_inequality else None
+            return interval_of(thing) if self.options.interval_as_inequality else None
         if isinstance(thing, Collection):
             return self.collection_as_set(thing)
         return None
@@ -299,7 +300,7 @@ class _Comparison:
             parts = [self.as_set(item) for item in thing.items if not isinstance(item, Scalar)]
             if len(parts) == len(thing.items) and None not in parts and _one_subject(thing):
                 pieces = [piece for part in parts if part for piece in part]
-                both = _intersection(pieces) if thing.kind == "list" and len(pieces) == 2 else None
+                both = intersection(pieces) if thing.kind == "list" and len(pieces) == 2 else None
                 return pieces if both is None else [both]
         return None
 
@@ -309,12 +310,12 @@ class _Comparison:
         for point in removed:
             if not numbers.same(point.low, point.high):
                 return None
-            base = [part for piece in base for part in _cut(piece, point.low)]
+            base = [part for piece in base for part in cut(piece, point.low)]
         return base
 
     def sets(self, reference: list[Interval], answer: list[Interval]) -> bool:
-        left = _joined(answer)
-        reference = _joined(reference)
+        left = joined(answer)
+        reference = joined(reference)
         if len(reference) != len(left):
             return False
         for piece in reference:
@@ -325,7 +326,7 @@ class _Comparison:
         return True
 
     def intervals(self, reference: Interval, answer: Interval) -> bool:
-        open_ends = [(i.left_open or _infinite(i.low), i.right_open or _infinite(i.high)) for i in (reference, answer)]
+        open_ends = [(i.left_open or infinite(i.low), i.right_open or infinite(i.high)) for i in (reference, answer)]
         return (
             open_ends[0] == open_ends[1]
             and self.same(reference.low, answer.low)
@@ -351,8 +352,10 @@ def _letters_of(node: Node) -> str | None:
     return None
 
 
-def _is_whole(thing: Thing) -> bool:
-    return isinstance(thing, Scalar) and isinstance(thing.node, Number) and thing.node.value.denominator == 1
+def _digits(thing: Thing) -> Based | None:
+    if isinstance(thing, Scalar) and isinstance(thing.node, Number) and thing.node.value.denominator == 1:
+        return Based(str(thing.node.value), "")
+    return thing if isinstance(thing, Based) else None
 
 
 def _hundredth(node: Node) -> Node:
@@ -373,10 +376,6 @@ def _same_ratio(reference: Sequence[Thing], answer: Sequence[Thing]) -> bool:
     return len(mine) == len(theirs) == len(reference) == len(answer) and all(
         numbers.same(Apply("*", (a, theirs[0])), Apply("*", (b, mine[0]))) for a, b in zip(mine, theirs, strict=True)
     )
-
-
-def _infinite(node: Node) -> bool:
-    return INFINITY in (node, *(node.args if isinstance(node, Apply) else ()))
 
 
 def _inequalities(thing: Collection) -> bool:
@@ -426,90 +425,3 @@ def _near(first: Scalar, second: Scalar) -> bool:
         return bool(abs(a - b) <= abs(a) / 100)
     except (ArithmeticError, ValueError, TypeError):
         return True
-
-
-def _interval_of(relation: Relation) -> list[Interval] | None:
-    """`x < 3`, `3 > x` and `1 <= x < 3` as intervals, `x \\ne 1` as two; None for other relations."""
-    sides = [side.node for side in relation.sides if isinstance(side, Scalar)]
-    if len(sides) != len(relation.sides):
-        return None
-    bare = [isinstance(s, Symbol) and s != INFINITY and s.name not in ("e", "\\pi", "i") for s in sides]
-    operators = relation.operators
-    if operators == ("\\ne",) and bare[0]:
-        return _cut(_LINE, sides[1])
-    if not set(operators) <= set(_ORDER):
-        return None
-    if (
-        len(sides) == 2
-        and isinstance(sides[0], Apply)
-        and sides[0].name == "abs"
-        and isinstance(sides[0].args[0], Symbol)
-    ):
-        bound, strict = sides[1], operators[0] in ("<", ">")
-        below = Apply("neg", (bound,))
-        if operators[0] in ("<", "\\le"):
-            return [Interval(below, bound, strict, strict)]
-        return [Interval(_LINE.low, below, True, strict), Interval(bound, _LINE.high, strict, True)]
-    low, high = _LINE.low, _LINE.high
-    left_open = right_open = True
-    if (len(sides) == 2 and bare[0] != bare[1]) or (len(sides) == 2 and bare[0]):
-        operator, bound = (operators[0], sides[1]) if bare[0] else (_ORDER[operators[0]], sides[0])
-        if operator in ("<", "\\le"):
-            high, right_open = bound, operator == "<"
-        else:
-            low, left_open = bound, operator == ">"
-        return [Interval(low, high, left_open, right_open)]
-    if len(sides) == 3 and bare[1]:
-        if {*operators} <= {"<", "\\le"}:
-            return [Interval(sides[0], sides[2], operators[0] == "<", operators[1] == "<")]
-        if {*operators} <= {">", "\\ge"}:
-            return [Interval(sides[2], sides[0], operators[1] == ">", operators[0] == ">")]
-    return None
-
-
-def _position(node: Node) -> float | None:
-    """The place of an end on the line; None where it depends on symbols."""
-    if _infinite(node):
-        return float("inf") if node == INFINITY else float("-inf")
-    try:
-        return float(numbers.number(node))
-    except (ArithmeticError, ValueError, TypeError):
-        return None
-
-
-def _cut(piece: Interval, point: Node) -> list[Interval]:
-    low, high, place = _position(piece.low), _position(piece.high), _position(point)
-    if low is None or high is None or place is None or not low < place < high:
-        inside = low is not None and high is not None and place is not None
-        return [piece] if inside or piece is not _LINE else [
-            Interval(piece.low, point, True, True), Interval(point, piece.high, True, True)
-        ]  # fmt: skip
-    return [Interval(piece.low, point, piece.left_open, True), Interval(point, piece.high, True, piece.right_open)]
-
-
-def _intersection(pieces: Sequence[Interval]) -> Interval | None:
-    """Of two half-lines that overlap; None otherwise."""
-    first, second = pieces
-    ends = [_position(end) for end in (first.low, first.high, second.low, second.high)]
-    if None in ends:
-        return None
-    a, b, c, d = (end for end in ends if end is not None)
-    if max(a, c) >= min(b, d):
-        return None
-    left, right = (first if a >= c else second), (first if b <= d else second)
-    return Interval(left.low, right.high, left.left_open, right.right_open)
-
-
-def _joined(pieces: Sequence[Interval]) -> list[Interval]:
-    """Without pieces that are empty; those that touch at an end that belongs to one of them are one."""
-    placed = [(_position(p.low), _position(p.high), p) for p in pieces]
-    if any(low is None or high is None for low, high, _ in placed):
-        return list(pieces)
-    found: list[Interval] = []
-    for low, high, piece in sorted(placed, key=lambda entry: (entry[0], entry[1])):
-        last = found[-1] if found else None
-        if last is not None and numbers.same(last.high, piece.low) and not (last.right_open and piece.left_open):
-            found[-1] = Interval(last.low, piece.high, last.left_open, piece.right_open)
-        elif low is not None and high is not None and low <= high:
-            found.append(piece)
-    return found

@@ -10,68 +10,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import NamedTuple
 
-from .normalize import TEXT
-
-MAX_DEPTH = 60
-MAX_TOKENS = 3_000
-
-
-class Unreadable(ValueError):
-    """The text is no formula of this grammar."""
-
-
-class TooLarge(ValueError):
-    """The text is larger or deeper than any answer: it is not looked at."""
-
-
-class Token(NamedTuple):
-    kind: str
-    """`number`, `command`, `letter`, `text`, `environment` or `sign` (any other character)."""
-    value: str
-
-
-_TOKEN = re.compile(
-    r"(?P<text>" + TEXT + r"\{(?P<words>[^{}]*(?:\{[^{}]*\}[^{}]*)*)\})|(?P<command>\\(?:[A-Za-z]+|[^A-Za-z]))"
-    r"|(?P<number>\d+(?:\.\d*)?|\.\d+)|(?P<letter>[A-Za-z])|(?P<space>\s+)|(?P<sign>.)",
-    re.DOTALL,
-)
-_BEGIN, _END = re.compile(r"\\begin\s*\{(\w+\*?)\}(?:\{[lcr|\s]*\})?"), re.compile(r"\\(begin|end)\s*\{(\w+\*?)\}")
-
-
-def tokenize(text: str) -> list[Token]:
-    """The tokens of a normalized text; an environment is one token. Raises Unreadable for one that never ends."""
-    tokens: list[Token] = []
-    position = 0
-    while position < len(text):
-        begin = _BEGIN.match(text, position)
-        if begin:
-            end = _end_of_environment(text, begin.end())
-            tokens.append(Token("environment", begin[1] + "\n" + text[begin.end() : end.start()]))
-            position = end.end()
-            continue
-        match = _TOKEN.match(text, position)
-        if match is None:
-            raise Unreadable(text[position : position + 20])
-        position = match.end()
-        kind = match.lastgroup or ""
-        if match["text"] is not None:
-            tokens.append(Token("text", match["words"]))
-        elif kind != "space":
-            tokens.append(Token(kind, match[0]))
-        if len(tokens) > MAX_TOKENS:
-            raise TooLarge("too long")
-    return tokens
-
-
-def _end_of_environment(text: str, position: int) -> re.Match[str]:
-    depth = 1
-    for match in _END.finditer(text, position):
-        depth += 1 if match[1] == "begin" else -1
-        if depth == 0:
-            return match
-    raise Unreadable("an environment that never ends")
+from .tokens import MAX_DEPTH, Token, TooLarge, Unreadable
 
 
 @dataclass(frozen=True)
@@ -97,106 +37,24 @@ class Apply:
 
 Node = Number | Symbol | Apply
 
-E, I, PI, INFINITY = Symbol("e"), Symbol("i"), Symbol("\\pi"), Symbol("\\infty")
+INFINITY = Symbol("\\infty")
 
-FUNCTIONS = frozenset(
-    [
-        "sin",
-        "cos",
-        "tan",
-        "cot",
-        "sec",
-        "csc",
-        "arcsin",
-        "arccos",
-        "arctan",
-        "arccot",
-        "sinh",
-        "cosh",
-        "tanh",
-        "coth",
-        "ln",
-        "log",
-        "lg",
-        "exp",
-        "asin",
-        "acos",
-        "atan",
-    ]
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+FUNCTIONS = _names(
+    "sin cos tan cot sec csc arcsin arccos arctan arccot sinh cosh tanh coth ln log lg exp asin acos atan"
 )
-_GREEK = frozenset(
-    [
-        "alpha",
-        "beta",
-        "gamma",
-        "delta",
-        "epsilon",
-        "zeta",
-        "eta",
-        "theta",
-        "iota",
-        "kappa",
-        "lambda",
-        "mu",
-        "nu",
-        "xi",
-        "rho",
-        "sigma",
-        "tau",
-        "upsilon",
-        "phi",
-        "chi",
-        "psi",
-        "omega",
-        "Gamma",
-        "Delta",
-        "Theta",
-        "Lambda",
-        "Xi",
-        "Pi",
-        "Sigma",
-        "Upsilon",
-        "Phi",
-        "Psi",
-        "Omega",
-        "hbar",
-        "ell",
-        "partial",
-        "nabla",
-        "Re",
-        "Im",
-        "aleph",
-        "wp",
-        "imath",
-        "prime",
-        "angle",
-        "triangle",
-        "square",
-        "diamond",
-        "circ",
-    ]
+_GREEK = _names(
+    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi chi psi "
+    "omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega hbar ell partial nabla Re Im aleph wp imath "
+    "prime angle triangle square diamond circ"
 )
-_ACCENTS = frozenset(
-    [
-        "hat",
-        "bar",
-        "vec",
-        "tilde",
-        "dot",
-        "ddot",
-        "overline",
-        "underline",
-        "widehat",
-        "widetilde",
-        "overrightarrow",
-        "mathcal",
-        "mathscr",
-        "mathfrak",
-        "mathbb",
-        "overset",
-        "check",
-        "breve",
-    ]
+_ACCENTS = _names(
+    "hat bar vec tilde dot ddot overline underline widehat widetilde overrightarrow mathcal mathscr mathfrak "
+    "mathbb overset check breve"
 )
 _CLOSING = {"(": ")", "[": "]", "{": "}"}
 _PAIRS = {"\\lfloor": ("\\rfloor", "floor"), "\\lceil": ("\\rceil", "ceil"), "\\lVert": ("\\rVert", "norm")}
@@ -241,13 +99,9 @@ class _Reader:
             raise Unreadable(f"expected {value}, got {self.peek()}")
 
     def sum(self) -> Node:
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise TooLarge("too deep")
         terms = [self.signed()]
         while self.value() in ("+", "-"):
             terms.append(self.signed())
-        self.depth -= 1
         return terms[0] if len(terms) == 1 else Apply("+", tuple(terms))
 
     def signed(self) -> Node:
@@ -283,7 +137,7 @@ class _Reader:
 
     def signed_factor(self) -> Node:
         if self.accept("-"):
-            return Apply("neg", (self.signed_factor(),))
+            return Apply("neg", (self.factor(),))
         self.accept("+")
         return self.factor()
 
@@ -338,12 +192,19 @@ class _Reader:
             return Number(Fraction(int(token.value[0])))
         if token is not None and token.value in ("-", "+"):
             self.position += 1
-            node = self.argument()
+            node = self.atom()
             return Apply("neg", (node,)) if token.value == "-" else node
         return self.atom()
 
     def atom(self) -> Node:
-        token = self.take()
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise TooLarge("too deep")
+        node = self.one_atom(self.take())
+        self.depth -= 1
+        return node
+
+    def one_atom(self, token: Token) -> Node:
         if token.kind == "number":
             if len(token.value) > 4_000:
                 raise TooLarge("a number of thousands of digits")
@@ -439,7 +300,7 @@ class _Reader:
                 node = self.factor_after(node)
             return node
         if self.accept("-"):
-            return Apply("neg", (self.function_argument(),))
+            return Apply("neg", (self.factor(),))
         node = self.factor()
         while self.starts_factor() and self.value() not in ("(", "[", "{") and self.value()[1:] not in FUNCTIONS:
             node = Apply("*", (node, self.factor()))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from ..answers import MathAnswer
 from .equality import Options, equal
-from .formula import TooLarge, Unreadable
 from .normalize import canonical, normalize
 from .structure import read
+from .tokens import TooLarge, Unreadable
 
 
 def right(answer: MathAnswer, text: str) -> bool:

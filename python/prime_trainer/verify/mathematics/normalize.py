@@ -11,20 +11,25 @@ import re
 import unicodedata
 from typing import NamedTuple
 
+_GREEK = re.findall(
+    r"\w+",
+    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau upsilon phi chi "
+    "psi omega",
+)
 _CHARACTERS = {
-    **dict.fromkeys("−–—‒﹣－", "-"),
-    **dict.fromkeys("×✕✖", r"\times "), "÷": r"\div ", **dict.fromkeys("·⋅∙•", r"\cdot "), "∗": "*", "∕": "/", "⁄": "/",
-    "±": r"\pm ", "∓": r"\mp ", "∞": r"\infty ", "∅": r"\emptyset ", "⌀": r"\emptyset ",
-    **dict.fromkeys("≤⩽", r"\le "), **dict.fromkeys("≥⩾", r"\ge "), "≠": r"\ne ", **dict.fromkeys("≈≅≃", r"\approx "),
-    "∈": r"\in ", "∪": r"\cup ", "∩": r"\cap ", "∖": r"\setminus ", "∨": r"\text{ or }", "∧": r"\text{ and }",
+    **dict.fromkeys("−–—‒﹣－", "-"), **dict.fromkeys("×✕✖", r"\times "), "÷": r"\div ",
+    **dict.fromkeys("·⋅∙•", r"\cdot "), "∗": "*", "∕": "/", "⁄": "/", "±": r"\pm ", "∓": r"\mp ",
+    "∞": r"\infty ", "∅": r"\emptyset ", "⌀": r"\emptyset ", **dict.fromkeys("≤⩽", r"\le "),
+    **dict.fromkeys("≥⩾", r"\ge "), "≠": r"\ne ", **dict.fromkeys("≈≅≃", r"\approx "), "∈": r"\in ",
+    "∪": r"\cup ", "∩": r"\cap ", "∖": r"\setminus ", "∨": r"\text{ or }", "∧": r"\text{ and }",
     "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}", "ℂ": r"\mathbb{C}",
-    "√": r"\sqrt ", "∛": r"\sqrt[3] ", "°": r"^{\circ}", "º": r"^{\circ}", "…": r"\ldots ", "⋯": r"\cdots ", "∠": r"\angle ",
-    "ℏ": r"\hbar ", "⟨": r"\langle ", "⟩": r"\rangle ", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ",
-    "′": "'", "’": "'", "‘": "'", "∶": ":", "‰": "", "，": ",", "。": ".", "∣": "|", "→": r"\to ",
-    **dict(zip("αβγδεζηθικλμνξπρστυφχψω", [f"\\{n} " for n in ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu", "nu", "xi", "pi", "rho", "sigma", "tau", "upsilon", "phi", "chi", "psi", "omega"]], strict=True)),
-    **dict(zip("ΓΔΘΛΞΠΣΦΨΩ", [f"\\{n} " for n in
-        ["Gamma", "Delta", "Theta", "Lambda", "Xi", "Pi", "Sigma", "Phi", "Psi", "Omega"]], strict=True)),
-    "µ": r"\mu ", "ϕ": r"\phi ", "ϵ": r"\epsilon ",
+    "√": r"\sqrt ", "∛": r"\sqrt[3] ", "°": r"^{\circ}", "º": r"^{\circ}", "…": r"\ldots ", "⋯": r"\cdots ",
+    "∠": r"\angle ", "ℏ": r"\hbar ", "⟨": r"\langle ", "⟩": r"\rangle ", "⌊": r"\lfloor ", "⌋": r"\rfloor ",
+    "⌈": r"\lceil ", "⌉": r"\rceil ", "′": "'", "’": "'", "‘": "'", "∶": ":", "，": ",", "。": ".", "∣": "|",
+    "→": r"\to ", "µ": r"\mu ", "ϕ": r"\phi ", "ϵ": r"\epsilon ",
+    **{char: f"\\{name} " for char, name in zip("αβγδεζηθικλμνξπρστυφχψω", _GREEK, strict=True)},
+    **{char: f"\\{name.capitalize()} " for char, name in zip("ΓΔΘΛΞΠΣΦΨΩ", re.findall(
+        r"\w+", "gamma delta theta lambda xi pi sigma phi psi omega"), strict=True)},
 }  # fmt: skip
 _TABLE = str.maketrans(_CHARACTERS)
 _SUPERSCRIPTS = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿⁱ", "0123456789+-ni", strict=True))
@@ -50,7 +55,7 @@ _SPACES = re.compile(
     r"(?<!\\)\\[,;:!> ]|\\(?:quad|qquad|thinspace|hspace\*?\{[^{}]*\}|hfill|nobreakspace)(?![A-Za-z])|~|\s+"
 )
 _THIN_GROUPS = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:\\[,; !]|~|\s|\{,\}|\{ , \}|\\text\{,\})\d{3})+(?![\d])")
-_COMMA_GROUPS = re.compile(r"((?:[^,;=()\[\]]{1,30}=)?\s*[-+]?\s*)(\d{1,3}(?:,\d{3})+)(?!\d)(.*)", re.DOTALL)
+_COMMA_GROUPS = re.compile(r"((?:[^,;=\[\]]{1,30}=)?\s*[-+]?\s*)(\d{1,3}(?:,\d{3})+)(?!\d)(.*)", re.DOTALL)
 _E_NOTATION = re.compile(
     r"(?<![A-Za-z\\_^\d.])(?<![_^]\{)(\d+\.?\d*|\.\d+)(?:[eE]|\\(?:mathrm|text|rm|textrm)\{\s*[eE]\s*\})\{?([-+]?\d+)\}?(?![\d.A-Za-z])"
 )
@@ -72,13 +77,13 @@ _INTRODUCED = re.compile(
 )
 _WHOLE_TEXT = re.compile(TEXT + r"\{([^{}]*)\}")
 _PARAMETER = re.compile(
-    r"(?:[\s,;(]|\\text\{[^{}]*\}|\\mid|\\forall|\||:)*(?:(?<=[,;(}])\s*[a-z]\s*,\s*)?(?<![A-Za-z\\])([a-z])(?:_\{?\d\}?)?"
+    r"(?:[\s,;(]|\\text\{[^{}]*\}|\\mid|\\forall|\||:)*(?:(?<=[,;(])\s*[a-z]\s*,\s*)?(?<![A-Za-z\\])([a-z])(?:_\{?\d\}?)?"
     r"\s*\\in\s*\\(?:mathbb|mathbf|Bbb)?\s*\{?\s*[ZN]\s*\}?(?:\s*[_^]\s*\{?[+*>\d]*\}?)?\s*\)?\s*$"
 )
 _INTEGER_WORDS = re.compile(
     r"(?:[\s,;(]|\\text\{[^{}]*\})*\s([a-z])\s*\\text\{\s*(?:is|being)?\s*(?:an?|any)?\s*integers?\s*\}\s*\)?\s*$"
 )
-_SYNONYMS = [
+_SYNONYMS: list[tuple[re.Pattern[str], str]] = [
     (re.compile(r"\\(?:dfrac|tfrac|cfrac|nicefrac|sfrac)(?![A-Za-z])"), r"\\frac"),
     (re.compile(r"\\(?:leq|leqslant|leqq)(?![A-Za-z])|<=|=<"), r"\\le "),
     (re.compile(r"\\(?:geq|geqslant|geqq)(?![A-Za-z])|>=|=>(?!=)"), r"\\ge "),
@@ -100,11 +105,11 @@ _SYNONYMS = [
     (re.compile(r"\\(?:Bbb|mathbf)\s*\{?R\}?(?![A-Za-z])|\\R(?![A-Za-z])"), r"\\mathbb{R}"),
     (re.compile(r"\\mathbb\s*([A-Z])"), r"\\mathbb{\1}"),
     (re.compile(r"\\(?:Z)(?![A-Za-z])"), r"\\mathbb{Z}"),
-    (re.compile(r"\\(?:operatorname|mathrm|text)\s*\{(arcsin|arccos|arctan|sin|cos|tan|ln|log|exp|sqrt|lcm|gcd)\}"), r"\\\1 "),
+    (re.compile(TEXT + r"\{(arcsin|arccos|arctan|sin|cos|tan|ln|log|exp|sqrt|lcm|gcd)\}"), r"\\\1 "),
     (re.compile(r"\^\s*\{\s*\\(?:circ|degree|textdegree)\s*\}|\^\s*\\circ(?![A-Za-z])|\\(?:degree|textdegree)(?![A-Za-z])"),
      r"^{\\circ}"),
-    (re.compile(r"\\(?:ast|star)(?![A-Za-z])|\*\*"), lambda m: "^" if m[0] == "**" else r"\cdot "),
-    (re.compile(r"\*"), r"\\cdot "),
+    (re.compile(r"\*\*"), "^"),
+    (re.compile(r"\\(?:ast|star)(?![A-Za-z])|\*"), r"\\cdot "),
     (re.compile(r"(?<!\\)%|\\text\{\s*(?:\\?%|percent)\s*\}|(?<![A-Za-z])percent(?![A-Za-z])"), r"\\%"),
     (re.compile(r"\+\s*-|-\s*\+"), "-"),
     (re.compile(r"-\s*-(?=\s*[\d\\(a-zA-Z])"), "+"),
@@ -175,8 +180,10 @@ def _from_unicode(text: str) -> str:
 
 
 def _unbraced(text: str) -> str:
-    """The text without braces around the whole of it."""
-    while text.startswith("{") and text.endswith("}"):
+    """The text without braces around the whole of it, a few layers of them."""
+    for _ in range(8):
+        if not (text.startswith("{") and text.endswith("}")):
+            break
         depth = 0
         for match in re.finditer(r"\\.|[{}]", text):
             depth += (match[0] == "{") - (match[0] == "}")

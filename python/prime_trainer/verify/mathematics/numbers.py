@@ -137,9 +137,8 @@ def _same_at(point: _Point, reference: Node, answer: Node, decimal: bool, negati
             if decimal:
                 return _close(reference, answer, mine, theirs)
             first = abs(_mp(mine) - _mp(theirs))
-            if first > abs(_mp(mine)) * mpmath.mpf(10) ** -30 + abs(_mp(theirs)) * mpmath.mpf(10) ** -30:
-                if first > mpmath.mpf(10) ** -40 * _scale(reference, answer, point):
-                    return False
+            if first > mpmath.mpf(10) ** -30 * max(abs(_mp(mine)), abs(_mp(theirs)), _scale(reference, answer)):
+                return False
         with mpmath.workdps(150):
             mine, theirs = _mp(_evaluate(reference, point)), _mp(_evaluate(answer, point))
             second = abs(mine - theirs)
@@ -149,9 +148,9 @@ def _same_at(point: _Point, reference: Node, answer: Node, decimal: bool, negati
         return None
 
 
-def _scale(reference: Node, answer: Node, point: _Point) -> Value:
-    """1 if a side may be zero by cancellation, so that rounding is no difference; else 0."""
-    return 1 if any(isinstance(n, Apply) and n.name == "+" for n in (reference, answer)) else 0
+def _scale(reference: Node, answer: Node) -> int:
+    """1 where a side is a sum and may be zero by cancellation, so that what is left of it may be rounding; else 0."""
+    return int(any(isinstance(n, Apply) and n.name == "+" for n in (reference, answer)))
 
 
 def _close(reference: Node, answer: Node, mine: Value, theirs: Value) -> bool:
@@ -322,6 +321,12 @@ def _factorial(n: int) -> Fraction:
     return Fraction(math.factorial(n))
 
 
+def _gamma(value: Value) -> Value:
+    if isinstance(value, Fraction) and value.denominator == 1:
+        return _factorial(_whole(value, _MAX_FACTORIAL))
+    return mpmath.gamma(_mp(value) + 1)
+
+
 def _double_factorial(value: Value) -> Value:
     return Fraction(math.prod(range(_whole(value, _MAX_FACTORIAL), 0, -2)))
 
@@ -344,8 +349,8 @@ def _exp(value: Value) -> Value:
     return mpmath.exp(_mp(value))
 
 
-def _round(function: Callable[[Any], Any]) -> Callable[[Value], Value]:
-    return lambda value: Fraction(int(function(_real(value))))
+def _round(exact: Callable[[Fraction], int], inexact: Callable[[Value], Value]) -> Callable[[Value], Value]:
+    return lambda value: Fraction(exact(value) if isinstance(value, Fraction) else int(inexact(_real(value))))
 
 
 def _modulo(a: Value, b: Value) -> Value:
@@ -365,12 +370,12 @@ _OPERATIONS: dict[str, Callable[..., Value]] = {
     "neg": lambda a: -a,
     "abs": abs,
     "sqrt": _sqrt,
-    "!": lambda a: _factorial(_whole(a, _MAX_FACTORIAL)) if isinstance(a, Fraction) and a.denominator == 1 else mpmath.gamma(_mp(a) + 1),
+    "!": _gamma,
     "!!": _double_factorial,
     "binom": _binomial,
     "mod": _modulo,
-    "floor": _round(mpmath.floor) if False else lambda a: Fraction(math.floor(a)) if isinstance(a, Fraction) else Fraction(int(mpmath.floor(_real(a)))),
-    "ceil": lambda a: Fraction(math.ceil(a)) if isinstance(a, Fraction) else Fraction(int(mpmath.ceil(_real(a)))),
+    "floor": _round(math.floor, mpmath.floor),
+    "ceil": _round(math.ceil, mpmath.ceil),
     "ln": _log,
     "log": _log,
     "exp": _exp,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from . import formula, units
-from .formula import MAX_DEPTH, Apply, Node, Number, Symbol, Token, TooLarge, Unreadable, tokenize
+from .formula import Node, Symbol
 from .normalize import canonical
+from .tokens import MAX_DEPTH, Token, TooLarge, Unreadable, tokenize
 
 RELATIONS = frozenset(("=", "<", ">", "\\le", "\\ge", "\\ne", "\\approx", "\\in", "\\equiv", "\\sim", "\\to", "\\iff"))
 _OPENING = frozenset(("(", "[", "{", "\\{", "\\langle"))
@@ -318,10 +319,17 @@ def _environment(value: str, depth: int) -> Thing:
     if name in _MATRICES:
         return Matrix(tuple(tuple(_read(tokenize(cell), depth + 1) for cell in row) for row in rows))
     if name in _ROWS:
-        read = [_read(tokenize(" ".join(filter(None, row))), depth + 1) if name not in ("cases", "dcases") or len(row) == 1
-                else Matrix((tuple(_read(tokenize(cell), depth + 1) for cell in row),)) for row in rows]  # fmt: skip
-        return read[0] if len(read) == 1 else Collection("list", tuple(read))
+        piecewise = name in ("cases", "dcases")
+        things = [_row(row, depth + 1, piecewise and len(row) > 1) for row in rows]
+        return things[0] if len(things) == 1 else Collection("list", tuple(things))
     raise Unreadable(f"an environment {name}")
+
+
+def _row(cells: Sequence[str], depth: int, piecewise: bool) -> Thing:
+    """One line of a system; the cells of a case distinction are kept apart."""
+    if piecewise:
+        return Matrix((tuple(_read(tokenize(cell), depth) for cell in cells),))
+    return _read(tokenize(" ".join(filter(None, cells))), depth)
 
 
 _BASED = re.compile(r"([0-9A-Fa-f]+)_\{?(?:\\text\{)?(\d+)\}?\}?")
@@ -355,11 +363,3 @@ def _choice(tokens: Sequence[Token]) -> Thing | None:
     if found and (len(tokens) <= 3 or tokens[0].kind == "text" or tokens[3].kind == "number"):
         return Scalar(Symbol(found[1]))
     return None
-
-
-def negated(scalar: Scalar) -> Scalar:
-    return replace(scalar, node=Apply("neg", (scalar.node,)))
-
-
-def divided(scalar: Scalar, by: int) -> Scalar:
-    return replace(scalar, node=Apply("/", (scalar.node, Number(formula.Fraction(by)))))

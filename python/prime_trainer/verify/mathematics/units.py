@@ -6,22 +6,23 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .formula import Token
+from .tokens import Token
 
 _NAMES = {
     "m": "meter meters metre metres", "cm": "centimeter centimeters centimetre centimetres",
     "mm": "millimeter millimeters millimetre millimetres", "km": "kilometer kilometers kilometre kilometres kms",
     "nm": "nanometer nanometers", "um": "micrometer micrometers", "in": "inch inches", "ft": "foot feet",
-    "yd": "yard yards", "mi": "mile miles", "g": "gram grams", "kg": "kilogram kilograms kgs", "mg": "milligram milligrams",
-    "lb": "pound pounds lbs", "oz": "ounce ounces", "s": "sec secs second seconds", "ms": "millisecond milliseconds",
-    "min": "mins minute minutes", "h": "hr hrs hour hours", "day": "days", "week": "weeks", "month": "months",
-    "year": "years yr yrs", "N": "newton newtons", "J": "joule joules", "kJ": "kilojoule kilojoules", "W": "watt watts",
-    "kW": "kilowatt kilowatts", "Pa": "pascal pascals", "kPa": "", "Hz": "hertz", "V": "volt volts", "A": "amp amps ampere amperes",
-    "C": "coulomb coulombs", "K": "kelvin kelvins", "mol": "mole moles", "L": "liter liters litre litres l",
-    "mL": "milliliter milliliters ml", "eV": "", "keV": "", "MeV": "", "GeV": "", "T": "tesla", "dollar": "dollars usd", "cent": "cents",
-    "euro": "euros", "mph": "", "AU": "au", "pc": "parsec parsecs", "kpc": "", "Mpc": "", "cal": "calories", "rad": "radian radians",
-    "ohm": "ohms", "erg": "ergs", "dyne": "dynes", "hertz": "", "kcal": "", "acre": "acres", "gallon": "gallons", "":
-    "unit units degree degrees deg",
+    "yd": "yard yards", "mi": "mile miles", "g": "gram grams", "kg": "kilogram kilograms kgs",
+    "mg": "milligram milligrams", "lb": "pound pounds lbs", "oz": "ounce ounces", "s": "sec secs second seconds",
+    "ms": "millisecond milliseconds", "min": "mins minute minutes", "h": "hr hrs hour hours", "day": "days",
+    "week": "weeks", "month": "months", "year": "years yr yrs", "N": "newton newtons", "J": "joule joules",
+    "kJ": "kilojoule kilojoules", "W": "watt watts", "kW": "kilowatt kilowatts", "Pa": "pascal pascals", "kPa": "",
+    "Hz": "hertz", "V": "volt volts", "A": "amp amps ampere amperes", "C": "coulomb coulombs", "K": "kelvin kelvins",
+    "mol": "mole moles", "L": "liter liters litre litres l", "mL": "milliliter milliliters ml", "eV": "", "keV": "",
+    "MeV": "", "GeV": "", "T": "tesla", "dollar": "dollars usd", "cent": "cents", "euro": "euros", "mph": "",
+    "AU": "au", "pc": "parsec parsecs", "kpc": "", "Mpc": "", "cal": "calories", "kcal": "", "rad": "radian radians",
+    "ohm": "ohms", "erg": "ergs", "dyne": "dynes", "acre": "acres", "gallon": "gallons",
+    "": "unit units degree degrees deg",
 }  # fmt: skip
 _CANONICAL = {word: name for name, words in _NAMES.items() for word in [name, *words.split()] if word}
 _PLAIN = "|".join(sorted((re.escape(w) for w in _CANONICAL if len(w) > 1), key=len, reverse=True))

@@ -58,7 +58,7 @@ _STANDARD_INPUT = ("/dev/stdin", "/dev/fd/0", "/proc/self/fd/0")
 
 
 def open_standard_input(program: str) -> None:
-    """Lets `open("/dev/stdin")` work for a program that mentions it: the sandbox has no /proc, where that path leads."""
+    """Lets a program that mentions `/dev/stdin` open it: the path leads to /proc, which the sandbox has not."""
     if not any(path in program for path in _STANDARD_INPUT):
         return
     real = builtins.open
