@@ -7,6 +7,7 @@ A row is either in the Eurus-2-RL-Data schema (`prompt`, `ability`, `reward_mode
 from __future__ import annotations
 
 import json
+import math
 import random
 from decimal import Decimal
 from functools import lru_cache
@@ -18,7 +19,7 @@ from ..verify import confinement_for
 from ..verify.answers import CallTests, MathAnswer, ProgramTests, StdioTests
 from . import chat
 from .problems import Problem, messages_for
-from .readers import read_rows
+from .readers import Kind, kind_of, read_rows
 
 _DEFAULT_TEMPLATE = TaskConfig.model_fields["template"].default
 
@@ -30,9 +31,9 @@ class FileTask:
         if cfg.path is None:
             raise ValueError(f"task.path is required when task.kind = {cfg.kind!r}")
         self.name = cfg.path.stem
-        rows = _read_problems(cfg.path, cfg.kind, cfg, "task.path")
+        rows = _read_problems(cfg.path, "parquet" if cfg.kind == "parquet" else "jsonl", cfg, "task.path")
         if cfg.eval_path is not None:
-            kind = "parquet" if cfg.eval_path.suffix == ".parquet" else "jsonl"
+            kind: Kind = "parquet" if kind_of(cfg.eval_path) == "parquet" else "jsonl"
             self._held_out = _read_problems(cfg.eval_path, kind, cfg, "task.eval_path")[: cfg.eval_size]
         else:
             self._held_out, rows = rows[: cfg.eval_size], rows[cfg.eval_size :]
@@ -62,7 +63,7 @@ def _shuffled(count: int, seed: int, epoch: int) -> list[int]:
     return order
 
 
-def _read_problems(path: Path, kind: str, cfg: TaskConfig, option: str) -> list[Problem]:
+def _read_problems(path: Path, kind: Kind, cfg: TaskConfig, option: str) -> list[Problem]:
     if not path.is_file():
         raise ValueError(f"{option}: no such file: {path}")
     problems: list[Problem] = []
@@ -74,7 +75,7 @@ def _read_problems(path: Path, kind: str, cfg: TaskConfig, option: str) -> list[
     if not problems:
         raise ValueError(f"{option}: {path} has no rows")
     if any(isinstance(problem.answer, ProgramTests) for problem in problems):
-        confinement_for(cfg)  # a machine that cannot run programs says so before anything is trained
+        confinement_for(cfg)  # fails before training on a machine that cannot run programs
     return problems
 
 
@@ -83,7 +84,7 @@ def _messages(row: dict[str, Any], cfg: TaskConfig) -> list[dict[str, str]]:
     messages = chat.prompt(prompt, "prompt")
     if isinstance(prompt, str):
         return messages_for(cfg, prompt)
-    # A chat is kept as it is, but what the configuration sets acts.
+    # A chat is kept, but the template and the system prompt of the configuration apply.
     if cfg.template != _DEFAULT_TEMPLATE:
         messages[-1]["content"] = cfg.template.replace("{question}", messages[-1]["content"])
     return chat.with_system(messages, cfg.system_prompt)
@@ -109,6 +110,9 @@ def _math_answer(row: dict[str, Any]) -> MathAnswer:
 
 def reference_text(truth: Any, field: str) -> str:
     """A reference answer as text; raises ValueError, naming `field`, for what is none."""
+    if isinstance(truth, float) and not math.isfinite(truth):
+        # As text it would be an answer that no response can give.
+        raise ValueError(f"{field} must be a finite number or text, got {truth}")
     if isinstance(truth, float) and truth.is_integer():
         truth = int(truth)  # 142.0 in a benchmark file is the answer 142
     if isinstance(truth, bool) or not isinstance(truth, (str, int, float)) or not str(truth).strip():

@@ -56,7 +56,10 @@ class Verifier:
 def collector(run_config, tokenizer):
     def make(right, sampler=None, failures=0, **changes):
         changes = {"filter": {"low": 0.2, "high": 0.8}, "rollout": {"prompts_per_step": 4, "n": 5}, **changes}
-        return Collector(run_config(**changes), Task(), tokenizer, sampler or Sampler(), Verifier(right, failures))
+        cfg = run_config(**changes)
+        return Collector(
+            cfg.rollout, cfg.filter, cfg.seed, Task(), tokenizer, sampler or Sampler(), Verifier(right, failures)
+        )
 
     return make
 
@@ -76,7 +79,7 @@ def test_prompts_that_are_too_long_are_left_out_and_counted(collector, tokenizer
     lengths = [len(render(tokenizer, p.messages)) for p in made.task.train(0, 12)]
     assert lengths == [min(lengths)] * 10 + [min(lengths) + 1] * 2
     sampler.limit = min(lengths) + 6
-    made.cfg.filter.max_rounds = 1
+    made.filter.max_rounds = 1
     groups, values = made.collect(1, clock)
     assert names(groups) == [f"p{i}" for i in range(10)] and values["prompts_too_long"] == 2
     sampler.limit -= 1
