@@ -32,7 +32,7 @@ from .verdict import TIME_LIMIT, Verdict
 _START_ATTEMPTS = 3
 _MAX_PROGRAMS = 8
 _SECONDS_A_TEST = 0.05  # a fork and two messages
-_MAX_STRETCH = 20.0
+_MAX_STRETCH = 8.0
 _SPARE = 1 << 16  # bytes that an output may have beyond the expected one's before it is cut off
 
 

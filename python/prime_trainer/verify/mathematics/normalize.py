@@ -57,7 +57,7 @@ _SPACES = re.compile(
 _THIN_GROUPS = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:\\[,; !]|~|\s|\{,\}|\{ , \}|\\text\{,\})\d{3})+(?![\d])")
 _COMMA_GROUPS = re.compile(r"((?:[^,;=\[\]]{1,30}=)?\s*[-+]?\s*)(\d{1,3}(?:,\d{3})+)(?!\d)(.*)", re.DOTALL)
 _E_NOTATION = re.compile(
-    r"(?<![A-Za-z\\_^\d.])(?<![_^]\{)(\d+\.?\d*|\.\d+)(?:[eE]|\\(?:mathrm|text|rm|textrm)\{\s*[eE]\s*\})\{?([-+]?\d+)\}?(?![\d.A-Za-z])"
+    r"(?<![A-Za-z\\_^\d.])(?<![_^]\{)(\d+(?:\.\d*)?|\.\d+)(?:[eE]|\\(?:mathrm|text|rm|textrm)\{\s*[eE]\s*\})\{?([-+]?\d+)\}?(?![\d.A-Za-z])"
 )
 _TIMES_X = re.compile(r"(?<=\d)\s*[xX]\s*(?=10\s*\^)")
 _REPEATING = re.compile(
