@@ -62,6 +62,9 @@ class TaskConfig(Section):
     verify_workers: PositiveInt = 1
     any_answer: bool = False
     """A response without a box is scored by its last formula or number; off, it scores 0."""
+    interval_as_inequality: bool = True
+    r"""Of mathematical answers, an interval and its inequality (`[2, \infty)`, `x \ge 2`) are the same set; off, they
+    are different answers."""
     sandbox: Literal["auto", "bubblewrap", "landlock"] = "auto"
     """What confines the programs of code problems; `auto` is the first of the others that works on this machine."""
     allow_unsafe: bool = False
