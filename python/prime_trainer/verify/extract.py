@@ -105,7 +105,7 @@ def programs(text: str, names: Sequence[str] = (), reads_input: bool = False) ->
         return [b.code for b in sorted(blocks, key=lambda block: not block.named)]
     found = {id(block): wanted.search(block.code) is not None for block in blocks}
     if names:
-        return [b.code for b in sorted(blocks, key=lambda b: (not found[id(b)], not found[id(b)] and not b.named))]
+        return [b.code for b in sorted(blocks, key=lambda b: (not found[id(b)], not (found[id(b)] or b.named)))]
     return [b.code for b in sorted(blocks, key=lambda b: (not b.named, not found[id(b)]))]
 
 

@@ -346,8 +346,8 @@ def test_the_first_program_that_compiles_is_scored(sandbox):
     runner = CodeRunner(sandbox, Limits(20.0), 1)
     try:
         answer = calls("f", [[1]], [1])
-        assert runner.submit(answer, "Output: 6", "def f(x):\n    return x").result() == Verdict(1.0, None)
-        assert runner.submit(answer, "Output: 6", "so f").result() == Verdict(0.0, None)
+        assert runner.submit(answer, "6 apples", "def f(x):\n    return x").result() == Verdict(1.0, None)
+        assert runner.submit(answer, "6 apples", "so f").result() == Verdict(0.0, None)
     finally:
         runner.close()
 
