@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from . import contained
 from .sandboxed.codec import decode
 
 Scorer = Callable[[dict[str, Any], str], float]
@@ -35,10 +36,13 @@ def _reasoning_gym_scorer(name: str, params: dict[str, Any]) -> Scorer:
     import reasoning_gym
 
     dataset = reasoning_gym.create_dataset(name, seed=0, size=1, **params)
+    contained.prepare(name, type(dataset).__module__)
 
     def score(answer: dict[str, Any], text: str) -> float:
         entry = decode(answer["entry"])
         text = _unwrap(text)
+        if not contained.readable(name, answer["entry"], text):
+            return 0.0
         return _settle(float(dataset.score_answer(text, entry)), text, entry.get("answer"))
 
     return score
@@ -83,7 +87,8 @@ def _math_scorer() -> Scorer:
             # A hair more: 4.3 - 4.2 is 0.0999.. or 0.1000..1, as floats happen to be.
             difference = abs(float(_NUMBER.fullmatch(plain(text))[1]) - float(_NUMBER.fullmatch(plain(gold))[1]))
             return float(difference <= answer["tolerance"] * (1 + 1e-9))
-        # No limits inside (they are signals, and C code ignores them): the trainer kills a worker that takes too long.
+        contained.check_latex(text)
+        # No limits inside (they are signals, and C code ignores them): the worker kills a child that takes too long.
         parsed = parse(f"\\boxed{{{text}}}", parsing_timeout=None, raise_on_error=True)
         wanted = parse(f"\\boxed{{{gold}}}", parsing_timeout=None, raise_on_error=True)
         return float(verify(wanted, parsed, timeout_seconds=None, raise_on_error=True))

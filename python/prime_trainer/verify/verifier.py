@@ -28,14 +28,14 @@ class Verifier:
     def __init__(
         self,
         seconds: float,
-        workers: int,
+        workers: int | None = None,
         *,
         any_answer: bool = False,
         code: CodeOptions | None = None,
     ) -> None:
-        self._pool = WorkerPool(seconds, workers)
         self._any_answer = any_answer
         self._code = code or CodeOptions()
+        self._pool = WorkerPool(seconds, workers, self._code.confine)
         self._runner: CodeRunner | None = None
 
     @classmethod
