@@ -76,6 +76,19 @@ MATH = Evaluating(
 )
 
 
+# Pairs of (reference, answer) that are scored before the first real one: what they import and what the grammar learns of
+# LaTeX is then there in every child, which else would begin anew.
+EXAMPLES = (
+    ("\\frac{3}{8}", "\\frac{6}{16}"), ("\\frac{1}{2}", "0.5"), ("3\\sqrt{2}", "\\frac{6}{\\sqrt{2}}"), ("-17", "-17.0"),
+    ("x^2+2x+1", "(x+1)^2"), ("(1, 2)", "(1,2.0)"), ("\\{1, 2\\}", "\\{2,1\\}"), ("[0, \\infty)", "[0,\\infty )"),
+    ("\\frac{\\pi}{3}", "\\pi/3"), ("12,345", "12345.0"), ("45^\\circ", "45.0"), ("x = 5", "5.0"), ("25\\%", "0.25"),
+    ("2^{10}", "1024.0"), ("\\sin x + e^{2x}", "e^{2x} + \\sin(x)"), ("\\log_2 8", "\\ln(20.1)"), ("3 + 4i", "4i+3"),
+    ("\\begin{pmatrix} 1 & 2 \\\\ 3 & 4 \\end{pmatrix}", "\\begin{pmatrix} 1.0 & 2 \\\\ 3 & 4 \\end{pmatrix}"),
+    ("(-\\infty, 2] \\cup (3, 5)", "(-\\infty,2]\\cup(3,5.0)"), ("x \\le 3", "x \\leq 3.0"), ("\\text{(B)}", "\\text{B}"),
+    ("1\\frac{1}{2}", "3/2"), ("a, b", "b,a"), ("\\binom{5}{2}", "10.0"), ("n!", "n! "), ("|x|", "\\sqrt{x^2}"),
+)  # fmt: skip
+
+
 def table() -> list[tuple[str, str, str]]:
     """Rows of (scorer, what evaluates, what it is given), for the documentation."""
     rows = [(f"reasoning-gym: {name}", e.evaluates, e.reads) for name, e in sorted(EVALUATING.items())]
