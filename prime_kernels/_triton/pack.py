@@ -3,17 +3,16 @@
 import torch
 from torch import Tensor
 
-from prime_kernels._triton._config import PackConfig, choose_pack
-from prime_kernels._triton._launch import offsets
+from prime_kernels._triton._launch import offsets, on_device
+from prime_kernels._triton._launch_config import PackConfig, choose_pack
 from prime_kernels._triton._pack_kernels import pack_kernel, unpack_kernel
-from prime_kernels._triton.log_probs import on_device
 
 # Elements are moved as integers of their width, whatever they stand for.
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def pack(padded: Tensor, cu_seqlens: Tensor, total: int, left: bool, config: PackConfig | None = None) -> Tensor:
-    """[total, W] of [B, L, W] padded on the right, or with ``left`` on the left, in one launch."""
+def pack(padded: Tensor, cu_seqlens: Tensor, total: int, pad_left: bool, config: PackConfig | None = None) -> Tensor:
+    """[total, W] of [B, L, W] padded on the right, or with ``pad_left`` on the left, in one launch."""
     rows, length, width = padded.shape
     device = padded.device
     cu_seqlens, _ = offsets(cu_seqlens, device)
@@ -30,7 +29,7 @@ def pack(padded: Tensor, cu_seqlens: Tensor, total: int, left: bool, config: Pac
             rows,
             length,
             width,
-            LEFT=left,
+            LEFT=pad_left,
             TOKENS=config.tokens,
             WIDTH=config.width,
             num_warps=config.num_warps,
@@ -42,11 +41,11 @@ def unpack(
     values: Tensor,
     cu_seqlens: Tensor,
     length: int,
-    left: bool,
+    pad_left: bool,
     fill: bool | int | float,
     config: PackConfig | None = None,
 ) -> Tensor:
-    """[B, length, W] of [N, W], padded with ``fill`` on the right, or with ``left`` on the left, in one launch."""
+    """[B, length, W] of [N, W], padded with ``fill`` on the right, or with ``pad_left`` on the left, in one launch."""
     width, device = values.shape[1], values.device
     cu_seqlens, rows = offsets(cu_seqlens, device)
     out = values.new_empty(rows, length, width)
@@ -64,7 +63,7 @@ def unpack(
             length,
             width,
             bits,
-            LEFT=left,
+            LEFT=pad_left,
             TOKENS=config.tokens,
             WIDTH=config.width,
             num_warps=config.num_warps,

@@ -13,26 +13,26 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from prime_kernels import _checks, _dispatch
-from prime_kernels._packed import segment_index
+from prime_kernels import _backends, _checks, _dispatch
+from prime_kernels._segment_math import segment_index
 
 PADDINGS = ("right", "left")
 
 
-def reference_pack(padded: Tensor, cu_seqlens: Tensor, total: int, left: bool) -> Tensor:
+def reference_pack(padded: Tensor, cu_seqlens: Tensor, total: int, pad_left: bool) -> Tensor:
     """[total, ...] from [B, L, ...]."""
     row = segment_index(cu_seqlens, total)
     column = torch.arange(total, device=padded.device) - cu_seqlens[row]
-    if left:
+    if pad_left:
         column = column + padded.shape[1] - cu_seqlens.diff()[row]
     return padded[row, column]
 
 
-def reference_unpack(values: Tensor, cu_seqlens: Tensor, length: int, left: bool, fill: float) -> Tensor:
+def reference_unpack(values: Tensor, cu_seqlens: Tensor, length: int, pad_left: bool, fill: float) -> Tensor:
     """[B, length, ...] from [N, ...]."""
     lengths = cu_seqlens.diff()[:, None]
     column = torch.arange(length, device=values.device)[None]
-    column = column - (length - lengths) if left else column.expand(lengths.shape[0], length)
+    column = column - (length - lengths) if pad_left else column.expand(lengths.shape[0], length)
     inside = (column >= 0) & (column < lengths)
     shape = (*inside.shape, *values.shape[1:])
     blank = torch.tensor(fill, dtype=values.dtype).to(values.device)  # rounded to the dtype, infinite beyond it
@@ -44,32 +44,32 @@ def reference_unpack(values: Tensor, cu_seqlens: Tensor, length: int, left: bool
 
 class _Pack(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, padded: Tensor, cu_seqlens: Tensor, total: int, left: bool, backend: str) -> Tensor:
+    def forward(ctx: Any, padded: Tensor, cu_seqlens: Tensor, total: int, pad_left: bool, backend: str) -> Tensor:
         ctx.save_for_backward(cu_seqlens)
-        ctx.length, ctx.left, ctx.backend = padded.shape[1], left, backend
-        return _dispatch.token_passes(backend).pack(padded, cu_seqlens, total, left)
+        ctx.length, ctx.pad_left, ctx.backend = padded.shape[1], pad_left, backend
+        return _backends.packed(backend).pack(padded, cu_seqlens, total, pad_left)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        passes = _dispatch.token_passes(ctx.backend)
-        return passes.unpack(grad, *ctx.saved_tensors, ctx.length, ctx.left, 0), None, None, None, None
+        passes = _backends.packed(ctx.backend)
+        return passes.unpack(grad, *ctx.saved_tensors, ctx.length, ctx.pad_left, 0), None, None, None, None
 
 
 class _Unpack(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, values: Tensor, cu_seqlens: Tensor, length: int, left: bool, fill: float, backend: str
+        ctx: Any, values: Tensor, cu_seqlens: Tensor, length: int, pad_left: bool, fill: float, backend: str
     ) -> Tensor:
         ctx.save_for_backward(cu_seqlens)
-        ctx.total, ctx.left, ctx.backend = values.shape[0], left, backend
-        return _dispatch.token_passes(backend).unpack(values, cu_seqlens, length, left, fill)
+        ctx.total, ctx.pad_left, ctx.backend = values.shape[0], pad_left, backend
+        return _backends.packed(backend).unpack(values, cu_seqlens, length, pad_left, fill)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        passes = _dispatch.token_passes(ctx.backend)
-        return passes.pack(grad, *ctx.saved_tensors, ctx.total, ctx.left), None, None, None, None, None
+        passes = _backends.packed(ctx.backend)
+        return passes.pack(grad, *ctx.saved_tensors, ctx.total, ctx.pad_left), None, None, None, None, None
 
 
 def pack(
@@ -106,12 +106,12 @@ def pack(
     _checks.choice("padding", padding, PADDINGS)
     _checks.longest("cu_seqlens", cu_seqlens, padded.shape[1], "the columns of padded")
     total = int(cu_seqlens[-1]) if total is None else total
-    chosen, left = _dispatch.resolve("pack", padded, backend), padding == "left"
+    chosen, pad_left = _dispatch.resolve("pack", padded, backend), padding == "left"
     if chosen == "eager" or 0 in padded.shape[2:]:
-        return reference_pack(padded, cu_seqlens, total, left)
+        return reference_pack(padded, cu_seqlens, total, pad_left)
     rows, length = padded.shape[:2]
     flat = padded.reshape(rows, length, math.prod(padded.shape[2:]))
-    return _Pack.apply(flat, cu_seqlens, total, left, chosen).reshape(total, *padded.shape[2:])
+    return _Pack.apply(flat, cu_seqlens, total, pad_left, chosen).reshape(total, *padded.shape[2:])
 
 
 def unpack(
@@ -161,11 +161,11 @@ def unpack(
         length = int(cu_seqlens.diff().max()) if cu_seqlens.numel() > 1 else 0
     else:
         _checks.longest("cu_seqlens", cu_seqlens, length, "length")
-    chosen, left = _dispatch.resolve("unpack", values, backend), padding == "left"
+    chosen, pad_left = _dispatch.resolve("unpack", values, backend), padding == "left"
     if chosen == "eager" or 0 in values.shape[1:]:
-        return reference_unpack(values, cu_seqlens, length, left, fill)
+        return reference_unpack(values, cu_seqlens, length, pad_left, fill)
     flat = values.reshape(values.shape[0], math.prod(values.shape[1:]))
-    padded = _Unpack.apply(flat, cu_seqlens, length, left, fill, chosen)
+    padded = _Unpack.apply(flat, cu_seqlens, length, pad_left, fill, chosen)
     return padded.reshape(cu_seqlens.numel() - 1, length, *values.shape[1:])
 
 

@@ -124,7 +124,7 @@ def _serve(words: list[str]) -> int:
     cfg = _config(words)
     from .rollout.vllm.server import serve
 
-    serve(cfg)
+    serve(cfg.rollout, cfg.model)
     return 0
 
 

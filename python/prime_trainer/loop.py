@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,61 +11,74 @@ import torch
 import prime_kernels as pk
 
 from .config.run_config import RunConfig
-from .data.groups import Group
 from .data.tasks import load_task
 from .errors import RunError
 from .evaluation.held_out import evaluate
 from .models import forward, loading, tokenizers
 from .models.placement import load_placed
+from .rollout import EngineConfig
 from .rollout.collector import NothingPasses
 from .rollout.pipeline import Rollouts
-from .run import checkpoint
-from .run.metrics import MetricsWriter, NoMetrics
+from .run import checkpoint, unchanged
+from .run.metrics import Metrics, MetricsWriter, NoMetrics
 from .run.progress import progress_bar
 from .run.seeds import derive_seed
-from .run.stage_clock import Clock
+from .run.stage_clock import StageClock
 from .run.stop_signal import stop_signal
 from .scale.heartbeat import watched
 from .scale.ranks import SINGLE, Ranks, connect
 from .train.batch import Batch
+from .train.examples import examples_of
 from .train.importance import importance
 from .train.nonfinite_guard import Skips, TooManySkipped, finite
-from .train.policy_step import needs_old_logp, policy_update
-from .train.prm_step import Rewards, Scorer, process_rewards
+from .train.policy_step import Targets, policy_update
+from .train.prm_step import PRMScorer, PRMScores, Rewards, Scorer, process_rewards
 from .train.trainable import Trainable
 from .verify import Verifier
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step leaves: its metrics, a few responses for the report, and the batch it trained on."""
+
+    metrics: dict[str, float]
+    examples: list[dict[str, Any]]
+    batch: Batch
 
 
 class Run:
     """Everything a run holds between two steps."""
 
     def __init__(self, cfg: RunConfig, ranks: Ranks = SINGLE) -> None:
-        self.cfg, self.ranks, self.device = cfg, ranks, loading.device(cfg.model)
+        self.cfg, self.needs, self.ranks, self.device = cfg, cfg.needs, ranks, loading.device(cfg.model)
         self.tokenizer = tokenizers.load_tokenizer(cfg.model)
         self.task = load_task(cfg.task, cfg.seed)
-        model = load_placed(cfg, ranks, "policy")
+        model = load_placed(cfg.model, cfg.scale, ranks, "policy")
         self.policy = Trainable(model, lr=cfg.policy.lr, grad_clip=cfg.policy.grad_clip, ranks=ranks)
-        dense = cfg.algorithm.process_coef > 0
-        self.prm = self.ref = None
-        if dense:
-            prm = load_placed(cfg, ranks, "prm")
+        self.prm: Trainable | None = None
+        if self.needs.prm:
+            prm = load_placed(cfg.model, cfg.scale, ranks, "prm")
             self.prm = Trainable(prm, lr=cfg.prm.lr, grad_clip=cfg.prm.grad_clip, ranks=ranks)
-        if cfg.policy.kl_coef > 0 or (dense and cfg.prm.ref_type == "freeze"):
-            self.ref = load_placed(cfg, ranks, "reference")
-        # An engine's log-probs are not quite the trainer's; those of transformers differ by rounding alone.
-        compares = cfg.rollout.engine != "transformers" or cfg.rollout.tis_cap > 0
-        old_wanted = needs_old_logp(cfg.policy) or (dense and cfg.prm.ref_type == "policy") or compares
-        self.scorer = Scorer(
-            model if old_wanted else None, self.ref, self.prm, cfg.prm, cfg.micro_batch_tokens, cfg.rollout.temperature
+        self.ref = load_placed(cfg.model, cfg.scale, ranks, "reference") if self.needs.reference else None
+        scorer = Scorer(
+            model if self.needs.old_logp else None, self.ref, cfg.micro_batch_tokens, cfg.rollout.temperature
         )
-        self.step_ends = _newline_tokens(self.tokenizer, model).to(self.device)
+        self.scorer = scorer if self.prm is None else PRMScorer(scorer, self.prm, cfg.prm)
+        vocabulary = len(model.get_output_embeddings().weight)
+        self.step_ends = tokenizers.newline_tokens(self.tokenizer, vocabulary).to(self.device)
         self.verifier = Verifier.from_config(cfg.task)
         try:
-            self.rollouts = Rollouts(cfg, model, self.tokenizer, self.task, self.verifier, ranks)
+            self.rollouts = Rollouts(
+                EngineConfig(cfg.rollout, cfg.model, cfg.output), cfg.filter, model, self.tokenizer, self.task,
+                self.verifier, seed=cfg.seed, steps=cfg.steps, eval_batch_size=cfg.eval.batch_size, ranks=ranks,
+            )  # fmt: skip
         except BaseException:
             self.verifier.close()
             raise
-        self.skips, self.fingerprint = Skips(cfg.policy.max_skipped), tokenizers.tokenizer_fingerprint(self.tokenizer)
+        self.skips, self.fingerprint = (
+            Skips(cfg.policy.max_skipped),
+            tokenizers.TokenizerIdentity.of(self.tokenizer).fingerprint(),
+        )
         self.step = 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -81,7 +95,7 @@ class Run:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        checkpoint.same_tokenizer(state["tokenizer"], self.fingerprint)
+        unchanged.check(state["tokenizer"], self.fingerprint, self.fingerprint, "--resume: the tokenizer has changed")
         checkpoint.set_random_states(state["random"][self.ranks.rank % len(state["random"])])
         self.skips.load_state_dict(state["skips"])
         self.policy.load_state_dict(state["policy"])
@@ -98,13 +112,13 @@ class Run:
             ranks=self.ranks,
         ))  # fmt: skip
 
-    def train_step(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """One PRIME step; its metrics, and a few responses for the report."""
-        cfg, algorithm, clock = self.cfg, self.cfg.algorithm, Clock()
+    def train_step(self) -> StepResult:
+        """One PRIME step."""
+        cfg, algorithm, clock = self.cfg, self.cfg.algorithm, StageClock()
         step = self.step + 1
 
         groups, values = self.rollouts.batch(step, clock)
-        batch = self.batch = Batch(groups, self.device, self.ranks, forward.reads_stream(self.policy.model))
+        batch = Batch(groups, self.device, self.ranks, forward.is_varlen(self.policy.model))
         values["kept_reward"] = batch.outcomes.mean().item()
 
         with clock("score" if self.prm is None or cfg.prm.update == "none" else "prm"):
@@ -112,35 +126,37 @@ class Run:
         values |= scores.metrics
         weights = None
         if scores.old_logp is not None:
-            weights, compared = importance(scores.old_logp, batch.rollout_logp, cfg.rollout.tis_cap)
+            weights, compared = importance(scores.old_logp, batch.rollout_logp, cfg.rollout.cap)
             values |= compared
 
-        rewards = Rewards(None, None)
-        if self.prm is not None:
+        rewards: Rewards | None = None
+        if isinstance(scores, PRMScores):
             rewards = process_rewards(scores.log_ratio, batch, cfg.prm, self.step_ends)
         skipped = 0 if self.prm is None else self.prm.taken_skips()
-        if finite(scores.old_logp, scores.ref_logp, rewards.values):
+        if finite(scores.old_logp, scores.ref_logp, None if rewards is None else rewards.values):
             advantages = pk.rloo_advantages(
-                rewards.values, batch.outcomes, batch.cu_seqlens, batch.cu_groups, reward_mask=rewards.carries,
+                None if rewards is None else rewards.values, batch.outcomes, batch.cu_seqlens, batch.cu_groups,
+                reward_mask=None if rewards is None else rewards.mask,
                 gamma_process=algorithm.gamma_process, gamma_outcome=algorithm.gamma_outcome,
                 process_coef=algorithm.process_coef, outcome_coef=algorithm.outcome_coef,
                 normalize_process=algorithm.normalize_process, process_baseline=algorithm.process_baseline,
                 whiten=algorithm.whiten,
             ).advantages  # fmt: skip
+            old_logp = scores.old_logp if self.needs.ppo_ratio else None
             with clock("policy"):
-                shuffle = torch.Generator().manual_seed(derive_seed(cfg.seed, "shuffle", step))
                 values |= policy_update(
-                    self.policy, batch, advantages, scores.old_logp if needs_old_logp(cfg.policy) else None,
-                    scores.ref_logp, cfg.policy, cfg.micro_batch_tokens, shuffle,
-                    lr_scale=min(1.0, step / max(1, cfg.policy.warmup_steps)), importance=weights,
-                    temperature=cfg.rollout.temperature,
+                    self.policy, batch, Targets(advantages, old_logp, scores.ref_logp, weights), cfg.policy,
+                    micro_batch_tokens=cfg.micro_batch_tokens,
+                    generator=torch.Generator().manual_seed(derive_seed(cfg.seed, "shuffle", step)),
+                    lr_scale=min(1.0, step / max(1, cfg.policy.warmup_steps)), temperature=cfg.rollout.temperature,
                 )  # fmt: skip
             skipped += self.policy.taken_skips()
         else:
             advantages, skipped = torch.zeros_like(batch.ids, dtype=torch.float32), skipped + 1
         self.step = step
         values |= self.skips.note(skipped)
-        return values | clock.times(), _examples(step, batch, rewards, advantages, self.tokenizer)
+        examples = examples_of(batch, rewards, advantages, self.tokenizer)
+        return StepResult(values | clock.times(), examples, batch)
 
     def close(self) -> None:
         self.rollouts.close()
@@ -149,7 +165,8 @@ class Run:
 
 def run(cfg: RunConfig) -> Path:
     """Trains until `cfg.steps`, or until Ctrl-C, which leaves a checkpoint; returns the final model's directory."""
-    cfg = checkpoint.restarted(cfg)
+    if checkpoint.restarted(cfg):
+        cfg = cfg.model_copy(update={"resume": True})
     with connect(cfg.scale, loading.device(cfg.model)) as ranks, watched(ranks):
         return _run(cfg, ranks)
 
@@ -160,41 +177,18 @@ def _run(cfg: RunConfig, ranks: Ranks) -> Path:
     if found is not None:
         trainer.load_state_dict(checkpoint.load(found, trainer.state_dict(), ranks))
     ranks.once(lambda: checkpoint.write_config(cfg))
-    metrics, saver = NoMetrics(), checkpoint.Saver(cfg.output, cfg.checkpoint.keep, ranks)
-    if ranks.first:
-        resumed = (trainer.step or -1) if cfg.resume else None  # at 0 the run starts anew, evaluation included
-        metrics = MetricsWriter(cfg.output, resume_step=resumed)
-    saved = trainer.step
+    saver = checkpoint.Saver(cfg.output, cfg.checkpoint.keep, ranks, saved_step=trainer.step)
+    metrics = _metrics(cfg, trainer.step) if ranks.first else NoMetrics()
     try:
-        if trainer.step == 0:
-            metrics.log("eval", 0, trainer.evaluate())
-        with progress_bar("rl", cfg.steps, trainer.step, shown=ranks.first) as bar, stop_signal() as stop:
-            while trainer.step < cfg.steps and not ranks.any(stop.is_set()):
-                values, examples = trainer.train_step()
-                step = trainer.step
-                metrics.log("rl", step, values)
-                metrics.samples(step, examples)
-                trainer.skips.check(step, trainer.batch, cfg.output)
-                bar.advance(f"reward {values['reward']:.2f}  {values['time/total']:.0f} s")
-                if (cfg.eval.every and step % cfg.eval.every == 0) or step == cfg.steps:
-                    metrics.log("eval", step, trainer.evaluate())
-                if cfg.checkpoint.every and step % cfg.checkpoint.every == 0:
-                    saver.save(step, trainer.state_dict())
-                    saved = step
-                saver.check()
-        if saved != trainer.step:
+        _train(trainer, metrics, saver)
+        if saver.saved_step != trainer.step:
             saver.save(trainer.step, trainer.state_dict())
         saver.wait()
         loading.save(trainer.policy.model, trainer.tokenizer, cfg.output / "final", ranks)
         if trainer.prm is not None:
             loading.save(trainer.prm.model, trainer.tokenizer, cfg.output / "prm", ranks)
-    except checkpoint.CheckpointError:
-        raise
     except RunError as error:
-        # Of several ranks one may have failed alone, and a checkpoint takes all of them.
-        together = ranks.size == 1 or isinstance(error, (NothingPasses, TooManySkipped))
-        # A checkpoint of the last step would resume into a finished run.
-        if together and not (isinstance(error, TooManySkipped) and trainer.step == cfg.steps):
+        if _can_save(trainer, error):
             saver.save(trainer.step, trainer.state_dict())
             saver.wait()
         raise
@@ -205,42 +199,38 @@ def _run(cfg: RunConfig, ranks: Ranks) -> Path:
     return cfg.output / "final"
 
 
-def _newline_tokens(tokenizer: Any, model: Any) -> torch.Tensor:
-    """bool [V]: tokens whose text has a line break end a step."""
-    size = model.get_output_embeddings().weight.shape[0]
-    texts = tokenizer.batch_decode([[i] for i in range(min(size, len(tokenizer)))])
-    ends = torch.zeros(size, dtype=torch.bool)
-    ends[: len(texts)] = torch.tensor(["\n" in t for t in texts])
-    return ends
+def _train(trainer: Run, metrics: Metrics, saver: checkpoint.Saver) -> None:
+    """Steps with their metrics, evaluations and checkpoints, to the last one or to Ctrl-C."""
+    cfg, ranks = trainer.cfg, trainer.ranks
+    if trainer.step == 0:
+        metrics.log("eval", 0, trainer.evaluate())
+    with progress_bar("rl", cfg.steps, trainer.step, shown=ranks.first) as bar, stop_signal() as stop:
+        while trainer.step < cfg.steps and not ranks.any(stop.is_set()):
+            result = trainer.train_step()
+            step = trainer.step
+            metrics.log("rl", step, result.metrics)
+            metrics.samples(step, result.examples)
+            trainer.skips.check(step, result.batch, cfg.output)
+            bar.advance(f"reward {result.metrics['reward']:.2f}  {result.metrics['time/total']:.0f} s")
+            if (cfg.eval.every and step % cfg.eval.every == 0) or step == cfg.steps:
+                metrics.log("eval", step, trainer.evaluate())
+            if cfg.checkpoint.every and step % cfg.checkpoint.every == 0:
+                saver.save(step, trainer.state_dict())
+            saver.check()
 
 
-def _examples(
-    step: int, batch: Batch, rewards: Rewards, advantages: torch.Tensor, tokenizer: Any, count: int = 2
-) -> list[dict[str, Any]]:
-    """All responses of the step's first group would be alike in length: take the first of the first groups instead."""
-    first, starts = batch.cu_groups.tolist(), batch.cu_seqlens.tolist()
-    rows = []
-    for g, group in enumerate(batch.groups[:count]):
-        for k in sorted({_best(group), _worst(group)}):
-            r, response = first[g] + k, group.responses[k]
-            span = slice(starts[r], starts[r + 1])
-            rows.append(
-                {
-                    "step": step,
-                    "prompt": group.prompt_text,
-                    "tokens": tokenizer.batch_decode([[i] for i in response.ids]),
-                    "process_rewards": None if rewards.values is None else rewards.values[span].tolist(),
-                    "advantages": advantages[span].tolist(),
-                    "outcome": response.outcome,
-                    "reference": group.reference,
-                }
-            )
-    return rows
+def _metrics(cfg: RunConfig, step: int) -> MetricsWriter:
+    """The record of a run that goes on after `step`; at 0 it starts anew, evaluation included."""
+    if not cfg.resume:
+        return MetricsWriter(cfg.output, resume_step=None)
+    return MetricsWriter(cfg.output, resume_step=step if step > 0 else -1)
 
 
-def _best(group: Group) -> int:
-    return max(range(len(group.responses)), key=lambda k: group.responses[k].outcome)
-
-
-def _worst(group: Group) -> int:
-    return min(range(len(group.responses)), key=lambda k: group.responses[k].outcome)
+def _can_save(trainer: Run, error: RunError) -> bool:
+    """Whether a run that ends with `error` leaves a checkpoint to go on from."""
+    if isinstance(error, checkpoint.CheckpointError):
+        return False
+    if isinstance(error, TooManySkipped):
+        return trainer.step < trainer.cfg.steps  # one of the last step would resume into a finished run
+    # A checkpoint takes all ranks, and of several one may have failed alone, unless the error comes to all alike.
+    return trainer.ranks.size == 1 or isinstance(error, NothingPasses)

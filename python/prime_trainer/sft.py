@@ -17,6 +17,7 @@ from .data.groups import Group, Response, fits
 from .data.readers import read_rows
 from .data.tasks import load_task
 from .models import forward, lm_head, loading, tokenizers
+from .models.protocols import Tokenizer
 from .run import checkpoint
 from .run.seeds import derive_seed
 from .train.batch import Batch
@@ -45,7 +46,7 @@ def run(cfg: RunConfig) -> Path:
         epoch, at = divmod(step, per_epoch)
         generator = torch.Generator().manual_seed(derive_seed(cfg.seed, "sft", epoch))
         order = torch.randperm(len(examples), generator=generator).tolist()
-        batch = Batch.read_by(model, [examples[i] for i in order[at * size : (at + 1) * size]])
+        batch = Batch.for_model(model, [examples[i] for i in order[at * size : (at + 1) * size]])
         loss = 0.0
         for micro in batch.micro_batches(range(len(batch.groups)), cfg.micro_batch_tokens, pack=cfg.sft.pack):
             head = lm_head.head(model, predicting(model, micro))
@@ -55,13 +56,13 @@ def run(cfg: RunConfig) -> Path:
             loss += part.item()
         return {"loss": loss, "tokens": batch.num_tokens}
 
-    fit(cfg, "sft", state, trainable, total, backward, warmup=cfg.sft.warmup, skips=skips)
+    fit(cfg, cfg.checkpoint, "sft", state, trainable, total, backward, warmup=cfg.sft.warmup, skips=skips)
     final = cfg.output / "final"
     loading.save(model, tokenizer, final)
     return final
 
 
-def _examples(cfg: RunConfig, tokenizer: Any, limit: int) -> list[Group]:
+def _examples(cfg: RunConfig, tokenizer: Tokenizer, limit: int) -> list[Group]:
     """A group each, of at most `limit` tokens."""
     if cfg.sft.path is not None:
         rows = list(_chat_rows(cfg.sft.path, cfg.sft.system_prompt))

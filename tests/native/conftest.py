@@ -12,6 +12,13 @@ def native():
 
 @pytest.fixture
 def passes(native):
-    from prime_kernels._native import cpu
+    from prime_kernels._native import packed
 
-    return cpu
+    return packed.CPU
+
+
+@pytest.fixture
+def rows(native):
+    from prime_kernels._native import rows
+
+    return rows

@@ -14,6 +14,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from .needs import Needs, needs_of
 from .sections import (
     AlgorithmConfig,
     BenchConfig,
@@ -70,6 +71,11 @@ class RunConfig(BaseSettings):
     bench: BenchConfig = BenchConfig()
     scale: ScaleConfig = ScaleConfig()
 
+    @property
+    def needs(self) -> Needs:
+        """Which models, passes and log-probs a step of `rl` needs."""
+        return needs_of(self.policy, self.prm, self.algorithm, self.rollout)
+
     @model_validator(mode="after")
     def _engine(self) -> RunConfig:
         # Not in the section itself: what its defaults were resolved to would count as given when some are overridden.
@@ -78,10 +84,7 @@ class RunConfig(BaseSettings):
 
     @model_validator(mode="after")
     def _one_temperature(self) -> RunConfig:
-        tempered = self.rollout.temperature != 1
-        if tempered and (
-            self.policy.kl_coef > 0 or (self.algorithm.process_coef > 0 and self.prm.ref_type == "policy")
-        ):
+        if self.rollout.temperature != 1 and (self.policy.kl_coef > 0 or self.needs.policy_is_reference):
             raise ValueError(
                 f"rollout.temperature must be 1 with policy.kl_coef or prm.ref_type = 'policy', got "
                 f"{self.rollout.temperature}: those compare the sampled policy with models at temperature 1"

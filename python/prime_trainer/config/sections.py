@@ -190,12 +190,17 @@ class RolloutConfig(Section):
                 )
         return self
 
+    @property
+    def cap(self) -> float:
+        """`tis_cap` with what stands for unset: 2 with an engine of its own weights, 0 with transformers."""
+        return self.tis_cap if self.tis_cap is not None else 0.0 if self.engine == "transformers" else 2.0
+
     def resolved(self) -> RolloutConfig:
         """With the engine that `auto` stands for and the cap that goes with it. Raises ValueError where they clash."""
         engine = self.engine
         if engine == "auto":
             engine = "vllm" if vllm_installed() and "WORLD_SIZE" not in os.environ else "transformers"
-        cap = self.tis_cap if self.tis_cap is not None else 0.0 if engine == "transformers" else 2.0
+        cap = self.model_copy(update={"engine": engine}).cap
         if self.lag and (engine == "transformers" or cap == 0):
             raise ValueError(
                 "rollout.lag = 1 needs an engine with weights of its own (rollout.engine vllm or vllm-server) and "
@@ -342,6 +347,16 @@ class PolicyConfig(Section):
     loss_mean: Literal["token", "sequence"] = "token"
     max_skipped: PositiveInt = 3
     """Steps in a row without a finite loss or gradient, of policy or PRM, after which the run ends."""
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Optimizer steps on a batch, if it has as many groups as minibatches."""
+        return self.epochs * self.minibatches
+
+    @property
+    def fused_loss(self) -> bool:
+        """Whether nothing but PPO's loss needs the log-probs: loss and gradients then come from one pass."""
+        return self.entropy_coef == 0 and self.kl_coef == 0
 
 
 class EvalConfig(Section):

@@ -18,6 +18,7 @@ import prime_kernels as pk
 
 from ..data.groups import Group, check_length
 from ..models import forward, lm_head, tokenizers
+from ..models.protocols import CausalLM, Tokenizer
 from ..train.batch import Batch, Micro
 from ..train.forward import predicting
 from .eurus_card import CARD_BETA, card_micro, encode_card
@@ -58,9 +59,9 @@ class StepRewards:
 def score_steps(
     rows: Iterable[Mapping[str, Any]],
     *,
-    prm: Any,
-    reference: Any,
-    tokenizer: Any,
+    prm: CausalLM,
+    reference: CausalLM,
+    tokenizer: Tokenizer,
     beta: float | None = None,
     splitter: str = "blank_line",
     compat: str | None = None,
@@ -113,9 +114,9 @@ class StepScorer:
 
     def __init__(
         self,
-        prm: Any,
-        reference: Any,
-        tokenizer: Any,
+        prm: CausalLM,
+        reference: CausalLM,
+        tokenizer: Tokenizer,
         *,
         beta: float | None,
         splitter: str,
@@ -125,10 +126,10 @@ class StepScorer:
     ) -> None:
         if compat not in (None, "eurus-card"):
             raise ValueError(f"compat must be None or 'eurus-card', got {compat!r}")
-        streams = [forward.reads_stream(model) for model in (prm, reference)]
-        if streams[0] != streams[1]:
-            raise ValueError("prm and reference must have the same attention: one reads masks, the other a stream")
-        if streams[0] and compat is not None:
+        varlen = [forward.is_varlen(model) for model in (prm, reference)]
+        if varlen[0] != varlen[1]:
+            raise ValueError("prm and reference must have the same attention: one takes masks, the other varlen passes")
+        if varlen[0] and compat is not None:
             raise ValueError("compat = 'eurus-card' masks pad tokens; that takes model.attention = 'sdpa'")
         self._prm, self._reference, self._tokenizer = prm, reference, tokenizer
         self._card, self._splitter = compat == "eurus-card", splitter
@@ -153,7 +154,7 @@ class StepScorer:
         if not encoded:
             return []
         order, groups = self._group(encoded)
-        batch = Batch.read_by(self._prm, groups)
+        batch = Batch.for_model(self._prm, groups)
         log_ratio = torch.zeros(batch.num_tokens, device=batch.device)
         for micro in batch.micro_batches(range(len(groups)), self._micro_batch_tokens):
             if self._card:

@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ from ..config.run_config import RunConfig
 from ..config.sections import TrainPRMConfig
 from ..data.groups import Group
 from ..models import forward, loading, meta, tokenizers
+from ..models.protocols import CausalLM
 from ..report.statistics import auc
 from ..run import checkpoint
 from ..run.seeds import derive_seed
@@ -77,7 +77,7 @@ def run(cfg: RunConfig) -> Path:
         return _evaluate(model, evaluation, own, cfg.micro_batch_tokens) if due and evaluation else {}
 
     fit(
-        cfg, "prm", state, trainable, total, backward,
+        cfg, cfg.checkpoint, "prm", state, trainable, total, backward,
         warmup=own.warmup, skips=skips, floor=0.1, evaluate=evaluate,
     )  # fmt: skip
     final = cfg.output / "final"
@@ -117,8 +117,8 @@ def _content(group: Group) -> bytes:
     return hashlib.sha256(json.dumps([group.prompt_ids, [r.ids for r in group.responses]]).encode()).digest()
 
 
-def _backward_outcomes(model: Any, labelled: _Labelled, cfg: TrainPRMConfig, max_tokens: int) -> dict[str, float]:
-    batch = Batch.read_by(model, labelled.groups)
+def _backward_outcomes(model: CausalLM, labelled: _Labelled, cfg: TrainPRMConfig, max_tokens: int) -> dict[str, float]:
+    batch = Batch.for_model(model, labelled.groups)
 
     def loss_of(log_ratio: Tensor) -> pk.PRMLoss:
         return pk.prm_loss(
@@ -136,8 +136,8 @@ def _backward_outcomes(model: Any, labelled: _Labelled, cfg: TrainPRMConfig, max
     }
 
 
-def _backward_steps(model: Any, labelled: _Labelled, cfg: TrainPRMConfig, max_tokens: int) -> float:
-    batch = Batch.read_by(model, labelled.groups)
+def _backward_steps(model: CausalLM, labelled: _Labelled, cfg: TrainPRMConfig, max_tokens: int) -> float:
+    batch = Batch.for_model(model, labelled.groups)
     responses = [r for g in batch.groups for r in g.responses]
     starts = batch.cu_seqlens.tolist()
     cu_steps = [0]
@@ -160,7 +160,13 @@ def _backward_steps(model: Any, labelled: _Labelled, cfg: TrainPRMConfig, max_to
 
 
 def _backward(
-    model: Any, batch: Batch, ref_logp: Tensor, loss_of: Callable[[Tensor], Tensor], max_tokens: int, *, coupled: bool
+    model: CausalLM,
+    batch: Batch,
+    ref_logp: Tensor,
+    loss_of: Callable[[Tensor], Tensor],
+    max_tokens: int,
+    *,
+    coupled: bool,
 ) -> Tensor:
     """Adds the gradients of `loss_of(log_ratio)` to the model's; returns the log-ratios [T].
 
@@ -182,18 +188,18 @@ def _backward(
 
 
 @torch.no_grad()
-def _log_ratio(model: Any, batch: Batch, ref_logp: Tensor, micros: Sequence[Micro]) -> Tensor:
+def _log_ratio(model: CausalLM, batch: Batch, ref_logp: Tensor, micros: Sequence[Micro]) -> Tensor:
     out = torch.zeros(batch.num_tokens, device=batch.device)
     for micro in micros:
         out[micro.tokens] = log_probs(model, micro, batch.ids[micro.tokens]) - ref_logp[micro.tokens]
     return out
 
 
-def _evaluate(model: Any, source: _Source, cfg: TrainPRMConfig, max_tokens: int) -> dict[str, float]:
+def _evaluate(model: CausalLM, source: _Source, cfg: TrainPRMConfig, max_tokens: int) -> dict[str, float]:
     """Loss, pair accuracy and AUC of the summed rewards over all held-out responses."""
     ratios = []
     for labelled in source.batches:
-        batch = Batch.read_by(model, labelled.groups)
+        batch = Batch.for_model(model, labelled.groups)
         micros = list(batch.micro_batches(range(len(batch.groups)), max_tokens))
         ratios.append(_log_ratio(model, batch, labelled.ref_logp.to(model.device), micros))
     everything = Batch([group for labelled in source.batches for group in labelled.groups], model.device)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from ..config.run_config import RunConfig
+from ..config.sections import FilterConfig, RolloutConfig
 from ..data.groups import Group, Response, group_from
 from ..data.problems import Task
 from ..errors import RunError
+from ..models.protocols import Tokenizer
 from ..models.tokenizers import render
 from ..run.seeds import derive_seed
+from ..run.stage_clock import StageClock
 from ..scale.ranks import SINGLE, Ranks
 from ..verify import TIME_LIMIT, Verdict, Verifier
 from . import Sampler, Sampling
@@ -25,15 +27,17 @@ class Collector:
 
     def __init__(
         self,
-        cfg: RunConfig,
+        rollout: RolloutConfig,
+        group_filter: FilterConfig,
+        seed: int,
         task: Task,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         sampler: Sampler,
         verifier: Verifier,
         ranks: Ranks = SINGLE,
     ) -> None:
-        self.cfg, self.task, self.tokenizer, self.sampler, self.verifier = cfg, task, tokenizer, sampler, verifier
-        self.ranks = ranks
+        self.rollout, self.filter, self.seed, self.task = rollout, group_filter, seed, task
+        self.tokenizer, self.sampler, self.verifier, self.ranks = tokenizer, sampler, verifier, ranks
         self.position = 0
         self.surplus: list[Group] = []
 
@@ -44,14 +48,14 @@ class Collector:
         self.position = state["position"]
         self.surplus = [group_from(g) for g in state["surplus"]]
 
-    def collect(self, step: int, clock: Any) -> tuple[list[Group], dict[str, float]]:
+    def collect(self, step: int, clock: StageClock) -> tuple[list[Group], dict[str, float]]:
         """`rollout.prompts_per_step` groups, or fewer if `filter.max_rounds` rounds do not find as many."""
-        cfg, wanted = self.cfg, self.cfg.rollout.prompts_per_step
+        wanted = self.rollout.prompts_per_step
         kept, self.surplus = self.surplus, []
         sampled: list[Group] = []
         verdicts: list[Verdict] = []
         too_long = 0
-        for _ in range(cfg.filter.max_rounds):
+        for _ in range(self.filter.max_rounds):
             if len(kept) >= wanted:
                 break
             # What passed so far tells how many prompts the rest is likely to need.
@@ -65,13 +69,13 @@ class Collector:
         if not kept and not sampled:
             raise NothingPasses(
                 f"step {step}: all {too_long} prompts are too long: with rollout.max_new_tokens = "
-                f"{cfg.rollout.max_new_tokens} they exceed the {self.sampler.limit} positions of model or engine"
+                f"{self.rollout.max_new_tokens} they exceed the {self.sampler.limit} positions of model or engine"
             )
         if not kept:
             mean = sum(g.accuracy for g in sampled) / len(sampled)
             raise NothingPasses(
-                f"step {step}: none of {len(sampled)} groups has a mean accuracy in [{cfg.filter.low}, "
-                f"{cfg.filter.high}] (their mean is {mean:.3f}, {failures} answers could not be verified); make the "
+                f"step {step}: none of {len(sampled)} groups has a mean accuracy in [{self.filter.low}, "
+                f"{self.filter.high}] (their mean is {mean:.3f}, {failures} answers could not be verified); make the "
                 "task easier or harder, widen filter.low and filter.high, raise rollout.n or filter.max_rounds"
             )
         batch, self.surplus = kept[:wanted], kept[wanted:]
@@ -84,7 +88,7 @@ class Collector:
             "prompts_too_long": too_long,
             "verifier_failures": failures,
             "verifier_timeouts": sum(v.failure == TIME_LIMIT for v in verdicts),
-            # How many updates older than the policy the weights are that sampled what is trained on.
+            # Policy updates between the sampling weights and the weights being trained.
             "lag": sum(step - 1 - r.weight_version for g in batch for r in g.responses)
             / max(1, sum(len(g.responses) for g in batch)),
             "tokens": sum(len(r.ids) for g in batch for r in g.responses),
@@ -92,28 +96,28 @@ class Collector:
             "response_length": sum(len(r.ids) for r in responses) / count,
             "truncated": sum(r.truncated for r in responses) / count,
             # At temperature 1 the mean of -log p over sampled tokens is an unbiased estimate of the entropy.
-            "entropy": -sum(sum(r.logprobs) for r in responses) / max(1, sum(len(r.ids) for r in responses)),
+            "entropy": -sum(sum(r.logprobs or ()) for r in responses) / max(1, sum(len(r.ids) for r in responses)),
         }
         return batch, values if sampled else {k: v for k, v in values.items() if k not in _NEED_SAMPLES}
 
     def _passes(self, group: Group) -> bool:
-        cfg = self.cfg.filter
+        cfg = self.filter
         if cfg.drop_truncated and any(r.truncated for r in group.responses):
             return False
         return cfg.low <= group.accuracy <= cfg.high
 
-    def _round(self, prompts: int, step: int, clock: Any) -> tuple[list[Group], list[Verdict], int]:
+    def _round(self, prompts: int, step: int, clock: StageClock) -> tuple[list[Group], list[Verdict], int]:
         """Groups of the next `prompts` problems, verdicts, and how many prompts were left out as too long."""
-        cfg = self.cfg.rollout
+        cfg = self.rollout
         problems = self.task.train(self.position, prompts)
-        seeds = [derive_seed(self.cfg.seed, "rollout", step, self.position + i) for i in range(len(problems))]
+        seeds = [derive_seed(self.seed, "rollout", step, self.position + i) for i in range(len(problems))]
         self.position += len(problems)
         asked = [(p, seed, render(self.tokenizer, p.messages)) for p, seed in zip(problems, seeds, strict=True)]
         limit = self.sampler.limit
         fitting = [a for a in asked if limit is None or len(a[2]) + cfg.max_new_tokens <= limit]
         # Each rank samples and verifies its share; what passes is decided by all alike, over all groups.
         mine = self.ranks.share(fitting)
-        problems, seeds, ids = ([a[k] for a in mine] for k in range(3))
+        problems, seeds, ids = [a[0] for a in mine], [a[1] for a in mine], [a[2] for a in mine]
         with clock("rollout"):
             samples = self.sampler.generate(ids, cfg.n, Sampling(cfg.max_new_tokens, cfg.temperature), seeds)
         texts = [[self.tokenizer.decode(s.ids, skip_special_tokens=True) for s in group] for group in samples]

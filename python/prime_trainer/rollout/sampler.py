@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from pathlib import Path
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from ..config.sections import ModelConfig, RolloutConfig
 from ..errors import RunError
 from ..models.forward import length_limit
 from ..models.loading import weight_shapes
+from ..models.protocols import CausalLM, Tokenizer
 from ..models.tokenizers import stop_ids
 
 
@@ -31,6 +34,16 @@ class Sample:
     logprobs: list[float]
     finish_reason: Literal["stop", "length"]
     weight_version: int
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What of the configuration an engine is built from."""
+
+    rollout: RolloutConfig
+    model: ModelConfig
+    output: Path
+    """The run's directory, for the log of a server of its own."""
 
 
 class EngineDied(RunError):
@@ -106,7 +119,7 @@ class ModelShape:
         }
 
 
-def model_shape(model: Any, tokenizer: Any, limit: int | None = None) -> ModelShape:
+def model_shape(model: CausalLM, tokenizer: Tokenizer, limit: int | None = None) -> ModelShape:
     """`limit` lowers the model's own, where it has one."""
     return ModelShape(
         weight_shapes(model),

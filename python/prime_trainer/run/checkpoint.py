@@ -5,18 +5,16 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from ..config.run_config import RunConfig
 from ..errors import RunError
 from ..scale.ranks import SINGLE, Ranks, restarts
-from . import atomic_files, checkpoint_files
+from . import atomic_files, checkpoint_files, unchanged
 from .metrics import METRICS
 from .provenance import environment
 
@@ -25,17 +23,31 @@ FREE_ON_RESUME = {"steps", "resume", "output", "eval", "checkpoint", "micro_batc
 """What a resumed run may change and still be the same run: its length, its place, its memory and its reporting."""
 
 
+class RunSettings(Protocol):
+    """What of a run's configuration decides where it writes and which run it is."""
+
+    @property
+    def output(self) -> Path: ...
+
+    @property
+    def resume(self) -> bool: ...
+
+    def model_dump_json(self, *, indent: int | None = None) -> str:
+        """Returns the whole resolved configuration."""
+        ...
+
+
 class CheckpointError(RunError):
     """A checkpoint could not be written; the one before it is whole."""
 
 
-def begin(cfg: RunConfig) -> dict[str, Any] | None:
+def begin(cfg: RunSettings) -> dict[str, Any] | None:
     """The state to go on from, None for a new run. Refuses to overwrite a run or to resume another one."""
     found = resume_point(cfg)
     return None if found is None else load(found)
 
 
-def resume_point(cfg: RunConfig) -> Path | None:
+def resume_point(cfg: RunSettings) -> Path | None:
     """The checkpoint to go on from, None for a new run or one that died before its first checkpoint.
 
     Raises ValueError where `cfg` would overwrite a run or go on as another one.
@@ -56,37 +68,23 @@ def resume_point(cfg: RunConfig) -> Path | None:
     return None
 
 
-def restarted(cfg: RunConfig) -> RunConfig:
-    """As the run goes on when torchrun has started its ranks anew (--max-restarts): with the same words, but later."""
-    anew = restarts() > 0 and (cfg.output / CONFIG).exists()
-    return cfg.model_copy(update={"resume": True}) if anew else cfg
+def restarted(cfg: RunSettings) -> bool:
+    """Whether torchrun has restarted the ranks (--max-restarts) of a run that had begun: it then resumes."""
+    return restarts() > 0 and (cfg.output / CONFIG).exists()
 
 
-def _same_config(saved: str, cfg: RunConfig) -> None:
+def _same_config(saved: str, cfg: RunSettings) -> None:
     old, new = json.loads(saved), json.loads(cfg.model_dump_json())
     for config in (old, new):
         config["rollout"].pop("server", None)  # where the engine runs changes nothing
         for section in ("policy", "sft", "train_prm"):  # nor does how many skipped steps are too many
             config[section].pop("max_skipped", None)
-    check_unchanged(old, new, [key for key in new if key not in FREE_ON_RESUME])
+    unchanged.check(
+        old, new, [key for key in new if key not in FREE_ON_RESUME], "--resume: the configuration has changed"
+    )
 
 
-def check_unchanged(old: dict[str, Any], new: dict[str, Any], keys: Iterable[str]) -> None:
-    """Raises ValueError where a setting that decides the results is not what the interrupted run had."""
-    changed = [key for key in keys if old.get(key) != new[key]]
-    if changed:
-        detail = "; ".join(f"{key}: {old.get(key)} -> {new[key]}" for key in changed)
-        raise ValueError(f"--resume: the configuration has changed ({detail})")
-
-
-def same_tokenizer(saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raises ValueError, naming the difference, unless both are `models.tokenizer_fingerprint` of the same one."""
-    changed = [f"{key}: {saved.get(key)} -> {now[key]}" for key in now if saved.get(key) != now[key]]
-    if changed:
-        raise ValueError(f"--resume: the tokenizer has changed ({'; '.join(changed)})")
-
-
-def write_config(cfg: RunConfig) -> None:
+def write_config(cfg: RunSettings) -> None:
     """The resolved configuration and what the run runs on, beside what it writes."""
     cfg.output.mkdir(parents=True, exist_ok=True)
     atomic_files.replace_file(cfg.output / "environment.json", json.dumps(environment(), indent=2))
@@ -96,12 +94,13 @@ def write_config(cfg: RunConfig) -> None:
 class Saver:
     """Writes checkpoints while the training goes on; one at a time, each from a copy of the state as it was."""
 
-    def __init__(self, run_dir: Path, keep: int, ranks: Ranks = SINGLE) -> None:
-        self.run_dir, self.keep = run_dir, keep
+    def __init__(self, run_dir: Path, keep: int, ranks: Ranks = SINGLE, saved_step: int = 0) -> None:
+        """`saved_step` is that of the newest checkpoint on the disk, 0 for none."""
+        self.run_dir, self.keep, self.saved_step = run_dir, keep, saved_step
         # The thread's collectives go through a group of their own.
         self.ranks = replace(ranks, group=ranks.saving)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._pending: Future[None] | None = None
+        self._pending: Future[Path] | None = None
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Starts checkpoints/step_N. Raises CheckpointError if the one before could not be written."""
@@ -109,6 +108,7 @@ class Saver:
         plain, tensors = checkpoint_files.split(state)
         tensors = checkpoint_files.staged(tensors) if tensors else {}
         self._pending = self._thread.submit(_write, self.run_dir, step, plain, tensors, self.keep, self.ranks)
+        self.saved_step = step
 
     def check(self) -> None:
         """Raises CheckpointError as soon as it is known that a checkpoint could not be written."""
@@ -142,12 +142,7 @@ def _write(run_dir: Path, step: int, plain: Any, tensors: dict[str, Any], keep: 
         partial.mkdir()
 
     def finish() -> None:
-        old = root / f".{target.name}.old"
-        if target.exists():
-            target.rename(old)
-        partial.rename(target)
-        atomic_files.sync(root)
-        shutil.rmtree(old, ignore_errors=True)
+        atomic_files.replace_directory(partial, target)
         for passed in _all(run_dir)[:-keep]:
             passed.rename(passed.with_name(f".{passed.name}.partial"))  # half removed, it is not a checkpoint
             shutil.rmtree(passed.with_name(f".{passed.name}.partial"))
@@ -194,12 +189,6 @@ def load(directory: Path, into: dict[str, Any] | None = None, ranks: Ranks = SIN
         raise ValueError(f"the checkpoint {directory} does not fit this run: {_cause(error)}") from None
 
 
-def load_latest(run_dir: Path) -> dict[str, Any] | None:
-    """The newest state, None where there is none."""
-    found = _all(run_dir)
-    return load(found[-1]) if found else None
-
-
 def random_states() -> dict[str, Any]:
     """Those of Python and of torch, as plain data."""
     devices = [state.tolist() for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else []
@@ -218,9 +207,7 @@ def set_random_states(states: dict[str, Any]) -> None:
 def _recover(run_dir: Path) -> None:
     """A crash between the two renames that replace a checkpoint leaves the old one beside its place."""
     for old in (run_dir / "checkpoints").glob(".step_*.old"):
-        target = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
-        if not target.exists():
-            old.rename(target)
+        atomic_files.recover_directory(old)
 
 
 def _all(run_dir: Path) -> list[Path]:

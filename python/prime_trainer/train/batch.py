@@ -2,21 +2,21 @@
 
 A forward row is a prompt followed by its responses, each of which sees the prompt and itself and nothing else, so a
 prompt is computed once however many responses it has; a packed row holds several such groups. Long rows fall back to
-one response a row, where plain causal attention needs no mask. For flash-attn's varlen kernels a pass is one stream of
-sequences instead, each a prompt with a response, told apart by positions that start anew.
+one response a row, where plain causal attention needs no mask. For flash-attn's varlen kernels a pass is one unpadded
+row of sequences instead, each a prompt with a response; positions that restart at 0 mark where a sequence begins.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..data.groups import Group
 from ..models import forward
+from ..models.protocols import CausalLM
 from ..scale.ranks import SINGLE, Ranks, deal
 
 SHARED_ROW_LIMIT = 1024
@@ -56,11 +56,11 @@ class Batch:
         groups: Sequence[Group],
         device: torch.device | str = "cpu",
         ranks: Ranks = SINGLE,
-        stream: bool = False,
+        varlen: bool = False,
     ) -> None:
         if not groups:
             raise ValueError("groups is empty; a batch needs at least one")
-        self.groups, self.device, self.ranks, self.stream = list(groups), torch.device(device), ranks, stream
+        self.groups, self.device, self.ranks, self.varlen = list(groups), torch.device(device), ranks, varlen
         responses = [r for g in self.groups for r in g.responses]
         lengths = [len(r.ids) for r in responses]
         self.ids = torch.tensor([i for r in responses for i in r.ids], dtype=torch.int64, device=device)
@@ -71,9 +71,9 @@ class Batch:
         self._first = self.cu_groups.tolist()
 
     @classmethod
-    def read_by(cls, model: Any, groups: Sequence[Group]) -> Batch:
+    def for_model(cls, model: CausalLM, groups: Sequence[Group]) -> Batch:
         """On the model's device, laid out as its attention reads it."""
-        return cls(groups, model.device, stream=forward.reads_stream(model))
+        return cls(groups, model.device, varlen=forward.is_varlen(model))
 
     @property
     def rollout_logp(self) -> Tensor:
@@ -104,9 +104,10 @@ class Batch:
     def micro_batches(self, groups: Sequence[int], max_tokens: int, *, pack: bool = False) -> Iterator[Micro]:
         """Forward passes of at most `max_tokens` padded tokens (a longer row goes alone), like lengths together.
 
-        With `pack`, a row holds as many groups as fit into min(max_tokens, SHARED_ROW_LIMIT) tokens; a stream needs no
-        packing. With several ranks those of this rank's share of `groups`, dealt out so that tokens balance. Every rank
-        gets the same number, passes without responses among them: a sharded model's passes are collective.
+        With `pack`, a row holds as many groups as fit into min(max_tokens, SHARED_ROW_LIMIT) tokens; varlen passes
+        need no packing. With several ranks, the passes of this rank's share of `groups`, dealt out so that tokens
+        balance. Every rank gets the same number of passes, some of them without responses: the passes of a sharded
+        model are collective.
         """
         loads = [self._length((g, self._members(g))) for g in groups]
         plans = [self._passes([groups[i] for i in part], max_tokens, pack) for part in deal(loads, self.ranks.size)]
@@ -120,12 +121,12 @@ class Batch:
         entries: list[Entry] = []
         for g in groups:
             members = self._members(g)
-            if self._length((g, members)) <= SHARED_ROW_LIMIT and not self.stream:
+            if self._length((g, members)) <= SHARED_ROW_LIMIT and not self.varlen:
                 entries.append((g, members))
             else:
                 entries.extend((g, [m]) for m in members)
         entries.sort(key=lambda entry: (self._length(entry), entry[1][0]))
-        packed = pack and not self.stream
+        packed = pack and not self.varlen
         rows = self._packed(entries, min(max_tokens, SHARED_ROW_LIMIT)) if packed else [[entry] for entry in entries]
         passes: list[list[Row]] = []
         for row in rows:
@@ -160,7 +161,7 @@ class Batch:
     def _tokens(self, rows: Sequence[Row]) -> int:
         """Of a pass, padding included."""
         widths = [self._width(row) for row in rows]
-        return sum(widths) if self.stream else max(widths) * len(widths)
+        return sum(widths) if self.varlen else max(widths) * len(widths)
 
     def _members(self, group: int) -> list[int]:
         return list(range(self._first[group], self._first[group + 1]))
@@ -205,7 +206,7 @@ class Batch:
             causal = torch.ones(width, width, dtype=torch.bool).tril()
             mask = (same & seen & causal)[:, None]
         predictors = torch.cat(predictors)
-        if self.stream:
+        if self.varlen:
             kept = (segment >= 0).flatten()
             input_ids, position_ids = (x.flatten()[kept][None] for x in (input_ids, position_ids))
             predictors = (kept.cumsum(0) - 1)[predictors]

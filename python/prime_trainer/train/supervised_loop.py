@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import closing
 from typing import Any
 
-from ..config.run_config import RunConfig
+from ..config.sections import CheckpointConfig
 from ..run import checkpoint
 from ..run.metrics import MetricsWriter, Stage
 from ..run.progress import progress_bar
@@ -17,7 +17,8 @@ from .trainable import Trainable
 
 
 def fit(
-    cfg: RunConfig,
+    run: checkpoint.RunSettings,
+    saving: CheckpointConfig,
     stage: Stage,
     state: dict[str, Any] | None,
     trainable: Trainable,
@@ -40,13 +41,13 @@ def fit(
         trainable.load_state_dict(state["trainable"])
         skips.load_state_dict(state["skips"])
         step = state["step"]
-    checkpoint.write_config(cfg)
+    checkpoint.write_config(run)
 
     def save() -> None:
-        state = {"step": step, "config": cfg.model_dump_json(), "trainable": trainable.state_dict()}
-        checkpoint.save(cfg.output, step, state | {"skips": skips.state_dict()}, cfg.checkpoint.keep)
+        state = {"step": step, "config": run.model_dump_json(), "trainable": trainable.state_dict()}
+        checkpoint.save(run.output, step, state | {"skips": skips.state_dict()}, saving.keep)
 
-    record = MetricsWriter(cfg.output, resume_step=None if state is None else step, stages=(stage,))
+    record = MetricsWriter(run.output, resume_step=None if state is None else step, stages=(stage,))
     with closing(record) as metrics, progress_bar(stage, total, step) as bar, stop_signal() as stop:
         while step < total and not stop.is_set():
             values = backward(step)
@@ -57,13 +58,13 @@ def fit(
             values |= evaluate(step)
             metrics.log(stage, step, values)
             try:
-                skips.check(step, None, cfg.output)
+                skips.check(step, None, run.output)
             except TooManySkipped:
                 if step < total:  # one at the end would resume into a finished run
                     save()
                 raise
             bar.advance(f"loss {values['loss']:.3f}")
-            if step < total and (stop.is_set() or (cfg.checkpoint.every and step % cfg.checkpoint.every == 0)):
+            if step < total and (stop.is_set() or (saving.every and step % saving.every == 0)):
                 save()
     if skips.total:
         print(f"{stage}: {skips.total} of {step} steps had no finite gradient and were skipped")

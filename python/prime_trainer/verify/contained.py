@@ -17,10 +17,14 @@ from dataclasses import dataclass
 from types import CodeType
 from typing import Any
 
+from .answers import GymAnswer, ScoredAnswer
+
 MAX_LATEX_CHARS, MAX_LATEX_DEPTH = 4000, 60
 _FUNCTIONS = frozenset(
-    "sin cos tan sec csc cot asin acos atan asec acsc acot sinh cosh tanh asinh acosh atanh exp log ln sqrt cbrt Abs "
-    "erf erfi Si Ci Ei pi E I oo C".split()  # noqa: SIM905
+    """
+    sin cos tan sec csc cot asin acos atan asec acsc acot sinh cosh tanh asinh acosh atanh exp log ln sqrt cbrt Abs
+    erf erfi Si Ci Ei pi E I oo C
+    """.split()  # noqa: SIM905
 )
 # What sympy's own parser puts around numbers and names.
 _PARSED = frozenset(("Integer", "Float", "Rational", "Symbol", "Function", "factorial", "factorial2"))
@@ -76,15 +80,17 @@ MATH = Evaluating(
 )
 
 
-# Pairs of (reference, answer) that are scored before the first real one: what they import and what the grammar learns of
-# LaTeX is then there in every child, which else would begin anew.
+# Pairs of (reference, answer) that are scored before the first real one: what they import and what the grammar learns
+# of LaTeX is then there in every child, which else would begin anew.
 EXAMPLES = (
-    ("\\frac{3}{8}", "\\frac{6}{16}"), ("\\frac{1}{2}", "0.5"), ("3\\sqrt{2}", "\\frac{6}{\\sqrt{2}}"), ("-17", "-17.0"),
+    ("\\frac{3}{8}", "\\frac{6}{16}"), ("\\frac{1}{2}", "0.5"), ("3\\sqrt{2}", "\\frac{6}{\\sqrt{2}}"),
+    ("-17", "-17.0"),
     ("x^2+2x+1", "(x+1)^2"), ("(1, 2)", "(1,2.0)"), ("\\{1, 2\\}", "\\{2,1\\}"), ("[0, \\infty)", "[0,\\infty )"),
     ("\\frac{\\pi}{3}", "\\pi/3"), ("12,345", "12345.0"), ("45^\\circ", "45.0"), ("x = 5", "5.0"), ("25\\%", "0.25"),
     ("2^{10}", "1024.0"), ("\\sin x + e^{2x}", "e^{2x} + \\sin(x)"), ("\\log_2 8", "\\ln(20.1)"), ("3 + 4i", "4i+3"),
     ("\\begin{pmatrix} 1 & 2 \\\\ 3 & 4 \\end{pmatrix}", "\\begin{pmatrix} 1.0 & 2 \\\\ 3 & 4 \\end{pmatrix}"),
-    ("(-\\infty, 2] \\cup (3, 5)", "(-\\infty,2]\\cup(3,5.0)"), ("x \\le 3", "x \\leq 3.0"), ("\\text{(B)}", "\\text{B}"),
+    ("(-\\infty, 2] \\cup (3, 5)", "(-\\infty,2]\\cup(3,5.0)"), ("x \\le 3", "x \\leq 3.0"),
+    ("\\text{(B)}", "\\text{B}"),
     ("1\\frac{1}{2}", "3/2"), ("a, b", "b,a"), ("\\binom{5}{2}", "10.0"), ("n!", "n! "), ("|x|", "\\sqrt{x^2}"),
 )  # fmt: skip
 
@@ -107,10 +113,10 @@ def prepare(dataset: str, module: str) -> None:
         sympy.simplify(sympy.diff(sympy.parse_expr("x**2*sin(x)/2 + exp(2*x)"), x) - x)
 
 
-def names(answer: dict[str, Any]) -> frozenset[str]:
+def names(answer: ScoredAnswer) -> frozenset[str]:
     """The names of the problem that its scorer may evaluate."""
-    how, entry = EVALUATING.get(str(answer.get("dataset"))), answer.get("entry")
-    return how.names(entry) if how is not None and how.names is not None and isinstance(entry, dict) else frozenset()
+    how = EVALUATING.get(answer.dataset) if isinstance(answer, GymAnswer) else None
+    return how.names(answer.entry) if isinstance(answer, GymAnswer) and how and how.names else frozenset()
 
 
 # Numbers first, so that the e of 1e5 is no name. Words are what Python or sympy could take for one.
@@ -118,15 +124,15 @@ _TOKEN = re.compile(r"(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|(?P<word>[^\W\d]\w*)|
 _CODE = frozenset("'\"_`#;:@{}[]=&|~<>%")
 
 
-def readable(dataset: str, entry: dict[str, Any], text: str) -> bool:
-    """Whether the scorer of `dataset` may see `text`; False for what is no expression, and wrong.
+def readable(answer: GymAnswer, text: str) -> bool:
+    """Whether the scorer of `answer` may see `text`; False for what is no expression, and wrong.
 
     Raises Refused for what would run as code.
     """
-    how = EVALUATING.get(dataset)
+    how = EVALUATING.get(answer.dataset)
     if how is None or how.names is None:
         return True
-    allowed = how.names(entry)
+    allowed = how.names(answer.entry)
     tokens = list(_TOKEN.finditer(text))
     if any(match["other"] == "\\" or (match["other"] or " ") not in _CODE | {" "} for match in tokens):
         return False  # LaTeX, or signs that are not Python's

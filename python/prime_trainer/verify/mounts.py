@@ -111,8 +111,6 @@ def _package_paths(packages: Sequence[str]) -> tuple[Path, ...]:
     return tuple(found)
 
 
-
-
 def package_folders(packages: Sequence[str]) -> list[str]:
     """The folders from which `packages` are imported."""
     return sorted({str(path.parent) for path in _package_paths(tuple(packages))})

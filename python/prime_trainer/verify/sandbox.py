@@ -305,7 +305,7 @@ def confinement(wanted: str, packages: Sequence[str] = (), allow_unsafe: bool = 
     """
     packages, reasons = tuple(packages), list[str]()
     for kind in KINDS if wanted == "auto" else (wanted,):
-        reason = obstacle(kind, packages)  # type: ignore[arg-type]
+        reason = obstacle(kind, packages)
         if reason is None:
             if wanted == "auto":
                 _say(f"{kind} confines answers and programs of the model{''.join(f'; {r}' for r in reasons)}")

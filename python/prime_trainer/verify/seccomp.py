@@ -35,8 +35,8 @@ socketpair sendto recvfrom sendmsg recvmsg shutdown
 _SCORER = """
 read write readv pread64 lseek close fstat stat lstat newfstatat statx access faccessat faccessat2
 getdents64 getcwd readlink readlinkat mmap munmap mremap mprotect madvise brk
-rt_sigaction rt_sigprocmask rt_sigreturn sigaltstack restart_syscall clock_gettime clock_getres clock_nanosleep nanosleep
-gettimeofday time times getpid gettid getuid geteuid getgid getegid futex set_robust_list rseq membarrier getcpu
+rt_sigaction rt_sigprocmask rt_sigreturn sigaltstack restart_syscall clock_gettime clock_getres clock_nanosleep
+nanosleep gettimeofday time times getpid gettid getuid geteuid getgid getegid futex set_robust_list rseq membarrier getcpu
 sched_yield sched_getaffinity uname sysinfo getrusage getrlimit getrandom exit exit_group poll
 """.split()  # noqa: SIM905
 

@@ -24,6 +24,7 @@ from collections import deque
 from typing import Any
 
 from . import answer_scorers, contained
+from .answers import MathAnswer, ScoredAnswer, scored_from_json
 from .sandboxed import confine
 from .verdict import TIME_LIMIT
 
@@ -138,15 +139,15 @@ class _Server:
         for line in lines:
             request = json.loads(line)
             if request["op"] == "load":
-                self._reply(self._load(request["answer"]))
+                self._reply(self._load(scored_from_json(request["answer"])))
             else:
                 self._waiting.append(request)
         return bool(chunk)
 
-    def _load(self, answer: dict[str, Any]) -> dict[str, Any]:
+    def _load(self, answer: ScoredAnswer) -> dict[str, Any]:
         try:
             scorer = self._loaded[answer_scorers.load_key(answer)] = answer_scorers.load(answer)
-            if answer["kind"] == "math":
+            if isinstance(answer, MathAnswer):
                 _warm(scorer)
         except Exception as error:
             return {"error": f"{type(error).__name__}: {error}"}
@@ -210,7 +211,7 @@ class _Server:
         os.closerange(4, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         seconds = math.ceil(self._seconds) + 1
         confine.limit({"cpu": seconds, "data": CHILD_BYTES})
-        answer, text = request["answer"], request["text"].strip()
+        answer, text = scored_from_json(request["answer"]), request["text"].strip()
         scorer, self._guard.names = self._loaded[answer_scorers.load_key(answer)], contained.names(answer)
         if self._filter is not None:
             confine.filter_calls(self._filter)
@@ -218,10 +219,12 @@ class _Server:
         os.write(3, struct.pack("<d", score) + (failure or "").encode(errors="replace")[: _RESULT - 16] + b"\n")
 
 
-def _score(scorer: answer_scorers.Scorer, answer: dict[str, Any], text: str, guard: Guard) -> tuple[float, str | None]:
+def _score(scorer: answer_scorers.Scorer, answer: ScoredAnswer, text: str, guard: Guard) -> tuple[float, str | None]:
     guard.on = True
     failure = None
     try:
+        if isinstance(answer, MathAnswer):
+            contained.check_latex(text)
         score = scorer(answer, text) if text else 0.0
         if type(score) is not float or not 0.0 <= score <= 1.0:
             failure = f"score out of range: {score!r:.100}"
@@ -241,7 +244,7 @@ def _warm(scorer: answer_scorers.Scorer) -> None:
     for _ in range(2):  # the interpreter speeds up what it has seen twice
         for reference, text in contained.EXAMPLES:
             with contextlib.suppress(Exception):
-                scorer({"kind": "math", "answer": reference}, text)
+                scorer(MathAnswer(reference), text)
 
 
 def _read_result(data: bytes) -> tuple[float, str | None]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from ..errors import RunError
 from .answer_scorers import load_key
+from .answers import ScoredAnswer
 from .mounts import ENVIRONMENT
 from .sandbox import Confinement, confinement, kill_group
 from .verdict import Verdict
@@ -40,7 +41,7 @@ class _Died(Exception):
 class _Job:
     """What is scored once, however often a batch has it; `indices` are its places there."""
 
-    answer: dict[str, Any]
+    answer: ScoredAnswer
     text: str
     indices: list[int] = field(default_factory=list)
     attempts: int = 0
@@ -68,7 +69,7 @@ class WorkerPool:
     @property
     def pid(self) -> int | None:
         """The process that was started, bubblewrap's where that confines; None while there is none."""
-        return self._process and self._process.pid
+        return None if self._process is None else self._process.pid
 
     def close(self) -> None:
         """Ends the process and its children; the next `score` starts a new one."""
@@ -76,7 +77,7 @@ class WorkerPool:
         if process is not None:
             process.kill()
 
-    def score(self, items: Sequence[tuple[dict[str, Any], str]]) -> list[Verdict]:
+    def score(self, items: Sequence[tuple[ScoredAnswer, str]]) -> list[Verdict]:
         """Returns one verdict an item, in order; equal items are scored once.
 
         Raises VerifierError when no process can be started at all, and SandboxError when nothing can confine it.
@@ -90,7 +91,7 @@ class WorkerPool:
                 continue
             key = keys.get(id(answer))
             if key is None:
-                key = keys[id(answer)] = json.dumps(answer, sort_keys=True)
+                key = keys[id(answer)] = json.dumps(answer.to_json(), sort_keys=True)
             jobs.setdefault((key, text.strip()), _Job(answer, text)).indices.append(index)
         try:
             self._run(list(jobs.values()), verdicts)
@@ -117,7 +118,7 @@ class WorkerPool:
                     else:
                         _settle(job, Verdict(0.0, "worker died"), verdicts)
 
-    def _started(self, answers: dict[str, dict[str, Any]]) -> _Process:
+    def _started(self, answers: dict[str, ScoredAnswer]) -> _Process:
         """The process, with the scorers of `answers` loaded, which the time limit does not include."""
         for attempt in range(_ATTEMPTS):
             try:
@@ -142,14 +143,13 @@ class WorkerPool:
             while waiting and len(sent) < _AHEAD * self._workers:
                 number, job = next(numbers), waiting.popleft()
                 sent[number] = job
-                process.send({"op": "score", "number": number, "answer": job.answer, "text": job.text})
+                process.send({"op": "score", "number": number, "answer": job.answer.to_json(), "text": job.text})
             # The process keeps the limits of its children; this one is for the process itself.
             reply = process.receive(PATIENCE * self._seconds + _SPARE_SECONDS)
-            job, verdict = sent.get(reply.get("number", -1)), _checked(reply)
-            if job is None or verdict is None:
+            scored, verdict = sent.pop(reply.get("number", -1), None), _checked(reply)
+            if scored is None or verdict is None:
                 raise _Died("malformed reply from worker")
-            del sent[reply["number"]]
-            _settle(job, verdict, verdicts)
+            _settle(scored, verdict, verdicts)
 
 
 def _settle(job: _Job, verdict: Verdict, verdicts: list[Verdict]) -> None:
@@ -184,9 +184,9 @@ class _Process:
         if self.receive(_START_SECONDS) != {"ready": True}:
             raise _Died("malformed reply from worker")
 
-    def load(self, key: str, answer: dict[str, Any]) -> None:
+    def load(self, key: str, answer: ScoredAnswer) -> None:
         """Loads the scorer of `answer`. Raises VerifierError when it cannot be loaded."""
-        self.send({"op": "load", "answer": answer})
+        self.send({"op": "load", "answer": answer.to_json()})
         reply = self.receive(_START_SECONDS)
         if "error" in reply:
             raise VerifierError(f"the verifier cannot score {key}: {reply['error']}")

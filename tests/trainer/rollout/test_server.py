@@ -85,9 +85,8 @@ def test_a_taken_port_is_named():
 
 
 def test_the_servers_words(run_config):
-    words = arguments(
-        run_config(rollout={"engine": "vllm-server", "batch_size": 7}), "model", "127.0.0.1", 81, dummy=True
-    )
+    cfg = run_config(rollout={"engine": "vllm-server", "batch_size": 7})
+    words = arguments(cfg.rollout, cfg.model, "model", "127.0.0.1", 81, dummy=True)
     given = dict(zip(words, [*words[1:], None], strict=True))
     assert given["--host"] == "127.0.0.1" and given["--port"] == "81" and given["--max-num-seqs"] == "7"
     assert given["--load-format"] == "dummy" and given["--logprobs-mode"] == "processed_logprobs"

@@ -10,13 +10,13 @@ import time
 import pytest
 import torch
 from helpers import faults, ranks
+from helpers.checkpoints import load_latest
 from safetensors.torch import load_file
 
 from prime_trainer import loop
 from prime_trainer.data.groups import Group
 from prime_trainer.models import tokenizers
 from prime_trainer.run import checkpoint
-from prime_trainer.run.checkpoint import load_latest
 
 KILLS = int(os.environ.get("PRIME_TRAINER_TEST_KILLS", 5))
 

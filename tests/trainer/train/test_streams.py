@@ -1,4 +1,4 @@
-"""Whether passes are rows with masks or streams follows from the model's attention, in every stage."""
+"""Whether passes are rows with masks or varlen follows from the model's attention, in every stage."""
 
 import json
 
@@ -33,11 +33,11 @@ def passes(monkeypatch):
     return found
 
 
-@pytest.fixture(params=["rows", "streams"])
+@pytest.fixture(params=["rows", "varlen"])
 def layout(request, monkeypatch):
-    """sdpa reads a stream too, from the positions that start anew: the numbers must be those of rows."""
-    if request.param == "streams":
-        monkeypatch.setattr(forward, "reads_stream", lambda model: True)
+    """sdpa takes a varlen pass too, by the positions that restart at 0: the numbers must be those of rows."""
+    if request.param == "varlen":
+        monkeypatch.setattr(forward, "is_varlen", lambda model: True)
     return request.param
 
 
@@ -49,10 +49,10 @@ def check(passes, layout):
         assert set(passes) == {(1, False)}
 
 
-def test_flash_attention_reads_streams(model):
-    assert not forward.reads_stream(model) and not Batch.read_by(model, tiny.random_groups()).stream
+def test_flash_attention_is_varlens(model):
+    assert not forward.is_varlen(model) and not Batch.for_model(model, tiny.random_groups()).varlen
     model.config._attn_implementation = "flash_attention_2"
-    assert forward.reads_stream(model) and Batch.read_by(model, tiny.random_groups()).stream
+    assert forward.is_varlen(model) and Batch.for_model(model, tiny.random_groups()).varlen
 
 
 @pytest.fixture(scope="module")

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from torch import Tensor
 
-from ...config.run_config import RunConfig
 from ...models.loading import save_config
+from ...models.protocols import CausalLM, Tokenizer
 from ...run.seeds import derive_seed
-from ..sampler import EngineDied, Sample, Sampling, model_shape
+from ..sampler import EngineConfig, EngineDied, Sample, Sampling, model_shape
 from . import engine
 
 
 class VLLMSampler:
-    def __init__(self, cfg: RunConfig, model: Any, tokenizer: Any) -> None:
+    def __init__(self, cfg: EngineConfig, model: CausalLM, tokenizer: Tokenizer) -> None:
         self.shape = model_shape(model, tokenizer, cfg.rollout.vllm.max_model_len)
         self.limit = self.shape.limit
         self.sleeps = cfg.rollout.vllm.sleep
         self.device = model.device
-        self.options = engine.engine_options(cfg, self.device.type == "cpu", self.shape.limit)
+        self.options = engine.engine_options(cfg.rollout, cfg.model.dtype, self.device.type == "cpu", self.shape.limit)
         if self.sleeps and self.device.type != "cpu":  # on CPUs vLLM refuses the option; there sleeping does nothing
             self.options["enable_sleep_mode"] = True
         self.directory = tempfile.TemporaryDirectory(prefix="prime-trainer-")

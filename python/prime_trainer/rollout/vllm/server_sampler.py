@@ -18,10 +18,10 @@ from urllib.parse import urlsplit
 
 from torch import Tensor
 
-from ...config.run_config import RunConfig
 from ...models.loading import save_config
+from ...models.protocols import CausalLM, Tokenizer
 from ...run.seeds import derive_seed
-from ..sampler import EngineDied, Sample, Sampling, model_shape
+from ..sampler import EngineConfig, EngineDied, Sample, Sampling, model_shape
 from . import engine
 from .client import Client
 from .server import ServerProcess, free_port, read_token
@@ -32,7 +32,7 @@ SHARED_MEMORY = Path("/dev/shm")
 class ServerSampler:
     """Servers at `rollout.server.urls`; with none given, one of its own, whose log is in the run's directory."""
 
-    def __init__(self, cfg: RunConfig, model: Any, tokenizer: Any) -> None:
+    def __init__(self, cfg: EngineConfig, model: CausalLM, tokenizer: Tokenizer) -> None:
         self.cfg = cfg
         self.shape = model_shape(model, tokenizer, cfg.rollout.vllm.max_model_len)
         self.limit = self.shape.limit
@@ -139,7 +139,7 @@ class ServerSampler:
         else:
             token, log = secrets.token_urlsafe(32), self.cfg.output / "server.log"
             print(f"starting a vLLM server; its log is {log}", file=sys.stderr, flush=True)
-            self.process = ServerProcess(self.cfg, self.directory.name, token, log)
+            self.process = ServerProcess(self.cfg.rollout, self.cfg.model, self.directory.name, token, log)
             self.clients = [Client(self.process.url, token, self.process.death)]
         for client in self.clients:
             client.wait_ready(settings.start_seconds)
