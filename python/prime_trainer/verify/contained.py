@@ -55,12 +55,15 @@ def _variables(entry: dict[str, Any]) -> frozenset[str]:
 def _integral(entry: dict[str, Any]) -> frozenset[str]:
     metadata = entry.get("metadata")
     variable = metadata.get("variable") if isinstance(metadata, dict) else None
-    return _FUNCTIONS | ({variable} if isinstance(variable, str) else set())
+    # sympy leaves parts of some integrals as `Integral(..)`: the reference says so.
+    return _FUNCTIONS | _variables(entry) | ({variable} if isinstance(variable, str) else set())
 
 
 _LITERAL = Evaluating("eval", "the text, or a literal (ast.literal_eval in the place of eval)")
 _ARITHMETIC = Evaluating("sympy.parse_expr", "numbers and operators", _nothing)
-_INTEGRAL = Evaluating("sympy.parse_expr", "numbers, operators, the variable, C, elementary functions", _integral)
+_INTEGRAL = Evaluating(
+    "sympy.parse_expr", "numbers, operators, the variable, C, elementary functions, the reference's names", _integral
+)
 EVALUATING = {
     "binary_matrix": _LITERAL,
     "n_queens": _LITERAL,

@@ -36,8 +36,8 @@ _SCORER = """
 read write readv pread64 lseek close fstat stat lstat newfstatat statx access faccessat faccessat2
 getdents64 getcwd readlink readlinkat mmap munmap mremap mprotect madvise brk
 rt_sigaction rt_sigprocmask rt_sigreturn sigaltstack restart_syscall clock_gettime clock_getres clock_nanosleep
-nanosleep gettimeofday time times getpid gettid getuid geteuid getgid getegid futex set_robust_list rseq membarrier getcpu
-sched_yield sched_getaffinity uname sysinfo getrusage getrlimit getrandom exit exit_group poll
+nanosleep gettimeofday time times getpid gettid getuid geteuid getgid getegid futex set_robust_list rseq membarrier
+getcpu sched_yield sched_getaffinity uname sysinfo getrusage getrlimit getrandom exit exit_group poll
 """.split()  # noqa: SIM905
 
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
