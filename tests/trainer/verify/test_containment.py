@@ -115,7 +115,7 @@ def test_what_evaluates_is_what_the_table_says():
         if begin >= 0 and any(f"{call}(answer" in body for call in ("eval", "exec", "parse_expr", "sympify")):
             found.add(name)
     assert found == set(contained.EVALUATING), reasoning_gym.__file__
-    assert [row[0] for row in contained.table()][0] == "mathematics" and len(contained.table()) == 1 + len(found)
+    assert contained.table()[0][0] == "mathematics" and len(contained.table()) == 1 + len(found)
 
 
 @pytest.mark.parametrize("name", contained.EVALUATING)
@@ -172,7 +172,7 @@ def test_a_literal_still_has_its_credit(confine_any):
 
 def test_mathematics_is_read_up_to_a_length_and_a_depth(confine_any):
     deep = "{" * 61 + "1" + "}" * 61
-    items = [(MathAnswer("1"), box(text)) for text in (deep, "1+" * 2500 + "1", "{" * 50 + "1" + "}" * 50)]
+    items = [(MathAnswer("1"), box(text)) for text in (deep, "1+" * 2500 + "1", "{" * 4 + "1" + "}" * 4)]
     failures = ["refused: more than 60 open brackets", "refused: more than 4000 characters", None]
     assert [v.failure for v in confine_any.score(items)] == failures
 
