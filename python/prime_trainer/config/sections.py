@@ -62,9 +62,9 @@ class TaskConfig(Section):
     any_answer: bool = False
     """A response without a box is scored by its last formula or number; off, it scores 0."""
     sandbox: Literal["auto", "bubblewrap", "landlock"] = "auto"
-    """What confines the scoring of answers and the programs of code problems; `auto` is the first of the others that works on this machine."""
+    """What confines the scoring of answers and the programs of code problems; `auto` is the first that works here."""
     allow_unsafe: bool = False
-    """Where no sandbox works, score answers and run programs with this user's rights. Only in a container of its own."""
+    """Where none works, run programs and score answers with this user's rights. Only in a container of its own."""
     code_seconds: float = Field(default=15.0, gt=0)
     """Time limit of one program over all its tests."""
     code_memory_mb: PositiveInt = 1024

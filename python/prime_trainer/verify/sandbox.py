@@ -241,7 +241,7 @@ class Session:
             for pipe in (process.stdin, process.stdout):
                 if pipe is not None:
                     if pipe is process.stdout:
-                        _drain(pipe.fileno())
+                        drain(pipe.fileno())
                     pipe.close()
         self._processes.clear()
         self._errors.close()
@@ -262,7 +262,7 @@ def kill_group(process: subprocess.Popen[bytes]) -> None:
             process.kill()
 
 
-def _drain(fd: int, seconds: float = 2.0) -> None:
+def drain(fd: int, seconds: float = 2.0) -> None:
     """Reads to the end, which comes when the last process that holds the other side is gone."""
     os.set_blocking(fd, False)
     deadline = time.monotonic() + seconds

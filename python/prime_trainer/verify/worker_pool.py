@@ -17,7 +17,7 @@ from ..errors import RunError
 from .answer_scorers import load_key
 from .answers import ScoredAnswer
 from .mounts import ENVIRONMENT
-from .sandbox import Confinement, confinement, kill_group
+from .sandbox import Confinement, confinement, drain, kill_group
 from .verdict import Verdict
 from .worker import PATIENCE
 
@@ -250,6 +250,7 @@ class _Process:
         kill_group(self._process)
         self._process.wait()
         self._requests.close()
+        drain(self._replies.fileno())  # to the end, which comes when bubblewrap's inner processes are gone
         self._replies.close()
         self._errors.seek(0)
         words = self._errors.read()[-2000:].decode(errors="replace").strip()

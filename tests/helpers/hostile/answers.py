@@ -148,7 +148,8 @@ EXPRESSIONS = {
     "equal to everything": "type('T', (str,), dict(__eq__=lambda s, o: True, __ne__=lambda s, o: False, "
     "__iter__=lambda s: iter([s]), __str__=lambda s: s, __hash__=lambda s: 0, __sub__=lambda s, o: 0, "
     "diff=lambda s, *a, **k: s, __int__=lambda s: 24, __float__=lambda s: 24.0))('x')",
-    "subclasses": "[c for c in ().__class__.__base__.__subclasses__() if c.__name__ == 'Popen'][0](['touch', '{target}'])",
+    "subclasses": "[c for c in ().__class__.__base__.__subclasses__() if c.__name__ == 'Popen'][0]("
+    "['touch', '{target}'])",
     "sympy": "lambdify([], 1, modules=[__import__('os').system('touch {target}')])()",
     "a function's globals": "(lambda f: f.__globals__.update(score=1))(sympify.__func__ if 0 else sympify)",
     "an f-string": "f''.join(open('{secret}'))",

@@ -1,7 +1,7 @@
 """No answer changes the verdict of another or touches anything outside, whatever its scorer evaluates.
 
-The answers of `helpers.hostile.answers` are tried twice: as they come, where no scorer runs them, and with every barrier
-in the scoring process taken down, so that they do run and only the process and its confinement are left.
+The answers of `helpers.hostile.answers` are tried twice: as they come, where no scorer runs them, and with every
+barrier of the scoring process taken down, so that they do run, and the process and its confinement are all that is left.
 """
 
 import json
@@ -29,7 +29,6 @@ PARAMS = {
     "quantum_lock": {"difficulty": 2},
     "futoshiki": {"min_board_size": 4, "max_board_size": 4},
     "zebra_puzzles": {"num_people": 2, "num_characteristics": 2},
-    "composite": {"datasets": [{"name": "countdown", "weight": 1.0, "config": {}}]},
 }
 
 
@@ -195,21 +194,22 @@ def test_no_hostile_answer_is_run_by_any_scorer(places):
     from reasoning_gym.factory import DATASETS
 
     payloads = hostile.payloads(places)
-    problems = {name: problem(name)[0] for name in sorted(DATASETS)}
-    assert len(problems) > 100
+    problems = {name: problem(name)[0] for name in sorted(DATASETS) if name != "composite"}
+    assert len(problems) > 100  # `composite` cannot be made from JSON
     good = [(p.answer, box(p.reference)) for p in problems.values()] + [(MathAnswer("1/2"), box("0.5"))]
     bad = [(p.answer, box("no such answer")) for p in problems.values()] + [(MathAnswer("1/2"), box("0.6"))]
+    evaluating = [a for a, _ in good if isinstance(a, MathAnswer) or a.dataset in contained.EVALUATING]
+    jobs = [(answer, name) for answer in evaluating for name in payloads]
+    # Three at each of those that evaluate nothing, all of them in turn.
+    others = [answer for answer, _ in good if answer not in evaluating]
+    jobs += [(answer, list(payloads)[(3 * i + k) % len(payloads)]) for i, answer in enumerate(others) for k in range(3)]
     with verifier_in(Confinement(kind)) as verifier:
-        before, wrong = verifier.score(good), verifier.score(bad)
-        assert [v.score for v in before].count(1.0) > 95
-        for start in range(0, len(payloads), 6):
-            names = list(payloads)[start : start + 6]
-            jobs = [(answer, box(payloads[name])) for name in names for answer, _ in good]
-            verdicts = verifier.score(jobs)
-            for (answer, _), verdict in zip(jobs, verdicts, strict=True):
-                evaluates = isinstance(answer, MathAnswer) or answer.dataset in contained.EVALUATING
-                assert verdict.score == 0.0 or not evaluates, (answer, verdict)
-        assert (verifier.score(good), verifier.score(bad)) == (before, wrong)
+        before = verifier.score([*good, *bad])
+        assert [v.score for v in before[: len(good)]].count(1.0) > 95
+        verdicts = verifier.score([(answer, box(payloads[name])) for answer, name in jobs])
+        run = [job for job, v in zip(jobs, verdicts, strict=True) if v.score and job[0] in evaluating]
+        assert run == []
+        assert verifier.score([*good, *bad]) == before
 
 
 BARE = (

