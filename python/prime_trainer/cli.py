@@ -10,9 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import RunError
+from .run.progress import lasting_output
 
 if TYPE_CHECKING:
     from .config.run_config import RunConfig
+
+
+_BAD_PATHS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,11 +31,19 @@ def main(argv: list[str] | None = None) -> int:
     ranks = os.environ.get("WORLD_SIZE", "1")
     if ranks != "1" and name != "rl":
         return _fail(f"{name} runs in one process, not in the {ranks} that torchrun started: only rl is for several")
+    with lasting_output():
+        return _run(name, words)
+
+
+def _run(name: str, words: list[str]) -> int:
     try:
         return COMMANDS[name].main(words)
-    except (ValueError, FileNotFoundError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         return _fail(_describe(error))
-    except (RunError, OSError) as error:
+    except OSError as error:
+        # What is not there, or of another kind than it should be, is bad input; a full disk is not.
+        return _fail(_place(error), 2 if isinstance(error, _BAD_PATHS) else 1)
+    except RunError as error:
         return _fail(str(error), 1)
     except ModuleNotFoundError as error:
         return _fail(f"the package {error.name!r} is missing: pip install 'prime-kernels[train]'", 1)
@@ -178,6 +190,14 @@ def _describe(error: Exception) -> str:
         else:
             lines.append(f"{key}: {d['msg']} (got {d.get('input')!r:.100})")
     return "\n".join(lines)
+
+
+def _place(error: OSError) -> str:
+    """The file and what is wrong with it, as the system says it; our own messages as they are."""
+    if error.filename is None or error.strerror is None:
+        return str(error)
+    names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+    return f"{' -> '.join(names)}: {error.strerror}"
 
 
 def _fail(message: str, status: int = 2) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
@@ -12,7 +14,6 @@ import prime_kernels as pk
 
 from .config.run_config import RunConfig
 from .data.tasks import load_task
-from .errors import RunError
 from .evaluation.held_out import evaluate
 from .models import forward, loading, tokenizers
 from .models.placement import load_placed
@@ -21,6 +22,7 @@ from .rollout.collector import NothingPasses
 from .rollout.pipeline import Rollouts
 from .run import checkpoint, unchanged
 from .run.metrics import Metrics, MetricsWriter, NoMetrics
+from .run.output_lock import output_lock
 from .run.progress import progress_bar
 from .run.seeds import derive_seed
 from .run.stage_clock import StageClock
@@ -49,7 +51,9 @@ class StepResult:
 class Run:
     """Everything a run holds between two steps."""
 
-    def __init__(self, cfg: RunConfig, ranks: Ranks = SINGLE) -> None:
+    def __init__(self, cfg: RunConfig, ranks: Ranks = SINGLE, models: dict[str, str] | None = None) -> None:
+        """`models` are the fingerprints of what the run starts from."""
+        self.models = models or {}
         self.cfg, self.needs, self.ranks, self.device = cfg, cfg.needs, ranks, loading.device(cfg.model)
         self.tokenizer = tokenizers.load_tokenizer(cfg.model)
         self.task = load_task(cfg.task, cfg.seed)
@@ -79,7 +83,15 @@ class Run:
             Skips(cfg.policy.max_skipped),
             tokenizers.TokenizerIdentity.of(self.tokenizer).fingerprint(),
         )
-        self.step = 0
+        self.step = self._before = 0
+
+    def _updates(self) -> int:
+        return self.policy.updates + (0 if self.prm is None else self.prm.updates)
+
+    @property
+    def whole(self) -> bool:
+        """Whether the weights are those after `step` steps, and not half of the next one's."""
+        return self._updates() == self._before
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a run needs to go on bit for bit; with shards, every rank has its own."""
@@ -87,6 +99,7 @@ class Run:
             "step": self.step,
             "config": self.cfg.model_dump_json(),
             "tokenizer": self.fingerprint,
+            "models": self.models,
             "random": self.ranks.gather(checkpoint.random_states()),
             "skips": self.skips.state_dict(),
             "policy": self.policy.state_dict(),
@@ -115,7 +128,7 @@ class Run:
     def train_step(self) -> StepResult:
         """One PRIME step."""
         cfg, algorithm, clock = self.cfg, self.cfg.algorithm, StageClock()
-        step = self.step + 1
+        step, self._before = self.step + 1, self._updates()
 
         groups, values = self.rollouts.batch(step, clock)
         batch = Batch(groups, self.device, self.ranks, forward.is_varlen(self.policy.model))
@@ -153,10 +166,16 @@ class Run:
             skipped += self.policy.taken_skips()
         else:
             advantages, skipped = torch.zeros_like(batch.ids, dtype=torch.float32), skipped + 1
-        self.step = step
+        self.step, self._before = step, self._updates()
         values |= self.skips.note(skipped)
         examples = examples_of(batch, rewards, advantages, self.tokenizer)
         return StepResult(values | clock.times(), examples, batch)
+
+    def save(self, saver: checkpoint.Saver) -> None:
+        """A checkpoint in the middle of what failed: the batch that was not trained on is the next one again."""
+        self.rollouts.take_back(self.step + 1)
+        saver.save(self.step, self.state_dict())
+        saver.wait()
 
     def close(self) -> None:
         self.rollouts.close()
@@ -167,30 +186,35 @@ def run(cfg: RunConfig) -> Path:
     """Trains until `cfg.steps`, or until Ctrl-C, which leaves a checkpoint; returns the final model's directory."""
     if checkpoint.restarted(cfg):
         cfg = cfg.model_copy(update={"resume": True})
-    with connect(cfg.scale, loading.device(cfg.model)) as ranks, watched(ranks):
+    with connect(cfg.scale, loading.device(cfg.model)) as ranks, watched(ranks), ExitStack() as held:
+        ranks.once(lambda: held.enter_context(output_lock(cfg.output, cfg.wait_lock)))
         return _run(cfg, ranks)
 
 
 def _run(cfg: RunConfig, ranks: Ranks) -> Path:
-    found = ranks.once(lambda: checkpoint.resume_point(cfg))
-    trainer = Run(cfg, ranks)
+    # Of today's, all three start from the same files.
+    models = ranks.once(lambda: loading.fingerprints(dict.fromkeys(("policy", "prm", "reference"), cfg.model)))
+    found = ranks.once(lambda: checkpoint.resume_point(cfg, models))
+    trainer = Run(cfg, ranks, models)
     if found is not None:
         trainer.load_state_dict(checkpoint.load(found, trainer.state_dict(), ranks))
-    ranks.once(lambda: checkpoint.write_config(cfg))
+    ranks.once(lambda: checkpoint.write_config(cfg, models))
     saver = checkpoint.Saver(cfg.output, cfg.checkpoint.keep, ranks, saved_step=trainer.step)
     metrics = _metrics(cfg, trainer.step) if ranks.first else NoMetrics()
     try:
-        _train(trainer, metrics, saver)
-        if saver.saved_step != trainer.step:
-            saver.save(trainer.step, trainer.state_dict())
-        saver.wait()
-        loading.save(trainer.policy.model, trainer.tokenizer, cfg.output / "final", ranks)
-        if trainer.prm is not None:
-            loading.save(trainer.prm.model, trainer.tokenizer, cfg.output / "prm", ranks)
-    except RunError as error:
-        if _can_save(trainer, error):
-            saver.save(trainer.step, trainer.state_dict())
+        if trainer.step == 0:
+            metrics.log("eval", 0, trainer.evaluate())
+        with stop_signal() as stop:  # to the last file: a signal must not lose what a step has cost
+            _train(trainer, metrics, saver, stop)
+            if saver.saved_step != trainer.step:
+                saver.save(trainer.step, trainer.state_dict())
             saver.wait()
+            loading.save(trainer.policy.model, trainer.tokenizer, cfg.output / "final", ranks)
+            if trainer.prm is not None:
+                loading.save(trainer.prm.model, trainer.tokenizer, cfg.output / "prm", ranks)
+    except Exception as error:
+        if _can_save(trainer, error):
+            checkpoint.leave(trainer.step, trainer.whole, lambda: trainer.save(saver))
         raise
     finally:
         saver.close()
@@ -199,12 +223,10 @@ def _run(cfg: RunConfig, ranks: Ranks) -> Path:
     return cfg.output / "final"
 
 
-def _train(trainer: Run, metrics: Metrics, saver: checkpoint.Saver) -> None:
+def _train(trainer: Run, metrics: Metrics, saver: checkpoint.Saver, stop: Event) -> None:
     """Steps with their metrics, evaluations and checkpoints, to the last one or to Ctrl-C."""
     cfg, ranks = trainer.cfg, trainer.ranks
-    if trainer.step == 0:
-        metrics.log("eval", 0, trainer.evaluate())
-    with progress_bar("rl", cfg.steps, trainer.step, shown=ranks.first) as bar, stop_signal() as stop:
+    with progress_bar("rl", cfg.steps, trainer.step, shown=ranks.first) as bar:
         while trainer.step < cfg.steps and not ranks.any(stop.is_set()):
             result = trainer.train_step()
             step = trainer.step
@@ -226,7 +248,7 @@ def _metrics(cfg: RunConfig, step: int) -> MetricsWriter:
     return MetricsWriter(cfg.output, resume_step=step if step > 0 else -1)
 
 
-def _can_save(trainer: Run, error: RunError) -> bool:
+def _can_save(trainer: Run, error: Exception) -> bool:
     """Whether a run that ends with `error` leaves a checkpoint to go on from."""
     if isinstance(error, checkpoint.CheckpointError):
         return False

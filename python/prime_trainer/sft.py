@@ -19,6 +19,7 @@ from .data.tasks import load_task
 from .models import forward, lm_head, loading, tokenizers
 from .models.protocols import Tokenizer
 from .run import checkpoint
+from .run.output_lock import owns_output
 from .run.seeds import derive_seed
 from .train.batch import Batch
 from .train.forward import predicting
@@ -27,12 +28,14 @@ from .train.supervised_loop import fit
 from .train.trainable import Trainable
 
 
+@owns_output
 def run(cfg: RunConfig) -> Path:
     """Trains `cfg.model` on the demonstrations or on `sft.path`; returns the directory of the saved model.
 
     Ctrl-C stops after the step at hand and leaves a checkpoint for `--resume` beside the model as it is then.
     """
-    state = checkpoint.begin(cfg)
+    models = loading.fingerprints({"model.path": cfg.model})
+    state = checkpoint.begin(cfg, models)
     tokenizer = tokenizers.load_tokenizer(cfg.model)
     model = loading.load_model(cfg.model)
     examples = _examples(cfg, tokenizer, forward.length_limit([model], cfg.sft.max_length))
@@ -56,9 +59,11 @@ def run(cfg: RunConfig) -> Path:
             loss += part.item()
         return {"loss": loss, "tokens": batch.num_tokens}
 
-    fit(cfg, cfg.checkpoint, "sft", state, trainable, total, backward, warmup=cfg.sft.warmup, skips=skips)
     final = cfg.output / "final"
-    loading.save(model, tokenizer, final)
+    fit(
+        cfg, cfg.checkpoint, "sft", state, trainable, total, backward, warmup=cfg.sft.warmup, skips=skips,
+        finish=lambda: loading.save(model, tokenizer, final), models=models,
+    )  # fmt: skip
     return final
 
 

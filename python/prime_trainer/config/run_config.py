@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextvars
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field, PositiveInt, model_validator
 from pydantic_settings import (
@@ -14,6 +13,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from .bounds import Bounded
 from .needs import Needs, needs_of
 from .sections import (
     AlgorithmConfig,
@@ -37,7 +37,7 @@ from .sections import (
 _toml_file: contextvars.ContextVar[Path | None] = contextvars.ContextVar("toml_file", default=None)
 
 
-class RunConfig(BaseSettings):
+class RunConfig(Bounded, BaseSettings):
     model_config = SettingsConfigDict(
         extra="forbid",
         cli_kebab_case=False,
@@ -54,6 +54,8 @@ class RunConfig(BaseSettings):
     micro_batch_tokens: PositiveInt = 4096
     """Padded tokens in one forward pass."""
     resume: bool = False
+    wait_lock: float = Field(default=0.0, ge=0)
+    """Seconds to wait for another process that works in `output`, as the one before a requeued job may, to end."""
     model: ModelConfig = ModelConfig()
     task: TaskConfig = TaskConfig()
     sft: SFTConfig = SFTConfig()
@@ -93,7 +95,12 @@ class RunConfig(BaseSettings):
 
     @classmethod
     def settings_customise_sources(
-        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **_: Any
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         # No environment variables: a run is what its file and its command line say, nothing else.
         toml = _toml_file.get()

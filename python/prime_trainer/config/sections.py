@@ -15,6 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
 from . import action_prompt
+from .bounds import Bounded
 
 
 def vllm_installed() -> bool:
@@ -23,7 +24,7 @@ def vllm_installed() -> bool:
     return spec is not None and spec.origin is not None
 
 
-class Section(BaseModel):
+class Section(Bounded, BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True)
 
 
@@ -73,6 +74,8 @@ class TaskConfig(Section):
     """Programs that run at once."""
     code_partial_credit: bool = False
     """Score a program by the share of tests that it passes; off, all tests must pass."""
+    bad_rows: Literal["error", "skip"] = "error"
+    """A row of `path` or `eval_path` that cannot be used ends the run; `skip` leaves it out and counts it."""
     code_packages: tuple[str, ...] = ("numpy",)
     """What programs can import beside the standard library."""
 

@@ -7,6 +7,7 @@ A row is either in the Eurus-2-RL-Data schema (`prompt`, `ability`, `reward_mode
 from __future__ import annotations
 
 import json
+import math
 import random
 from functools import lru_cache
 from pathlib import Path
@@ -101,6 +102,9 @@ def _math_answer(row: dict[str, Any]) -> MathAnswer:
 
 def reference_text(truth: Any, field: str) -> str:
     """A reference answer as text; raises ValueError, naming `field`, for what is none."""
+    if isinstance(truth, float) and not math.isfinite(truth):
+        # As text it would be an answer that no response can give.
+        raise ValueError(f"{field} must be a finite number or text, got {truth}")
     if isinstance(truth, float) and truth.is_integer():
         truth = int(truth)  # 142.0 in a benchmark file is the answer 142
     if isinstance(truth, bool) or not isinstance(truth, (str, int, float)) or not str(truth).strip():

@@ -15,6 +15,7 @@ from ..report.markdown import table as markdown_table
 from ..report.statistics import bootstrap_interval, majority, pass_at_k, wilson
 from ..run.atomic_files import replace_file
 from ..run.jsonl import jsonl_text
+from ..run.output_lock import owns_output
 from ..verify import Verifier
 from . import benchmarks, responses
 from .benchmarks import BENCHMARKS, PUBLISHED
@@ -22,9 +23,10 @@ from .benchmarks import BENCHMARKS, PUBLISHED
 MATH = [name for name, benchmark in BENCHMARKS.items() if benchmark.ability == "math"]
 
 
+@owns_output
 def run(cfg: RunConfig) -> Path:
     """Writes `table.md`, `summary.json` and a `NAME.scored.jsonl` for each benchmark; returns the table's path."""
-    target = responses.run(cfg)
+    target = responses.generate(cfg)
     summary = {}
     with Verifier.from_config(cfg.task) as verifier:
         for name in benchmarks.wanted(cfg.bench):

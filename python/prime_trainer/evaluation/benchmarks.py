@@ -6,6 +6,7 @@ Files are the user's: a file in the forms named below, or a folder of a Hugging 
 from __future__ import annotations
 
 import ast
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ def load(name: str, cfg: BenchConfig) -> list[Problem]:
     Raises ValueError, naming the file, the row and the field or the number of items, for what is not as expected.
     """
     benchmark = BENCHMARKS[name]
-    problems = []
+    problems: list[Problem] = []
     for path in _locate(name, benchmark, cfg):
         for place, row in read_rows(path, "bench.data", _kind(path)):
             try:
@@ -156,9 +157,12 @@ def _olympiad(row: Row) -> tuple[str, Answer]:
 
 def _tolerance(error: Any) -> float:
     try:
-        return float(error)
+        tolerance = float(error)
     except (TypeError, ValueError):
         raise ValueError(f"error must be a number, got {error!r:.40}") from None
+    if not 0 <= tolerance < math.inf:  # NaN neither
+        raise ValueError(f"error must be a finite number of at least 0, got {error!r:.40}")
+    return tolerance
 
 
 def _humaneval(row: Row) -> tuple[str, Answer]:

@@ -13,12 +13,14 @@ from ..models import loading, tokenizers
 from ..models.protocols import Tokenizer
 from ..rollout import EngineConfig, Sampler, Sampling, make_sampler
 from ..run.atomic_files import replace_file
-from ..run.jsonl import JsonlWriter, read_jsonl
+from ..run.jsonl import JsonlWriter, read_jsonl, read_object
+from ..run.output_lock import owns_output
 from ..run.progress import progress_bar
 from ..run.seeds import derive_seed
 from . import benchmarks
 
 GREEDY, SAMPLED = "greedy", "sampled"
+FILES = "the files of model.path"
 
 
 def open_sampler(cfg: RunConfig, tokenizer: Tokenizer) -> Sampler:
@@ -33,7 +35,13 @@ def folder(cfg: RunConfig) -> Path:
     return cfg.output / "bench"
 
 
+@owns_output
 def run(cfg: RunConfig) -> Path:
+    """`generate` for a process that does nothing else in the folder."""
+    return generate(cfg)
+
+
+def generate(cfg: RunConfig) -> Path:
     """Writes `bench/NAME.jsonl` below `cfg.output`, a line a response, and returns the folder.
 
     What is there already is kept and only the rest is generated; raises ValueError if it was generated in another way.
@@ -94,11 +102,14 @@ def _claim(cfg: RunConfig, target: Path) -> None:
     made = {
         "seed": cfg.seed,
         **{f"model.{key}": value for key, value in cfg.model.model_dump(mode="json", exclude={"device"}).items()},
+        FILES: loading.fingerprint(cfg.model),
         **{f"bench.{key}": getattr(bench, key) for key in ("temperature", "max_new_tokens", "system_prompt")},
     }
     path = target / "settings.json"
     if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = read_object(path)
+        if FILES not in before:  # responses of a version that did not keep it
+            before[FILES] = made[FILES]
         changed = [f"{key} was {before.get(key)!r}, is {made[key]!r}" for key in made if before.get(key) != made[key]]
         if changed:
             raise ValueError(f"{target} holds responses made in another way ({'; '.join(changed)}): set another output")

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..config.sections import ModelConfig
-from .loading import ModelError, _locate, _quiet
+from .loading import _locate, _quiet
+from .model_files import READ_SAFELY, ModelError, reading
 from .protocols import CausalLM, Tokenizer
 
 BARE_CHATML = (
@@ -24,8 +25,10 @@ def load_tokenizer(cfg: ModelConfig) -> Tokenizer:
     from transformers import AutoTokenizer
 
     directory, gguf = _locate(cfg)
-    with _quiet():
-        tokenizer = AutoTokenizer.from_pretrained(directory, **({"gguf_file": gguf} if gguf else {}))
+    with _quiet(), reading(cfg):
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            directory, **({"gguf_file": gguf} if gguf else {}), **READ_SAFELY
+        )
     if cfg.chat_template == "bare":
         tokenizer.chat_template = BARE_CHATML
     return tokenizer

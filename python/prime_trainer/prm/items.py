@@ -134,6 +134,13 @@ class StepResponse(Response):
     steps: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class StepGroup(Group):
+    """A prompt and its responses, each with steps."""
+
+    responses: Sequence[StepResponse]
+
+
 def encode(tokenizer: Tokenizer, item: Item, splitter: str) -> StepResponse:
     """The response in tokens, ended by the end-of-sequence token if it is finished, and where its steps start.
 
@@ -161,9 +168,9 @@ def encode(tokenizer: Tokenizer, item: Item, splitter: str) -> StepResponse:
     return StepResponse(ids, item.label or 0.0, cu_steps=cu_steps, step_labels=labels, pieces=pieces, steps=[*parts])
 
 
-def grouped(pairs: Iterable[tuple[list[int], Response]]) -> list[Group]:
+def grouped(pairs: Iterable[tuple[list[int], StepResponse]]) -> list[StepGroup]:
     """Responses to the same prompt together, in order of first appearance."""
-    found: dict[tuple[int, ...], list[Response]] = {}
+    found: dict[tuple[int, ...], list[StepResponse]] = {}
     for prompt_ids, response in pairs:
         found.setdefault(tuple(prompt_ids), []).append(response)
-    return [Group(list(prompt_ids), responses) for prompt_ids, responses in found.items()]
+    return [StepGroup(list(prompt_ids), responses) for prompt_ids, responses in found.items()]

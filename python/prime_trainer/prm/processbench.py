@@ -19,6 +19,7 @@ import numpy as np
 from ..config.run_config import RunConfig
 from ..data.readers import read_rows
 from ..run.atomic_files import replace_file
+from ..run.output_lock import owns_output
 
 THRESHOLDS = 10_000
 NOTHING = -2
@@ -48,6 +49,7 @@ class Figures:
     unscored: int
 
 
+@owns_output
 def run(cfg: RunConfig) -> Path:
     """Writes `processbench.json` and `processbench.md` to `cfg.output`; returns the path of the table."""
     own = cfg.processbench

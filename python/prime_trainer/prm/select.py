@@ -20,6 +20,7 @@ from ..config.run_config import RunConfig
 from ..data.readers import read_rows
 from ..report.statistics import bootstrap_interval, majority, pass_at_k
 from ..run.atomic_files import replace_file
+from ..run.output_lock import owns_output
 from ..verify import Verifier, last_boxed
 from .items import items_of, outcome
 from .step_scorer import RESPONSE_REWARDS
@@ -51,6 +52,7 @@ class Result:
     problems: int
 
 
+@owns_output
 def run(cfg: RunConfig) -> Path:
     """Writes `select.json` and `select.md` to `cfg.output`; returns the path of the table."""
     own = cfg.select

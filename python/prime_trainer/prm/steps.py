@@ -59,13 +59,13 @@ def token_counts(parts: Sequence[str], spans: Sequence[tuple[int, int]]) -> list
     ends: list[int] = []
     for part in parts:
         ends.append((ends[-1] if ends else 0) + len(part))
-    counts, part = [0] * len(parts), 0
+    counts, k = [0] * len(parts), 0
     for start, end in spans:
         inked = start + len(text[start:end]) - len(text[start:end].lstrip())
         at = inked if inked < end else start
-        while part + 1 < len(parts) and at >= ends[part]:
-            part += 1
-        counts[part] += 1
+        while k + 1 < len(parts) and at >= ends[k]:
+            k += 1
+        counts[k] += 1
     return counts
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..run.atomic_files import replace_file
+from ..run.output_lock import output_lock
 from .markdown import table
 from .plots import DARK, FIGURES, LIGHT, draw, has_data
 from .run_record import Record, read_record
@@ -27,7 +28,11 @@ def write_report(run_dir: Path, others: Sequence[Path] = ()) -> Path:
     """
     records = [read_record(path) for path in (run_dir, *others)]
     out = run_dir / "report"
-    out.mkdir(exist_ok=True)
+    with output_lock(out, key="report"):
+        return _write(records, out)
+
+
+def _write(records: Sequence[Record], out: Path) -> Path:
     rows = [summary_row(record) for record in records]
     if len(records) > 1:
         rows.append(_mean_row(records))

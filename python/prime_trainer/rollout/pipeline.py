@@ -12,13 +12,12 @@ from typing import Any, TypeVar
 from ..config.sections import FilterConfig
 from ..data.groups import Group, group_from
 from ..data.problems import Task
-from ..errors import RunError
 from ..models.protocols import CausalLM, Tokenizer
 from ..run.stage_clock import StageClock
 from ..scale.ranks import SINGLE, Ranks
 from ..verify import Verifier
 from . import EngineConfig, EngineDied, Sampler, make_sampler, weights
-from .collector import Collector
+from .collector import Collector, NothingPasses
 
 Result = TypeVar("Result")
 Collected = tuple[list[Group], dict[str, float]]
@@ -60,6 +59,7 @@ class Rollouts:
         self._thread = ThreadPoolExecutor(1) if self.cfg.lag else None
         self._ahead: Future[Collected] | None = None
         self._before: tuple[int, list[Group]] = (0, [])
+        self._handed_out: tuple[int, Collected] | None = None
 
     def batch(self, step: int, clock: StageClock) -> Collected:
         """The groups that step `step` trains on, sampled by the policy after `step - 1` updates or, with a lag, before
@@ -69,14 +69,27 @@ class Rollouts:
             found = self._collect(step, clock) if collected is None else self._collected(collected, step, clock)
             if self._thread is not None and step < self.steps:
                 self._with_engine(step - 1, lambda: None, clock)
-        except EngineDied:
+        except NothingPasses:
+            raise
+        except Exception:
             self._undo()  # a resumed run begins this step anew
             raise
+        self._handed_out = (step, found)
         if self._thread is None:
             self.sampler.release()
         elif step < self.steps:
             self._start(self._thread, step + 1)
         return found
+
+    def take_back(self, step: int) -> None:
+        """Makes the batch of `step`, which could not be trained on, the next one again: a checkpoint then holds it."""
+        if self._handed_out is None or self._handed_out[0] != step:
+            return
+        if self._ahead is not None:
+            wait([self._ahead])
+            self._undo()
+        self._ahead = Future()
+        self._ahead.set_result(self._handed_out[1])
 
     def evaluate(self, version: int, work: Callable[[Sampler], Result]) -> Result:
         """`work` with a sampler that holds the policy of now."""
@@ -90,7 +103,7 @@ class Rollouts:
             try:
                 groups, values = self._ahead.result()
                 ahead = {"groups": [asdict(g) for g in groups], "values": values}
-            except RunError:  # comes up again where the batch is asked for
+            except Exception:  # comes up again where the batch is asked for
                 self._undo()
                 self._ahead = None
         return self.collector.state_dict() | {"ahead": ahead}

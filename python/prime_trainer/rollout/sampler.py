@@ -111,12 +111,10 @@ class ModelShape:
         for name, tensor in found.items():
             if tensor.shape != self.weights[name]:
                 raise ValueError(f"{name} must have shape {list(self.weights[name])}, got {list(tensor.shape)}")
-        seen: set[tuple[int, torch.Size]] = set()
-        return {
-            name: tensor.detach()
-            for name, tensor in found.items()
-            if (key := (tensor.data_ptr(), tensor.shape)) not in seen and not seen.add(key)
-        }
+        first: dict[tuple[int, torch.Size], str] = {}
+        for name, tensor in found.items():
+            first.setdefault((tensor.data_ptr(), tensor.shape), name)
+        return {name: found[name].detach() for name in first.values()}
 
 
 def model_shape(model: CausalLM, tokenizer: Tokenizer, limit: int | None = None) -> ModelShape:

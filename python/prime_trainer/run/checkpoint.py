@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
+import sys
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -12,14 +15,19 @@ from typing import Any, Protocol
 
 import torch
 
+from ..config.run_config import RunConfig
 from ..errors import RunError
 from ..scale.ranks import SINGLE, Ranks, restarts
 from . import atomic_files, checkpoint_files, unchanged
+from .jsonl import parse_json, read_object
 from .metrics import METRICS
 from .provenance import environment
 
 CONFIG = "config.json"
-FREE_ON_RESUME = {"steps", "resume", "output", "eval", "checkpoint", "micro_batch_tokens", "scale"}
+FINGERPRINTS = "fingerprints.json"
+"""Of the models that a run starts from, or that scores are from, by what the models are for."""
+_NAME = re.compile(r"step_\d{6,}")
+FREE_ON_RESUME = {"steps", "resume", "output", "wait_lock", "eval", "checkpoint", "micro_batch_tokens", "scale"}
 """What a resumed run may change and still be the same run: its length, its place, its memory and its reporting."""
 
 
@@ -41,16 +49,17 @@ class CheckpointError(RunError):
     """A checkpoint could not be written; the one before it is whole."""
 
 
-def begin(cfg: RunSettings) -> dict[str, Any] | None:
+def begin(cfg: RunSettings, models: Mapping[str, str]) -> dict[str, Any] | None:
     """The state to go on from, None for a new run. Refuses to overwrite a run or to resume another one."""
-    found = resume_point(cfg)
+    found = resume_point(cfg, models)
     return None if found is None else load(found)
 
 
-def resume_point(cfg: RunSettings) -> Path | None:
+def resume_point(cfg: RunSettings, models: Mapping[str, str]) -> Path | None:
     """The checkpoint to go on from, None for a new run or one that died before its first checkpoint.
 
-    Raises ValueError where `cfg` would overwrite a run or go on as another one.
+    `models` are the fingerprints of what the run starts from. Raises ValueError where `cfg` would overwrite a run or go
+    on as another one.
     """
     if not cfg.resume:
         if (cfg.output / METRICS).exists():
@@ -60,11 +69,17 @@ def resume_point(cfg: RunSettings) -> Path | None:
     found = _all(cfg.output)
     if found:
         checkpoint_files.verify(found[-1], only=checkpoint_files.STATE)
-        _same_config(checkpoint_files.read_plain(found[-1])["config"], cfg)
+        where, state = found[-1] / checkpoint_files.STATE, checkpoint_files.read_plain(found[-1])
+        if not isinstance(state, dict) or not isinstance(state.get("config"), str):
+            raise ValueError(f"{where} is not the state of a run")
+        _same_config(state["config"], cfg, where)
+        same_models(state.get("models"), models)
         return found[-1]
     if not (cfg.output / CONFIG).exists():
         raise ValueError(f"--resume: {cfg.output} has no checkpoint to go on from")
-    _same_config((cfg.output / CONFIG).read_text(), cfg)
+    _same_config((cfg.output / CONFIG).read_bytes(), cfg, cfg.output / CONFIG)
+    kept = cfg.output / FINGERPRINTS
+    same_models(read_object(kept) if kept.exists() else None, models)
     return None
 
 
@@ -73,8 +88,13 @@ def restarted(cfg: RunSettings) -> bool:
     return restarts() > 0 and (cfg.output / CONFIG).exists()
 
 
-def _same_config(saved: str, cfg: RunSettings) -> None:
-    old, new = json.loads(saved), json.loads(cfg.model_dump_json())
+def _same_config(saved: str | bytes, cfg: RunSettings, where: Path) -> None:
+    old, new = parse_json(saved, str(where)), json.loads(cfg.model_dump_json())
+    sections = [name for name, value in new.items() if isinstance(value, dict)]
+    if not isinstance(old, dict) or not all(isinstance(old.get(name), dict) for name in sections):
+        raise ValueError(f"{where}: not the configuration of a run")
+    for name in sections:  # what a run of an earlier version had no key for
+        old[name] = RunConfig.model_fields[name].default.model_dump(mode="json") | old[name]
     for config in (old, new):
         config["rollout"].pop("server", None)  # where the engine runs changes nothing
         for section in ("policy", "sft", "train_prm"):  # nor does how many skipped steps are too many
@@ -84,11 +104,41 @@ def _same_config(saved: str, cfg: RunSettings) -> None:
     )
 
 
-def write_config(cfg: RunSettings) -> None:
-    """The resolved configuration and what the run runs on, beside what it writes."""
+def same_models(saved: Any, now: Mapping[str, str]) -> None:
+    """Raises ValueError that names the models whose files are not what they were; says so where a run kept nothing."""
+    if not isinstance(saved, dict):
+        print(
+            "--resume: the run kept no fingerprints of its models: whether they are still the same is not known",
+            file=sys.stderr,
+        )
+        return
+    changed = [name for name in now if saved.get(name) != now[name]]
+    if changed:
+        raise ValueError(f"--resume: the files of {', '.join(changed)} are not what they were when the run began")
+
+
+def write_config(cfg: RunSettings, models: Mapping[str, Any]) -> None:
+    """The resolved configuration, the models it starts from and what the run runs on, beside what it writes."""
     cfg.output.mkdir(parents=True, exist_ok=True)
+    atomic_files.replace_file(cfg.output / FINGERPRINTS, json.dumps(models, indent=1))
     atomic_files.replace_file(cfg.output / "environment.json", json.dumps(environment(), indent=2))
     atomic_files.replace_file(cfg.output / CONFIG, cfg.model_dump_json(indent=2))
+
+
+def leave(step: int, whole: bool, save: Callable[[], None]) -> None:
+    """After an error that ends a run: a checkpoint of `step` by `save`, or a line that says why there is none.
+
+    The error stays what the run ends with, whatever happens here.
+    """
+    if not whole:
+        print(f"step {step + 1} failed half done: no checkpoint of it; --resume goes on from the last", file=sys.stderr)
+        return
+    try:
+        save()
+    except Exception as error:
+        print(f"no checkpoint of step {step} could be left: {error}", file=sys.stderr)
+    else:
+        print(f"a checkpoint of step {step} is left; --resume goes on from there", file=sys.stderr)
 
 
 class Saver:
@@ -136,9 +186,9 @@ def _write(run_dir: Path, step: int, plain: Any, tensors: dict[str, Any], keep: 
     partial = root / f".step_{step:06d}.partial"
 
     def prepare() -> None:
-        root.mkdir(parents=True, exist_ok=True)
+        root.mkdir(exist_ok=True)  # not its parents: where the run's folder is gone, so is the run
         for torn in root.glob(".step_*.partial"):
-            shutil.rmtree(torn)
+            shutil.rmtree(torn, ignore_errors=True)
         partial.mkdir()
 
     def finish() -> None:
@@ -159,6 +209,8 @@ def _write(run_dir: Path, step: int, plain: Any, tensors: dict[str, Any], keep: 
             raise
         left = [path.name for path in _all(run_dir)]
         kept = f"{left[-1]} is whole" if left else "there is none before it"
+        if not run_dir.is_dir():
+            raise CheckpointError(f"the checkpoint of step {step} could not be written: {run_dir} is gone") from None
         free = shutil.disk_usage(run_dir).free / 2**30
         raise CheckpointError(
             f"the checkpoint of step {step} could not be written to {root} ({free:.1f} GiB free): {cause}; {kept}"
@@ -211,4 +263,6 @@ def _recover(run_dir: Path) -> None:
 
 
 def _all(run_dir: Path) -> list[Path]:
-    return sorted((run_dir / "checkpoints").glob("step_*"))
+    """Oldest first. Whatever else lies in the folder, put or left there by others, is none of the run's."""
+    found = [path for path in (run_dir / "checkpoints").glob("step_*") if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from ..config.sections import ScaleConfig
 from ..errors import RunError
@@ -40,7 +41,7 @@ class Ranks:
     """A group on CPUs for the thread that writes checkpoints: its collectives never meet those of training."""
     sampling: dist.ProcessGroup | None = None
     """Likewise for rollouts, which may work ahead in a thread while the training goes on."""
-    mesh: Any = None
+    mesh: DeviceMesh | None = None
     """The DeviceMesh over which models are sharded; None: every rank has a whole copy."""
 
     @property
@@ -86,13 +87,13 @@ class Ranks:
         """`work()` on the first rank alone; its result, or its error, on all."""
         if self.group is None:
             return work()
-        result, error = None, None
+        outcome: tuple[Any, Exception | None] = (None, None)
         if self.first:
             try:
-                result = work()
+                outcome = (work(), None)
             except Exception as raised:
-                error = raised
-        result, error = self.gather((result, error))[0]
+                outcome = (None, raised)
+        result, error = self.gather(outcome)[0]
         if error is not None:
             raise error
         return result

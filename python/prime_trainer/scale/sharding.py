@@ -73,17 +73,16 @@ def shard(model: Model, mesh: DeviceMesh, *, trained: bool, offload: bool, split
             if not isinstance(param, DTensor):
                 param.data = param.data.to(stored)
         # Resharded after each use, the root too: an optimizer step must not leave old weights gathered.
-        fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=precision, offload_policy=where)
+        sharded = fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=precision, offload_policy=where)
         # Losses divide by global counts: gradients are sums.
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)
+        sharded.set_gradient_divide_factor(1.0)
+        sharded.set_force_sum_reduction_for_comms(True)
     for name, param in list(head.named_parameters(recurse=False)):
         if name == "weight" and tied:
             head.weight = embedding.weight
             continue
-        split = distribute_tensor(param.data.to(mesh.device_type, stored), mesh, [Shard(0)])
-        split = split.to("cpu") if offload else split
-        setattr(head, name, nn.Parameter(split, requires_grad=param.requires_grad))
+        split: Tensor = distribute_tensor(param.data.to(mesh.device_type, stored), mesh, [Shard(0)])
+        setattr(head, name, nn.Parameter(split.to("cpu") if offload else split, requires_grad=param.requires_grad))
     model.compute_dtype, model.head_group = compute, mesh.get_group() if split_head else None
     # The first pass through the body makes it FSDP2's root; it must come before any gathering by hand.
     with torch.no_grad():
@@ -117,8 +116,8 @@ class _Whole(torch.autograd.Function):
             shards.device_mesh, shards.placements, shards.dtype, shards.to_local().device,
         )  # fmt: skip
         local = shards.to_local().to(device, dtype)
-        options = {"shape": shards.shape, "stride": shards.stride()}
-        return DTensor.from_local(local, ctx.mesh, ctx.placements, **options).full_tensor()
+        whole = DTensor.from_local(local, ctx.mesh, ctx.placements, shape=shards.shape, stride=shards.stride())
+        return whole.full_tensor()
 
     @staticmethod
     @once_differentiable
@@ -127,7 +126,7 @@ class _Whole(torch.autograd.Function):
         return summed.redistribute(ctx.mesh, ctx.placements).to(ctx.device), None, None
 
 
-def whole(parameter: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+def whole(parameter: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A parameter as one tensor on every rank, differentiable; one that is not in shards comes back as it is."""
     return _Whole.apply(parameter, dtype, device) if isinstance(parameter, DTensor) else parameter
 
@@ -149,9 +148,9 @@ class _Share(torch.autograd.Function):
         return DTensor.from_local(grad.to(ctx.device, ctx.dtype), ctx.mesh, ctx.placements), None, None
 
 
-def share(parameter: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+def share(parameter: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """This rank's rows of a parameter in equal shares, differentiable: for losses that see all ranks' tokens."""
-    return None if parameter is None else _Share.apply(parameter, dtype, device)
+    return _Share.apply(parameter, dtype, device)
 
 
 @contextmanager

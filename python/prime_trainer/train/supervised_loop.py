@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from typing import Any
 
@@ -29,43 +29,55 @@ def fit(
     skips: Skips,
     floor: float = 0.0,
     evaluate: Callable[[int], dict[str, float]] = lambda step: {},
+    finish: Callable[[], None] = lambda: None,
+    models: Mapping[str, str],
 ) -> None:
     """Takes `total` steps, those of `state` (from `checkpoint.begin`) already done.
 
     `backward(step)`, from 0, leaves the gradients of that step and returns its metrics, `loss` among them;
-    `evaluate(step)`, after the step, adds to them. Ctrl-C stops after the step at hand and leaves a checkpoint for
-    `--resume`; so does TooManySkipped, when gradients have not been finite for as many steps as `skips` allows.
+    `evaluate(step)`, after the step, adds to them; `finish()`, after the last, saves the model. Ctrl-C stops after the
+    step at hand and leaves a checkpoint for `--resume`; so does any error between two steps, TooManySkipped among
+    them, when gradients have not been finite for as many steps as `skips` allows. `models` are the fingerprints of
+    what the run starts from.
     """
-    step = 0
+    step, whole, saved = 0, True, -1
     if state is not None:
         trainable.load_state_dict(state["trainable"])
         skips.load_state_dict(state["skips"])
-        step = state["step"]
-    checkpoint.write_config(run)
+        step = saved = state["step"]
+    checkpoint.write_config(run, models)
 
     def save() -> None:
-        state = {"step": step, "config": run.model_dump_json(), "trainable": trainable.state_dict()}
-        checkpoint.save(run.output, step, state | {"skips": skips.state_dict()}, saving.keep)
+        nonlocal saved
+        state = {"step": step, "config": run.model_dump_json(), "models": dict(models)}
+        state |= {"trainable": trainable.state_dict(), "skips": skips.state_dict()}
+        checkpoint.save(run.output, step, state, saving.keep)
+        saved = step
 
     record = MetricsWriter(run.output, resume_step=None if state is None else step, stages=(stage,))
     with closing(record) as metrics, progress_bar(stage, total, step) as bar, stop_signal() as stop:
-        while step < total and not stop.is_set():
-            values = backward(step)
-            step += 1
-            scale = cosine(step, total, warmup, floor)
-            values |= {"lr": trainable.lr * scale, "grad_norm": trainable.step(scale)}
-            values |= skips.note(trainable.taken_skips())
-            values |= evaluate(step)
-            metrics.log(stage, step, values)
-            try:
+        try:
+            while step < total and not stop.is_set():
+                values = backward(step)
+                scale = cosine(step + 1, total, warmup, floor)
+                whole = False
+                values |= {"lr": trainable.lr * scale, "grad_norm": trainable.step(scale)}
+                values |= skips.note(trainable.taken_skips())
+                step, whole = step + 1, True
+                values |= evaluate(step)
+                metrics.log(stage, step, values)
                 skips.check(step, None, run.output)
-            except TooManySkipped:
-                if step < total:  # one at the end would resume into a finished run
+                bar.advance(f"loss {values['loss']:.3f}")
+                if step < total and (stop.is_set() or (saving.every and step % saving.every == 0)):
                     save()
-                raise
-            bar.advance(f"loss {values['loss']:.3f}")
-            if step < total and (stop.is_set() or (saving.every and step % saving.every == 0)):
-                save()
+            finish()
+        except checkpoint.CheckpointError:
+            raise
+        except Exception as error:
+            # A checkpoint of the last step would resume into a finished run.
+            if step != saved and not (isinstance(error, TooManySkipped) and step == total):
+                checkpoint.leave(step, whole, save)
+            raise
     if skips.total:
         print(f"{stage}: {skips.total} of {step} steps had no finite gradient and were skipped")
 

@@ -9,6 +9,7 @@ import random
 import secrets
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -185,9 +186,23 @@ def make_token(path: Path) -> str:
 
 
 def read_token(path: Path) -> str:
+    """Raises ValueError where there is no such file, or where others than this user can read or write it."""
     if not path.is_file():
         raise ValueError(f"rollout.server.token_file: no such file: {path}; prime-trainer serve makes one")
-    token = path.read_text().strip()
+    with path.open(encoding="utf-8", errors="replace") as file:
+        found = os.fstat(file.fileno())
+        token = file.read().strip()
+    # Whoever knows the token, or can choose it, owns the model that the server holds.
+    if found.st_uid not in (os.geteuid(), 0):
+        raise ValueError(
+            f"rollout.server.token_file: {path} belongs to user {found.st_uid}, not to this one ({os.geteuid()}): "
+            "its owner can change the token"
+        )
+    if found.st_mode & 0o077:
+        raise ValueError(
+            f"rollout.server.token_file: others than its owner may read or write {path} "
+            f"(mode {stat.S_IMODE(found.st_mode):04o}): chmod 600 it, or let prime-trainer serve make a new one"
+        )
     if not token:
         raise ValueError(f"rollout.server.token_file: {path} is empty")
     return token

@@ -79,16 +79,17 @@ class ServerSampler:
 
             samples = asyncio.gather(*(one(*job) for job in jobs))
             watches = [asyncio.create_task(client.watch()) for client in self.clients]
+            tasks: list[asyncio.Future[Any]] = [samples, *watches]
             try:
-                await asyncio.wait([samples, *watches], return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
                 for watch in watches:
                     if watch.done():
                         watch.result()  # raises
                 return await samples
             finally:
-                for task in (samples, *watches):
+                for task in tasks:
                     task.cancel()
-                await asyncio.gather(samples, *watches, return_exceptions=True)
+                await asyncio.gather(*tasks, return_exceptions=True)
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         tensors = self.shape.check_weights(named_tensors)
@@ -99,7 +100,7 @@ class ServerSampler:
         else:
             if self._gpu_transfers is None:
                 self._gpu_transfers = [self._gpu_transfer(client) for client in self.clients]
-            self._update_all([lambda _, send=send: send(tensors) for send in self._gpu_transfers], version)
+            self._update_all([_sending(send, tensors) for send in self._gpu_transfers], version)
         self.version, self._usable, self._unfinished = version, True, None
 
     def _update_all(self, sends: Sequence[Callable[[Client], None]], version: int) -> None:
@@ -175,6 +176,11 @@ class SharedFile:
 
     def __exit__(self, *_: Any) -> None:
         self.directory.cleanup()
+
+
+def _sending(send: Callable[[Mapping[str, Tensor]], None], tensors: Mapping[str, Tensor]) -> Callable[[Client], None]:
+    """For `Client.update`; the transfer has its client already."""
+    return lambda _client: send(tensors)
 
 
 def _send_file(client: Client, path: str) -> None:
