@@ -1,7 +1,7 @@
 """No answer changes the verdict of another or touches anything outside, whatever its scorer evaluates.
 
 The answers of `helpers.hostile.answers` are tried twice: as they come, where no scorer runs them, and with every
-barrier of the scoring process taken down, so that they do run, and the process and its confinement are all that is left.
+barrier of the scoring process taken down, so that they do run, and its confinement is all that is left.
 """
 
 import json
