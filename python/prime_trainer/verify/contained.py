@@ -78,7 +78,7 @@ EVALUATING = {
 """The scorers of reasoning-gym that evaluate the text of an answer."""
 
 MATH = Evaluating(
-    "math-verify: a LaTeX grammar, sympy.parse_expr for plain numbers",
+    "for what the grammar in mathematics/ does not know: math-verify, and so sympy",
     f"LaTeX of at most {MAX_LATEX_CHARS} characters, {MAX_LATEX_DEPTH} brackets deep",
 )
 
@@ -95,6 +95,7 @@ EXAMPLES = (
     ("(-\\infty, 2] \\cup (3, 5)", "(-\\infty,2]\\cup(3,5.0)"), ("x \\le 3", "x \\leq 3.0"),
     ("\\text{(B)}", "\\text{B}"),
     ("1\\frac{1}{2}", "3/2"), ("a, b", "b,a"), ("\\binom{5}{2}", "10.0"), ("n!", "n! "), ("|x|", "\\sqrt{x^2}"),
+    ("\\int_0^1 x^2 dx", "\\frac{1}{3}"), ("\\sum_{k=1}^{3} k", "\\lim_{x \\to 0} \\frac{\\sin x}{x}"),
 )  # fmt: skip
 
 

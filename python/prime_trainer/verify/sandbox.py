@@ -286,10 +286,10 @@ def obstacle(kind: Kind, packages: tuple[str, ...] = ()) -> str | None:
     confine, limits = Confinement(kind, packages), Limits()
     try:
         with Session(confine, "calls", limits) as session:
-            loaded = session.ask({"program": "import decimal\ndef probe(x):\n    return x + 1"}, 1 << 10)
+            loaded = session.ask({"programs": ["import decimal\ndef probe(x):\n    return x + 1"]}, 1 << 10)
             called = session.ask({"name": "probe", "args": [41]}, 1 << 10)
         with Session(confine, "run", limits) as session:
-            session.send({"program": "print(input())"})
+            session.send({"programs": ["print(input())"]})
             ran = session.ask({"stdin": "42\n", "limit": 1 << 10}, 1 << 10)
     except (Ended, Expired, SandboxError, OSError) as error:
         return f"{kind} does not work here ({str(error) or type(error).__name__})"

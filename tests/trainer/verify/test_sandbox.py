@@ -23,7 +23,8 @@ from prime_trainer.data.tasks import load_task
 from prime_trainer.verify import SandboxError, Verdict, Verifier, mounts
 from prime_trainer.verify import sandbox as sandbox_module
 from prime_trainer.verify.answers import AssertTests, CallTests, MathAnswer, StdioTests
-from prime_trainer.verify.programs import CodeRunner, last_code_block
+from prime_trainer.verify.extract import last_code_block
+from prime_trainer.verify.programs import CodeRunner
 from prime_trainer.verify.sandbox import Confinement, Limits, Session, confinement, obstacle
 from prime_trainer.verify.verifier import CodeOptions
 
@@ -249,7 +250,7 @@ def test_what_finds_the_secret_scores_one(sandbox, places):
     [
         ("no code", None),
         ("```python\na = 1\n```", "a = 1\n"),
-        ("```\na\n```\n text\n  ```py\n  b\n  ```\n", "  b\n"),
+        ("```\na\n```\n text\n  ```py\n  b\n  ```\n", "b\n"),
         ("```python\na\n```\n```text\nb\n```", "a\n"),
         ("```python\na\n```\n```python\nnever closed", "a\n"),
         ("```" + "a" * 10**6, None),
