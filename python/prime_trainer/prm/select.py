@@ -62,7 +62,7 @@ def run(cfg: RunConfig) -> Path:
     found: dict[tuple[str, str], dict[str, Problem]] = {}
     for path in own.paths:
         _read(path, own.step_rewards, found)
-    with Verifier(cfg.task.verify_seconds, cfg.task.verify_workers) as verifier:
+    with Verifier.from_config(cfg.task) as verifier:
         for problems in found.values():
             groups = verifier.group([p.answers for p in problems.values()])
             for problem, numbers in zip(problems.values(), groups, strict=True):
