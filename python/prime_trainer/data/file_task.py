@@ -6,9 +6,11 @@ A row is either in the Eurus-2-RL-Data schema (`prompt`, `ability`, `reward_mode
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import random
+import sys
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from ..verify import confinement_for
 from ..verify.answers import CallTests, MathAnswer, ProgramTests, StdioTests
 from . import chat
 from .problems import Problem, messages_for
-from .readers import read_rows
+from .readers import check_text, read_rows, refuse
 
 _DEFAULT_TEMPLATE = TaskConfig.model_fields["template"].default
 
@@ -29,7 +31,7 @@ class FileTask:
     def __init__(self, cfg: TaskConfig, seed: int) -> None:
         if cfg.path is None:
             raise ValueError(f"task.path is required when task.kind = {cfg.kind!r}")
-        self.name = cfg.path.stem
+        self.name, self.bad_rows = cfg.path.stem, cfg.bad_rows
         rows = _read_problems(cfg.path, cfg.kind, cfg, "task.path")
         if cfg.eval_path is not None:
             kind = "parquet" if cfg.eval_path.suffix == ".parquet" else "jsonl"
@@ -63,19 +65,31 @@ def _shuffled(count: int, seed: int, epoch: int) -> list[int]:
 
 
 def _read_problems(path: Path, kind: str, cfg: TaskConfig, option: str) -> list[Problem]:
-    if not path.is_file():
-        raise ValueError(f"{option}: no such file: {path}")
     problems: list[Problem] = []
-    for place, row in read_rows(path, option, kind):
+    bad: list[ValueError] = []
+    skips = cfg.bad_rows == "skip"
+    for place, row in read_rows(path, option, kind, bad.append if skips else refuse):
         try:
             ability = row.get("ability", "math")
             if ability not in _ANSWERS:
                 raise ValueError(f"ability must be 'math' or 'code', got {ability!r}")
-            problems.append(Problem(f"{path.stem}/{len(problems)}", _messages(row, cfg), _ANSWERS[ability](row)))
+            where = f"{path}, {place}"
+            answer = _ANSWERS[ability](row)
+            check_text(json.loads(json.dumps(dataclasses.asdict(answer))), where)  # a reference may be JSON in its turn
+            problems.append(Problem(f"{path.stem}/{len(problems)}", _messages(row, cfg), answer, where))
         except ValueError as error:
-            raise ValueError(f"{path}, {place}: {error}") from None
+            told = ValueError(str(error) if str(error).startswith(str(path)) else f"{path}, {place}: {error}")
+            if not skips:
+                raise told from None
+            bad.append(told)
+    if bad:
+        print(
+            f"{option}: {len(bad)} of {len(bad) + len(problems)} rows of {path} are left out (task.bad_rows = 'skip'), "
+            f"the first because of {bad[0]}",
+            file=sys.stderr,
+        )
     if not problems:
-        raise ValueError(f"{option}: {path} has no rows")
+        raise ValueError(f"{option}: {path} has no rows{' that can be used' if bad else ''}")
     if any(isinstance(problem.answer, ProgramTests) for problem in problems):
         confinement_for(cfg)  # a machine that cannot run programs says so before anything is trained
     return problems

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config.run_config import RunConfig
-from ..data.problems import Problem
+from ..data.problems import Problem, prompt_ids
 from ..models import loading, tokenizers
 from ..models.protocols import Tokenizer
 from ..rollout import EngineConfig, Sampler, Sampling, make_sampler
@@ -82,7 +82,7 @@ def read(cfg: RunConfig, name: str) -> dict[tuple[str, str, int], dict[str, Any]
 def _respond(
     cfg: RunConfig, name: str, mode: str, n: int, chunk: Sequence[Problem], sampler: Sampler, tokenizer: Tokenizer
 ) -> list[dict[str, Any]]:
-    prompts = [tokenizers.render(tokenizer, p.messages) for p in chunk]
+    prompts = [prompt_ids(tokenizer, p) for p in chunk]
     sampling = Sampling(cfg.bench.max_new_tokens, 0.0 if mode == GREEDY else cfg.bench.temperature)
     seeds = [derive_seed(cfg.seed, "bench", name, p.id) for p in chunk]
     rows = []

@@ -91,8 +91,8 @@ def _lines(path: Path) -> Iterator[bytes]:
 
 
 def check_text(value: Any, where: str) -> None:
-    """Raises ValueError for half of a surrogate pair (an escape such as \\ud800 alone): text that no tokenizer takes."""
     """Raises ValueError for half of a surrogate pair (\\ud800 alone): text that no tokenizer takes."""
+    field = _halved(value)
     if field is not None:
         raise ValueError(f"{where}: {field.lstrip('.') or 'the text'} has half of a surrogate pair, which is no text")
 
