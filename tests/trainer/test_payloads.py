@@ -43,7 +43,7 @@ def plant_entry(directory, payload):
 
 def plant_elsewhere(directory, payload):
     index = pickle.loads((directory / ".metadata").read_bytes())
-    place, info = next(iter(index.storage_data.items()))
+    info = next(iter(index.storage_data.values()))
     info.relative_path = f"../../{info.relative_path}"
     (directory / ".metadata").write_bytes(pickle.dumps(index))
 

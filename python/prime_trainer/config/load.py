@@ -54,7 +54,8 @@ def load(toml: Path | None, overrides: list[str] | None = None) -> RunConfig:
 
 def _switches(words: list[str]) -> list[str]:
     """`--resume true` and `--scale.shard=false` as argparse has them: `--resume` and `--no-scale.shard`."""
-    options, out = {f"--{key}" for key, kind in _fields(RunConfig) if kind is bool}, []
+    out: list[str] = []
+    options = {f"--{key}" for key, kind in _fields(RunConfig) if kind is bool}
     for word in words:
         name, equals, value = word.partition("=")
         if not equals and out and out[-1] in options:

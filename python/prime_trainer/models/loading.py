@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ SMOLLM2 = "smollm2-135m-instruct"
 
 
 @contextmanager
-def _quiet():
+def _quiet() -> Iterator[None]:
     from transformers.utils import logging
 
     shown, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -93,10 +93,11 @@ def load_model(cfg: ModelConfig) -> CausalLM:
         options = {"gguf_file": gguf, "quantization_config": GgufConfig(dequantize=True)}
     with _quiet(), reading(cfg):
         # Shapes that differ are let through to be named with what else is wrong.
-        model, found = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory, attn_implementation=cfg.attention, ignore_mismatched_sizes=True, output_loading_info=True,
             **options, **READ_SAFELY,
         )  # fmt: skip
+        model, found = loaded
         if gguf:
             found["unexpected_keys"] = {*found["unexpected_keys"], *gguf_left_out(Path(directory) / gguf, model)}
     check_loaded(found, cfg)

@@ -83,4 +83,6 @@ def _load(path: Path) -> Tensor:
     try:
         return load_file(path)["log_probs"]
     except (KeyError, SafetensorError) as error:
-        raise ValueError(f"{path} holds no log-probs of a reference ({error}): remove it to have them computed") from None
+        raise ValueError(
+            f"{path} holds no log-probs of a reference ({error}): remove it to have them computed"
+        ) from None

@@ -88,7 +88,8 @@ def staged(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
     stager = DefaultStager(StagingOptions(False, False, False, False))
     try:
-        return stager.stage(tensors)
+        copies: Any = stager.stage(tensors)
+        return copies
     finally:
         stager.close()
 
@@ -161,7 +162,7 @@ def plain_tensors(directory: Path, plain: Any) -> Any:
     """The state in `directory` with empty tensors of the sizes that were saved."""
     if not (directory / METADATA).exists():
         return plain
-    saved = read_index(directory).state_dict_metadata
+    saved: dict[str, Any] = read_index(directory).state_dict_metadata
     return join(plain, {key: torch.empty(m.size, dtype=m.properties.dtype) for key, m in saved.items()})
 
 

@@ -17,7 +17,8 @@ def stop_signal() -> Iterator[threading.Event]:
     SIGHUP, a closed terminal, asks as well unless it is ignored (nohup). It is never the second signal: who closes a
     terminal or a session often sends it beside SIGTERM, or twice.
     """
-    stop, asked = threading.Event(), []
+    stop = threading.Event()
+    asked: list[int] = []
 
     def ask(number: int, frame: Any) -> None:
         if number != signal.SIGHUP:

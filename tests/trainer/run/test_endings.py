@@ -31,6 +31,11 @@ def assert_same_weights(a, b):
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
+def rows(path):
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith("time")} for line in lines]
+
+
 def test_sighup_asks_for_a_stop_and_is_never_the_second_signal(capsys):
     with stop_signal() as stop:
         signal.raise_signal(signal.SIGHUP)
@@ -109,52 +114,30 @@ def test_an_output_that_is_removed_ends_the_run_in_one_line(run_config, tmp_path
     assert said.count("prime-trainer: error: ") == 1 and f"{tmp_path / 'run'} was removed or replaced" in said
 
 
-@pytest.mark.parametrize("stage", ["rl", "sft"])
-def test_an_error_between_two_steps_leaves_all_that_was_done(run_config, tmp_path, monkeypatch, capsys, stage):
-    """Here in the computation of the third step's gradients; the run goes on with the same batch."""
-    module, name = (loop, "policy_update") if stage == "rl" else (sft, "predicting")
-    whole, parts = run_config(output=tmp_path / "whole"), run_config(output=tmp_path / "parts")
-    run = {"rl": loop, "sft": sft}[stage].run
-    run(whole)
-    work, calls = getattr(module, name), []
+@pytest.mark.parametrize(("run", "owner", "work"), [(loop.run, loop.PRMScorer, "score"), (sft.run, sft, "predicting")])
+def test_an_error_between_two_steps_leaves_all_that_was_done(
+    run_config, tmp_path, monkeypatch, capsys, run, owner, work
+):
+    """Here before the third step has changed a weight; the run goes on with the same batch."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(run_config(output=whole))
+    original, calls = getattr(owner, work), []
 
     def failing(*words, **options):
         calls.append(1)
         if len(calls) == 3:
             raise RuntimeError("out of something")
-        return work(*words, **options)
+        return original(*words, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, name, failing)
-        if stage == "rl":  # with a PRM that is trained before, the step would be half done
-            patch.setattr(
-                loop.PRMScorer,
-                "score",
-                lambda self, batch: failing() if len(calls) == 2 else _score(self, batch, calls),
-            )
-            patch.setattr(module, name, work)
+        patch.setattr(owner, work, failing)
         with pytest.raises(RuntimeError, match="out of something"):
-            run(parts)
+            run(run_config(output=parts))
     assert "a checkpoint of step 2 is left" in capsys.readouterr().err
-    assert load_latest(tmp_path / "parts")["step"] == 2
-    run(run_config(output=tmp_path / "parts", resume=True))
-    assert_same_weights(tmp_path / "whole", tmp_path / "parts")
-    rows = [
-        [
-            {k: v for k, v in json.loads(line).items() if not k.startswith("time")}
-            for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-        ]
-        for name in ("whole", "parts")
-    ]
-    assert rows[0] == rows[1]
-
-
-_SCORE = loop.PRMScorer.score
-
-
-def _score(self, batch, calls):
-    calls.append(1)
-    return _SCORE(self, batch)
+    assert load_latest(parts)["step"] == 2
+    run(run_config(output=parts, resume=True))
+    assert_same_weights(whole, parts)
+    assert rows(whole) == rows(parts)
 
 
 def test_a_half_done_step_leaves_no_checkpoint_and_says_so(run_config, tmp_path, monkeypatch, capsys):

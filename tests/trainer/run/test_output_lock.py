@@ -35,9 +35,9 @@ def holder(tmp_path):
 
 
 def test_the_second_process_names_the_first(holder, tmp_path):
-    with pytest.raises(RunError, match=rf"{tmp_path} is in use by process {holder.pid} on .*--wait-lock"):
-        with output_lock(tmp_path):
-            pytest.fail("it is held")
+    told = rf"{tmp_path} is in use by process {holder.pid} on .*--wait-lock"
+    with pytest.raises(RunError, match=told), output_lock(tmp_path):
+        pytest.fail("it is held")
 
 
 def test_killed_it_holds_nothing(holder, tmp_path):
@@ -56,9 +56,9 @@ def test_who_waits_goes_on_when_the_first_ends(holder, tmp_path, capsys):
 
 
 def test_who_waits_in_vain_ends(holder, tmp_path):
-    with pytest.raises(RunError, match=rf"in use by process {holder.pid} on .* after 0.5 s"):
-        with output_lock(tmp_path, wait=0.5):
-            pytest.fail("it is held")
+    told = rf"in use by process {holder.pid} on .* after 0.5 s"
+    with pytest.raises(RunError, match=told), output_lock(tmp_path, wait=0.5):
+        pytest.fail("it is held")
 
 
 def test_a_child_does_not_hold_it_for_its_parent(tmp_path):
