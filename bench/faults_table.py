@@ -16,11 +16,11 @@ from table import measured_on
 KILLED = re.compile(r"^(\w+): (killed|already ended) after ([\d.]+) s of ([\d.]+) s$", re.MULTILINE)
 # (heading, the files of its tests, what was tried)
 PARTS = (
-    ("Kills", ("run.test_kills",), "SIGKILL at a random moment, then the same command again: bit for bit the same files"),
+    ("Kills", ("run.test_kills",), "SIGKILL at a random moment, then the command again: bit for bit the same files"),
     ("Faults of a run", ("scale.test_faults", "run.test_endings"),
      "torn checkpoints, a full disk, NaN, dead ranks, signals, dead readers, a removed output, replaced models"),
     ("Locks", ("run.test_output_lock",), "a second process in the output folder of every command that writes one"),
-    ("Hidden code", ("trainer.test_payloads",), "payloads in checkpoints, models, tokenizers and caches, every command"),
+    ("Hidden code", ("trainer.test_payloads",), "payloads in checkpoints, models, tokenizers and caches, by every command"),
     ("Broken inputs", ("trainer.test_broken_inputs",),
      "every command with damaged files, settings and places: exit 2, one line with file and place, no traceback"),
     ("Hostile programs", ("verify.",), "programs and answers that forge verdicts, look around, do harm or never end"),

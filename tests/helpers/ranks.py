@@ -43,7 +43,7 @@ class RandomVerifier:
 
 
 def start(cfg, ranks: int, fault=None, *arguments, command="rl") -> list:
-    """A command in one process a rank, with torchrun's environment (none for `ranks` = 0), output into OUTPUT.rankN.log.
+    """One process a rank, with torchrun's environment (none for `ranks` = 0), output into OUTPUT.rankN.log.
 
     `fault(*arguments)` is called in each process before the run.
     """

@@ -58,29 +58,26 @@ def test_an_ignored_sighup_stays_ignored():
         signal.signal(signal.SIGHUP, before)
 
 
-def test_lines_that_nobody_reads_end_nothing():
+def test_lines_that_nobody_reads_end_nothing(tmp_path):
     """As before `| head -1`: the reader is gone, and 200 lines follow."""
     code = (
-        "import sys\nfrom prime_trainer import cli\n"
+        "import pathlib, sys\nfrom prime_trainer import cli\n"
         "def talk(words):\n"
         "    for k in range(200): print('x' * 5000, flush=True); print('y' * 5000, file=sys.stderr)\n"
-        "    open(words[0], 'w').write('done')\n    return 0\n"
+        "    pathlib.Path(words[0]).write_text('done')\n    return 0\n"
         "cli.COMMANDS['talk'] = cli.Command(talk, '')\n"
         "sys.exit(cli.main(['talk', sys.argv[1]]))\n"
     )
     read, write = os.pipe()
-    path = os.path.join(os.environ.get("TMPDIR", "/tmp"), f"talk-{os.getpid()}")
-    process = subprocess.Popen([sys.executable, "-c", code, path], stdout=write, stderr=write)
+    process = subprocess.Popen([sys.executable, "-c", code, tmp_path / "talk"], stdout=write, stderr=write)
     os.close(write)
     os.read(read, 100)
     os.close(read)
     try:
         assert process.wait(100) == 0
-        assert open(path).read() == "done"
+        assert (tmp_path / "talk").read_text() == "done"
     finally:
         process.kill()
-        if os.path.exists(path):
-            os.remove(path)
 
 
 def test_without_standard_streams_a_command_still_ends_well():
