@@ -20,7 +20,7 @@ PARTS = (
     ("Faults of a run", ("scale.test_faults", "run.test_endings"),
      "torn checkpoints, a full disk, NaN, dead ranks, signals, dead readers, a removed output, replaced models"),
     ("Locks", ("run.test_output_lock",), "a second process in the output folder of every command that writes one"),
-    ("Hidden code", ("trainer.test_payloads",), "payloads in checkpoints, models, tokenizers and caches, by every command"),
+    ("Hidden code", ("trainer.test_payloads",), "payloads in checkpoints, models, tokenizers, caches; every command"),
     ("Broken inputs", ("trainer.test_broken_inputs",),
      "every command with damaged files, settings and places: exit 2, one line with file and place, no traceback"),
     ("Hostile programs", ("verify.",), "programs and answers that forge verdicts, look around, do harm or never end"),

@@ -6,7 +6,6 @@ A row is either in the Eurus-2-RL-Data schema (`prompt`, `ability`, `reward_mode
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import random
@@ -75,7 +74,8 @@ def _read_problems(path: Path, kind: str, cfg: TaskConfig, option: str) -> list[
                 raise ValueError(f"ability must be 'math' or 'code', got {ability!r}")
             where = f"{path}, {place}"
             answer = _ANSWERS[ability](row)
-            check_text(json.loads(json.dumps(dataclasses.asdict(answer))), where)  # a reference may be JSON in its turn
+            if isinstance(answer, ProgramTests):
+                _check_tests(answer, where)
             problems.append(Problem(f"{path.stem}/{len(problems)}", _messages(row, cfg), answer, where))
         except ValueError as error:
             told = ValueError(str(error) if str(error).startswith(str(path)) else f"{path}, {place}: {error}")
@@ -93,6 +93,16 @@ def _read_problems(path: Path, kind: str, cfg: TaskConfig, option: str) -> list[
     if any(isinstance(problem.answer, ProgramTests) for problem in problems):
         confinement_for(cfg)  # a machine that cannot run programs says so before anything is trained
     return problems
+
+
+def _check_tests(answer: ProgramTests, where: str) -> None:
+    """Tests may be JSON inside of a text: what the reader of the row has not seen."""
+    tests = answer.to_json()
+    check_text(tests, where)
+    try:
+        json.dumps(tests, allow_nan=False)
+    except ValueError:
+        raise ValueError("reward_model.ground_truth must not hold NaN or infinity: no output equals it") from None
 
 
 def _messages(row: dict[str, Any], cfg: TaskConfig) -> list[dict[str, str]]:
