@@ -64,6 +64,8 @@ def _shuffled(count: int, seed: int, epoch: int) -> list[int]:
 
 
 def _read_problems(path: Path, kind: str, cfg: TaskConfig, option: str) -> list[Problem]:
+    if not path.exists():
+        raise ValueError(f"{option}: no such file: {path}")
     problems: list[Problem] = []
     bad: list[ValueError] = []
     skips = cfg.bad_rows == "skip"
