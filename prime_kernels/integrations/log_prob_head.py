@@ -76,7 +76,7 @@ class LogProbHead(nn.Module):
         if attention_mask is not None:
             scored = scored & attention_mask[:, 1:].bool()
         layer: Any = self.model.get_output_embeddings()  # type: ignore[operator]
-        return head_log_probs(
+        logp, entropy = head_log_probs(
             output.last_hidden_state[:, :-1],
             layer.weight,
             getattr(layer, "bias", None),
@@ -85,6 +85,7 @@ class LogProbHead(nn.Module):
             temperature=self.temperature,
             with_entropy=self.with_entropy,
         )
+        return logp if entropy is None else (logp, entropy)
 
 
 def _factor(config: Any) -> float:

@@ -85,7 +85,7 @@ def _chunked_log_prob(original: Any) -> Any:
             if extra or final_logit_softcapping is not None or elsewhere or not logit_scale > 0:
                 arguments = (hidden, weight, bias, targets, temperature, chunk_size)
                 return original.apply(*arguments, final_logit_softcapping, logit_scale, outputs)
-            result = head_log_probs(
+            logp, entropy = head_log_probs(
                 hidden,
                 weight,
                 bias,
@@ -93,7 +93,6 @@ def _chunked_log_prob(original: Any) -> Any:
                 temperature=temperature / logit_scale,
                 with_entropy="entropy" in outputs,
             )
-            logp, entropy = result if "entropy" in outputs else (result, None)
             return logp, entropy, None, None, None
 
     return ChunkedLogProbFunction

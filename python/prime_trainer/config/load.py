@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
-from pydantic_settings import (
-    SettingsError,
-)
+from pydantic_settings import SettingsError
 
 from .run_config import RunConfig, _toml_file
+from .suggest import did_you_mean
 
 
 def load(toml: Path | None, overrides: list[str] | None = None) -> RunConfig:
@@ -37,7 +35,8 @@ def load(toml: Path | None, overrides: list[str] | None = None) -> RunConfig:
             raise ValueError(f"unknown key --{key}{close_keys(key)}")
     token = _toml_file.set(toml)
     try:
-        return RunConfig(_cli_parse_args=words, _cli_prog_name="prime-trainer")
+        options: dict[str, Any] = {"_cli_parse_args": words, "_cli_prog_name": "prime-trainer"}
+        return RunConfig(**options)
     except SettingsError as error:
         raise ValueError(str(error).removeprefix("error parsing CLI: ")) from None
     except UnicodeDecodeError as error:
@@ -54,8 +53,8 @@ def load(toml: Path | None, overrides: list[str] | None = None) -> RunConfig:
 
 def _switches(words: list[str]) -> list[str]:
     """`--resume true` and `--scale.shard=false` as argparse has them: `--resume` and `--no-scale.shard`."""
-    out: list[str] = []
     options = {f"--{key}" for key, kind in _fields(RunConfig) if kind is bool}
+    out: list[str] = []
     for word in words:
         name, equals, value = word.partition("=")
         if not equals and out and out[-1] in options:
@@ -83,5 +82,4 @@ def _fields(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def close_keys(key: str) -> str:
-    matches = difflib.get_close_matches(key, list(keys()), n=1)
-    return f"; did you mean {matches[0]}?" if matches else ""
+    return did_you_mean(key, keys())

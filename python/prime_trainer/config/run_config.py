@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextvars
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field, PositiveInt, model_validator
 from pydantic_settings import (
@@ -96,7 +95,12 @@ class RunConfig(Bounded, BaseSettings):
 
     @classmethod
     def settings_customise_sources(
-        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **_: Any
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         # No environment variables: a run is what its file and its command line say, nothing else.
         toml = _toml_file.get()

@@ -19,7 +19,7 @@ from ..verify import confinement_for
 from ..verify.answers import CallTests, MathAnswer, ProgramTests, StdioTests
 from . import chat
 from .problems import Problem, messages_for
-from .readers import check_text, read_rows, refuse
+from .readers import Kind, check_text, kind_of, read_rows, refuse
 
 _DEFAULT_TEMPLATE = TaskConfig.model_fields["template"].default
 
@@ -31,9 +31,9 @@ class FileTask:
         if cfg.path is None:
             raise ValueError(f"task.path is required when task.kind = {cfg.kind!r}")
         self.name, self.bad_rows = cfg.path.stem, cfg.bad_rows
-        rows = _read_problems(cfg.path, cfg.kind, cfg, "task.path")
+        rows = _read_problems(cfg.path, "parquet" if cfg.kind == "parquet" else "jsonl", cfg, "task.path")
         if cfg.eval_path is not None:
-            kind = "parquet" if cfg.eval_path.suffix == ".parquet" else "jsonl"
+            kind: Kind = "parquet" if kind_of(cfg.eval_path) == "parquet" else "jsonl"
             self._held_out = _read_problems(cfg.eval_path, kind, cfg, "task.eval_path")[: cfg.eval_size]
         else:
             self._held_out, rows = rows[: cfg.eval_size], rows[cfg.eval_size :]
@@ -63,7 +63,7 @@ def _shuffled(count: int, seed: int, epoch: int) -> list[int]:
     return order
 
 
-def _read_problems(path: Path, kind: str, cfg: TaskConfig, option: str) -> list[Problem]:
+def _read_problems(path: Path, kind: Kind, cfg: TaskConfig, option: str) -> list[Problem]:
     if not path.exists():
         raise ValueError(f"{option}: no such file: {path}")
     problems: list[Problem] = []
@@ -93,7 +93,7 @@ def _read_problems(path: Path, kind: str, cfg: TaskConfig, option: str) -> list[
     if not problems:
         raise ValueError(f"{option}: {path} has no rows{' that can be used' if bad else ''}")
     if any(isinstance(problem.answer, ProgramTests) for problem in problems):
-        confinement_for(cfg)  # a machine that cannot run programs says so before anything is trained
+        confinement_for(cfg)  # fails before training on a machine that cannot run programs
     return problems
 
 
@@ -112,7 +112,7 @@ def _messages(row: dict[str, Any], cfg: TaskConfig) -> list[dict[str, str]]:
     messages = chat.prompt(prompt, "prompt")
     if isinstance(prompt, str):
         return messages_for(cfg, prompt)
-    # A chat is kept as it is, but what the configuration sets acts.
+    # A chat is kept, but the template and the system prompt of the configuration apply.
     if cfg.template != _DEFAULT_TEMPLATE:
         messages[-1]["content"] = cfg.template.replace("{question}", messages[-1]["content"])
     return chat.with_system(messages, cfg.system_prompt)

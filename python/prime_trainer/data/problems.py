@@ -12,6 +12,7 @@ from ..errors import RunError
 from ..models.protocols import Tokenizer
 from ..models.tokenizers import render
 from ..verify.answers import Answer
+from . import chat
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,5 @@ class Task(Protocol):
 
 def messages_for(cfg: TaskConfig, question: str) -> list[dict[str, str]]:
     """Returns the chat that asks `question`: the system prompt, if one is set, and the filled-in template."""
-    system = [] if cfg.system_prompt is None else [{"role": "system", "content": cfg.system_prompt}]
     # Not str.format: questions and templates are full of LaTeX braces.
-    return [*system, {"role": "user", "content": cfg.template.replace("{question}", question)}]
+    return chat.asking(cfg.template.replace("{question}", question), cfg.system_prompt)

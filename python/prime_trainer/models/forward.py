@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, overload
 
 from torch import Tensor
 
@@ -15,6 +15,10 @@ def positions(model: CausalLM) -> int | None:
     return getattr(model.config, "max_position_embeddings", None)
 
 
+@overload
+def length_limit(models: Iterable[CausalLM], max_length: int) -> int: ...
+@overload
+def length_limit(models: Iterable[CausalLM], max_length: int | None) -> int | None: ...
 def length_limit(models: Iterable[CausalLM], max_length: int | None) -> int | None:
     """The longest sequence that all `models` can read, at most `max_length`; None where nothing says."""
     limits = [max_length, *map(positions, models)]

@@ -20,32 +20,40 @@ from .protocols import CausalLM
 
 
 def is_split(model: CausalLM) -> bool:
-    """Whether the ranks share out the vocabulary: what is computed from the head is then collective."""
+    """Whether the head's rows are split over the ranks; passes through the head are then collective."""
     return getattr(model, "head_group", None) is not None
 
 
 def head(model: CausalLM, hidden: Tensor) -> pk.Head:
     """The whole LM head applied to `hidden` [T, H], as the kernels take it."""
-    return pk.Head(hidden, *(sharding.whole(part, hidden.dtype, hidden.device) for part in _parts(model)))
+    weight, bias = _parts(model)
+    return pk.Head(
+        hidden,
+        sharding.whole(weight, hidden.dtype, hidden.device),
+        None if bias is None else sharding.whole(bias, hidden.dtype, hidden.device),
+    )
 
 
 def log_probs(
     model: CausalLM, hidden: Tensor, ids: Tensor, *, temperature: float = 1.0, with_entropy: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """(log-probs [T], entropies [T] or None) of `ids` [T]; logits never exist for more than a tile of tokens."""
-    options = {"temperature": temperature, "with_entropy": with_entropy}
-    if not is_split(model):
+    group: dist.ProcessGroup | None = getattr(model, "head_group", None)
+    if group is None:
         at = head(model, hidden)
-        found = pk.linear_log_probs(at.hidden, at.weight, ids, bias=at.bias, **options)
-        return found if with_entropy else (found, None)
-    group = model.head_group
+        found = pk.linear_log_probs(
+            at.hidden, at.weight, ids, bias=at.bias, temperature=temperature, with_entropy=with_entropy
+        )
+        return (found, None) if isinstance(found, Tensor) else found
     counts = _gathered(torch.tensor([len(ids)], device=ids.device), [1] * dist.get_world_size(group), group).tolist()
-    weight, bias = (sharding.share(part, hidden.dtype, hidden.device) for part in _parts(model))
+    weight, bias = _parts(model)
     everyones = _OfAllRanks.apply(hidden, counts, group)
     found = pk.linear_log_probs(
-        everyones, weight, _gathered(ids, counts, group), bias=bias, process_group=group, **options
-    )
-    columns = found if with_entropy else (found,)
+        everyones, sharding.share(weight, hidden.dtype, hidden.device), _gathered(ids, counts, group),
+        bias=None if bias is None else sharding.share(bias, hidden.dtype, hidden.device),
+        temperature=temperature, with_entropy=with_entropy, process_group=group,
+    )  # fmt: skip
+    columns = (found,) if isinstance(found, Tensor) else found
     mine = [_OfThisRank.apply(column, counts, group) for column in columns]
     return mine[0], mine[1] if with_entropy else None
 

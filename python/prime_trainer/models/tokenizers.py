@@ -26,7 +26,9 @@ def load_tokenizer(cfg: ModelConfig) -> Tokenizer:
 
     directory, gguf = _locate(cfg)
     with _quiet(), reading(cfg):
-        tokenizer = AutoTokenizer.from_pretrained(directory, **({"gguf_file": gguf} if gguf else {}), **READ_SAFELY)
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            directory, **({"gguf_file": gguf} if gguf else {}), **READ_SAFELY
+        )
     if cfg.chat_template == "bare":
         tokenizer.chat_template = BARE_CHATML
     return tokenizer

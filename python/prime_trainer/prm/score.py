@@ -38,9 +38,8 @@ def run(cfg: RunConfig) -> Path:
     overflows ends the run with an error after its window, and stands there with `error` in place of rewards.
     """
     own = cfg.score
-    for name in ("path", "reference"):
-        if getattr(own, name) is None:
-            raise ValueError(f"score.{name} is required")
+    if own.path is None or own.reference is None:
+        raise ValueError(f"score.{'path' if own.path is None else 'reference'} is required")
     out = cfg.output / SCORES
     done = _begin(cfg, out)
     tokenizer = tokenizers.load_tokenizer(cfg.model)
@@ -66,7 +65,8 @@ def run(cfg: RunConfig) -> Path:
             micro_batch_tokens=cfg.micro_batch_tokens, max_length=own.max_length,
         )  # fmt: skip
         checkpoint.write_config(cfg, fingerprints)
-        _score(own, items, cfg.model.path, scorer, out, done, total)
+        names = {"reward_model": own.name or cfg.model.path, "benchmark": own.path.stem}
+        _score(own, items, names, scorer, out, done, total)
     if own.page_rows:
         write_page(out, cfg.output / "index.html", own.page_rows)
     return out
@@ -94,16 +94,22 @@ def _check_fingerprints(path: Path, now: dict[str, Any]) -> None:
     if not path.is_file():
         raise ValueError(f"--resume: {path} is missing: what the scores beside it are from cannot be told")
     saved = read_object(path)
-    changed = [name for name in now if saved.get(name) != now[name]]
+    changed = unchanged.differing(saved, now)
     if changed:
         raise ValueError(f"--resume: not what the scores there are from: {', '.join(changed)} has changed since")
 
 
 def _score(
-    own: ScoreConfig, items: Iterator[Item], model: str, scorer: StepScorer, out: Path, done: int, total: int
+    own: ScoreConfig,
+    items: Iterator[Item],
+    names: dict[str, str],
+    scorer: StepScorer,
+    out: Path,
+    done: int,
+    total: int,
 ) -> None:
+    """`names`: `reward_model` and, for rows that name none, `benchmark`."""
     windows = math.ceil(total / own.window)
-    name = own.name or model
     with progress_bar("score", windows, done // own.window) as bar, stop_signal() as stop, JsonlWriter(out) as file:
         while True:
             if stop.is_set() and done < total:
@@ -111,8 +117,9 @@ def _score(
             window, failure = _take(items, own.window)
             if window:
                 rows, bad = _rows(window, scorer, own)
-                names = {"reward_model": name}
-                file.append(row | names | {"benchmark": row.get("benchmark") or own.path.stem} for row in rows)
+                file.append(
+                    row | names | ({"benchmark": row["benchmark"]} if row.get("benchmark") else {}) for row in rows
+                )
                 if bad is not None:
                     raise bad
                 done += len(window)

@@ -21,7 +21,6 @@ import prime_kernels as pk
 
 from ..config.run_config import RunConfig
 from ..config.sections import TrainPRMConfig
-from ..data.groups import Group
 from ..models import forward, loading, meta, tokenizers
 from ..models.protocols import CausalLM
 from ..report.statistics import auc
@@ -33,6 +32,7 @@ from ..train.forward import log_probs
 from ..train.nonfinite_guard import Skips
 from ..train.supervised_loop import fit
 from ..train.trainable import Trainable
+from .items import StepGroup
 from .reference_cache import Reference
 from .training_data import outcome_groups, step_groups
 
@@ -41,7 +41,7 @@ from .training_data import outcome_groups, step_groups
 def run(cfg: RunConfig) -> Path:
     """Trains `cfg.model` on `cfg.train_prm.path`; returns the directory of the saved PRM.
 
-    Ctrl-C stops after the step at hand and leaves a checkpoint for `--resume` beside the PRM as it is then.
+    Ctrl-C stops after the current step and leaves a checkpoint for `--resume` beside the PRM as it is then.
     """
     own = cfg.train_prm
     if own.path is None:
@@ -59,8 +59,8 @@ def run(cfg: RunConfig) -> Path:
     model = loading.load_model(cfg.model)
     read_by = [model] if own.reference is None else [model, meta.meta_model(reference_model)]
     limit = forward.length_limit(read_by, own.max_length)
-    train, held_out = outcome_groups(own, tokenizer, limit, cfg.seed)
-    stage2 = [] if own.step_path is None else step_groups(own, tokenizer, limit)
+    train, held_out = outcome_groups(own.path, own, tokenizer, limit, cfg.seed)
+    stage2 = [] if own.step_path is None else step_groups(own.step_path, own, tokenizer, limit)
     reference = Reference(reference_model, tokenizer, own.cache, cfg.micro_batch_tokens)
     outcomes = _Source(train, own.batch_size, reference, cfg.seed, "outcomes")
     steps = _Source(stage2, own.step_batch_size, reference, cfg.seed, "steps") if stage2 else None
@@ -93,14 +93,14 @@ def run(cfg: RunConfig) -> Path:
 class _Labelled:
     """A batch on the model's device with the reference's log-probs [T]."""
 
-    groups: list[Group]
+    groups: list[StepGroup]
     ref_logp: Tensor
 
 
 class _Source:
     """Batches whose members the data alone decides, so that cached log-probs fit; the seed decides their order."""
 
-    def __init__(self, groups: Sequence[Group], size: int, reference: Reference, seed: int, name: str) -> None:
+    def __init__(self, groups: Sequence[StepGroup], size: int, reference: Reference, seed: int, name: str) -> None:
         # By content: rows of a file often stand in an order that means something.
         mixed = sorted(groups, key=_content)
         per_group = sum(len(g.responses) for g in mixed) / len(mixed)
@@ -111,13 +111,13 @@ class _Source:
         self._seed, self._name = seed, name
 
     def at(self, step: int) -> _Labelled:
-        """The batch of a step, from 0; every epoch has an order of its own."""
+        """The batch of a step, from 0; every epoch has its own order."""
         epoch, at = divmod(step, len(self.batches))
         generator = torch.Generator().manual_seed(derive_seed(self._seed, "prm", self._name, epoch))
         return self.batches[torch.randperm(len(self.batches), generator=generator)[at]]
 
 
-def _content(group: Group) -> bytes:
+def _content(group: StepGroup) -> bytes:
     return hashlib.sha256(json.dumps([group.prompt_ids, [r.ids for r in group.responses]]).encode()).digest()
 
 
@@ -142,12 +142,12 @@ def _backward_outcomes(model: CausalLM, labelled: _Labelled, cfg: TrainPRMConfig
 
 def _backward_steps(model: CausalLM, labelled: _Labelled, cfg: TrainPRMConfig, max_tokens: int) -> float:
     batch = Batch.for_model(model, labelled.groups)
-    responses = [r for g in batch.groups for r in g.responses]
+    responses = [r for g in labelled.groups for r in g.responses]
     starts = batch.cu_seqlens.tolist()
-    cu_steps = [0]
+    offsets = [0]
     for start, response in zip(starts, responses, strict=False):
-        cu_steps += [start + at for at in response.cu_steps[1:]]
-    cu_steps = torch.tensor(cu_steps, device=batch.device)
+        offsets += [start + at for at in response.cu_steps[1:]]
+    cu_steps = torch.tensor(offsets, device=batch.device)
     # A step without a label takes part in no mean.
     given = [math.nan if y is None else y for r in responses for y in r.step_labels]
     labels = torch.tensor(given, device=batch.device)

@@ -1,4 +1,4 @@
-"""From prompts to a batch of groups worth learning from: generate, verify, filter, and keep the surplus."""
+"""Collects a batch: sample, verify, filter, and keep surplus groups for the next step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from . import Sampler, Sampling
 
 
 class NothingPasses(RunError):
-    """Sampling found no group that the filter lets through."""
+    """No sampled group passed the filter."""
 
 
 class Collector:
@@ -57,7 +57,7 @@ class Collector:
         for _ in range(self.filter.max_rounds):
             if len(kept) >= wanted:
                 break
-            # What passed so far tells how many prompts the rest is likely to need.
+            # The pass rate so far estimates how many prompts the rest needs.
             rate = max(0.1, sum(map(self._passes, sampled)) / len(sampled)) if sampled else 1.0
             groups, scored, dropped = self._round(min(wanted, round((wanted - len(kept)) / rate)), step, clock)
             too_long += dropped
@@ -123,7 +123,7 @@ class Collector:
                 self._bad_rows += 1
         limit = self.sampler.limit
         fitting = [a for a in asked if limit is None or len(a[2]) + cfg.max_new_tokens <= limit]
-        # Each rank samples and verifies its share; what passes is decided by all alike, over all groups.
+        # Each rank samples and verifies its share; the filter sees all groups on every rank.
         mine = self.ranks.share(fitting)
         problems, seeds, ids = [a[0] for a in mine], [a[1] for a in mine], [a[2] for a in mine]
         with clock("rollout"):

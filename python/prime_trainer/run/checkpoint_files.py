@@ -15,6 +15,7 @@ import json
 import pickle
 import warnings
 from collections.abc import Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,8 +89,8 @@ def staged(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
     stager = DefaultStager(StagingOptions(False, False, False, False))
     try:
-        copies: Any = stager.stage(tensors)
-        return copies
+        copies = stager.stage(tensors)
+        return copies.result() if isinstance(copies, Future) else copies
     finally:
         stager.close()
 
@@ -162,7 +163,7 @@ def plain_tensors(directory: Path, plain: Any) -> Any:
     """The state in `directory` with empty tensors of the sizes that were saved."""
     if not (directory / METADATA).exists():
         return plain
-    saved: dict[str, Any] = read_index(directory).state_dict_metadata
+    saved: dict[str, Any] = read_index(directory).state_dict_metadata  # tensors alone, which read_index checks
     return join(plain, {key: torch.empty(m.size, dtype=m.properties.dtype) for key, m in saved.items()})
 
 

@@ -91,7 +91,7 @@ def _lines(path: Path) -> Iterator[bytes]:
 
 
 def check_text(value: Any, where: str) -> None:
-    """Raises ValueError for half of a surrogate pair (\\ud800 alone): text that no tokenizer takes."""
+    """Raises ValueError for half of a surrogate pair (a lone \\ud800): text that no tokenizer takes."""
     field = _halved(value)
     if field is not None:
         raise ValueError(f"{where}: {field.lstrip('.') or 'the text'} has half of a surrogate pair, which is no text")

@@ -78,7 +78,7 @@ class Batch:
     @property
     def rollout_logp(self) -> Tensor:
         """[T] the sampler's log-probs."""
-        return torch.tensor([p for g in self.groups for r in g.responses for p in r.logprobs], device=self.device)
+        return torch.tensor([p for g in self.groups for r in g.responses for p in r.logprobs or ()], device=self.device)
 
     @property
     def num_tokens(self) -> int:
@@ -176,7 +176,9 @@ class Batch:
         owner = torch.full(shape, -1, dtype=torch.int64)
         segment = torch.full(shape, -1, dtype=torch.int64)
         none = torch.zeros(0, dtype=torch.int64)
-        predictors, tokens, responses, lengths = [none], [none], [], []
+        predicted_at, tokens = [none], [none]
+        responses: list[int] = []
+        lengths: list[int] = []
         for row, entries in enumerate(rows):
             at = 0
             for k_group, (g, members) in enumerate(entries):
@@ -194,7 +196,7 @@ class Batch:
                     owner[row, span], segment[row, span] = k_group, k
                     where = torch.arange(at - 1, at + length - 1)
                     where[:1] = last  # the first token is predicted by the prompt's last
-                    predictors.append(row * width + where)
+                    predicted_at.append(row * width + where)
                     tokens.append(torch.arange(self._starts[m], self._starts[m + 1]))
                     responses.append(m)
                     lengths.append(length)
@@ -205,7 +207,7 @@ class Batch:
             seen = (segment[:, :, None] == segment[:, None, :]) | (segment[:, None, :] == 0)
             causal = torch.ones(width, width, dtype=torch.bool).tril()
             mask = (same & seen & causal)[:, None]
-        predictors = torch.cat(predictors)
+        predictors = torch.cat(predicted_at)
         if self.varlen:
             kept = (segment >= 0).flatten()
             input_ids, position_ids = (x.flatten()[kept][None] for x in (input_ids, position_ids))

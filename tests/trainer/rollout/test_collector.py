@@ -81,7 +81,7 @@ def test_prompts_that_are_too_long_are_left_out_and_counted(collector, tokenizer
     lengths = [len(render(tokenizer, p.messages)) for p in made.task.train(0, 12)]
     assert lengths == [min(lengths)] * 10 + [min(lengths) + 1] * 2
     sampler.limit = min(lengths) + 6
-    made.cfg.filter.max_rounds = 1
+    made.filter.max_rounds = 1
     groups, values = made.collect(1, clock)
     assert names(groups) == [f"p{i}" for i in range(10)] and values["prompts_too_long"] == 2
     sampler.limit -= 1

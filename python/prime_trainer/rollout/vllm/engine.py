@@ -11,7 +11,7 @@ import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from ...config.sections import RolloutConfig
 from ..sampler import EngineDied, Sample, Sampling
 
 FILE_BACKEND = "file"
+_ENDED: dict[str, Literal["stop", "length"]] = {"stop": "stop", "length": "length"}
 QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 
 
@@ -126,9 +127,10 @@ class Engine:
 
 def finished(ids: list[int], logprobs: list[float], reason: str | None, version: int) -> Sample:
     """A response that vLLM aborted is cut off at a place that the policy did not choose."""
-    if reason not in ("stop", "length"):
+    ended = _ENDED.get(reason or "")
+    if ended is None:
         raise EngineDied(f"vLLM ended a response after {len(ids)} tokens with the reason {reason!r}")
-    return Sample(ids, logprobs, reason, version)
+    return Sample(ids, logprobs, ended, version)
 
 
 @contextmanager

@@ -30,7 +30,7 @@ SHARED_MEMORY = Path("/dev/shm")
 
 
 class ServerSampler:
-    """Servers at `rollout.server.urls`; with none given, one of its own, whose log is in the run's directory."""
+    """Servers at `rollout.server.urls`; without any, starts one, whose log is in the run's directory."""
 
     def __init__(self, cfg: EngineConfig, model: CausalLM, tokenizer: Tokenizer) -> None:
         self.cfg = cfg
@@ -79,16 +79,17 @@ class ServerSampler:
 
             samples = asyncio.gather(*(one(*job) for job in jobs))
             watches = [asyncio.create_task(client.watch()) for client in self.clients]
+            tasks: list[asyncio.Future[Any]] = [samples, *watches]
             try:
-                await asyncio.wait([samples, *watches], return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
                 for watch in watches:
                     if watch.done():
                         watch.result()  # raises
                 return await samples
             finally:
-                for task in (samples, *watches):
+                for task in tasks:
                     task.cancel()
-                await asyncio.gather(samples, *watches, return_exceptions=True)
+                await asyncio.gather(*tasks, return_exceptions=True)
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         tensors = self.shape.check_weights(named_tensors)
@@ -99,7 +100,7 @@ class ServerSampler:
         else:
             if self._gpu_transfers is None:
                 self._gpu_transfers = [self._gpu_transfer(client) for client in self.clients]
-            self._update_all([lambda _, send=send: send(tensors) for send in self._gpu_transfers], version)
+            self._update_all([_sending(send, tensors) for send in self._gpu_transfers], version)
         self.version, self._usable, self._unfinished = version, True, None
 
     def _update_all(self, sends: Sequence[Callable[[Client], None]], version: int) -> None:
@@ -117,7 +118,7 @@ class ServerSampler:
         pass
 
     def restart(self) -> None:
-        """Our own server anew; one that somebody else started is waited for, and after a failed update must be new."""
+        """Restarts our own server; waits for external ones, which after a failed update must have been restarted."""
         self.version, self._usable, self._gpu_transfers = -1, False, None
         self._disconnect()
         self._connect()
@@ -175,6 +176,11 @@ class SharedFile:
 
     def __exit__(self, *_: Any) -> None:
         self.directory.cleanup()
+
+
+def _sending(send: Callable[[Mapping[str, Tensor]], None], tensors: Mapping[str, Tensor]) -> Callable[[Client], None]:
+    """For `Client.update`; the transfer has its client already."""
+    return lambda _client: send(tensors)
 
 
 def _send_file(client: Client, path: str) -> None:
