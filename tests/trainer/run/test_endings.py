@@ -10,12 +10,12 @@ import sys
 import pytest
 import torch
 from helpers import ranks
+from helpers.checkpoints import load_latest
 from safetensors.torch import load_file
 
 from prime_trainer import cli, loop, sft
 from prime_trainer.errors import RunError
 from prime_trainer.models import loading
-from prime_trainer.run.checkpoint import load_latest
 from prime_trainer.run.metrics import MetricsWriter
 from prime_trainer.run.stop_signal import stop_signal
 from prime_trainer.train import trainable
