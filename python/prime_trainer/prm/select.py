@@ -181,6 +181,7 @@ def _text(row: dict[str, Any]) -> str:
 def markdown(results: Sequence[Result], step_rewards: str) -> str:
     """A table for every n: method x reward model x benchmark, with the mean over the benchmarks."""
     benchmarks = list(dict.fromkeys(r.benchmark for r in results))
+    names = list(map(escaped, benchmarks))
     lines = [
         f"Accuracy in percent with its 95 % bootstrap interval over problems; scores are taken over {step_rewards} "
         "rewards of the steps.",
@@ -191,7 +192,13 @@ def markdown(results: Sequence[Result], step_rewards: str) -> str:
             if r.n == n:
                 # Without scores the reward model decides nothing: one row for all.
                 cells.setdefault((r.method, r.rewards, r.reward_model if r.rewards else ""), {})[r.benchmark] = r
-        header = ["method", "reward model", "rewards", *map(escaped, benchmarks), *(["mean"] if len(benchmarks) > 1 else [])]
+        header = [
+            "method",
+            "reward model",
+            "rewards",
+            *map(escaped, benchmarks),
+            *(["mean"] if len(benchmarks) > 1 else []),
+        ]
         table: list[list[str]] = []
         for (method, rewards, model), row in cells.items():
             values = [_cell(row.get(benchmark)) for benchmark in benchmarks]
