@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 _TAG = "__python__"
-_BUILD = {
+_BUILD: dict[str, Callable[[list[Any]], Any]] = {
     "tuple": tuple,
     "set": set,
     "iterator": iter,
