@@ -7,7 +7,7 @@ these types alone, whatever it reads.
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 _TAG = "__python__"
