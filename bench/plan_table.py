@@ -9,8 +9,8 @@ import json
 import tempfile
 from pathlib import Path
 
-from prime_trainer import plan
-from prime_trainer.config import RunConfig
+from prime_trainer.config.run_config import RunConfig
+from prime_trainer.plan import plan
 
 # Of Qwen2.5: hidden size, MLP size, layers, heads, key and value heads, vocabulary, tied head; then GPUs.
 SIZES = {

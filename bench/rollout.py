@@ -17,11 +17,13 @@ from pathlib import Path
 
 import torch
 
-from prime_trainer import models
-from prime_trainer.config import ModelConfig, RunConfig
-from prime_trainer.environment import environment
-from prime_trainer.record import read_record
-from prime_trainer.rollout import Sampling, derive_seed, make_sampler
+from prime_trainer.config.run_config import RunConfig
+from prime_trainer.config.sections import ModelConfig
+from prime_trainer.models import loading, tokenizers
+from prime_trainer.report.run_record import read_record
+from prime_trainer.rollout import EngineConfig, Sampling, make_sampler
+from prime_trainer.run.provenance import environment
+from prime_trainer.run.seeds import derive_seed
 
 N, TOKENS = 4, 48
 ENGINES = ("transformers", "vllm", "vllm-server")
@@ -30,7 +32,7 @@ STAGES = ("rollout", "weights", "prm", "policy", "total")
 
 def measure(target: Path, path: str, rounds: int, batches: list[int], engines: list[str]) -> None:
     model_cfg = ModelConfig(path=path, chat_template="bare", device="cpu")
-    model, tokenizer = models.load_model(model_cfg), models.load_tokenizer(model_cfg)
+    model, tokenizer = loading.load_model(model_cfg), tokenizers.load_tokenizer(model_cfg)
     configs = {
         engine: RunConfig(
             output=target.parent / "rollout-bench",
@@ -42,9 +44,9 @@ def measure(target: Path, path: str, rounds: int, batches: list[int], engines: l
     results, samplers = [], {}
     for engine, cfg in configs.items():
         begin = time.perf_counter()
-        samplers[engine] = make_sampler(cfg, model, tokenizer)
+        samplers[engine] = make_sampler(EngineConfig(cfg.rollout, model_cfg, cfg.output), model, tokenizer)
         loaded = time.perf_counter()
-        samplers[engine].update_weights(models.named_tensors(model), 1)
+        samplers[engine].update_weights(loading.named_tensors(model), 1)
         results.append(
             {"engine": engine, "load seconds": loaded - begin, "update seconds": time.perf_counter() - loaded}
         )
@@ -79,7 +81,9 @@ def prompt(tokenizer, i: int) -> list[int]:
     """Questions of 10 to 60 tokens."""
     numbers = " + ".join(str((7 * i + k) % 10) for k in range(3 + i % 5))
     context = "Show your work. " * (i % 4)
-    return models.render(tokenizer, [{"role": "user", "content": f"{context}What is {numbers}? Explain the answer."}])
+    return tokenizers.render(
+        tokenizer, [{"role": "user", "content": f"{context}What is {numbers}? Explain the answer."}]
+    )
 
 
 def sampled(sampler, prompts, seeds) -> int:
@@ -92,7 +96,7 @@ def generate(model, tokenizer, prompts) -> int:
     """As trainers call it: left-padded, each prompt repeated for its responses, all rows until the last one ends."""
     rows = [p for p in prompts for _ in range(N)]
     width = max(map(len, rows))
-    stops = models.stop_ids(model, tokenizer)
+    stops = tokenizers.stop_ids(model, tokenizer)
     ids = torch.tensor([[stops[0]] * (width - len(r)) + r for r in rows])
     mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows])
     out = model.generate(
@@ -164,7 +168,7 @@ if __name__ == "__main__":
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("measure")
     one.add_argument("target", type=Path)
-    one.add_argument("--model", default=models.SMOLLM2)
+    one.add_argument("--model", default=loading.SMOLLM2)
     one.add_argument("--rounds", type=int, default=3)
     one.add_argument("--batches", default="64,256")
     one.add_argument("--engines", default=",".join(ENGINES), help="those beside `generate`; vLLM's need vLLM")

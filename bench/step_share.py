@@ -1,6 +1,6 @@
 """What the operations between log-probs and backward take of a PRIME step.
 
-    python bench/step_share.py bench/demo/demo.toml --model.path runs/demo-0/sft/final --steps 2 --output runs/share
+    python bench/step_share.py examples/demo.toml --model.path runs/demo-0/sft/final --steps 2 --output runs/share
 
 Trains as `prime-trainer rl` does with a clock around rloo_advantages, prm_loss, ppo_loss, segment_sum and their
 backward passes, and prints milliseconds and shares of each step. The PPO loss that linear_ppo_loss takes inside its
@@ -14,7 +14,7 @@ from pathlib import Path
 import prime_kernels as pk
 from prime_kernels.ops import segment_sum
 from prime_trainer import loop
-from prime_trainer.config import load
+from prime_trainer.config.load import load
 
 OPERATIONS = ("rloo_advantages", "prm_loss", "ppo_loss", "segment_sum")
 spent: dict[str, float] = {}

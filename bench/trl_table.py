@@ -19,9 +19,10 @@ from pathlib import Path
 
 from table import measured_on
 
-from prime_trainer.config import ModelConfig
-from prime_trainer.environment import environment
-from prime_trainer.models import SMOLLM2, load_model, load_tokenizer, save
+from prime_trainer.config.sections import ModelConfig
+from prime_trainer.models.loading import SMOLLM2, load_model, save
+from prime_trainer.models.tokenizers import load_tokenizer
+from prime_trainer.run.provenance import environment
 
 KEYS = ("loss", "grad_norm", "entropy", "kl")
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from prime_trainer.plots import FIGURES, LIGHT, TIME, draw
-from prime_trainer.record import read_record
-from prime_trainer.report import write_report
+from prime_trainer.report.page import write_report
+from prime_trainer.report.plots import FIGURES, LIGHT, TIME, draw
+from prime_trainer.report.run_record import read_record
 
 CURVES = ("accuracy", "reward", "prm_pair_accuracy", "response_length", "prm_loss", "time")
 

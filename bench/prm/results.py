@@ -18,14 +18,13 @@ import torch
 from first_wrong_step import locate
 
 import prime_kernels as pk
-from prime_trainer.config import RunConfig
-from prime_trainer.environment import environment
-from prime_trainer.estimators import wilson
-from prime_trainer.plots import LIGHT
+from prime_trainer.config.run_config import RunConfig
 from prime_trainer.prm.page import render
-from prime_trainer.prm.ranking import auc
 from prime_trainer.prm.select import run as select
-from prime_trainer.rows import jsonl_rows
+from prime_trainer.report.plots import LIGHT
+from prime_trainer.report.statistics import auc, wilson
+from prime_trainer.run.jsonl import jsonl_rows
+from prime_trainer.run.provenance import environment
 
 N = 16
 EXPLAINED = {"best_fixed_place": "best fixed place (0 is the first step, -1 the last, -2 the second to last)"}

@@ -1,6 +1,6 @@
 """Samples responses to a task's problems and marks them: one row a problem, in the form `prime-trainer prm` reads.
 
-    python bench/prm/sample.py bench/prm/prm.toml --model.path MODEL --output RUN
+    python bench/prm/sample.py examples/prm.toml --model.path MODEL --output RUN
 
 writes RUN/train.jsonl (`TRAIN` problems of the training stream, past those of the warm-up) and RUN/test.jsonl (the
 task's held-out problems). Run again after an interruption, it goes on with the problem that is missing.
@@ -13,11 +13,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from prime_trainer import models
-from prime_trainer.config import RunConfig, load
-from prime_trainer.progress import progress_bar
-from prime_trainer.rollout import Sampling, TransformersSampler, derive_seed
-from prime_trainer.tasks import Problem, load_task
+from prime_trainer.config.load import load
+from prime_trainer.config.run_config import RunConfig
+from prime_trainer.data.problems import Problem
+from prime_trainer.data.tasks import load_task
+from prime_trainer.models import loading, tokenizers
+from prime_trainer.rollout import Sampling, TransformersSampler
+from prime_trainer.run.progress import progress_bar
+from prime_trainer.run.seeds import derive_seed
 from prime_trainer.verify import Verifier
 
 TRAIN = 300
@@ -37,7 +40,7 @@ def problems(cfg: RunConfig) -> dict[str, list[Problem]]:
 
 
 def sample(cfg: RunConfig, sampler: Any, tokenizer: Any, verifier: Verifier, chunk: list[Problem]) -> list[dict]:
-    prompts = [models.render(tokenizer, p.messages) for p in chunk]
+    prompts = [tokenizers.render(tokenizer, p.messages) for p in chunk]
     sampling = Sampling(cfg.rollout.max_new_tokens, cfg.rollout.temperature)
     seeds = [derive_seed(cfg.seed, "prm", p.id) for p in chunk]
     rows = []
@@ -61,8 +64,8 @@ def sample(cfg: RunConfig, sampler: Any, tokenizer: Any, verifier: Verifier, chu
 def main(words: list[str]) -> None:
     cfg = load(Path(words[0]), words[1:])
     cfg.output.mkdir(parents=True, exist_ok=True)
-    tokenizer = models.load_tokenizer(cfg.model)
-    sampler = TransformersSampler(models.load_model(cfg.model), tokenizer, batch_size=cfg.rollout.batch_size)
+    tokenizer = tokenizers.load_tokenizer(cfg.model)
+    sampler = TransformersSampler(loading.load_model(cfg.model), tokenizer, batch_size=cfg.rollout.batch_size)
     with Verifier(cfg.task.verify_seconds, cfg.task.verify_workers) as verifier:
         for name, wanted in problems(cfg).items():
             path = cfg.output / f"{name}.jsonl"

@@ -9,29 +9,34 @@ from typing import Any
 
 import torch
 
-import prime_kernels as pk
+from .config.run_config import RunConfig
+from .data import chat, demonstrations
+from .data.groups import Group, Response, fits
+from .data.readers import read_rows
+from .data.tasks import load_task
+from .models import forward, lm_head, loading, tokenizers
+from .models.protocols import Tokenizer
+from .run import checkpoint
+from .run.output_lock import owns_output
+from .run.seeds import derive_seed
+from .train.batch import Batch
+from .train.forward import predicting
+from .train.nonfinite_guard import Skips
+from .train.supervised_loop import fit
+from .train.trainable import Trainable
 
-from . import chat, checkpoint, demonstrations, lm_head, models
-from .batch import Batch, Group, Response, fits
-from .config import RunConfig
-from .fit import fit
-from .rollout import derive_seed
-from .rows import read_rows
-from .score import predicting
-from .skips import Skips
-from .tasks import load_task
-from .trainable import Trainable
 
-
+@owns_output
 def run(cfg: RunConfig) -> Path:
     """Trains `cfg.model` on the demonstrations or on `sft.path`; returns the directory of the saved model.
 
-    Ctrl-C stops after the step at hand and leaves a checkpoint for `--resume` beside the model as it is then.
+    Ctrl-C stops after the current step and leaves a checkpoint for `--resume` beside the model as it is then.
     """
-    state = checkpoint.begin(cfg)
-    tokenizer = models.load_tokenizer(cfg.model)
-    model = models.load_model(cfg.model)
-    examples = _examples(cfg, tokenizer, models.length_limit([model], cfg.sft.max_length))
+    models = loading.fingerprints({"model.path": cfg.model})
+    state = checkpoint.begin(cfg, models)
+    tokenizer = tokenizers.load_tokenizer(cfg.model)
+    model = loading.load_model(cfg.model)
+    examples = _examples(cfg, tokenizer, forward.length_limit([model], cfg.sft.max_length))
     trainable = Trainable(model, lr=cfg.sft.lr, betas=(0.9, 0.95), grad_clip=cfg.sft.grad_clip)
     size = min(cfg.sft.batch_size, len(examples))
     per_epoch = math.ceil(len(examples) / size)
@@ -42,23 +47,23 @@ def run(cfg: RunConfig) -> Path:
         epoch, at = divmod(step, per_epoch)
         generator = torch.Generator().manual_seed(derive_seed(cfg.seed, "sft", epoch))
         order = torch.randperm(len(examples), generator=generator).tolist()
-        batch = Batch.read_by(model, [examples[i] for i in order[at * size : (at + 1) * size]])
+        batch = Batch.for_model(model, [examples[i] for i in order[at * size : (at + 1) * size]])
         loss = 0.0
         for micro in batch.micro_batches(range(len(batch.groups)), cfg.micro_batch_tokens, pack=cfg.sft.pack):
-            head = lm_head.head(model, predicting(model, micro))
-            ids = batch.ids[micro.tokens]
-            part = pk.linear_nll(head.hidden, head.weight, ids, bias=head.bias, denominator=batch.num_tokens)
+            part = lm_head.nll(model, predicting(model, micro), batch.ids[micro.tokens], batch.num_tokens)
             part.backward()
             loss += part.item()
         return {"loss": loss, "tokens": batch.num_tokens}
 
-    fit(cfg, "sft", state, trainable, total, backward, warmup=cfg.sft.warmup, skips=skips)
     final = cfg.output / "final"
-    models.save(model, tokenizer, final)
+    fit(
+        cfg, cfg.checkpoint, "sft", state, trainable, total, backward, warmup=cfg.sft.warmup, skips=skips,
+        finish=lambda: loading.save(model, tokenizer, final), models=models,
+    )  # fmt: skip
     return final
 
 
-def _examples(cfg: RunConfig, tokenizer: Any, limit: int) -> list[Group]:
+def _examples(cfg: RunConfig, tokenizer: Tokenizer, limit: int) -> list[Group]:
     """A group each, of at most `limit` tokens."""
     if cfg.sft.path is not None:
         rows = list(_chat_rows(cfg.sft.path, cfg.sft.system_prompt))
@@ -70,7 +75,7 @@ def _examples(cfg: RunConfig, tokenizer: Any, limit: int) -> list[Group]:
     eos = tokenizer.eos_token_id
     groups = []
     for place, messages, answer in rows:
-        prompt = models.render(tokenizer, messages)
+        prompt = tokenizers.render(tokenizer, messages)
         response = Response([*tokenizer.encode(answer, add_special_tokens=False), eos])
         if fits(place, prompt, response, limit, "sft", cfg.sft.too_long):
             groups.append(Group(prompt, [response]))

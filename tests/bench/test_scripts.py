@@ -13,23 +13,24 @@ import pytest
 
 pytest.importorskip("transformers", reason="the trainer's packages are not installed: pip install '.[train]'")
 
-import tiny
 from conftest import SHARED
+from helpers import tiny
 
 import prime_kernels as pk
 from prime_kernels.ops import segment_sum
 from prime_trainer import cli, loop
-from prime_trainer.verify import host
+from prime_trainer.verify import sandbox
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCH = ROOT / "bench"
-DEMO = BENCH / "demo" / "demo.toml"
+EXAMPLES = ROOT / "examples"
+DEMO = EXAMPLES / "demo.toml"
 HERE = {
     "demo/results", "plan_table", "prm/first_wrong_step", "prm/results", "prm/sample", "rollout", "step_share",
     "trainer_cost", "trl_table", "verify/math_answers", "verify/programs",
 }  # fmt: skip
-# What tests/bench/test_benchmarks.py, tests/integrations/installed and tests/triton_backend run.
-ELSEWHERE = {"conftest", "measure", "table", "trl_steps", "tune"}
+# What other tests of this folder and of packaging, integrations and triton_backend run.
+ELSEWHERE = {"conftest", "measure", "readme_charts", "smoke", "table", "trl_steps", "tune"}
 DATA = SHARED / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no {DATA}: the benchmark files are not here")
 
@@ -176,7 +177,7 @@ def worked(question, off=0):
 
 def test_prm(small, module, script, monkeypatch, tmp_path):
     """Sampling, then scores of made solutions (the tiny model adds nothing up), then the tables of them."""
-    config, run, model = BENCH / "prm" / "prm.toml", tmp_path / "runs" / "0", small[1]
+    config, run, model = EXAMPLES / "prm.toml", tmp_path / "runs" / "0", small[1]
     sample = module("prm/sample")
     monkeypatch.setattr(sample, "TRAIN", 3)
     sample.main([str(config), *small, "--output", str(run)])
@@ -217,14 +218,14 @@ def test_math_answers(script, tmp_path):
 
 
 @needs_data
-@pytest.mark.skipif(all(map(host.obstacle, host.KINDS)), reason="neither bubblewrap nor Landlock works here")
+@pytest.mark.skipif(all(map(sandbox.obstacle, sandbox.KINDS)), reason="neither bubblewrap nor Landlock works here")
 def test_programs(script):
     said = script("verify/programs", DATA, "--every", "200", "--workers", "1")
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")] for line in said.splitlines() if line.startswith("| ")
     ]
     passed = {(row[0], row[1]): row[2:4] for row in rows[2:]}
-    works = [kind for kind in host.KINDS if host.obstacle(kind) is None]
+    works = [kind for kind in sandbox.KINDS if sandbox.obstacle(kind) is None]
     assert {kind for kind, _ in passed} == set(works)
     for (_, programs), (count, right) in passed.items():
         assert right == ("0" if programs.endswith("wrong") else count), programs

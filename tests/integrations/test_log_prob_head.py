@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support import assert_close
+from helpers.support import assert_close
 
 from prime_kernels.integrations import LogProbHead
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import pytest
 
 import prime_kernels
+from prime_kernels import integrations
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS, TRAINER = ROOT / "prime_kernels", ROOT / "python" / "prime_trainer"
@@ -77,6 +78,7 @@ def test_kernels_know_nothing_of(forbidden):
 
 def test_trainer_uses_only_what_kernels_export():
     exported = {f"prime_kernels.{name}" for name in (*prime_kernels.__all__, "__version__")}
+    exported |= {f"prime_kernels.integrations.{name}" for name in integrations.__all__}
     wrong = [
         found
         for found in imports_under(TRAINER)
@@ -97,11 +99,96 @@ def test_trainer_uses_only_what_kernels_export():
                 assert f"prime_kernels.{node.attr}" in exported, f"{file}:{node.lineno} uses prime_kernels.{node.attr}"
 
 
-@pytest.mark.parametrize("module", ["transformers", "vllm"])
-def test_imported_in_one_file_inside_functions(module):
+@pytest.mark.parametrize(("module", "room"), [("transformers", "models"), ("vllm", "rollout/vllm")])
+def test_imported_in_one_room_inside_functions(module, room):
     found = [found for found in imports_under(KERNELS, TRAINER) if names(found, module)]
-    assert len({one.file for one in found}) <= 1, listed(found)
-    assert all(one.lazy for one in found), listed([one for one in found if not one.lazy])
+    outside = [one for one in found if one.file.parent != TRAINER / room]
+    assert not outside, listed(outside)
+    assert found and all(one.lazy for one in found), listed([one for one in found if not one.lazy])
+
+
+# A room imports from rooms of earlier floors and from itself.
+FLOORS = (
+    ("errors", "config"),
+    ("scale", "verify"),
+    ("run",),
+    ("models", "report"),
+    ("data", "plan"),
+    ("rollout", "train"),
+    ("evaluation", "prm"),
+    ("loop", "sft"),
+    ("cli",),
+)
+FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
+
+
+def room_of(name: str) -> str:
+    """The room of a dotted name: `prime_trainer.run.checkpoint.load` is in "run"."""
+    return name.split(".")[1]
+
+
+def test_every_room_has_a_floor():
+    found = {path.stem for path in TRAINER.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    assert found - {"__init__"} == set(FLOOR)
+
+
+def test_rooms_import_from_earlier_floors_alone():
+    wrong = []
+    for found in imports_under(TRAINER):
+        if (found.file.parent == TRAINER and found.file.stem == "__init__") or not names(found, "prime_trainer"):
+            continue
+        room, other = found.file.relative_to(TRAINER).parts[0].removesuffix(".py"), room_of(found.name)
+        if room != other and FLOOR[other] >= FLOOR[room]:
+            wrong.append(found)
+    assert not wrong, listed(wrong)
+
+
+COMMANDS = (
+    *("cli.py", "loop.py", "sft.py", "plan/plan.py", "prm/train.py", "prm/score.py", "prm/select.py"),
+    *("prm/processbench.py", "evaluation/held_out.py", "evaluation/responses.py", "evaluation/benchmark_table.py"),
+)
+
+
+def test_the_whole_configuration_is_for_commands_alone():
+    """All else takes the sections that it reads; a checkpoint's older settings are completed by their defaults."""
+    name = "prime_trainer.config.run_config.RunConfig"
+    importers = {found.file for found in imports_under(TRAINER) if found.name == name}
+    outside = {file.relative_to(TRAINER).as_posix() for file in importers if file.parent != TRAINER / "config"}
+    assert outside == {*COMMANDS, "run/checkpoint.py"}
+
+
+def test_no_circle_between_files():
+    """Lazy imports count too: what a function imports belongs to the order as well."""
+    files = {file.relative_to(TRAINER.parent).with_suffix("") for file in TRAINER.rglob("*.py")}
+    modules = {".".join(file.parts).removesuffix(".__init__"): file for file in files}
+    edges: dict[str, set[str]] = {}
+    for found in imports_under(TRAINER):
+        if not names(found, "prime_trainer"):
+            continue
+        name = found.name
+        while name not in modules:
+            name = name.rpartition(".")[0]
+        source = ".".join(found.file.relative_to(TRAINER.parent).with_suffix("").parts).removesuffix(".__init__")
+        # A package's own files are imported by its __init__, and import each other, not it.
+        if name != source and not source.startswith(name + "."):
+            edges.setdefault(source, set()).add(name)
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " -> ".join((*path[path.index(module) :], module))
+        if module in done:
+            return
+        for other in edges.get(module, ()):
+            visit(other, (*path, module))
+        done.add(module)
+
+    for module in modules:
+        visit(module, ())
+
+
+def test_rooms_are_small():
+    for room in {file.parent for file in TRAINER.rglob("*.py")} - {TRAINER}:
+        assert len(list(room.glob("*.py"))) <= 13, f"{room.relative_to(ROOT)} holds more than twelve files"
 
 
 def test_extension_is_imported_by_native_alone():

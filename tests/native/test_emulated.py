@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from emulated import build
+from helpers.emulated import build
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = [

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support import TOLERANCES, offsets
+from helpers.support import TOLERANCES, offsets
 
 import prime_kernels as pk
 

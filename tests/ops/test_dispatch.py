@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from support import offsets
+from helpers.support import offsets
 
 import prime_kernels as pk
 from prime_kernels import _dispatch, _native, _triton

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from support import offsets
+from helpers.support import offsets
 
 import prime_kernels as pk
 

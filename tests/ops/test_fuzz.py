@@ -8,8 +8,8 @@ import random
 
 import pytest
 import torch
+from helpers.support import assert_close, gradient_kind, seeds
 from hypothesis import given, settings
-from support import assert_close, gradient_kind, seeds
 
 import prime_kernels as pk
 

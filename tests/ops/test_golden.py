@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support import assert_close, offsets
+from helpers.support import assert_close, offsets
 
 import prime_kernels as pk
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.utils.checkpoint
+from helpers.support import assert_close, gradient_kind, seeds
 from hypothesis import given
 from hypothesis import strategies as st
-from support import assert_close, gradient_kind, seeds
 
 import prime_kernels as pk
 from prime_kernels.ops import _tiled_head

@@ -3,7 +3,7 @@ tokens against its float64 reference, values and gradients."""
 
 import pytest
 import torch
-from support import assert_close, offsets
+from helpers.support import assert_close, offsets
 
 import prime_kernels as pk
 

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
+from helpers.support import lengths, offsets, seeds, split
 from hypothesis import given
 from hypothesis import strategies as st
-from support import lengths, offsets, seeds, split
 
 import prime_kernels as pk
 

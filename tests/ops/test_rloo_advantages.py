@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
+from helpers.support import assert_close, gammas, groups, offsets, seeds, split, uniform
 from hypothesis import given
 from hypothesis import strategies as st
-from support import assert_close, gammas, groups, offsets, seeds, split, uniform
 
 import prime_kernels as pk
 

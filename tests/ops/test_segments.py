@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
+from helpers.support import assert_close, gammas, lengths, offsets, scales, seeds, split, uniform
 from hypothesis import given
 from hypothesis import strategies as st
-from support import assert_close, gammas, lengths, offsets, scales, seeds, split, uniform
 
 import prime_kernels as pk
 

@@ -3,11 +3,12 @@
 from contextlib import contextmanager
 
 import pytest
-import tiny
+from helpers import tiny
 
-from prime_trainer import fit
-from prime_trainer.config import ModelConfig, RunConfig
-from prime_trainer.models import load_tokenizer
+from prime_trainer.config.run_config import RunConfig
+from prime_trainer.config.sections import ModelConfig
+from prime_trainer.models.tokenizers import load_tokenizer
+from prime_trainer.train import supervised_loop
 
 
 @pytest.fixture(scope="session")
@@ -77,7 +78,7 @@ def stop_after(monkeypatch):
             yield Stop(steps)
 
         with monkeypatch.context() as patch:
-            patch.setattr(fit, "stop_signal", signal)
+            patch.setattr(supervised_loop, "stop_signal", signal)
             yield
 
     return stopping

@@ -8,9 +8,11 @@ import signal
 
 import pytest
 import torch
+from helpers.checkpoints import load_latest
 
 from prime_trainer import loop, sft
-from prime_trainer.checkpoint import load_latest, save
+from prime_trainer.models import loading
+from prime_trainer.run.checkpoint import save
 from prime_trainer.verify import Verdict
 
 TIMES = {"time/rollout", "time/verify", "time/prm", "time/policy", "time/total"}
@@ -121,8 +123,8 @@ def test_without_process_rewards_no_prm_is_loaded(run_config, monkeypatch, tmp_p
     import prime_kernels as pk
 
     loaded, seen = [], []
-    load, advantages = loop.models.load_model, pk.rloo_advantages
-    monkeypatch.setattr(loop.models, "load_model", lambda cfg: loaded.append(cfg) or load(cfg))
+    load, advantages = loading.load_model, pk.rloo_advantages
+    monkeypatch.setattr(loading, "load_model", lambda cfg: loaded.append(cfg) or load(cfg))
 
     def spy(process_rewards, outcomes, cu_seqlens, cu_groups, **options):
         got = advantages(process_rewards, outcomes, cu_seqlens, cu_groups, **options)

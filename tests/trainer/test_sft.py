@@ -5,16 +5,20 @@ import json
 import math
 
 import pytest
-import tiny
 import torch
+from helpers import tiny
+from helpers.checkpoints import load_latest
 
 import prime_kernels as pk
-from prime_trainer import demonstrations, schedule, sft
-from prime_trainer.batch import Batch
-from prime_trainer.checkpoint import load_latest
-from prime_trainer.models import render
-from prime_trainer.skips import TooManySkipped
-from prime_trainer.tasks import Problem, load_task
+from prime_trainer import sft
+from prime_trainer.data import demonstrations
+from prime_trainer.data.problems import Problem
+from prime_trainer.data.tasks import load_task
+from prime_trainer.models.tokenizers import render
+from prime_trainer.train import supervised_loop
+from prime_trainer.train.batch import Batch
+from prime_trainer.train.nonfinite_guard import TooManySkipped
+from prime_trainer.verify.answers import GymAnswer
 
 
 def chat(question="What is 2 + 3?", answer="5"):
@@ -150,11 +154,13 @@ def test_parquet_chat_data(tmp_path):
 
 
 def test_schedule():
-    values = [schedule.cosine(step, 10, 0.2) for step in range(1, 11)]
+    values = [supervised_loop.cosine(step, 10, 0.2) for step in range(1, 11)]
     assert values[:2] == [0.5, 1.0]
     assert values[2:] == sorted(values[2:], reverse=True) and 0 < values[-1] < 0.05
-    assert schedule.cosine(6, 10, 0.2) == pytest.approx(0.5 * (1 + torch.cos(torch.tensor(4 / 9 * torch.pi)).item()))
-    assert schedule.cosine(1, 1, 0.0) == 1.0
+    assert supervised_loop.cosine(6, 10, 0.2) == pytest.approx(
+        0.5 * (1 + torch.cos(torch.tensor(4 / 9 * torch.pi)).item())
+    )
+    assert supervised_loop.cosine(1, 1, 0.0) == 1.0
 
 
 def test_resume_gives_the_same_weights(run_config, tmp_path, stop_after, model):
@@ -181,7 +187,7 @@ def nan_at(monkeypatch):
     def patch(*passes):
         found, count = pk.linear_nll, itertools.count(1)
         monkeypatch.setattr(
-            sft.pk, "linear_nll", lambda *a, **k: found(*a, **k) * (math.nan if next(count) in passes else 1)
+            sft.lm_head.pk, "linear_nll", lambda *a, **k: found(*a, **k) * (math.nan if next(count) in passes else 1)
         )
 
     return patch
@@ -237,4 +243,4 @@ def test_worked_solutions_are_right(run_config):
         rf"\boxed{{{p.reference}}}" for p in task.train(0, 3)
     ]
     with pytest.raises(ValueError, match="no worked solutions can be made for 'countdown'"):
-        demonstrations.worked(Problem("x", [], {"kind": "reasoning_gym", "dataset": "countdown", "entry": {}}))
+        demonstrations.worked(Problem("x", [], GymAnswer("countdown", {})))

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
-import tiny
+from helpers import tiny
 
-from prime_trainer import models
-from prime_trainer.config import ModelConfig, RunConfig
-from prime_trainer.sections import vllm_installed
+from prime_trainer.config.run_config import RunConfig
+from prime_trainer.config.sections import ModelConfig, vllm_installed
+from prime_trainer.models import tokenizers
 
 HERE = Path(__file__).parent
 
@@ -55,4 +55,4 @@ def configure(directories, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tokenizer(directories):
-    return models.load_tokenizer(ModelConfig(path=str(directories[True])))
+    return tokenizers.load_tokenizer(ModelConfig(path=str(directories[True])))

@@ -5,9 +5,9 @@ import random
 import numpy
 import pytest
 import torch
-from engines import GREEDY, Engine, prompts
+from helpers.engines import GREEDY, Engine, prompts
 
-from prime_trainer import models
+from prime_trainer.models import loading
 from prime_trainer.rollout import Sampling
 
 PROMPTS = prompts()
@@ -112,7 +112,7 @@ def test_an_incomplete_set_of_weights_is_refused(engine):
     if engine.cfg.rollout.engine == "transformers":
         pytest.skip("the transformers engine has no weights of its own")
     before = engine.greedy(PROMPTS[:4])
-    tensors = dict(models.named_tensors(engine.model))
+    tensors = dict(loading.named_tensors(engine.model))
     name = "model.layers.1.mlp.up_proj.weight"
     some = {k: v + 1 for k, v in tensors.items() if k != name}
     with pytest.raises(ValueError, match=rf"1 are missing \({name}\), 1 unknown \(other\)"):

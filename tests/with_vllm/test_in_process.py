@@ -6,10 +6,11 @@ import os
 import psutil
 import pytest
 import torch
-from engines import Engine, prompts, shared_memory
+from helpers.engines import Engine, prompts, shared_memory
 
-from prime_trainer import models
-from prime_trainer.rollout import EngineDied, Sampling, _vllm
+from prime_trainer.models import loading
+from prime_trainer.rollout import EngineDied, Sampling
+from prime_trainer.rollout.vllm import engine as vllm_engine
 
 PROMPTS = prompts()
 
@@ -57,7 +58,7 @@ def test_old_keys_and_values_survive_unless_the_prefix_cache_is_reset(engine, mo
 
 
 def test_weights_that_the_engine_misses_are_an_error(engine):
-    tensors = dict(models.named_tensors(engine.model))
+    tensors = dict(loading.named_tensors(engine.model))
     del tensors["model.norm.weight"], tensors["lm_head.weight"]
     with pytest.raises(EngineDied, match=r"1 weights of the engine were not given: \['model.norm.weight'\]"):
         engine.sampler._engine.load(tensors)
@@ -68,9 +69,9 @@ def test_a_failed_update_ends_the_engine_and_a_new_one_goes_on(engine, monkeypat
         half = dict(list(tensors.items())[: len(tensors) // 2])
         load(model, config, half)
 
-    load = _vllm.load_weights
+    load = vllm_engine.load_weights
     with monkeypatch.context() as patch:
-        patch.setattr(_vllm, "load_weights", fails)
+        patch.setattr(vllm_engine, "load_weights", fails)
         with pytest.raises(EngineDied, match="a weight update failed: ValueError"):
             engine.push(1)
     with pytest.raises(EngineDied, match="holds no complete set of weights"):
@@ -97,9 +98,9 @@ def test_an_error_in_the_middle_leaves_nothing_to_be_sampled(engine, monkeypatch
 
 def test_what_vllm_aborted_is_no_response():
     """A real abort is among the tests of the server, where others can cause one."""
-    assert _vllm.finished([5], [-1.0], "length", 3).weight_version == 3
+    assert engine.finished([5], [-1.0], "length", 3).weight_version == 3
     with pytest.raises(EngineDied, match="vLLM ended a response after 2 tokens with the reason 'abort'"):
-        _vllm.finished([5, 6], [-1.0, -1.0], "abort", 3)
+        engine.finished([5, 6], [-1.0, -1.0], "abort", 3)
 
 
 def test_updates_take_no_memory(engine):
@@ -118,7 +119,7 @@ def test_updates_take_no_memory(engine):
         engine.push(version)
         if version % 4 == 0:
             engine.greedy(PROMPTS[:4])
-    weights = sum(t.nbytes for _, t in models.named_tensors(engine.model))
+    weights = sum(t.nbytes for _, t in loading.named_tensors(engine.model))
     assert resident() - before < updates * weights / 4  # a copy kept of every fourth update would be noticed
     assert engine.disagreements(PROMPTS) == 0
 
@@ -140,10 +141,10 @@ def test_weights_between_gpus_are_those_that_were_pushed(engine, monkeypatch):
         return Transfer()
 
     monkeypatch.setattr(WeightTransferTrainerFactory, "trainer_init", trainer_init)
-    tensors = engine.sampler.shape.check_weights(models.named_tensors(engine.model))
+    tensors = engine.sampler.shape.check_weights(loading.named_tensors(engine.model))
     for backend in ("nccl", "ipc"):
         calls.clear()
-        send = _vllm.gpu_transfer(backend, "client", "127.0.0.1", 12345, 2)
+        send = engine.gpu_transfer(backend, "client", "127.0.0.1", 12345, 2)
         send(tensors)
         send({name: tensor + 1 for name, tensor in tensors.items()})
         (call,) = calls  # one rendezvous for all updates

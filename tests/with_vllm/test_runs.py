@@ -11,14 +11,15 @@ import time
 
 import psutil
 import pytest
-import ranks
-from engines import Engine, processes, prompts, rows, same_weights, shared_memory
+from helpers import ranks
+from helpers.checkpoints import load_latest
+from helpers.engines import Engine, processes, prompts, rows, same_weights, shared_memory
 
-from prime_trainer import loop, models
-from prime_trainer.checkpoint import load_latest
+from prime_trainer import loop
 from prime_trainer.cli import main
-from prime_trainer.config import ModelConfig
-from prime_trainer.rollout import EngineDied, _vllm
+from prime_trainer.config.sections import ModelConfig
+from prime_trainer.models import loading, tokenizers
+from prime_trainer.rollout import EngineDied
 from prime_trainer.verify import Verdict
 
 ENGINES = ("transformers", "vllm", "vllm-server")
@@ -30,7 +31,7 @@ class Contains:
     def score(self, items):
         words = [text.replace("=", " ").replace(".", " ").replace("*", " ").split() for _, text in items]
         return [
-            Verdict(float(answer["entry"]["answer"] in found), None)
+            Verdict(float(answer.entry["answer"] in found), None)
             for (answer, _), found in zip(items, words, strict=True)
         ]
 
@@ -48,11 +49,11 @@ def smollm2(tmp_path_factory):
     """As an ordinary directory: reading the GGUF file takes longer than a run."""
     cfg = ModelConfig(chat_template="bare")
     try:
-        model, tokenizer = models.load_model(cfg), models.load_tokenizer(cfg)
-    except models.ModelError as error:
+        model, tokenizer = loading.load_model(cfg), tokenizers.load_tokenizer(cfg)
+    except loading.ModelError as error:
         pytest.skip(str(error))
     directory = tmp_path_factory.mktemp("smollm2") / "model"
-    models.save(model, tokenizer, directory)
+    loading.save(model, tokenizer, directory)
     return directory
 
 
@@ -69,7 +70,7 @@ def test_every_engine_has_the_same_statistics(smollm2, configure):
             filter={"low": 0.1, "high": 0.9, "max_rounds": 1},
         )
         loop.run(cfg)
-        assert not processes(f"prime_trainer.rollout.server_process\0{os.getpid()}") and not shared_memory()
+        assert not processes(f"prime_trainer.rollout.vllm.server_main\0{os.getpid()}") and not shared_memory()
         steps = rows(cfg.output)
         assert len(steps) == 3 and all(row["groups_sampled"] == 8 for row in steps)
         assert {row["lag"] for row in steps} == {0.0}
@@ -105,7 +106,7 @@ def test_vllm_loads_what_a_run_exports(configure, tmp_path):
     asked, engine = prompts(), Engine(configure("vllm"))
     engine.shake(5)
     engine.push(1)
-    models.save(engine.model, engine.tokenizer, tmp_path / "final")
+    loading.save(engine.model, engine.tokenizer, tmp_path / "final")
     want = engine.greedy(asked)
     engine.sampler.close()
     llm = LLM(**engine.sampler.options, model=str(tmp_path / "final"), skip_tokenizer_init=True)
@@ -113,7 +114,7 @@ def test_vllm_loads_what_a_run_exports(configure, tmp_path):
     outputs = llm.generate([{"prompt_token_ids": p} for p in asked], greedy, use_tqdm=False)
     llm.llm_engine.engine_core.shutdown()
     del llm
-    _vllm._forget_groups()
+    engine._forget_groups()
     assert [list(output.outputs[0].token_ids) for output in outputs] == want
 
 
@@ -147,7 +148,7 @@ def interrupt_after(step, cfg):
 @pytest.fixture
 def killing(monkeypatch):
     """`killing(2)`: kills the engine's process in each of the first steps after step 1, while it samples."""
-    from prime_trainer.rollout.server_sampler import ServerSampler
+    from prime_trainer.rollout.vllm.server_sampler import ServerSampler
 
     generate, kills = ServerSampler.generate, []
 
@@ -201,9 +202,9 @@ def test_a_run_of_its_own_server_ends_with_it(configure, tmp_path):
             run.send_signal(number)
             time.sleep(0.3)
         run.wait(120)
-        while processes(f"prime_trainer.rollout.server_process\0{run.pid}") and time.monotonic() < deadline:
+        while processes(f"prime_trainer.rollout.vllm.server_main\0{run.pid}") and time.monotonic() < deadline:
             time.sleep(0.2)
-        assert not processes(f"prime_trainer.rollout.server_process\0{run.pid}")
+        assert not processes(f"prime_trainer.rollout.vllm.server_main\0{run.pid}")
         if signals == [signal.SIGKILL]:  # which leaves nobody to remove weights that were just being handed over
             for name in shared_memory():
                 shutil.rmtree(f"/dev/shm/{name}")

@@ -11,12 +11,12 @@ import time
 
 import httpx
 import pytest
-from engines import Engine, processes, prompts, shared_memory
+from helpers.engines import Engine, processes, prompts, shared_memory
 
 from prime_trainer.errors import RunError
 from prime_trainer.rollout import EngineDied, Sampling
-from prime_trainer.rollout.server import free_port, read_token
-from prime_trainer.rollout.server_client import Client
+from prime_trainer.rollout.vllm.client import Client
+from prime_trainer.rollout.vllm.server import free_port, read_token
 
 PROMPTS = prompts()
 

@@ -8,8 +8,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from ..rows import jsonl_rows
-from .data import PROMPTS, outcome
+from ..run.atomic_files import replace_file
+from ..run.jsonl import jsonl_rows
+from .items import PROMPTS, outcome
 
 WIDTH, HEIGHT, MARGIN = 320, 150, 8
 
@@ -17,7 +18,7 @@ WIDTH, HEIGHT, MARGIN = 320, 150, 8
 def write_page(scores: Path, page: Path, limit: int) -> Path:
     """Writes the first `limit` scored responses of a file that `score` wrote as `page`."""
     rows = itertools.islice((row for _, row in jsonl_rows(scores) if row.get("rewards")), limit)
-    page.write_text(render(rows, title=scores.parent.name), encoding="utf-8")
+    replace_file(page, render(rows, title=scores.parent.name))
     return page
 
 
@@ -26,7 +27,7 @@ def render(rows: Iterable[dict[str, Any]], title: str) -> str:
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    source = files("prime_trainer").joinpath("templates", "steps.html.j2").read_text(encoding="utf-8")
+    source = files("prime_trainer.prm").joinpath("steps.html.j2").read_text(encoding="utf-8")
     responses = [_response(row) for row in rows]
     counts = {kind: sum(r["outcome"] == kind for r in responses) for kind in ("correct", "incorrect", "unlabelled")}
     return environment.from_string(source).render(
@@ -37,7 +38,7 @@ def render(rows: Iterable[dict[str, Any]], title: str) -> str:
 def _response(row: dict[str, Any]) -> dict[str, Any]:
     rewards, label = row["rewards"], outcome(row)
     tokens = rewards.get("token_rewards") or []
-    # Steps and tokens have scales of their own: a step is a sum of many tokens.
+    # Steps and tokens have separate scales: a step is a sum of many tokens.
     step_scale = max(map(abs, rewards["single"]), default=0.0)
     token_scale = max(map(abs, tokens), default=0.0)
     return {

@@ -1,210 +1,210 @@
-"""Rewards of tokens, steps and responses under an implicit PRM.
-
-The reward of a token is beta * (log pi_prm - log pi_ref); `single` is its sum over a step, Q_k - Q_{k-1}, `cumulative`
-the sum from the start of the response, Q_k (arXiv 2412.01981).
-"""
+"""`prime-trainer score`: a file of responses in, a file of rewards out, a window of responses in memory at a time."""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+from ..config.run_config import RunConfig
+from ..config.sections import ScoreConfig
+from ..data.groups import TooLong
+from ..errors import RunError
+from ..models import loading, tokenizers
+from ..run import checkpoint, unchanged
+from ..run.checkpoint import FINGERPRINTS
+from ..run.jsonl import JsonlWriter, cut_torn_tail, jsonl_rows, read_object
+from ..run.output_lock import owns_output
+from ..run.progress import progress_bar
+from ..run.stop_signal import stop_signal
+from .items import Item, read_items
+from .page import write_page
+from .step_scorer import Encoded, NotFinite, StepRewards, StepScorer
 
-import prime_kernels as pk
-
-from .. import lm_head, models
-from ..batch import Batch, Group, Micro, check_length
-from ..score import predicting
-from .card import CARD_BETA, card_micro, encode_card
-from .data import Item, StepResponse, encode, items_of
-
-BETA = 0.05
-RESPONSE_REWARDS = ("min", "mean", "sum", "last")
-
-
-class NotFinite(ValueError):
-    """A response on which a model overflows."""
-
-
-@dataclass(frozen=True)
-class StepRewards:
-    """What one response got: S steps, T tokens (the end-of-sequence token included)."""
-
-    steps: list[str]
-    """[S], the response cut up: their concatenation is its text."""
-    cu_steps: list[int]
-    """[S + 1], the tokens at which steps start."""
-    tokens: list[str]
-    """[T]"""
-    token_rewards: list[float]
-    """[T]"""
-    single: list[float]
-    """[S]"""
-    cumulative: list[float]
-    """[S]"""
-
-    def response(self, mode: str = "single") -> dict[str, float]:
-        """`min`, `mean`, `sum` and `last` of the `single` or `cumulative` rewards of the steps."""
-        values = {"single": self.single, "cumulative": self.cumulative}[mode]
-        total = sum(values)
-        return {"min": min(values), "mean": total / len(values), "sum": total, "last": values[-1]}
+SCORES = "scores.jsonl"
+_WRITTEN = ("rewards", "error", "reward_model")
 
 
-def score_steps(
-    rows: Iterable[Mapping[str, Any]],
-    *,
-    prm: Any,
-    reference: Any,
-    tokenizer: Any,
-    beta: float | None = None,
-    splitter: str = "blank_line",
-    compat: str | None = None,
-    micro_batch_tokens: int = 4096,
-    max_length: int | None = None,
-) -> list[StepRewards]:
-    """Scores the steps of responses, the PRM and the reference in one pass over rows that share prompts.
+@owns_output
+def run(cfg: RunConfig) -> Path:
+    """Scores `cfg.score.path` with the PRM `cfg.model`; returns the path of the scores.
 
-    Args:
-        rows: dicts with `prompt` (text, or a chat) and `response` (text), `steps` (a list of texts, joined by blank
-            lines) or `completions` (several responses); see prm/data.py.
-        prm, reference: causal LMs of `prime_trainer.models.load_model` (or of transformers), on the same device.
-        tokenizer: a fast tokenizer, the same for both.
-        beta: 0.05 where None; with `compat` the card's 0.001.
-        splitter: "blank_line", "line", "numbered" ("Step 2:"), "action" ("[VERIFY]") or "none"; `steps` win over it.
-        compat: "eurus-card" computes what the EurusPRM-Stage2 card's snippet does: its template, its token indices
-            (each step one token early, with the first tokens of the next) and its mask over pad tokens.
-        micro_batch_tokens: padded tokens in one forward pass.
-        max_length: of prompt and response in tokens; the models' positions where None.
-
-    Returns:
-        One StepRewards a response, in order.
-
-    Raises:
-        ValueError: a bad row (`rows[3]: ..`), an empty step, a response that does not fit, rewards that are not finite.
+    A row of `scores.jsonl` is the input's row (of one with completions, a row each) with `reward_model`, `benchmark`
+    and `rewards`: {steps, single, cumulative, tokens, token_rewards, cu_steps, response: {single: {min, mean, sum,
+    last}, cumulative: {..}}}. Rows are written as windows are done; Ctrl-C or an error keeps them, and `--resume` goes
+    on after them, with the same models and where the input up to there is the same. A response on which a model
+    overflows ends the run with an error after its window, and stands there with `error` in place of rewards.
     """
-    items = [item for k, row in enumerate(rows) for item in items_of(row, f"rows[{k}]")]
-    scorer = StepScorer(
-        prm, reference, tokenizer, beta=beta, splitter=splitter, compat=compat,
-        micro_batch_tokens=micro_batch_tokens, max_length=max_length,
-    )  # fmt: skip
-    found = scorer.score([scorer.encode(item) for item in items])
-    for rewards in found:
-        if isinstance(rewards, NotFinite):
-            raise rewards
-    return found
+    own = cfg.score
+    if own.path is None or own.reference is None:
+        raise ValueError(f"score.{'path' if own.path is None else 'reference'} is required")
+    out = cfg.output / SCORES
+    done = _begin(cfg, out)
+    tokenizer = tokenizers.load_tokenizer(cfg.model)
+    reference_model = cfg.model.model_copy(update={"path": str(own.reference), "gguf_file": None})
+    tokenizers.check_same_tokenizer(
+        tokenizer, tokenizers.load_tokenizer(reference_model), ("model.path", "score.reference")
+    )
+    fingerprints = {
+        **loading.fingerprints({"model.path": cfg.model, "score.reference": reference_model}),
+        "tokenizer": tokenizers.TokenizerIdentity.of(tokenizer).fingerprint(),
+    }
+    items = read_items(own.path, "score.path")
+    if done:
+        _check_fingerprints(cfg.output / FINGERPRINTS, fingerprints)
+        _skip(items, out)
+    total = _count(own.path)
+    if done < total or not total:
+        scorer = StepScorer(
+            loading.frozen(loading.load_model(cfg.model)),
+            loading.frozen(loading.load_model(reference_model)),
+            tokenizer,
+            beta=own.beta, splitter=own.splitter, compat=own.compat,
+            micro_batch_tokens=cfg.micro_batch_tokens, max_length=own.max_length,
+        )  # fmt: skip
+        checkpoint.write_config(cfg, fingerprints)
+        names = {"reward_model": own.name or cfg.model.path, "benchmark": own.path.stem}
+        _score(own, items, names, scorer, out, done, total)
+    if own.page_rows:
+        write_page(out, cfg.output / "index.html", own.page_rows)
+    return out
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """An item in tokens."""
+def _begin(cfg: RunConfig, out: Path) -> int:
+    """The number of rows that are there. Refuses to overwrite scores, or to go on with other settings."""
+    if not cfg.resume:
+        if out.exists():
+            raise ValueError(f"{out} already exists; give another --output, or --resume to continue it")
+        return 0
+    config = cfg.output / "config.json"
+    if config.is_file():
+        free = {"window", "page_rows"}
+        old, new = (
+            {"model": c.get("model")} | dict(c.get("score") or {})
+            for c in (read_object(config), cfg.model_dump(mode="json"))
+        )
+        changed = "--resume: the configuration has changed"
+        unchanged.check(old, new, [key for key in new if key not in free], changed)
+    return cut_torn_tail(out)
 
-    place: str
-    prompt_ids: list[int]
-    response: StepResponse
+
+def _check_fingerprints(path: Path, now: dict[str, Any]) -> None:
+    if not path.is_file():
+        raise ValueError(f"--resume: {path} is missing: what the scores beside it are from cannot be told")
+    saved = read_object(path)
+    changed = unchanged.differing(saved, now)
+    if changed:
+        raise ValueError(f"--resume: not what the scores there are from: {', '.join(changed)} has changed since")
 
 
-class StepScorer:
-    """The two models and how to read responses with them; the arguments are those of `score_steps`."""
+def _score(
+    own: ScoreConfig,
+    items: Iterator[Item],
+    names: dict[str, str],
+    scorer: StepScorer,
+    out: Path,
+    done: int,
+    total: int,
+) -> None:
+    """`names`: `reward_model` and, for rows that name none, `benchmark`."""
+    windows = math.ceil(total / own.window)
+    with progress_bar("score", windows, done // own.window) as bar, stop_signal() as stop, JsonlWriter(out) as file:
+        while True:
+            if stop.is_set() and done < total:
+                raise RunError(f"stopped after {done} of {total} responses; --resume goes on")
+            window, failure = _take(items, own.window)
+            if window:
+                rows, bad = _rows(window, scorer, own)
+                file.append(
+                    row | names | ({"benchmark": row["benchmark"]} if row.get("benchmark") else {}) for row in rows
+                )
+                if bad is not None:
+                    raise bad
+                done += len(window)
+                bar.advance(f"{done} of {total} responses")
+            if failure is not None:
+                raise failure
+            if len(window) < own.window:
+                break
 
-    def __init__(
-        self,
-        prm: Any,
-        reference: Any,
-        tokenizer: Any,
-        *,
-        beta: float | None,
-        splitter: str,
-        compat: str | None,
-        micro_batch_tokens: int,
-        max_length: int | None,
-    ) -> None:
-        if compat not in (None, "eurus-card"):
-            raise ValueError(f"compat must be None or 'eurus-card', got {compat!r}")
-        streams = [models.reads_stream(model) for model in (prm, reference)]
-        if streams[0] != streams[1]:
-            raise ValueError("prm and reference must have the same attention: one reads masks, the other a stream")
-        if streams[0] and compat is not None:
-            raise ValueError("compat = 'eurus-card' masks pad tokens; that takes model.attention = 'sdpa'")
-        self._prm, self._reference, self._tokenizer = prm, reference, tokenizer
-        self._card, self._splitter = compat == "eurus-card", splitter
-        self._beta = beta if beta is not None else CARD_BETA if self._card else BETA
-        self._micro_batch_tokens = micro_batch_tokens
-        self._limit = models.length_limit([prm, reference], max_length)
 
-    def encode(self, item: Item) -> Encoded:
-        """Raises TooLong for a response that does not fit."""
-        if self._card:
-            prompt_ids, response = encode_card(self._tokenizer, item, self._splitter)
+def _take(items: Iterator[Item], count: int) -> tuple[list[Item], Exception | None]:
+    """The next items, and what a bad row after them raised: those before it are scored first."""
+    window: list[Item] = []
+    try:
+        for item in itertools.islice(items, count):
+            window.append(item)
+    except ValueError as error:
+        return window, error
+    return window, None
+
+
+def _rows(window: list[Item], scorer: StepScorer, own: ScoreConfig) -> tuple[list[dict[str, Any]], ValueError | None]:
+    """The rows of the responses up to the first that cannot be read, and the error to end with once they are kept."""
+    encoded: list[Encoded | TooLong] = []
+    failure = None
+    for item in window:
+        try:
+            encoded.append(scorer.encode(item))
+        except TooLong as error:
+            if own.too_long == "error":
+                failure = ValueError(f"{error} (score.too_long = 'skip' goes on without it)")
+                break
+            encoded.append(error)
+        except ValueError as error:
+            failure = error
+            break
+    rewards = iter(scorer.score([each for each in encoded if isinstance(each, Encoded)]))
+    rows, overflow = [], None
+    for item, each in zip(window, encoded, strict=False):
+        found = next(rewards) if isinstance(each, Encoded) else each
+        if isinstance(found, StepRewards):
+            rows.append({**item.row, "rewards": as_row(found, own.tokens)})
         else:
-            prompt_ids = models.render(self._tokenizer, item.messages)
-            response = encode(self._tokenizer, item, self._splitter)
-        if self._limit is not None:
-            check_length(item.place, prompt_ids, response, self._limit)
-        return Encoded(item.place, prompt_ids, response)
-
-    @torch.no_grad()
-    def score(self, encoded: Sequence[Encoded]) -> list[StepRewards | NotFinite]:
-        """The rewards of each response, or the error that says why it has none."""
-        if not encoded:
-            return []
-        order, groups = self._group(encoded)
-        batch = Batch.read_by(self._prm, groups)
-        log_ratio = torch.zeros(batch.num_tokens, device=batch.device)
-        for micro in batch.micro_batches(range(len(groups)), self._micro_batch_tokens):
-            if self._card:
-                micro = card_micro(micro, self._tokenizer.pad_token_id)
-            log_ratio[micro.tokens] = self._log_ratio(micro, batch.ids[micro.tokens])
-        rewards = self._beta * log_ratio
-        cu_steps, owned = _step_offsets(batch)
-        modes = {
-            mode: pk.step_rewards(rewards, cu_steps, batch.cu_seqlens, mode=mode).tolist()
-            for mode in ("single", "cumulative")
-        }
-        out: list[StepRewards | NotFinite | None] = [None] * len(encoded)
-        starts, token_rewards = batch.cu_seqlens.tolist(), rewards.tolist()
-        for at, k in enumerate(order):
-            own, response = token_rewards[starts[at] : starts[at + 1]], encoded[k].response
-            if not all(map(math.isfinite, own)):
-                # Alone, as the values of one that overflows reach all that share its pass: 0 * NaN is NaN.
-                if len(encoded) > 1:
-                    out[k] = self.score([encoded[k]])[0]
-                else:
-                    where = encoded[k].place
-                    out[k] = NotFinite(f"{where}: the rewards are not finite: a model overflows on this response")
-                continue
-            single, cumulative = (modes[mode][owned[at]] for mode in ("single", "cumulative"))
-            out[k] = StepRewards(response.steps, response.cu_steps, response.pieces, own, single, cumulative)
-        return out
-
-    def _group(self, encoded: Sequence[Encoded]) -> tuple[list[int], list[Group]]:
-        """Responses to the same prompt together: (index of each in `encoded`, groups). The card's pass has no masks
-        for shared prompts: there every response is alone."""
-        members: dict[Any, list[int]] = {}
-        for k, each in enumerate(encoded):
-            members.setdefault(k if self._card else tuple(each.prompt_ids), []).append(k)
-        groups = [Group(encoded[ks[0]].prompt_ids, [encoded[k].response for k in ks]) for ks in members.values()]
-        return [k for ks in members.values() for k in ks], groups
-
-    def _log_ratio(self, micro: Micro, ids: Tensor) -> Tensor:
-        heads = [lm_head.head(model, predicting(model, micro)) for model in (self._prm, self._reference)]
-        return pk.linear_log_ratios(*heads, ids).log_ratio
+            rows.append({**item.row, "rewards": None, "error": str(found)})
+        if overflow is None and isinstance(found, NotFinite):
+            overflow = ValueError(f"{found}; it stands in the scores without rewards and --resume goes on after it")
+    return rows, overflow or failure
 
 
-def _step_offsets(batch: Batch) -> tuple[Tensor, list[slice]]:
-    """([S + 1] offsets of all steps in the batch's tokens, the steps of each response). Tokens after a response's last
-    step, which only the card leaves, are a step of their own that no response owns."""
-    offsets, owned = [0], []
-    responses = [r for g in batch.groups for r in g.responses]
-    for start, end, response in zip(
-        batch.cu_seqlens[:-1].tolist(), batch.cu_seqlens[1:].tolist(), responses, strict=True
-    ):
-        first = len(offsets) - 1
-        offsets += [start + at for at in response.cu_steps[1:]]
-        owned.append(slice(first, len(offsets) - 1))
-        if offsets[-1] != end:
-            offsets.append(end)
-    return torch.tensor(offsets, device=batch.device), owned
+def as_row(rewards: StepRewards, tokens: bool) -> dict[str, Any]:
+    """Seven significant digits: all that float32 has."""
+
+    def short(values: list[float]) -> list[float]:
+        return [float(f"{value:.7g}") for value in values]
+
+    row: dict[str, Any] = {"steps": rewards.steps, "cu_steps": rewards.cu_steps}
+    for mode in ("single", "cumulative"):
+        row[mode] = short(getattr(rewards, mode))
+    row["response"] = {
+        mode: {name: float(f"{value:.7g}") for name, value in rewards.response(mode).items()}
+        for mode in ("single", "cumulative")
+    }
+    if tokens:
+        row |= {"tokens": rewards.tokens, "token_rewards": short(rewards.token_rewards)}
+    return row
+
+
+def _count(path: Path) -> int:
+    """Responses in the file, up to the first bad row: for the progress bar."""
+    count = 0
+    try:
+        for _ in read_items(path, "score.path"):
+            count += 1
+    except ValueError:
+        return count
+    return count
+
+
+def _skip(items: Iterator[Item], out: Path) -> None:
+    """Passes over the responses that are scored, after checking each: what comes after them may have been mended."""
+    for number, (_, scored) in enumerate(jsonl_rows(out), 1):
+        item = next(items, None)
+        given = {} if item is None else item.row | {"benchmark": item.row.get("benchmark") or scored.get("benchmark")}
+        was, now = ({key: row[key] for key in row if key not in _WRITTEN} for row in (scored, given))
+        if was != now:
+            raise ValueError(
+                f"--resume: row {number} of {out} is not response {number} of score.path: the input has changed"
+            )

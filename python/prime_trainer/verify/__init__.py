@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from .boxed import last_boxed
-from .host import SandboxError
-from .pool import VerifierError
+from .extract import last_boxed
+from .sandbox import SandboxError
 from .verdict import TIME_LIMIT, Verdict
-from .verifier import Verifier, sandbox
+from .verifier import Verifier, confinement_for
+from .worker_pool import VerifierError
 
-__all__ = ["TIME_LIMIT", "SandboxError", "Verdict", "Verifier", "VerifierError", "last_boxed", "sandbox"]
+__all__ = ["TIME_LIMIT", "SandboxError", "Verdict", "Verifier", "VerifierError", "confinement_for", "last_boxed"]

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
-from .boxed import last_answer, last_boxed
-from .code import CodeRunner, last_code_block
-from .host import Confinement, Limits, confinement
-from .pool import WorkerPool
-from .scorers import plain
+from .answers import Answer, AssertTests, CallTests, MathAnswer, ProgramTests, ScoredAnswer
+from .extract import last_answer, last_boxed, plain, programs
+from .programs import CodeRunner
+from .sandbox import Confinement, Limits, confinement
 from .verdict import Verdict
+from .worker_pool import WorkerPool
 
 if TYPE_CHECKING:
-    from ..config import TaskConfig
+    from ..config.sections import TaskConfig
 
 
 class Verifier:
@@ -31,18 +31,22 @@ class Verifier:
         workers: int,
         *,
         any_answer: bool = False,
+        interval_as_inequality: bool = True,
         code: CodeOptions | None = None,
     ) -> None:
         self._pool = WorkerPool(seconds, workers)
-        self._any_answer = any_answer
+        self._any_answer, self._interval_as_inequality = any_answer, interval_as_inequality
         self._code = code or CodeOptions()
         self._runner: CodeRunner | None = None
 
     @classmethod
     def from_config(cls, cfg: TaskConfig) -> Verifier:
         limits = Limits(cfg.code_seconds, cfg.code_memory_mb)
-        code = CodeOptions(lambda: sandbox(cfg), limits, cfg.code_workers, cfg.code_partial_credit)
-        return cls(cfg.verify_seconds, cfg.verify_workers, any_answer=cfg.any_answer, code=code)
+        code = CodeOptions(lambda: confinement_for(cfg), limits, cfg.code_workers, cfg.code_partial_credit)
+        return cls(
+            cfg.verify_seconds, cfg.verify_workers, any_answer=cfg.any_answer,
+            interval_as_inequality=cfg.interval_as_inequality, code=code,
+        )  # fmt: skip
 
     def __enter__(self) -> Verifier:
         return self
@@ -57,28 +61,33 @@ class Verifier:
         if runner is not None:
             runner.close()
 
-    def answer(self, answer: dict[str, Any], response: str) -> str | None:
+    def answer(self, answer: Answer, response: str) -> str | None:
         """What of a response is scored: its answer or its program; None where there is none."""
-        if answer["kind"] == "code":
-            return last_code_block(response)
-        found = last_boxed(response)
-        return last_answer(response) if found is None and self._any_answer else found
+        if isinstance(answer, ProgramTests):
+            found = candidates(answer, response)
+            return found[0] if found else None
+        boxed = last_boxed(response)
+        return last_answer(response) if boxed is None and self._any_answer else boxed
 
-    def score(self, items: Sequence[tuple[dict[str, Any], str]]) -> list[Verdict]:
+    def score(self, items: Sequence[tuple[Answer, str]]) -> list[Verdict]:
         """Returns one verdict an item, in order.
 
         Raises VerifierError when no worker starts, and SandboxError when no sandbox works; a batch is scored whole or
         not at all.
         """
         verdicts = [Verdict(0.0, None)] * len(items)
-        texts = [self.answer(answer, response) for answer, response in items]
-        answers = [i for i, (a, _) in enumerate(items) if a["kind"] != "code" and texts[i] is not None]
-        programs = [i for i, (a, _) in enumerate(items) if a["kind"] == "code" and texts[i] is not None]
+        answers: list[tuple[int, ScoredAnswer, str]] = []
+        submitted: list[tuple[int, ProgramTests, list[str]]] = []
+        for i, (answer, response) in enumerate(items):
+            if isinstance(answer, ProgramTests):
+                if found := candidates(answer, response):
+                    submitted.append((i, answer, found))
+            elif (text := self.answer(answer, response)) is not None:
+                answers.append((i, self._with_options(answer), text))
         try:
-            if programs and self._runner is None:
-                self._runner = self._code.runner()
-            running = {i: self._runner.submit(items[i][0], texts[i]) for i in programs}
-            for i, verdict in zip(answers, self._pool.score([(items[i][0], texts[i]) for i in answers]), strict=True):
+            running = {i: self._programs().submit(answer, *found) for i, answer, found in submitted}
+            scored = self._pool.score([(answer, text) for _, answer, text in answers])
+            for (i, _, _), verdict in zip(answers, scored, strict=True):
                 verdicts[i] = verdict
             for i, future in running.items():
                 verdicts[i] = future.result()
@@ -87,6 +96,16 @@ class Verifier:
             self.close()
             raise
         return verdicts
+
+    def _with_options(self, answer: ScoredAnswer) -> ScoredAnswer:
+        if isinstance(answer, MathAnswer) and not self._interval_as_inequality:
+            return replace(answer, interval_as_inequality=False)
+        return answer
+
+    def _programs(self) -> CodeRunner:
+        if self._runner is None:
+            self._runner = self._code.runner()
+        return self._runner
 
     def group(self, problems: Sequence[Sequence[str | None]]) -> list[list[int | None]]:
         """Groups the mathematical answers of each problem by equivalence.
@@ -100,9 +119,8 @@ class Verifier:
         written = [{plain(a): a for a in reversed(answers) if a is not None} for answers in problems]
         rounds = 0
         while any(waiting):
-            first = [answers[0] if answers else None for answers in waiting]
             pairs = [(p, a) for p, answers in enumerate(waiting) for a in answers[1:]]
-            items = [({"kind": "math", "answer": written[p][first[p]]}, written[p][a]) for p, a in pairs]
+            items = [(MathAnswer(written[p][waiting[p][0]]), written[p][a]) for p, a in pairs]
             same = {pair for pair, v in zip(pairs, self._pool.score(items), strict=True) if v.score == 1.0}
             for p, answers in enumerate(waiting):
                 joined = [a for i, a in enumerate(answers) if i == 0 or (p, a) in same]
@@ -113,6 +131,15 @@ class Verifier:
             [None if a is None else found[plain(a)] for a in answers]
             for answers, found in zip(problems, groups, strict=True)
         ]
+
+
+def candidates(answer: ProgramTests, response: str) -> list[str]:
+    """The blocks of a response that may be the program that is tested, the likeliest first."""
+    if isinstance(answer, CallTests):
+        return programs(response, [answer.fn_name])
+    if isinstance(answer, AssertTests):
+        return programs(response, answer.names)
+    return programs(response, reads_input=any(answer.inputs))
 
 
 @dataclass(frozen=True)
@@ -128,6 +155,6 @@ class CodeOptions:
         return CodeRunner(self.confine(), self.limits, self.workers, self.partial_credit)
 
 
-def sandbox(cfg: TaskConfig) -> Confinement:
+def confinement_for(cfg: TaskConfig) -> Confinement:
     """The sandbox that a configuration asks for. Raises SandboxError where it does not work on this machine."""
     return confinement(cfg.sandbox, cfg.code_packages, cfg.allow_unsafe)

@@ -6,7 +6,7 @@ from importlib.metadata import version
 import pytest
 import torch
 from conftest import ROOT
-from support import run_page
+from helpers.support import run_page
 
 from prime_kernels.integrations import openrlhf as ours
 
@@ -74,7 +74,7 @@ def test_actor_gets_them_and_loses_them(utils):
 
 def test_actor_forward(patched, tmp_path):
     """The actor itself, on a tiny model: its action log-probs and entropies are those of its logits."""
-    from tiny import write_model
+    from helpers.tiny import write_model
     from transformers import AutoModelForCausalLM
 
     actor_module = importlib.import_module("openrlhf.models.actor")

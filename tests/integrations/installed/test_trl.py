@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT
-from support import run_page
+from helpers.support import code_blocks, run_page
 
 from prime_kernels.integrations import trl as ours
 
@@ -146,7 +146,7 @@ def test_modules_get_them_and_lose_them():
 
 def test_grpo_trains_the_same(tmp_path, trl_steps):
     """Five real steps on a tiny model: losses, gradient norms and entropies agree, and ours was what ran."""
-    from tiny import write_model
+    from helpers.tiny import write_model
 
     model = write_model(tmp_path)
     options = SimpleNamespace(steps=5, tokens=12, dtype="float32")
@@ -161,6 +161,17 @@ def test_grpo_trains_the_same(tmp_path, trl_steps):
 
 
 def test_page(tmp_path):
-    from tiny import write_model
+    from helpers.tiny import write_model
 
     run_page(ROOT / "docs" / "trl.md", MODEL=write_model(tmp_path))
+
+
+def test_readme():
+    original = utils.selective_log_softmax
+    _, block = code_blocks((ROOT / "README.md").read_text(encoding="utf-8"), "python")
+    patch, unpatch = block.split("# ... make and run the trainer as usual ...")
+    names = {}
+    exec(patch, names)
+    assert utils.selective_log_softmax is ours.selective_log_softmax is not original
+    exec(unpatch, names)
+    assert utils.selective_log_softmax is original

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from support import run_page
+from helpers.support import run_page
 
 from prime_kernels.integrations import verl as ours
 

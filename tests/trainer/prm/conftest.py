@@ -3,11 +3,11 @@
 import json
 
 import pytest
-import tiny
 import torch
+from helpers import tiny
 
-from prime_trainer import models
-from prime_trainer.config import ModelConfig
+from prime_trainer.config.sections import ModelConfig
+from prime_trainer.models import loading, tokenizers
 
 
 @pytest.fixture(scope="session")
@@ -18,7 +18,7 @@ def prm_dir(model_dir, tmp_path_factory):
     with torch.no_grad():
         for weight in model.parameters():
             weight.add_(0.05 * weight.std() * torch.randn(weight.shape, generator=generator))
-    models.save(model, models.load_tokenizer(ModelConfig(path=str(model_dir))), directory)
+    loading.save(model, tokenizers.load_tokenizer(ModelConfig(path=str(model_dir))), directory)
     return directory
 
 

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from prime_trainer.batch import check_length
-from prime_trainer.models import render
-from prime_trainer.prm.data import encode, grouped, items_of, read_items
+from prime_trainer.data.groups import check_length
+from prime_trainer.models.tokenizers import render
+from prime_trainer.prm.items import encode, grouped, items_of, read_items
 
 CHAT = [{"role": "system", "content": "s"}, {"role": "user", "content": "2 + 3?"}]
 

@@ -7,15 +7,15 @@ import shutil
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
+from helpers import tiny
 
-from prime_trainer import models
 from prime_trainer.cli import main
-from prime_trainer.config import ModelConfig
-from prime_trainer.models import render
+from prime_trainer.config.sections import ModelConfig
+from prime_trainer.models import loading, tokenizers
+from prime_trainer.models.tokenizers import render
 from prime_trainer.prm import score_steps
-from prime_trainer.prm.score import StepScorer
+from prime_trainer.prm.step_scorer import StepScorer
 
 GOLDEN = Path(__file__).resolve().parents[4] / "shared" / "golden" / "eurusprm_snippet_vectors.json"
 ROWS = [
@@ -106,7 +106,7 @@ def test_bad_input_is_named(prm, model, tokenizer):
 def test_the_card_is_reproduced():
     golden = json.loads(GOLDEN.read_text())
     cfg = ModelConfig(dtype="bfloat16", device="cpu")
-    tokenizer, reference = models.load_tokenizer(cfg), models.load_model(cfg).float()
+    tokenizer, reference = tokenizers.load_tokenizer(cfg), loading.load_model(cfg).float()
     prm = copy.deepcopy(reference)
     with torch.no_grad():
         prm.model.norm.weight.mul_(1.05)
@@ -190,7 +190,7 @@ def test_scores_of_another_model_are_not_gone_on_with(score, jsonl, tmp_path, mo
     other = tiny.load(own)
     with torch.no_grad():
         other.model.norm.weight.mul_(1.5)
-    models.save(other, models.load_tokenizer(ModelConfig(path=str(own))), own)
+    loading.save(other, tokenizers.load_tokenizer(ModelConfig(path=str(own))), own)
     assert score(path, "--resume", f"--{key}", str(own)) == 2
     assert f"not what the scores there are from: {key} has changed since" in capsys.readouterr().err
     assert len(read(out)) == 4
@@ -267,7 +267,7 @@ def test_models_that_do_not_fit_are_named(score, jsonl, tmp_path, model_dir, prm
     model = tiny.load(prm_dir)
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 3] = math.nan
-    models.save(model, models.load_tokenizer(ModelConfig(path=str(prm_dir))), sick)
+    loading.save(model, tokenizers.load_tokenizer(ModelConfig(path=str(prm_dir))), sick)
     assert score(path, "--model.path", str(sick)) == 2
     message = capsys.readouterr().err
     assert "1 of the 8192 values of model.layers.1.mlp.up_proj.weight are not finite" in message

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prime_trainer import models
+from prime_trainer.models import tokenizers
 from prime_trainer.prm import steps
 
 
@@ -58,7 +58,7 @@ def test_tokens_go_to_the_step_of_their_first_ink():
 
 def test_counts_with_a_tokenizer(tokenizer):
     parts = ["so 2 + 3 = 5\n\n", "häß 🙂 5\n\n", "\\boxed{5}"]
-    ids, spans = models.encode_with_spans(tokenizer, "".join(parts))
+    ids, spans = tokenizers.encode_with_spans(tokenizer, "".join(parts))
     counts = steps.token_counts(parts, spans)
     assert sum(counts) == len(ids) and min(counts) > 0
     # Decoding the tokens of a step gives the step.

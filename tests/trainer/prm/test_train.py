@@ -5,19 +5,19 @@ import math
 import shutil
 
 import pytest
-import tiny
 import torch
+from helpers import tiny
 
 from prime_kernels import prm_loss
-from prime_trainer import models
-from prime_trainer.batch import Batch
 from prime_trainer.cli import main
-from prime_trainer.config import ModelConfig, TrainPRMConfig
+from prime_trainer.config.sections import ModelConfig, TrainPRMConfig
+from prime_trainer.models import loading, tokenizers
 from prime_trainer.prm import score_steps, train, training_data
-from prime_trainer.prm.ranking import auc
-from prime_trainer.prm.reference import Reference
-from prime_trainer.score import log_probs
-from prime_trainer.skips import TooManySkipped
+from prime_trainer.prm.reference_cache import Reference
+from prime_trainer.report.statistics import auc
+from prime_trainer.train.batch import Batch
+from prime_trainer.train.forward import log_probs
+from prime_trainer.train.nonfinite_guard import TooManySkipped
 
 
 def rows(count=12, right="\\boxed{5}", wrong="so 2 + 3"):
@@ -74,7 +74,7 @@ def test_gradients_are_those_of_the_whole_batch(model_dir, kind, max_tokens):
 def test_step_labels_are_a_squared_error(prm_config, jsonl, model_dir, tokenizer):
     data = [{"prompt": "2 + 3?", "steps": ["so 2", "is 5", "yes"], "step_labels": [1, 0, None]}]
     path = jsonl("steps.jsonl", [*data, {"prompt": "?", "steps": ["a"], "step_labels": [1]}])
-    groups = training_data.step_groups(TrainPRMConfig(step_path=path), tokenizer, 500)[:1]
+    groups = training_data.step_groups(path, TrainPRMConfig(step_path=path), tokenizer, 500)[:1]
     prm = tiny.load(model_dir)
     (response,) = groups[0].responses
     ref_logp = torch.linspace(-9, 0, len(response.ids))
@@ -115,8 +115,8 @@ def test_it_learns_and_its_checkpoint_scores(prm_config, tokenizer):
     assert found[-1]["eval_loss"] < 0.3
     assert found[-1]["lr"] < 0.2e-3 and max(row["lr"] for row in found) == 1e-3
     # An ordinary checkpoint, good for score_steps.
-    prm = models.load_model(ModelConfig(path=str(final), dtype="float32", device="cpu"))
-    reference = models.load_model(cfg.model)
+    prm = loading.load_model(ModelConfig(path=str(final), dtype="float32", device="cpu"))
+    reference = loading.load_model(cfg.model)
     test = [{"prompt": "What is 20 + 3?", "completions": ["\\boxed{5}", "so 2 + 3 7"]}]
     right, wrong = score_steps(test, prm=prm, reference=reference, tokenizer=tokenizer, beta=0.5)
     assert right.cumulative[-1] > 0 > wrong.cumulative[-1]
@@ -143,7 +143,7 @@ def test_reference_log_probs_are_computed_once(prm_config, monkeypatch, tmp_path
     Reference(ModelConfig(path=str(model_dir)), tokenizer, tmp_path / "cache", 4096).log_probs([groups])
     Reference(ModelConfig(path=str(prm_dir), dtype="float32"), tokenizer, tmp_path / "cache", 4096).log_probs([groups])
     assert computed == [2, 1, 2, 2]
-    moved = models.load_tokenizer(ModelConfig(path=str(model_dir)))
+    moved = tokenizers.load_tokenizer(ModelConfig(path=str(model_dir)))
     moved.chat_template = "x"
     Reference(ModelConfig(path=str(model_dir), dtype="float32"), moved, tmp_path / "cache", 4096).log_probs([groups])
     assert computed == [2, 1, 2, 2, 2]

@@ -7,15 +7,16 @@ import random
 import shutil
 import time
 
-import faults
 import pytest
-import ranks
 import torch
+from helpers import faults, ranks
+from helpers.checkpoints import load_latest
 from safetensors.torch import load_file
 
-from prime_trainer import checkpoint, loop, models
-from prime_trainer.batch import Group
-from prime_trainer.checkpoint import load_latest
+from prime_trainer import loop
+from prime_trainer.data.groups import Group
+from prime_trainer.models import tokenizers
+from prime_trainer.run import checkpoint
 
 KILLS = int(os.environ.get("PRIME_TRAINER_TEST_KILLS", 5))
 
@@ -207,14 +208,14 @@ class TestRefused:
             loop.run(saved)
 
     def test_another_tokenizer(self, saved, monkeypatch):
-        load = models.load_tokenizer
+        load = tokenizers.load_tokenizer
 
         def other(cfg):
             tokenizer = load(cfg)
             tokenizer.add_tokens(["more"])
             return tokenizer
 
-        monkeypatch.setattr(models, "load_tokenizer", other)
+        monkeypatch.setattr(tokenizers, "load_tokenizer", other)
         with pytest.raises(ValueError, match=r"--resume: the tokenizer has changed \(size: (\d+) -> (\d+); vocabulary"):
             loop.run(saved)
 

@@ -1,8 +1,7 @@
 """Several ranks and one served engine, which only the first of them knows: the same run as in one process."""
 
-import faults
 import pytest
-import ranks
+from helpers import faults, ranks
 
 
 @pytest.mark.parametrize(("lag", "deaths"), [(0, [3]), (1, [6])])

@@ -1,14 +1,13 @@
 """The same run on one, two and four processes: the same losses and the same weights."""
 
 import pytest
-import ranks
-import tiny
 import torch
+from helpers import ranks, tiny
+from helpers.checkpoints import load_latest
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from prime_trainer.checkpoint import load_latest
-from prime_trainer.parallel import deal
+from prime_trainer.scale.ranks import deal
 
 
 def settings(**changes):

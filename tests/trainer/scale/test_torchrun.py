@@ -8,15 +8,14 @@ import time
 from pathlib import Path
 
 import psutil
-import ranks
-
-from prime_trainer.checkpoint import load_latest
+from helpers import ranks
+from helpers.checkpoints import load_latest
 
 TESTS = Path(__file__).parents[2]
 RANK = """
 import json, os, sys
 sys.path.insert(0, {tests!r})
-import faults, ranks
+from helpers import faults, ranks
 from prime_trainer import cli, config, loop
 loop.Verifier = ranks.RandomVerifier
 cli._config = lambda words: config.RunConfig(**json.loads({settings!r}))

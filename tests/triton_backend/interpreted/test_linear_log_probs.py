@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support import assert_close
+from helpers.support import assert_close
 
 import prime_kernels as pk
 from prime_kernels._triton import _launch_config

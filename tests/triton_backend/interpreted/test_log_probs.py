@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import assert_close, gradient_kind
+from helpers.support import assert_close, gradient_kind
 
 import prime_kernels as pk
 from prime_kernels._backends import RowGradient

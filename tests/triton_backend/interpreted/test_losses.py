@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from support import assert_close, offsets
+from helpers.support import assert_close, offsets
 
 import prime_kernels as pk
 from prime_kernels._backends import PPOTokens

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from support import offsets
+from helpers.support import offsets
 from triton.runtime import interpreter
 
 from prime_kernels import _launch_counters

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support import offsets
+from helpers.support import offsets
 
 from prime_kernels._triton import pack as kernels
 from prime_kernels._triton._launch_config import PackConfig

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from support import assert_close, offsets
+from helpers.support import assert_close, offsets
 
 from prime_kernels._backends import RlooBatch, RlooSettings
 from prime_kernels._triton import rloo as kernels

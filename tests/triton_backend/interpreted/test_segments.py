@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from support import assert_close, offsets, split
+from helpers.support import assert_close, offsets, split
 
 from prime_kernels._triton import segments as kernels
 from prime_kernels.ops import segment_scan

@@ -1,0 +1,107 @@
+"""The configuration of a run, all sections together; unknown keys are errors."""
+
+from __future__ import annotations
+
+import contextvars
+from pathlib import Path
+
+from pydantic import Field, PositiveInt, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from .bounds import Bounded
+from .needs import Needs, needs_of
+from .sections import (
+    AlgorithmConfig,
+    BenchConfig,
+    CheckpointConfig,
+    EvalConfig,
+    FilterConfig,
+    ModelConfig,
+    PolicyConfig,
+    PRMConfig,
+    ProcessBenchConfig,
+    RolloutConfig,
+    ScaleConfig,
+    ScoreConfig,
+    SelectConfig,
+    SFTConfig,
+    TaskConfig,
+    TrainPRMConfig,
+)
+
+_toml_file: contextvars.ContextVar[Path | None] = contextvars.ContextVar("toml_file", default=None)
+
+
+class RunConfig(Bounded, BaseSettings):
+    model_config = SettingsConfigDict(
+        extra="forbid",
+        cli_kebab_case=False,
+        cli_implicit_flags=True,
+        cli_exit_on_error=False,
+        cli_hide_none_type=True,
+        nested_model_default_partial_update=True,
+        use_attribute_docstrings=True,
+    )
+
+    output: Path = Path("runs/run")
+    seed: int = Field(default=0, ge=0)
+    steps: PositiveInt = 100
+    micro_batch_tokens: PositiveInt = 4096
+    """Padded tokens in one forward pass."""
+    resume: bool = False
+    wait_lock: float = Field(default=0.0, ge=0)
+    """Seconds to wait for another process that works in `output`, as the one before a requeued job may, to end."""
+    model: ModelConfig = ModelConfig()
+    task: TaskConfig = TaskConfig()
+    sft: SFTConfig = SFTConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    filter: FilterConfig = FilterConfig()
+    prm: PRMConfig = PRMConfig()
+    train_prm: TrainPRMConfig = TrainPRMConfig()
+    score: ScoreConfig = ScoreConfig()
+    select: SelectConfig = SelectConfig()
+    processbench: ProcessBenchConfig = ProcessBenchConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    policy: PolicyConfig = PolicyConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    bench: BenchConfig = BenchConfig()
+    scale: ScaleConfig = ScaleConfig()
+
+    @property
+    def needs(self) -> Needs:
+        """Which models, passes and log-probs a step of `rl` needs."""
+        return needs_of(self.policy, self.prm, self.algorithm, self.rollout)
+
+    @model_validator(mode="after")
+    def _engine(self) -> RunConfig:
+        # Not in the section itself: what its defaults were resolved to would count as given when some are overridden.
+        self.rollout = self.rollout.resolved()
+        return self
+
+    @model_validator(mode="after")
+    def _one_temperature(self) -> RunConfig:
+        if self.rollout.temperature != 1 and (self.policy.kl_coef > 0 or self.needs.policy_is_reference):
+            raise ValueError(
+                f"rollout.temperature must be 1 with policy.kl_coef or prm.ref_type = 'policy', got "
+                f"{self.rollout.temperature}: those compare the sampled policy with models at temperature 1"
+            )
+        return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        # No environment variables: a run is what its file and its command line say, nothing else.
+        toml = _toml_file.get()
+        return (init_settings,) if toml is None else (init_settings, TomlConfigSettingsSource(settings_cls, toml))

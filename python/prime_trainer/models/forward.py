@@ -1,0 +1,43 @@
+"""Forward passes of a causal LM without its head, and what a model can read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, overload
+
+from torch import Tensor
+
+from . import traits
+from .protocols import CausalLM
+
+
+def positions(model: CausalLM) -> int | None:
+    """The longest sequence the model can read, None where it does not say."""
+    return getattr(model.config, "max_position_embeddings", None)
+
+
+@overload
+def length_limit(models: Iterable[CausalLM], max_length: int) -> int: ...
+@overload
+def length_limit(models: Iterable[CausalLM], max_length: int | None) -> int | None: ...
+def length_limit(models: Iterable[CausalLM], max_length: int | None) -> int | None:
+    """The longest sequence that all `models` can read, at most `max_length`; None where nothing says."""
+    limits = [max_length, *map(positions, models)]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def new_cache(model: CausalLM) -> Any:
+    from transformers import DynamicCache
+
+    return DynamicCache(config=model.config)
+
+
+def hidden_states(
+    model: CausalLM, input_ids: Tensor, position_ids: Tensor | None, attention_mask: Tensor | None
+) -> Tensor:
+    """Last hidden states [b, L, H]; `attention_mask` is None (causal) or bool [b, 1, L, L], true where a token sees.
+
+    Without `position_ids` they are the model's own, 0 to L - 1 in most.
+    """
+    masks = None if attention_mask is None else traits.of(model).masks
+    return traits.hidden_states(model, input_ids, position_ids, attention_mask, masks)

@@ -1,0 +1,122 @@
+"""The LM head of a causal LM as the losses take it: its weight, whole on this rank or in shares over all of them.
+
+A share has some of the vocabulary's rows (Megatron-LM, arXiv 1909.08053, section 3). Every rank then needs every rank's
+hidden states, and no rank ever holds the head or its gradient whole.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+import prime_kernels as pk
+from prime_kernels.integrations import output_layer
+
+from ..scale import sharding
+from . import traits
+from .protocols import CausalLM
+
+
+def is_split(model: CausalLM) -> bool:
+    """Whether the head's rows are split over the ranks; passes through the head are then collective."""
+    return getattr(model, "head_group", None) is not None
+
+
+def has_fused_losses(model: CausalLM) -> bool:
+    """Whether losses straight from hidden states take its head: whole on this rank, its logits not capped."""
+    return not is_split(model) and traits.of(model).head.softcap is None
+
+
+def head(model: CausalLM, hidden: Tensor) -> pk.Head:
+    """The whole LM head applied to `hidden` [T, H], as the kernels take it; its logits lack `factor`."""
+    weight, bias = output_layer(model)
+    return pk.Head(
+        hidden,
+        sharding.whole(weight, hidden.dtype, hidden.device),
+        None if bias is None else sharding.whole(bias, hidden.dtype, hidden.device),
+    )
+
+
+def factor(model: CausalLM) -> float:
+    """What the model multiplies its logits by: the kernels divide by a temperature."""
+    return traits.of(model).head.scale
+
+
+def nll(model: CausalLM, hidden: Tensor, ids: Tensor, denominator: int) -> Tensor:
+    """Negative log-likelihood of `ids` [T], summed and divided by `denominator`."""
+    if not has_fused_losses(model):
+        return -log_probs(model, hidden, ids)[0].sum() / denominator
+    at = head(model, hidden)
+    return pk.linear_nll(
+        at.hidden, at.weight, ids, bias=at.bias, temperature=1.0 / factor(model), denominator=denominator
+    )
+
+
+def log_probs(
+    model: CausalLM, hidden: Tensor, ids: Tensor, *, temperature: float = 1.0, with_entropy: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """(log-probs [T], entropies [T] or None) of `ids` [T]; logits never exist for more than a tile of tokens."""
+    form, group = traits.of(model).head, getattr(model, "head_group", None)
+    if group is None:
+        at = head(model, hidden)
+        found = form.log_probs(
+            at.hidden, at.weight, ids, bias=at.bias, temperature=temperature, with_entropy=with_entropy
+        )
+        return (found, None) if isinstance(found, Tensor) else found
+    counts = _gathered(torch.tensor([len(ids)], device=ids.device), [1] * dist.get_world_size(group), group).tolist()
+    weight, bias = output_layer(model)
+    everyones = _OfAllRanks.apply(hidden, counts, group)
+    found = form.log_probs(
+        everyones, sharding.share(weight, hidden.dtype, hidden.device), _gathered(ids, counts, group),
+        bias=None if bias is None else sharding.share(bias, hidden.dtype, hidden.device),
+        temperature=temperature, with_entropy=with_entropy, process_group=group,
+    )  # fmt: skip
+    columns = (found,) if isinstance(found, Tensor) else found
+    mine = [_OfThisRank.apply(column, counts, group) for column in columns]
+    return mine[0], mine[1] if with_entropy else None
+
+
+def _gathered(rows: Tensor, counts: list[int], group: dist.ProcessGroup) -> Tensor:
+    """The rows of all ranks, one rank's after another's; rank r has counts[r]."""
+    padded = rows.new_zeros(max(counts), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded, group=group)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+def _own(counts: list[int], group: dist.ProcessGroup) -> slice:
+    first = sum(counts[: dist.get_rank(group)])
+    return slice(first, first + counts[dist.get_rank(group)])
+
+
+class _OfAllRanks(torch.autograd.Function):
+    """All ranks' rows; the gradient of them, which every rank has in full, is this rank's part of it."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, counts: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.own = _own(counts, group)
+        return _gathered(rows, counts, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad[ctx.own], None, None
+
+
+class _OfThisRank(torch.autograd.Function):
+    """This rank's part of a column that all have; backward puts the parts' gradients together for each share."""
+
+    @staticmethod
+    def forward(ctx: Any, column: Tensor, counts: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.counts, ctx.group = counts, group
+        return column[_own(counts, group)].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _gathered(grad.contiguous(), ctx.counts, ctx.group), None, None

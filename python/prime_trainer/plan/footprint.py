@@ -1,0 +1,168 @@
+"""Sizes of a model and what its passes take, counted on the model without data (meta device)."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ..models import forward
+from ..models.protocols import CausalLM
+from ..scale import sharding
+
+# The logits in prime_kernels' linear losses: bytes that are kept for their gradient, then tiles: tokens, elements where
+# they are made again for it, elements without a gradient, and bytes where loss and gradient come from one product.
+KEPT_BYTES = {"cpu": 2**27, "cuda": 2**29}
+TILE_TOKENS = {"cpu": 1024, "cuda": 8192}
+BACKWARD_TILE = {"cpu": 2**24, "cuda": 2**28}
+FORWARD_TILE = {"cpu": 2**22, "cuda": 2**27}
+FUSED_TILE_BYTES = 2**27
+# Rows of a 16-bit product that is added to a float32 sum over tiles.
+ADDED_ROWS = {"cpu": 2**12, "cuda": 2**14}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a model in elements; a `layer` is the largest one."""
+
+    parameters: int
+    layer: int
+    outside: int
+    """Parameters of the body outside the layers, the embedding among them."""
+    head: int
+    tied: bool
+    layers: int
+    width: int
+    vocabulary: int
+    cache_per_token: int
+    """Keys and values of all layers."""
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Bytes that passes of the body take beside its parameters."""
+
+    tokens: int
+    """Of one pass."""
+    forward: int
+    """At most, in a pass without gradients."""
+    kept: int
+    """After the forward of a pass with gradients."""
+    backward: int
+    """At most, in a pass with gradients; each parameter's gradient goes as it comes."""
+
+
+def shape_of(model: CausalLM) -> Shape:
+    """Counts a model's parameters; those that modules share count once."""
+    found = sharding.layers(model)
+    sizes = [sum(p.numel() for p in layer.parameters()) for layer in found]
+    total, body = (sum(p.numel() for p in module.parameters()) for module in (model, model.base_model))
+    head, config = model.get_output_embeddings().weight, model.config
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return Shape(
+        total, max(sizes), body - sum(sizes), head.numel(), head is model.get_input_embeddings().weight, len(found),
+        config.hidden_size, len(head),
+        2 * len(found) * size * (getattr(config, "num_key_value_heads", None) or config.num_attention_heads),
+    )  # fmt: skip
+
+
+class _Live(TorchDispatchMode):
+    """Bytes of the tensors made under it that are still alive, and the most there have been."""
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.bytes = self.most = 0
+        self._known = {tensor.untyped_storage()._cdata for tensor in known}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor):
+                self._add(tensor.untyped_storage())
+        self.most = max(self.most, self.bytes)
+        return made
+
+    def _add(self, storage: Any) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._known:
+            self._known.add(key)
+            self.bytes += size
+            weakref.finalize(storage, self._remove, key, size)
+
+    def _remove(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.bytes -= size
+
+
+def passes_of(model: CausalLM, tokens: int) -> Passes:
+    """What passes of `tokens` tokens take, from two of them on `meta`. The model is not to be used afterwards."""
+    for param in model.parameters():
+        param.register_post_accumulate_grad_hook(_drop)
+    ids = torch.zeros((1, tokens), dtype=torch.int64, device="meta")
+    with _Live([ids, *model.parameters(), *model.buffers()]) as live:
+        with torch.no_grad():
+            forward.hidden_states(model, ids, ids, None)
+        peak = live.most
+        loss = forward.hidden_states(model, ids, ids, None).mul(1.0).sum()
+        live.most = kept = live.bytes
+        loss.backward()
+    return Passes(tokens, peak, kept, live.most)
+
+
+def _drop(param: Tensor) -> None:
+    param.grad = None
+
+
+def _tile(elements: int, tokens: int, vocabulary: int, device: str) -> tuple[int, int]:
+    """(tokens, columns of the head) of a tile of logits."""
+    rows = min(tokens, TILE_TOKENS[device])
+    columns = max(1, min(vocabulary, elements // rows))
+    if 8 < columns < vocabulary:
+        columns -= columns % 8
+    return (max(1, min(tokens, elements // columns)) if columns == vocabulary else rows), columns
+
+
+def head_bytes(shape: Shape, tokens: int, compute: int, device: str, fused: bool) -> dict[str, float]:
+    """What the loss of `tokens` response tokens takes while it makes the gradients of hidden states and head."""
+    hidden = compute * tokens * shape.width
+    if fused:
+        rows, columns = max(1, min(tokens, FUSED_TILE_BYTES // compute // shape.vocabulary)), shape.vocabulary
+    elif compute * tokens * shape.vocabulary <= KEPT_BYTES[device]:
+        rows, columns = tokens, shape.vocabulary
+    else:
+        rows, columns = _tile(BACKWARD_TILE[device], tokens, shape.vocabulary, device)
+    of_hidden = hidden if columns == shape.vocabulary else 4 * tokens * shape.width
+    once, low = rows >= tokens, compute < 4
+    # One product is written where it stays. A sum over tiles is float32; CPUs add to it through float32 copies of what
+    # they add, a block of rows at a time.
+    block = low * min(ADDED_ROWS[device], max(rows, columns)) * shape.width * (compute + 4 * (device == "cpu"))
+    total = 0 if once else 4 * columns * shape.width + block
+    held = 0 if fused and not once else compute * shape.head
+    moments = [(compute * rows * columns, held + total)]
+    if fused and not once:  # the sum is rounded when the logits are gone
+        moments.append((0, (4 + compute * low) * shape.head))
+    if fused and device != "cpu":  # gradients times that of the loss, which a CPU leaves out where it is 1
+        moments.append((0, 2 * compute * shape.head))
+    logits, of_head = max(moments, key=sum)
+    return {"logits": float(logits), "hidden states, head": float(hidden + of_hidden + of_head)}
+
+
+def score_tile_bytes(shape: Shape, tokens: int, compute: int, device: str) -> float:
+    """The logits that are alive while log-probs are made without gradients."""
+    rows, columns = _tile(FORWARD_TILE[device], tokens, shape.vocabulary, device)
+    return float(compute * rows * columns)
+
+
+def drawing_bytes(shape: Shape, compute: int, device: str) -> int:
+    """What drawing one token takes: logits, float32 logits, probabilities, and those in whole blocks of 256.
+
+    CPUs copy what they sum in float64; GPUs read it as it is.
+    """
+    cast, padded, copied = 4 * (compute < 4), 4 * (shape.vocabulary % 256 > 0), 8 * (device == "cpu")
+    return shape.vocabulary * (compute + cast + 4 + padded + copied)

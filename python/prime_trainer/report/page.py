@@ -1,0 +1,182 @@
+"""A run as one self-contained HTML page, with the figures as PNG files and the summary as Markdown beside it."""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from ..run.atomic_files import replace_file
+from ..run.output_lock import output_lock
+from .markdown import table
+from .plots import DARK, FIGURES, LIGHT, draw, has_data
+from .run_record import Record, read_record
+from .statistics import wilson
+
+_HEADERS = ("run", "model", "task", "method", "steps", "accuracy before", "accuracy after", "change", "training time")
+
+
+def write_report(run_dir: Path, others: Sequence[Path] = ()) -> Path:
+    """Writes `run_dir/report/index.html`, `summary.md` and the PNGs; returns the path of the page.
+
+    `others` are further runs of the same experiment (other seeds): the figures show each as a thin line and the mean
+    as a thick one, and the table has a row for each. Raises FileNotFoundError or ValueError for a directory without
+    metrics.
+    """
+    records = [read_record(path) for path in (run_dir, *others)]
+    out = run_dir / "report"
+    with output_lock(out, key="report"):
+        return _write(records, out)
+
+
+def _write(records: Sequence[Record], out: Path) -> Path:
+    rows = [summary_row(record) for record in records]
+    if len(records) > 1:
+        rows.append(_mean_row(records))
+    replace_file(out / "summary.md", markdown_table(rows))
+    figures = []
+    for figure in FIGURES:
+        if not has_data(figure, records):
+            continue
+        light = draw(figure, records, LIGHT)
+        replace_file(out / f"{figure.name}.png", draw(figure, records, LIGHT, titled=True))
+        figures.append({"spec": figure, "light": _inline(light), "dark": _inline(draw(figure, records, DARK))})
+    page = out / "index.html"
+    replace_file(page, _render(records, rows, figures))
+    return page
+
+
+def summary_row(record: Record) -> dict[str, str]:
+    """Returns the run's row of the summary table; a dash stands for what the run does not say."""
+    row = dict.fromkeys(_HEADERS, "–")
+    row["run"] = record.label
+    if (model := record.setting("model", "path")) is not None:
+        row["model"] = str(model)
+    if (task := _task(record)) is not None:
+        row["task"] = task
+    if (process := record.setting("algorithm", "process_coef")) is not None:
+        row["method"] = "PRIME" if process > 0 else "outcome-only RLOO"
+    trained = sorted(record.metrics.get("rl") or record.metrics.get("sft") or {})
+    row["steps"] = str(trained[-1] if trained else 0)
+    steps, accuracy = record.series("eval", "greedy")
+    if steps:
+        row["accuracy before"] = _accuracy(record, steps[0], accuracy[0])
+    if len(steps) > 1:
+        row["accuracy after"] = _accuracy(record, steps[-1], accuracy[-1])
+        row["change"] = f"{100 * (accuracy[-1] - accuracy[0]):+.1f} points"
+    if seconds := sum(record.series("rl", "time/total")[1]):
+        row["training time"] = duration(seconds)
+    return row
+
+
+def _mean_row(records: Sequence[Record]) -> dict[str, str]:
+    row = dict.fromkeys(_HEADERS, "")
+    runs = [series for record in records if len(series := record.series("eval", "greedy")[1]) > 1]
+    row["run"] = f"mean of {len(runs)} runs"
+    if runs:
+        before, after = (sum(run[end] for run in runs) / len(runs) for end in (0, -1))
+        changes = [run[-1] - run[0] for run in runs]
+        mean = sum(changes) / len(changes)
+        row["accuracy before"], row["accuracy after"] = f"{100 * before:.1f} %", f"{100 * after:.1f} %"
+        row["change"] = f"{100 * mean:+.1f} points"
+        if len(runs) > 1:
+            deviation = math.sqrt(sum((change - mean) ** 2 for change in changes) / (len(runs) - 1))
+            row["change"] += f" (standard deviation {100 * deviation:.1f})"
+    return row
+
+
+def _accuracy(record: Record, step: int, share: float) -> str:
+    count = record.metrics["eval"][step].get("n")
+    if not count:
+        return f"{100 * share:.1f} %"
+    low, high = wilson(share, int(count))
+    return f"{100 * share:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def _task(record: Record) -> str | None:
+    task = record.setting("task")
+    if not isinstance(task, dict):
+        return None
+    if task.get("kind") != "reasoning_gym":
+        return Path(str(task.get("path"))).name
+    params = ", ".join(f"{key}={value}" for key, value in (task.get("params") or {}).items())
+    return f"{task.get('name')} ({params})" if params else str(task.get("name"))
+
+
+def duration(seconds: float) -> str:
+    """`3700.0` -> `1 h 2 min`."""
+    minutes = round(seconds / 60)
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def markdown_table(rows: Sequence[dict[str, str]]) -> str:
+    """Returns the summary as a Markdown table."""
+    note = "Accuracy is greedy, on held-out problems, with the 95 % Wilson interval in brackets."
+    return f"{table(rows, _HEADERS)}\n{note}\n"
+
+
+def _render(records: Sequence[Record], rows: list[dict[str, str]], figures: list[dict[str, Any]]) -> str:
+    from jinja2 import Environment, StrictUndefined
+
+    # Escaping is on for all that is filled in: the responses are untrusted text.
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    source = files("prime_trainer.report").joinpath("report.html.j2").read_text(encoding="utf-8")
+    record = records[0]
+    # Of several runs, results are their mean; settings are the same for all.
+    headline = rows[0] | {key: text for key, text in rows[-1].items() if text}
+    return environment.from_string(source).render(
+        title=record.path.name,
+        headline=headline,
+        headers=_HEADERS,
+        rows=rows,
+        runs=len(records),
+        figures=figures,
+        samples=[_sample(sample) for sample in _choose(record.samples)],
+    )
+
+
+def _choose(samples: Sequence[dict[str, Any]], early: int = 2, late: int = 4) -> list[dict[str, Any]]:
+    """The last step's first responses and, to compare with, the first step's."""
+    if not samples:
+        return []
+    first, last = samples[0]["step"], samples[-1]["step"]
+    chosen = [sample for sample in samples if sample["step"] == last][:late]
+    return chosen if first == last else chosen + [s for s in samples if s["step"] == first][:early]
+
+
+def _sample(sample: dict[str, Any]) -> dict[str, Any]:
+    dense = sample.get("process_rewards") is not None
+    values = sample["process_rewards"] if dense else sample.get("advantages") or []
+    values = [*values, *[None] * (len(sample["tokens"]) - len(values))]
+    scale = max((abs(value) for value in values if value is not None), default=0.0)
+    return {
+        "step": sample["step"],
+        "prompt": sample["prompt"],
+        "reference": sample["reference"],
+        "outcome": sample["outcome"],
+        "quantity": "process reward" if dense else "advantage",
+        "scale": f"{scale:.3g}",
+        "tokens": [_token(*pair, scale) for pair in zip(sample["tokens"], values, strict=False)],
+    }
+
+
+def _token(text: str, value: float | None, scale: float) -> dict[str, Any]:
+    if not value:
+        return {"text": text, "sign": "", "strength": 0, "value": "no value" if value is None else "+0"}
+    # The square root keeps small values visible beside the largest.
+    strength = math.sqrt(abs(value) / scale)
+    return {
+        "text": text,
+        "sign": "pos" if value > 0 else "neg",
+        "strength": round(strength, 2),
+        "value": f"{value:+.4g}",
+    }
+
+
+def _inline(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"

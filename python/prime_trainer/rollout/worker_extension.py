@@ -1,9 +1,0 @@
-"""What vLLM's workers import (`--worker-extension-cls`): it adds our weight transfer before they make theirs."""
-
-from . import _vllm
-
-_vllm.register_file_backend()
-
-
-class WorkerExtension:
-    """Adds nothing to the worker; that it is imported is enough."""

@@ -1,0 +1,11 @@
+"""Seeds of everything random in a run."""
+
+from __future__ import annotations
+
+import hashlib
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A 63-bit seed from (run seed, purpose, step, ..), the same on every machine and in every version of Python."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

@@ -1,0 +1,230 @@
+"""Groups of responses, packed once: flat response tokens with cu_seqlens, and how a forward pass lays them out.
+
+A forward row is a prompt followed by its responses, each of which sees the prompt and itself and nothing else, so a
+prompt is computed once however many responses it has; a packed row holds several such groups. Long rows, and models
+that no mask keeps apart (`models.traits`), fall back to one response a row, where nothing needs a mask. For
+flash-attn's varlen kernels a pass is one unpadded row of sequences instead, each a prompt with a response; positions
+that restart at 0 mark where a sequence begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..data.groups import Group
+from ..models import traits
+from ..models.protocols import CausalLM
+from ..models.traits import SHARED_ROW_LIMIT
+from ..scale.ranks import SINGLE, Ranks, deal
+
+Entry = tuple[int, list[int]]
+"""A group and those of its responses that share a row with its prompt."""
+Row = list[Entry]
+
+
+@dataclass(frozen=True)
+class Micro:
+    """One forward pass. T is its number of response tokens, B of responses, both in packed order."""
+
+    input_ids: Tensor
+    """[rows, L]"""
+    position_ids: Tensor | None
+    """[rows, L], or None where rows are single sequences and the model's own are right."""
+    attention_mask: Tensor | None
+    """bool [rows, 1, L, L], or None where causal attention is right."""
+    predictors: Tensor
+    """[T] index into rows * L of the hidden state that predicts each response token."""
+    tokens: Tensor
+    """[T] index of each token in the batch's packed tensors."""
+    responses: Tensor
+    """[B] index of each response in the batch."""
+    cu_seqlens: Tensor
+    """[B + 1] of this micro-batch's own tokens."""
+    nonempty: int
+    """Responses of at least one token."""
+
+
+class Batch:
+    """All groups of a step: `ids` [T], `cu_seqlens` [B + 1], `cu_groups` [G + 1] (in responses), `outcomes` [B]."""
+
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        device: torch.device | str = "cpu",
+        ranks: Ranks = SINGLE,
+        layout: traits.Layout = "shared",
+    ) -> None:
+        if not groups:
+            raise ValueError("groups is empty; a batch needs at least one")
+        self.groups, self.device, self.ranks, self.layout = list(groups), torch.device(device), ranks, layout
+        responses = [r for g in self.groups for r in g.responses]
+        lengths = [len(r.ids) for r in responses]
+        self.ids = torch.tensor([i for r in responses for i in r.ids], dtype=torch.int64, device=device)
+        self.cu_seqlens = _cumulative(lengths, device)
+        self.cu_groups = _cumulative([len(g.responses) for g in self.groups], device)
+        self.outcomes = torch.tensor([r.outcome for r in responses], device=device)
+        self._starts = self.cu_seqlens.tolist()
+        self._first = self.cu_groups.tolist()
+
+    @classmethod
+    def for_model(cls, model: CausalLM, groups: Sequence[Group], *others: CausalLM) -> Batch:
+        """On the model's device, laid out as it reads exactly, and as `others` do."""
+        return cls(groups, model.device, layout=traits.layout_of([model, *others]))
+
+    @property
+    def rollout_logp(self) -> Tensor:
+        """[T] the sampler's log-probs."""
+        return torch.tensor([p for g in self.groups for r in g.responses for p in r.logprobs or ()], device=self.device)
+
+    @property
+    def num_tokens(self) -> int:
+        return self._starts[-1]
+
+    @property
+    def num_responses(self) -> int:
+        return len(self._starts) - 1
+
+    def minibatches(self, count: int, generator: torch.Generator | None = None) -> list[list[int]]:
+        """Group indices in `count` parts of nearly equal size (fewer if there are fewer groups), shuffled if asked."""
+        n = len(self.groups)
+        order = list(range(n)) if generator is None else torch.randperm(n, generator=generator).tolist()
+        count = min(count, n)
+        return [order[n * k // count : n * (k + 1) // count] for k in range(count)]
+
+    def tokens_of(self, groups: Sequence[int]) -> int:
+        return sum(self._starts[self._first[g + 1]] - self._starts[self._first[g]] for g in groups)
+
+    def responses_of(self, groups: Sequence[int]) -> int:
+        return sum(len(self.groups[g].responses) for g in groups)
+
+    def nonempty_of(self, groups: Sequence[int]) -> int:
+        """Responses of at least one token."""
+        return sum(bool(r.ids) for g in groups for r in self.groups[g].responses)
+
+    def micro_batches(self, groups: Sequence[int], max_tokens: int, *, pack: bool = False) -> Iterator[Micro]:
+        """Forward passes of at most `max_tokens` padded tokens (a longer row goes alone), like lengths together.
+
+        With `pack`, a row holds as many groups as fit into min(max_tokens, SHARED_ROW_LIMIT) tokens; varlen passes
+        need no packing. With several ranks, the passes of this rank's share of `groups`, dealt out so that tokens
+        balance. Every rank gets the same number of passes, some of them without responses: the passes of a sharded
+        model are collective.
+        """
+        loads = [self._length((g, self._members(g))) for g in groups]
+        plans = [self._passes([groups[i] for i in part], max_tokens, pack) for part in deal(loads, self.ranks.size)]
+        mine = plans[self.ranks.rank]
+        for rows in mine:
+            yield self._micro(rows)
+        for _ in range(max(map(len, plans)) - len(mine)):
+            yield self._micro([[(groups[0], [])]])
+
+    def _passes(self, groups: Sequence[int], max_tokens: int, pack: bool) -> list[list[Row]]:
+        entries: list[Entry] = []
+        for g in groups:
+            members = self._members(g)
+            if self._length((g, members)) <= SHARED_ROW_LIMIT and self.layout == "shared":
+                entries.append((g, members))
+            else:
+                entries.extend((g, [m]) for m in members)
+        entries.sort(key=lambda entry: (self._length(entry), entry[1][0]))
+        packed = pack and self.layout == "shared"
+        rows = self._packed(entries, min(max_tokens, SHARED_ROW_LIMIT)) if packed else [[entry] for entry in entries]
+        passes: list[list[Row]] = []
+        for row in rows:
+            if passes and self._tokens([*passes[-1], row]) <= max_tokens:
+                passes[-1].append(row)
+            else:
+                passes.append([row])
+        return passes
+
+    def _packed(self, entries: Sequence[Entry], limit: int) -> list[Row]:
+        """First fit, longest first: few rows, all but the last nearly full."""
+        rows: list[Row] = []
+        room: list[int] = []
+        for entry in reversed(entries):
+            length = self._length(entry)
+            row = next((k for k, free in enumerate(room) if free >= length), None)
+            if row is None:
+                row = len(rows)
+                rows.append([])
+                room.append(limit)
+            rows[row].append(entry)
+            room[row] -= length
+        return rows
+
+    def _length(self, entry: Entry) -> int:
+        group, members = entry
+        return len(self.groups[group].prompt_ids) + sum(self._starts[m + 1] - self._starts[m] for m in members)
+
+    def _width(self, row: Row) -> int:
+        return sum(map(self._length, row))
+
+    def _tokens(self, rows: Sequence[Row]) -> int:
+        """Of a pass, padding included."""
+        widths = [self._width(row) for row in rows]
+        return sum(widths) if self.layout == "varlen" else max(widths) * len(widths)
+
+    def _members(self, group: int) -> list[int]:
+        return list(range(self._first[group], self._first[group + 1]))
+
+    def _micro(self, rows: list[Row]) -> Micro:
+        width = max(map(self._width, rows))
+        shape = (len(rows), width)
+        input_ids = torch.zeros(shape, dtype=torch.int64)
+        position_ids = torch.zeros(shape, dtype=torch.int64)
+        # Which group of the row, -1 is padding (which attends to itself: softmax needs something); and in the group
+        # 0 is the prompt, k the k-th response.
+        owner = torch.full(shape, -1, dtype=torch.int64)
+        segment = torch.full(shape, -1, dtype=torch.int64)
+        none = torch.zeros(0, dtype=torch.int64)
+        predicted_at, tokens = [none], [none]
+        responses: list[int] = []
+        lengths: list[int] = []
+        for row, entries in enumerate(rows):
+            at = 0
+            for k_group, (g, members) in enumerate(entries):
+                prompt = self.groups[g].prompt_ids
+                span, at = slice(at, at + len(prompt)), at + len(prompt)
+                last = at - 1
+                input_ids[row, span] = torch.tensor(prompt)
+                position_ids[row, span] = torch.arange(len(prompt))
+                owner[row, span], segment[row, span] = k_group, 0
+                for k, m in enumerate(members, 1):
+                    length = self._starts[m + 1] - self._starts[m]
+                    span = slice(at, at + length)
+                    input_ids[row, span] = self.ids[self._starts[m] : self._starts[m + 1]].cpu()
+                    position_ids[row, span] = torch.arange(len(prompt), len(prompt) + length)
+                    owner[row, span], segment[row, span] = k_group, k
+                    where = torch.arange(at - 1, at + length - 1)
+                    where[:1] = last  # the first token is predicted by the prompt's last
+                    predicted_at.append(row * width + where)
+                    tokens.append(torch.arange(self._starts[m], self._starts[m + 1]))
+                    responses.append(m)
+                    lengths.append(length)
+                    at += length
+        mask = None
+        if any(len(entries) > 1 or len(entries[0][1]) > 1 for entries in rows):
+            mask = traits.visible(owner, segment)
+        predictors = torch.cat(predicted_at)
+        if self.layout == "varlen":
+            kept = (segment >= 0).flatten()
+            input_ids, position_ids = (x.flatten()[kept][None] for x in (input_ids, position_ids))
+            predictors = (kept.cumsum(0) - 1)[predictors]
+        to = self.device
+        return Micro(
+            input_ids.to(to),
+            None if mask is None and self.layout != "varlen" else position_ids.to(to),
+            None if mask is None else mask.to(to),
+            predictors.to(to),
+            torch.cat(tokens).to(to),
+            torch.tensor(responses, dtype=torch.int64, device=to),
+            _cumulative(lengths, to),
+            sum(map(bool, lengths)),
+        )
+
+
+def _cumulative(lengths: Sequence[int], device: torch.device | str) -> Tensor:
+    return torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0).to(device)

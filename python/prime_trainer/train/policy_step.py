@@ -1,0 +1,145 @@
+"""The policy's update: PPO-clip over the packed batch, every mean over the whole minibatch and not per micro-batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import prime_kernels as pk
+
+from ..config.sections import PolicyConfig
+from ..models import lm_head
+from ..models.protocols import CausalLM
+from .batch import Batch, Micro
+from .forward import predicting
+from .trainable import Trainable
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the policy learns from, [T] each, in the batch's packed order."""
+
+    advantages: Tensor
+    old_logp: Tensor | None = None
+    """Log-probs that PPO's ratio compares with; None: those of the policy as it is, a ratio of exactly 1."""
+    ref_logp: Tensor | None = None
+    """Log-probs of the frozen reference; required where `policy.kl_coef` is above 0."""
+    importance: Tensor | None = None
+    """Weights of each token's PPO loss."""
+
+
+def policy_update(
+    policy: Trainable,
+    batch: Batch,
+    targets: Targets,
+    cfg: PolicyConfig,
+    *,
+    micro_batch_tokens: int,
+    generator: torch.Generator,
+    lr_scale: float = 1.0,
+    temperature: float = 1.0,
+) -> dict[str, float]:
+    """`cfg.epochs` x `cfg.minibatches` optimizer steps; returns their mean metrics.
+
+    `generator` shuffles the groups; `temperature` is the one that was sampled at.
+    """
+    if cfg.kl_coef > 0 and targets.ref_logp is None:
+        raise ValueError(f"policy.kl_coef = {cfg.kl_coef} needs the reference's log-probs, got none")
+    lengths = batch.cu_seqlens.diff()
+    per_token = torch.repeat_interleave(1.0 / lengths.clamp_min(1), lengths)
+    totals: dict[str, float] = {}
+    steps, norms = 0, 0.0
+    for _ in range(cfg.epochs):
+        for part in batch.minibatches(cfg.minibatches, generator):
+            tokens = batch.tokens_of(part)
+            for micro in batch.micro_batches(part, micro_batch_tokens):
+                loss, metrics = _loss(_Pass(
+                    policy.model, micro, batch.ids[micro.tokens],
+                    advantages=targets.advantages[micro.tokens],
+                    old_logp=_at(targets.old_logp, micro),
+                    ref_logp=_at(targets.ref_logp, micro),
+                    importance=_at(targets.importance, micro),
+                    # One weight a token turns the token mean into the mean over responses of each response's mean.
+                    weights=None if cfg.loss_mean == "token" else per_token[micro.tokens],
+                    denominator=tokens if cfg.loss_mean == "token" else batch.responses_of(part),
+                    share=len(micro.tokens) / max(1, tokens),
+                    temperature=temperature, cfg=cfg,
+                ))  # fmt: skip
+                loss.backward()
+                for key, value in metrics.items():
+                    totals[key] = totals.get(key, 0.0) + value.item()
+            norms += policy.step(lr_scale)
+            steps += 1
+    totals = batch.ranks.sum_values(totals) | {"policy_grad_norm": norms}
+    return {key: value / steps for key, value in totals.items()}
+
+
+def _at(values: Tensor | None, micro: Micro) -> Tensor | None:
+    return None if values is None else values[micro.tokens]
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """Inputs of the loss of one forward pass; tensors are [t], over the pass's response tokens."""
+
+    model: CausalLM
+    micro: Micro
+    ids: Tensor
+    advantages: Tensor
+    old_logp: Tensor | None
+    ref_logp: Tensor | None
+    importance: Tensor | None
+    weights: Tensor | None
+    denominator: int
+    """Of means over the minibatch: its tokens, or with `weights` its responses."""
+    share: float
+    """Of the minibatch's tokens."""
+    temperature: float
+    cfg: PolicyConfig
+
+
+def _loss(at: _Pass) -> tuple[Tensor, dict[str, Tensor]]:
+    """The pass's part of the minibatch's loss, and of its metrics."""
+    cfg, hidden = at.cfg, predicting(at.model, at.micro)
+    weights = at.weights
+    if at.importance is not None:
+        weights = at.importance if weights is None else weights * at.importance
+
+    def mean(values: Tensor) -> Tensor:
+        return (values if at.weights is None else values * at.weights).sum() / at.denominator
+
+    if cfg.fused_loss and lm_head.has_fused_losses(at.model):
+        head = lm_head.head(at.model, hidden)
+        ppo = pk.linear_ppo_loss(
+            head.hidden, head.weight, at.ids, at.old_logp, at.advantages, bias=head.bias,
+            temperature=at.temperature / lm_head.factor(at.model),
+            weights=weights, clip_low=cfg.clip_low, clip_high=cfg.clip_high, denominator=at.denominator,
+        )  # fmt: skip
+        return ppo.loss, _metrics(ppo, at.share)
+    logp, entropy = lm_head.log_probs(
+        at.model, hidden, at.ids, temperature=at.temperature, with_entropy=cfg.entropy_coef > 0
+    )
+    old = logp.detach() if at.old_logp is None else at.old_logp
+    ppo = pk.ppo_loss(
+        logp, old, at.advantages,
+        weights=weights, clip_low=cfg.clip_low, clip_high=cfg.clip_high, denominator=at.denominator,
+    )  # fmt: skip
+    loss, metrics = ppo.loss, _metrics(ppo, at.share)
+    if entropy is not None:
+        loss = loss - cfg.entropy_coef * mean(entropy)
+    if cfg.kl_coef > 0 and at.ref_logp is not None:
+        gap = at.ref_logp - logp
+        kl = mean(gap.exp() - gap - 1)  # k3 (Schulman 2020): unbiased, never negative
+        loss = loss + cfg.kl_coef * kl
+        metrics["kl_ref"] = kl.detach()
+    return loss, metrics
+
+
+def _metrics(ppo: pk.PPOLoss, share: float) -> dict[str, Tensor]:
+    return {
+        "policy_loss": ppo.loss.detach(),
+        "clip_fraction": ppo.clip_fraction * share,
+        "approx_kl": ppo.approx_kl * share,
+    }

@@ -1,0 +1,185 @@
+"""Which weights score what: the four update modes, the two references, and rewards at three granularities."""
+
+import copy
+
+import pytest
+import torch
+from helpers import tiny
+
+import prime_kernels as pk
+from prime_trainer.config.sections import PRMConfig
+from prime_trainer.data.groups import Group, Response
+from prime_trainer.models.loading import frozen
+from prime_trainer.train.batch import Batch
+from prime_trainer.train.forward import log_probs
+from prime_trainer.train.prm_step import PRMScorer, Scorer, process_rewards
+from prime_trainer.train.trainable import Trainable
+
+
+@pytest.fixture
+def batch():
+    return Batch(tiny.random_groups(4, 3))
+
+
+def all_log_probs(model, batch):
+    out = torch.zeros(batch.num_tokens)
+    with torch.no_grad():
+        for micro in batch.micro_batches(range(len(batch.groups)), 10_000):
+            out[micro.tokens] = log_probs(model, micro, batch.ids[micro.tokens])
+    return out
+
+
+def scorer(model_dir, dtype="float32", micro_batch_tokens=10_000, policy=False, ref=True, prm=True, **cfg):
+    cfg = PRMConfig(**{"lr": 1e-3, **cfg})
+    without = Scorer(
+        tiny.load(model_dir, dtype) if policy else None,
+        frozen(tiny.load(model_dir, dtype)) if ref else None,
+        micro_batch_tokens,
+    )
+    if not prm:
+        return without
+    return PRMScorer(without, Trainable(tiny.load(model_dir, dtype), lr=cfg.lr, grad_clip=cfg.grad_clip), cfg)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("update", ["after", "none", "reverse"])
+@pytest.mark.parametrize("micro_batch_tokens", [50, 10_000])
+def test_equal_weights_give_a_ratio_of_exactly_zero(model_dir, batch, dtype, update, micro_batch_tokens):
+    scores = scorer(model_dir, dtype, micro_batch_tokens, update=update).score(batch)
+    assert torch.equal(scores.log_ratio, torch.zeros(batch.num_tokens))
+    assert scores.ref_logp.abs().min() > 0
+    assert scores.metrics["prm_loss"] == pytest.approx(0.6931472, abs=1e-6)
+
+
+def test_after_scores_with_the_weights_of_before_the_step(model_dir, batch):
+    s = scorer(model_dir, update="after")
+    before = all_log_probs(s.prm.model, batch)
+    scores = s.score(batch)
+    assert torch.equal(scores.prm_logp, before)
+    assert not torch.equal(all_log_probs(s.prm.model, batch), before)
+    assert scores.metrics["prm_grad_norm"] > 0
+
+
+def test_after_scores_a_minibatch_with_the_updates_of_the_earlier_ones(model_dir, batch):
+    s = scorer(model_dir, update="after", minibatches=2)
+    untouched = all_log_probs(s.prm.model, batch)
+    scores = s.score(batch)
+    half = batch.tokens_of([0, 1])
+    torch.testing.assert_close(scores.prm_logp[:half], untouched[:half], rtol=0, atol=1e-5)
+    moved = (scores.prm_logp[half:] - untouched[half:]).abs().max()
+    assert moved > 1e-3
+    # One step on the first half alone gives the weights that scored the second half.
+    first = scorer(model_dir, update="after")
+    first.score(Batch(batch.groups[:2]))
+    expected = all_log_probs(first.prm.model, batch)[half:]
+    torch.testing.assert_close(scores.prm_logp[half:], expected, rtol=0, atol=1e-4)
+
+
+def test_before_scores_with_the_updated_weights(model_dir, batch):
+    s = scorer(model_dir, update="before", minibatches=2)
+    start = all_log_probs(s.prm.model, batch)
+    scores = s.score(batch)
+    assert torch.equal(scores.prm_logp, all_log_probs(s.prm.model, batch))
+    assert not torch.equal(scores.prm_logp, start)
+    assert torch.equal(scores.ref_logp, start)
+
+
+def test_reverse_scores_everything_before_any_update(model_dir, batch):
+    s = scorer(model_dir, update="reverse", minibatches=2)
+    start = all_log_probs(s.prm.model, batch)
+    scores = s.score(batch)
+    assert torch.equal(scores.prm_logp, start)
+    same = scorer(model_dir, update="after", minibatches=2)
+    same.score(batch)
+    for a, b in zip(s.prm.master, same.prm.master, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+def test_none_leaves_the_prm_alone(model_dir, batch):
+    s = scorer(model_dir, update="none")
+    start = copy.deepcopy(s.prm.model.state_dict())
+    scores = s.score(batch)
+    assert all(torch.equal(value, start[key]) for key, value in s.prm.model.state_dict().items())
+    assert "prm_grad_norm" not in scores.metrics
+    assert all(state["step"] == 0 for state in s.prm.optimizer.state.values())
+
+
+def test_the_policy_as_reference(model_dir, batch):
+    s = scorer(model_dir, policy=True, ref=False, update="before")
+    with torch.no_grad():
+        s.frozen.policy.model.norm.weight.mul_(1.1)
+    scores = s.score(batch)
+    assert torch.equal(scores.ref_logp, all_log_probs(s.frozen.policy, batch))
+    assert torch.equal(scores.old_logp, scores.ref_logp)
+    assert scores.log_ratio.abs().max() > 0
+
+
+def test_without_a_prm_only_the_asked_for_log_probs_are_computed(model_dir, batch):
+    scores = scorer(model_dir, policy=True, ref=False, prm=False).score(batch)
+    assert torch.equal(scores.old_logp, all_log_probs(tiny.load(model_dir), batch))
+    assert scores.ref_logp is None and scores.metrics == {}
+
+
+def test_a_prm_without_a_reference_is_refused(model_dir, batch):
+    with pytest.raises(ValueError, match="a PRM needs the log-probs of its reference"):
+        scorer(model_dir, ref=False).score(batch)
+
+
+@pytest.mark.parametrize("minibatches", [1, 2])
+def test_the_update_does_not_depend_on_micro_batches(model_dir, batch, minibatches):
+    whole = scorer(model_dir, minibatches=minibatches)
+    split = scorer(model_dir, minibatches=minibatches, micro_batch_tokens=1)
+    one, other = whole.score(batch), split.score(batch)
+    for a, b in zip(whole.prm.master, split.prm.master, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=5e-6)
+    assert one.metrics["prm_loss"] == pytest.approx(other.metrics["prm_loss"], abs=1e-5)
+
+
+def test_the_prm_learns_the_outcomes(model_dir, batch):
+    s = scorer(model_dir, lr=3e-3, beta=0.5)
+    metrics = [s.score(batch).metrics for _ in range(12)]
+    assert metrics[0]["prm_loss"] == pytest.approx(0.6931472, abs=1e-6)
+    assert metrics[-1]["prm_loss"] < 0.1 and metrics[-1]["prm_pair_accuracy"] == 1.0
+
+
+class TestGranularity:
+    """Newline is token 9, the end token 2; one response is cut off, one is empty, one ends in a newline."""
+
+    responses = ([5, 9, 6, 7, 9, 2], [8, 6], [], [4, 9], [2])
+    ends = ([1, 4, 5], [1], [], [1], [0])
+
+    @pytest.fixture
+    def packed(self):
+        return Batch([Group([3], [Response(ids) for ids in self.responses])])
+
+    @pytest.fixture
+    def step_ends(self):
+        return torch.arange(10) == 9
+
+    def expected(self, q, carriers):
+        out, carries, at = torch.zeros(len(q)), torch.zeros(len(q), dtype=torch.bool), 0
+        for ids, ends in zip(self.responses, carriers, strict=True):
+            start = 0
+            for end in ends:
+                out[at + end] = q[at + start : at + end + 1].sum()
+                carries[at + end] = True
+                start = end + 1
+            at += len(ids)
+        return out, carries
+
+    def test_token(self, packed, step_ends):
+        q = torch.randn(packed.num_tokens)
+        rewards = process_rewards(q, packed, PRMConfig(granularity="token", beta=0.2), step_ends)
+        assert rewards.mask is None
+        torch.testing.assert_close(rewards.values, 0.2 * q)
+
+    @pytest.mark.parametrize("granularity", ["step", "whole"])
+    def test_sums_sit_on_the_last_token_and_keep_the_end_tokens_reward(self, packed, step_ends, granularity):
+        q = torch.randn(packed.num_tokens)
+        rewards = process_rewards(q, packed, PRMConfig(granularity=granularity, beta=0.2), step_ends)
+        carriers = self.ends if granularity == "step" else [ends[-1:] for ends in self.ends]
+        values, carries = self.expected(0.2 * q, carriers)
+        assert torch.equal(rewards.mask, carries)
+        torch.testing.assert_close(rewards.values, values, rtol=0, atol=1e-6)
+        totals = pk.segment_sum(rewards.values, packed.cu_seqlens)
+        torch.testing.assert_close(totals, pk.segment_sum(0.2 * q, packed.cu_seqlens), rtol=0, atol=1e-6)
