@@ -126,15 +126,15 @@ class PRMResults(NamedTuple):
 class PackedKernels(Protocol):
     """Kernels over packed tokens. Shapes, dtypes and ranges have been checked; offsets are int64."""
 
-    def segment_scan(self, values: Tensor, cu_seqlens: Tensor, gamma: float, reverse: bool) -> Tensor:
+    def scan_segments(self, values: Tensor, cu_seqlens: Tensor, gamma: float, reverse: bool) -> Tensor:
         """y_t = x_t + gamma * y_{t-1}, or y_{t+1} with ``reverse``, in each segment; float32 or float64 [T]."""
         ...
 
-    def segment_sum(self, values: Tensor, cu_segments: Tensor) -> Tensor:
+    def sum_segments(self, values: Tensor, cu_segments: Tensor) -> Tensor:
         """The sum of each segment of float32 values [T]: [S] float64."""
         ...
 
-    def segment_fill(self, values: Tensor, cu_segments: Tensor, total: int, factor: Tensor | None = None) -> Tensor:
+    def fill_segments(self, values: Tensor, cu_segments: Tensor, total: int, factor: Tensor | None = None) -> Tensor:
         """[total] float32: each token gets its segment's value of [S] float64 times ``factor``, a float32 scalar."""
         ...
 
@@ -152,21 +152,21 @@ class PackedKernels(Protocol):
         """(value - mean) * rsqrt(unbiased variance + WHITEN_EPS) of the values of which these are the moments."""
         ...
 
-    def ppo_forward(
+    def ppo_loss_and_scale(
         self, tokens: PPOTokens, clip: tuple[float, float], denominator: Tensor | float | None
     ) -> PPOResults:
         """The loss and its statistics. ``clip`` is (clip_low, clip_high); denominator None means the valid tokens."""
         ...
 
-    def ppo_backward(self, tokens: PPOTokens, clip: tuple[float, float], scale: Tensor, grad: Tensor) -> Tensor:
+    def ppo_gradient(self, tokens: PPOTokens, clip: tuple[float, float], scale: Tensor, grad: Tensor) -> Tensor:
         """d loss / d logp * ``grad``, [T] float32; ``scale`` is that of the forward pass."""
         ...
 
-    def pack(self, padded: Tensor, cu_seqlens: Tensor, total: int, pad_left: bool) -> Tensor:
+    def pack_tokens(self, padded: Tensor, cu_seqlens: Tensor, total: int, pad_left: bool) -> Tensor:
         """Tokens [total, W] of padded rows [B, L, W]; with ``pad_left`` the padding comes first."""
         ...
 
-    def unpack(self, values: Tensor, cu_seqlens: Tensor, length: int, pad_left: bool, fill: float) -> Tensor:
+    def unpack_tokens(self, values: Tensor, cu_seqlens: Tensor, length: int, pad_left: bool, fill: float) -> Tensor:
         """Padded rows [B, length, W] of tokens [N, W]."""
         ...
 
@@ -174,7 +174,7 @@ class PackedKernels(Protocol):
 class GpuPackedKernels(PackedKernels, Protocol):
     """What a GPU backend has besides: on CPUs the loss of a few responses is plain PyTorch."""
 
-    def prm_forward(
+    def prm_loss_and_slope(
         self,
         log_ratio: Tensor,
         outcomes: Tensor,

@@ -77,10 +77,10 @@ def _cases(generator: torch.Generator, device: str) -> dict[str, tuple[Call, lis
 
     ids = torch.randint(vocabulary, (tokens,), generator=generator).to(device)
     mask = (torch.rand(tokens, generator=generator) < 0.8).to(device)
-    cu = torch.tensor([0, *lengths]).cumsum(0).to(device)
-    steps = torch.tensor([0, 2, 5, 6, 10, 15, 18, 22]).to(device)
-    groups = torch.tensor([0, 2, 4]).to(device)
-    outcomes = torch.tensor([1.0, 0.0, 0.0, 1.0]).to(device)
+    cu = torch.tensor([0, *lengths], dtype=torch.int64, device=device).cumsum(0)
+    steps = torch.tensor([0, 2, 5, 6, 10, 15, 18, 22], dtype=torch.int64, device=device)
+    groups = torch.tensor([0, 2, 4], dtype=torch.int64, device=device)
+    outcomes = torch.tensor([1.0, 0.0, 0.0, 1.0], dtype=torch.float32, device=device)
     values, old, advantages = normal(tokens), normal(tokens), normal(tokens)
     logits = [normal(tokens, vocabulary, scale=3.0) for _ in range(3)]
     hidden, weight = [normal(tokens, width) for _ in range(3)], normal(vocabulary, width, scale=0.3)

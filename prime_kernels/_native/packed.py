@@ -23,7 +23,7 @@ Argument = Tensor | int | float | None
 class CpuKernels:
     """Packed kernels for CPU tensors, on as many threads as torch has."""
 
-    def segment_scan(self, values: Tensor, cu_seqlens: Tensor, gamma: float, reverse: bool) -> Tensor:
+    def scan_segments(self, values: Tensor, cu_seqlens: Tensor, gamma: float, reverse: bool) -> Tensor:
         values = values.contiguous()
         assert values.dtype in (torch.float32, torch.float64)
         out = torch.empty_like(values)
@@ -41,7 +41,7 @@ class CpuKernels:
         )
         return out
 
-    def segment_sum(self, values: Tensor, cu_segments: Tensor) -> Tensor:
+    def sum_segments(self, values: Tensor, cu_segments: Tensor) -> Tensor:
         device = values.device
         out = torch.empty(cu_segments.numel() - 1, dtype=torch.float64, device=device)
         self._launch(
@@ -56,7 +56,7 @@ class CpuKernels:
         )
         return out
 
-    def segment_fill(self, values: Tensor, cu_segments: Tensor, total: int, factor: Tensor | None = None) -> Tensor:
+    def fill_segments(self, values: Tensor, cu_segments: Tensor, total: int, factor: Tensor | None = None) -> Tensor:
         device = values.device
         out = torch.empty(total, dtype=torch.float32, device=device)
         self._launch(
@@ -131,7 +131,7 @@ class CpuKernels:
         )
         return out
 
-    def ppo_forward(
+    def ppo_loss_and_scale(
         self, tokens: PPOTokens, clip: tuple[float, float], denominator: Tensor | float | None
     ) -> PPOResults:
         device = tokens.logp.device
@@ -155,14 +155,14 @@ class CpuKernels:
         )
         return PPOResults(*results.unbind(), scale=scale)
 
-    def ppo_backward(self, tokens: PPOTokens, clip: tuple[float, float], scale: Tensor, grad: Tensor) -> Tensor:
+    def ppo_gradient(self, tokens: PPOTokens, clip: tuple[float, float], scale: Tensor, grad: Tensor) -> Tensor:
         device = tokens.logp.device
         out = torch.empty(tokens.logp.numel(), dtype=torch.float32, device=device)
         grad = column(grad, torch.float32, 1, device)
         self._launch("ppo_loss_backward", device, **_ppo(tokens, clip), scale=scale, grad=grad, out=out)
         return out
 
-    def pack(self, padded: Tensor, cu_seqlens: Tensor, total: int, pad_left: bool) -> Tensor:
+    def pack_tokens(self, padded: Tensor, cu_seqlens: Tensor, total: int, pad_left: bool) -> Tensor:
         rows, length, width = padded.shape
         out = padded.new_empty(total, width)
         sizes = {"n_rows": rows, "n_tokens": total, "length": length, "width": width, "itemsize": out.element_size()}
@@ -178,7 +178,7 @@ class CpuKernels:
         )
         return out
 
-    def unpack(self, values: Tensor, cu_seqlens: Tensor, length: int, pad_left: bool, fill: float) -> Tensor:
+    def unpack_tokens(self, values: Tensor, cu_seqlens: Tensor, length: int, pad_left: bool, fill: float) -> Tensor:
         rows, (total, width) = cu_seqlens.numel() - 1, values.shape
         out = values.new_empty(rows, length, width)
         sizes = {"n_rows": rows, "n_tokens": total, "length": length, "width": width, "itemsize": out.element_size()}
@@ -249,7 +249,7 @@ class CudaKernels(CpuKernels):
         self._launch("rloo_returns", device, **arguments, with_sums=with_sums, with_returns=True, largest=largest)
         return out, moments[: int(blocks)]
 
-    def prm_forward(
+    def prm_loss_and_slope(
         self,
         log_ratio: Tensor,
         outcomes: Tensor,

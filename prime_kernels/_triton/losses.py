@@ -16,7 +16,7 @@ from prime_kernels._triton._prm_kernels import prm_kernel
 PPO_SUMS, RESPONSES, RESPONSE_COLUMNS = 4, 512, 3
 
 
-def ppo_forward(
+def ppo_loss_and_scale(
     tokens: PPOTokens,
     clip: tuple[float, float],
     denominator: Tensor | float | None,
@@ -62,7 +62,7 @@ def ppo_forward(
     return PPOResults(*results, scale)
 
 
-def ppo_backward(
+def ppo_gradient(
     tokens: PPOTokens,
     clip: tuple[float, float],
     scale: Tensor,
@@ -97,7 +97,7 @@ def ppo_backward(
     return out
 
 
-def prm_forward(
+def prm_loss_and_slope(
     log_ratio: Tensor,
     outcomes: Tensor,
     cu_seqlens: Tensor,

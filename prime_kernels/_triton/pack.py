@@ -11,7 +11,9 @@ from prime_kernels._triton._pack_kernels import pack_kernel, unpack_kernel
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def pack(padded: Tensor, cu_seqlens: Tensor, total: int, pad_left: bool, config: PackConfig | None = None) -> Tensor:
+def pack_tokens(
+    padded: Tensor, cu_seqlens: Tensor, total: int, pad_left: bool, config: PackConfig | None = None
+) -> Tensor:
     """[total, W] of [B, L, W] padded on the right, or with ``pad_left`` on the left, in one launch."""
     rows, length, width = padded.shape
     device = padded.device
@@ -37,7 +39,7 @@ def pack(padded: Tensor, cu_seqlens: Tensor, total: int, pad_left: bool, config:
     return out
 
 
-def unpack(
+def unpack_tokens(
     values: Tensor,
     cu_seqlens: Tensor,
     length: int,
@@ -53,7 +55,7 @@ def unpack(
         return out
     config = config or choose_pack(width)
     # Its bits are made on the CPU: nothing waits for the device.
-    bits = _integers(torch.tensor(fill, dtype=values.dtype)).item()
+    bits = _integers(torch.tensor(fill, dtype=values.dtype, device="cpu")).item()
     with on_device(device):
         unpack_kernel[_grid(rows * length, width, config)](
             _integers(values.contiguous()),

@@ -1,6 +1,4 @@
-"""Hidden states and an output layer as trainers hold them, brought to what linear_log_probs takes."""
-
-from typing import Any
+"""linear_log_probs of hidden states and an output layer in the dtypes that trainers keep them in."""
 
 import torch
 from torch import Tensor
@@ -20,8 +18,8 @@ def head_log_probs(
     temperature: float,
     with_entropy: bool,
     head: CausalHead = PLAIN,
-) -> Any:
-    """:func:`prime_kernels.linear_log_probs` in the dtype of autocast, or of ``hidden``.
+) -> tuple[Tensor, Tensor | None]:
+    """(logp, entropy or None) of :func:`prime_kernels.linear_log_probs` in the dtype of autocast, or of ``hidden``.
 
     As in any layer under autocast, the gradient of a float32 ``weight`` is rounded to the lower dtype once.
     """
@@ -30,6 +28,7 @@ def head_log_probs(
     dtype = torch.get_autocast_dtype(device) if autocast and hidden.dtype != torch.float64 else hidden.dtype
     hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     with torch.autocast(device, enabled=False):
-        return head.log_probs(
+        found = head.log_probs(
             hidden, weight, ids, bias=bias, mask=mask, temperature=temperature, with_entropy=with_entropy
         )
+    return (found, None) if isinstance(found, Tensor) else found

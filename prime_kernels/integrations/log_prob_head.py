@@ -69,7 +69,7 @@ class LogProbHead(nn.Module):
             # Of two real tokens: the first one after padding on the left has nothing that predicts it.
             scored = scored & attention_mask[:, 1:].bool() & attention_mask[:, :-1].bool()
         layer = output_layer(self.model)
-        return head_log_probs(
+        logp, entropy = head_log_probs(
             output.last_hidden_state[:, :-1],
             layer.weight,
             layer.bias,
@@ -79,3 +79,4 @@ class LogProbHead(nn.Module):
             with_entropy=self.with_entropy,
             head=self.head,
         )
+        return logp if entropy is None else (logp, entropy)

@@ -86,7 +86,7 @@ def _chunked_log_prob(original: Any) -> Any:
             if extra or elsewhere or not logit_scale > 0:
                 arguments = (hidden, weight, bias, targets, temperature, chunk_size)
                 return original.apply(*arguments, final_logit_softcapping, logit_scale, outputs)
-            result = head_log_probs(
+            logp, entropy = head_log_probs(
                 hidden,
                 weight,
                 bias,
@@ -95,7 +95,6 @@ def _chunked_log_prob(original: Any) -> Any:
                 with_entropy="entropy" in outputs,
                 head=CausalHead(logit_scale, final_logit_softcapping),
             )
-            logp, entropy = result if "entropy" in outputs else (result, None)
             return logp, entropy, None, None, None
 
     return ChunkedLogProbFunction

@@ -1,9 +1,11 @@
-"""Log-probabilities, from logits or from hidden states, as single nodes of a torch.compile graph.
+"""Log-probabilities from logits or hidden states as custom operators: single nodes of a torch.compile graph.
 
-Registered operators with fake kernels, so that fullgraph=True works and the compiler never looks inside: arguments are
-checked and the backend is chosen when the graph runs, with the same errors as without a compiler. The eager call does
-not come through here.
+They have fake kernels, so that fullgraph=True works and the compiler does not trace them. Arguments are checked and the
+backend is selected when the graph runs, with the same errors as without a compiler. Calls outside torch.compile do not
+come here.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +19,14 @@ from prime_kernels.ops import log_probs as rows
 from prime_kernels.ops import log_ratios as ratios
 
 
+class Columns(NamedTuple):
+    """Results of one model in the shape of ids; empty where not asked for, as operators cannot return None."""
+
+    logp: Tensor
+    lse: Tensor
+    entropy: Tensor
+
+
 def _values(
     models: list[Tensor],
     ids: Tensor,
@@ -24,18 +34,25 @@ def _values(
     temperatures: list[float],
     with_entropy: bool,
     backend: str,
-) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """(logp, lse, entropy) of each model; entropy is empty where it is not asked for."""
+) -> list[Columns]:
+    """Results of each model, in separate memory: results of an operator must not share any."""
     dense = [z if z.stride(-1) == 1 else z.contiguous() for z in models]
-    logp, lse, entropy = rows.log_probs_of_views(dense, ids, mask, temperatures, with_entropy, backend)
-    columns = [logp, lse, logp.new_empty(len(models), 0) if entropy is None else entropy]
-    # Results of an operator must not share memory.
-    return [tuple(column[place].clone() for column in columns) for place in range(len(models))]
+    results = rows.log_probs_of_views(dense, ids, mask, temperatures, with_entropy, backend)
+    found = []
+    for place in range(len(models)):
+        logp, lse = (rows.of_model(column, place, ids.shape) for column in results[:2])
+        entropy = logp.new_empty(0) if results.entropy is None else rows.of_model(results.entropy, place, ids.shape)
+        found.append(Columns(logp, lse, entropy))
+    return found
 
 
-def _fake_values(logits: Tensor, ids: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_values(logits: Tensor, ids: Tensor, with_entropy: bool) -> Columns:
     logp = logits.new_empty(ids.shape, dtype=result_dtype(logits))
-    return logp, torch.empty_like(logp), torch.empty_like(logp) if with_entropy else logp.new_empty(0)
+    return Columns(logp, torch.empty_like(logp), torch.empty_like(logp) if with_entropy else logp.new_empty(0))
+
+
+def _no_values(like: Tensor) -> Columns:
+    return Columns(*(like.new_empty(0) for _ in range(3)))
 
 
 @torch.library.custom_op("prime_kernels::log_probs", mutates_args=())
@@ -43,7 +60,7 @@ def log_probs(
     logits: Tensor, ids: Tensor, mask: Tensor | None, temperature: float, with_entropy: bool, backend: str | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     ids, temperature, chosen = rows.check(logits, ids, mask, temperature, with_entropy, backend)
-    return _values([logits], ids, mask, [temperature], with_entropy, chosen)[0]
+    return tuple(_values([logits], ids, mask, [temperature], with_entropy, chosen)[0])
 
 
 @log_probs.register_fake
@@ -109,16 +126,15 @@ def log_ratios(
     )
     values = _values(models, ids, mask, temperatures, False, chosen)
     prm, ref = values[ratios.PRM], values[ratios.REF]
-    policy = values[ratios.POLICY] if len(values) > ratios.POLICY else [prm[0].new_empty(0) for _ in range(2)]
-    return prm[0], ref[0], policy[0], prm[1], policy[1]
+    policy = values[ratios.POLICY] if len(values) > ratios.POLICY else _no_values(prm.logp)
+    return prm.logp, ref.logp, policy.logp, prm.lse, policy.lse
 
 
 @log_ratios.register_fake
 def _(prm_logits, ref_logits, ids, policy_logits, mask, policy_temperature, backend):
-    prm, prm_lse, none = _fake_values(prm_logits, ids, False)
-    ref = _fake_values(ref_logits, ids, False)[0]
-    policy, policy_lse = (none, none.clone()) if policy_logits is None else _fake_values(policy_logits, ids, False)[:2]
-    return prm, ref, policy, prm_lse, policy_lse
+    prm, ref = (_fake_values(logits, ids, False) for logits in (prm_logits, ref_logits))
+    policy = _no_values(prm.logp) if policy_logits is None else _fake_values(policy_logits, ids, False)
+    return prm.logp, ref.logp, policy.logp, prm.lse, policy.lse
 
 
 def _keep_log_ratios(ctx, inputs, output):
@@ -159,14 +175,15 @@ def linear_log_probs(
         hidden, weight, ids, bias, mask, temperature, softcap, with_entropy, backend
     )
     head = _as_computed(head, chosen)
-    flat, flat_ids, valid = linear.compact(head.hidden, ids, mask)
-    if not len(flat):
-        zeros = _fake_values(hidden, ids, with_entropy)
-        return tuple(column.zero_() for column in zeros)
-    arguments = (flat_ids, temperature, with_entropy, chosen)
-    columns = tiles.head_log_probs(flat, head.weight, head.bias, *arguments, softcap=softcap)
-    logp, lse, entropy = (None if column is None else linear.spread(column, valid, ids.shape) for column in columns)
-    return logp, lse, logp.new_empty(0) if entropy is None else entropy
+    tokens = linear.compact(head.hidden, ids, mask)
+    if not len(tokens.hidden):
+        return tuple(column.zero_() for column in _fake_values(hidden, ids, with_entropy))
+    arguments = (tokens.ids, temperature, with_entropy, chosen)
+    results = tiles.head_log_probs(tokens.hidden, head.weight, head.bias, *arguments, softcap=softcap)
+    logp, lse = (linear.spread(column, tokens.places, ids.shape) for column in results[:2])
+    if results.entropy is None:
+        return logp, lse, logp.new_empty(0)
+    return logp, lse, linear.spread(results.entropy, tokens.places, ids.shape)
 
 
 @linear_log_probs.register_fake
@@ -194,19 +211,19 @@ def linear_log_probs_backward(
     ids = _checks.labels("ids", ids, mask, weight.shape[0])
     chosen = _dispatch.resolve("linear_log_probs", hidden, backend)
     head = _as_computed(linear.Head(hidden, weight, bias), chosen)
-    flat, flat_ids, valid = linear.compact(head.hidden, ids, mask)
+    tokens = linear.compact(head.hidden, ids, mask)
     columns = [None if each is None else each.reshape(-1) for each in (lse, entropy, grad_logp, grad_entropy)]
-    if valid is not None:
-        columns = [None if each is None else each[valid] for each in columns]
+    if tokens.places is not None:
+        columns = [None if each is None else each[tokens.places] for each in columns]
     gradients = [each.new_zeros(each.shape) if want else each.new_empty(0) for each, want in _wanted(head, wanted)]
-    if len(flat):
-        gradient = RowGradient(*columns)
-        arguments = (flat_ids, temperature, gradient, wanted, chosen)
-        found = tiles.head_gradients(flat, head.weight, head.bias, *arguments, softcap=softcap)
-        if found[0] is not None:
-            rows_of = slice(None) if valid is None else valid
-            gradients[0].view(-1, hidden.shape[-1])[rows_of] = found[0]
-        gradients[1:] = [given if each is None else each for given, each in zip(gradients[1:], found[1:], strict=True)]
+    if len(tokens.hidden):
+        arguments = (tokens.ids, temperature, RowGradient(*columns), wanted, chosen)
+        found = tiles.head_gradients(tokens.hidden, head.weight, head.bias, *arguments, softcap=softcap)
+        if found.hidden is not None:
+            at = slice(None) if tokens.places is None else tokens.places
+            gradients[0].view(-1, hidden.shape[-1])[at] = found.hidden
+        gradients[1] = gradients[1] if found.weight is None else found.weight
+        gradients[2] = gradients[2] if found.bias is None else found.bias
     return tuple(each.to(hidden.dtype) for each in gradients)
 
 
@@ -217,13 +234,13 @@ def _(hidden, weight, ids, bias, mask, lse, entropy, grad_logp, grad_entropy, te
 
 
 def _wanted(head: linear.Head, wanted: list[bool]) -> list[tuple[Tensor, bool]]:
-    """What each gradient looks like, and whether it is wanted."""
+    """A tensor of the shape and dtype of each gradient, and whether it is wanted."""
     bias = head.weight if head.bias is None else head.bias
     return [(head.hidden, wanted[0]), (head.weight, wanted[1]), (bias, wanted[2] and head.bias is not None)]
 
 
 def _as_computed(head: linear.Head, backend: str) -> linear.Head:
-    """The eager product is float32 whatever the inputs."""
+    """On "eager" the product is float32 for any inputs."""
     if backend != "eager":
         return head
     dtype = result_dtype(head.hidden)

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from prime_kernels import _checks
+from prime_kernels._autograd import Gradients, first_derivative_only
 from prime_kernels._segment_math import result_dtype
 
 
@@ -31,20 +31,22 @@ class _Capped(torch.autograd.Function):
         return values
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    @first_derivative_only("log_probs and log_ratios with a softcap")
+    def backward(ctx: Any, grad: Tensor) -> Gradients:
         (values,) = ctx.saved_tensors
         return through_cap(grad, slope(values, ctx.softcap)).to(ctx.dtype), None
 
 
-def capped(logits: Tensor, softcap: float | None, mask: Tensor | None = None) -> Tensor:
-    """The capped logits [..., V], float32 or float64 and differentiable; rows where ``mask`` is False do not matter."""
+def capped(logits: Tensor, softcap: float | None, mask: Tensor | None, *, plain: bool) -> Tensor:
+    """The capped logits [..., V], float32 or float64; rows where ``mask`` is False do not matter.
+
+    ``plain``: as PyTorch's own operations, which a compiler fuses and which have a second derivative.
+    """
     if softcap is None:
         return logits
-    if torch.compiler.is_compiling():
-        # Plain operations, which the compiler fuses; what is not looked at must not reach the gradient as NaN.
-        if mask is not None:
-            logits = logits.masked_fill(~mask.unsqueeze(-1), 0.0)
+    if plain:
+        # What is not looked at must not reach the gradient as NaN.
+        logits = logits if mask is None else logits.masked_fill(~mask.unsqueeze(-1), 0.0)
         return softcap * torch.tanh(logits.to(result_dtype(logits)) / softcap)
     if not (logits.requires_grad and torch.is_grad_enabled()):
         return cap(logits.to(result_dtype(logits), copy=True), softcap)

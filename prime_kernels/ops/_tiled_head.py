@@ -6,6 +6,7 @@ logits that are few enough in all are kept instead, which saves one of four prod
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +31,14 @@ ALIGNED_COLUMNS = 8
 FUSED_BYTES = 2**27
 # Rows of a 16-bit product that is added to a float32 sum, by device: enough for full speed, few beside the sum.
 ADDED_ROWS = {"cpu": 2**12, "cuda": 2**14}
+
+
+class HeadGradients(NamedTuple):
+    """Gradients of hidden states and an output layer, None where not wanted."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
 
 
 def spans(total: int, size: int) -> Iterator[slice]:
@@ -80,7 +89,7 @@ def all_logits(hidden: Tensor, weight: Tensor) -> Tensor:
 def can_keep(hidden: Tensor, weight: Tensor, backend: str, softcap: float | None = None) -> bool:
     """Whether forward makes all logits of tokens [N, D] and a head [V, D], and they are few enough to stay alive.
 
-    Capped logits are not kept: they would be float32.
+    Not those that are capped, a tile at a time, in float32.
     """
     few = softcap is None and len(hidden) * len(weight) * hidden.element_size() <= KEPT_BYTES[_kind(hidden)]
     return few and _fused_kernel(hidden, weight, backend) is None
@@ -157,8 +166,8 @@ def head_gradients(
     backend: str,
     kept: Tensor | None = None,
     softcap: float | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of (hidden, weight, bias) where ``wanted``. Ids may lie outside the head.
+) -> HeadGradients:
+    """Gradients of hidden, weight and bias where ``wanted``. Ids may lie outside the head.
 
     ``kept`` holds the logits that :func:`head_log_probs` stored there; they are overwritten.
     """
@@ -191,7 +200,8 @@ def head_gradients(
         part = None  # before the next one is made
         if grad_bias is not None:
             grad_bias[columns] = bias_part.to(bias.dtype)
-    return None if grad_hidden is None else grad_hidden.total.to(hidden.dtype), grad_weight, grad_bias
+    of_hidden = None if grad_hidden is None else grad_hidden.total.to(hidden.dtype)
+    return HeadGradients(of_hidden, grad_weight, grad_bias)
 
 
 def _again(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -214,8 +224,8 @@ def loss_gradients(
     wanted: Sequence[bool],
     backend: str,
     softcap: float | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """(logp, gradients of hidden, weight, bias): both from one product, where a token's gradient follows from its logp.
+) -> tuple[Tensor, HeadGradients]:
+    """logp and the gradients from one product, for losses of which a token's gradient follows from its logp.
 
     ``grad_of(logp, tokens)`` is d loss / d logp of a span of tokens.
     """
@@ -225,7 +235,9 @@ def loss_gradients(
     one = tiles.tokens >= len(hidden)
     grad_hidden = Sum(hidden, once=True) if wanted[0] else None
     grad_weight = Sum(weight, once=one) if wanted[1] else None
-    grad_bias = torch.zeros(len(weight), device=hidden.device) if bias is not None and wanted[2] else None
+    grad_bias = (
+        torch.zeros(len(weight), dtype=torch.float32, device=hidden.device) if bias is not None and wanted[2] else None
+    )
     parts = []
     for tokens in tiles.token_spans():
         z = tiles.logits(tokens, columns)
@@ -245,7 +257,7 @@ def loss_gradients(
             grad_bias += z.sum(0, dtype=torch.float32)
     del tiles, z  # before the sums are rounded, which takes memory too
     totals = [None if each is None else each.total.to(hidden.dtype) for each in (grad_hidden, grad_weight)]
-    return torch.cat(parts), *totals, None if grad_bias is None else grad_bias.to(bias.dtype)
+    return torch.cat(parts), HeadGradients(*totals, None if grad_bias is None else grad_bias.to(hidden.dtype))
 
 
 def _to_gradient(

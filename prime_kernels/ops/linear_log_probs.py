@@ -1,8 +1,8 @@
 """Log-probabilities straight from hidden states: the logits of all tokens never exist at once.
 
-z = cap(hidden @ weight.T + bias) / temperature, then as in log_probs. Kernels go by the tiles of _tiled_head. In the
-reference tokens go through in chunks; backward computes the logits of a chunk again instead of keeping them, so memory
-is one chunk of float32 logits, the head in float32 and its gradient.
+z = cap(hidden @ weight.T + bias) / temperature, then as in log_probs. Kernels work on the tiles of _tiled_head. The
+reference works on chunks of tokens and recomputes the logits of a chunk in backward: its memory is one chunk of float32
+logits, the head in float32 and its gradient.
 """
 
 import math
@@ -11,10 +11,10 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from prime_kernels import _checks, _dispatch
+from prime_kernels._autograd import Gradients, first_derivative_only
 from prime_kernels._backends import RowGradient, RowResults
 from prime_kernels._segment_math import result_dtype
 from prime_kernels.ops import _tiled_head as tiles
@@ -29,7 +29,7 @@ CHUNK_ELEMENTS = 2**24
 class Head(NamedTuple):
     """A model's last hidden states [..., D] with its output layer: weight [V, D] and bias [V] or None.
 
-    Its logits are cap(scale * (hidden @ weight.T + bias)), cap(x) = softcap * tanh(x / softcap), or x for None.
+    Its logits are cap(scale * (hidden @ weight.T + bias)), with cap(x) = softcap * tanh(x / softcap), or x for None.
     """
 
     hidden: Tensor
@@ -40,7 +40,7 @@ class Head(NamedTuple):
 
 
 def as_product(head: Head, temperature: float) -> tuple[float, float | None]:
-    """(temperature, softcap) of the bare product, whose logits over the temperature are those of the head."""
+    """(temperature, softcap) with which the bare product has the head's logits, over ``temperature``."""
     return temperature / head.scale, None if head.softcap is None else head.softcap / head.scale
 
 
@@ -51,25 +51,25 @@ def reference(head: Head, ids: Tensor, mask: Tensor | None, temperature: float) 
     """
     dtype = result_dtype(head.hidden)
     temperature, softcap = as_product(head, temperature)
-    # Converted once, outside the chunks, so that the gradient of the head is also summed in this dtype.
+    # Converted once, outside the chunks: the gradient of the head is then also summed in this dtype.
     weight, bias = head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)
 
     def chunk_log_probs(hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        logits = capped(torch.nn.functional.linear(hidden.to(dtype), weight, bias), softcap)
+        logits = capped(torch.nn.functional.linear(hidden.to(dtype), weight, bias), softcap, None, plain=True)
         return rows.reference(logits, ids, None, temperature)
 
-    hidden, flat_ids, valid = compact(head.hidden, ids, mask)
+    tokens = compact(head.hidden, ids, mask)
     size = max(1, CHUNK_ELEMENTS // weight.shape[0])
     pieces = [
         checkpoint(chunk_log_probs, *piece, use_reentrant=False, preserve_rng_state=False)
-        for piece in zip(hidden.split(size), flat_ids.split(size), strict=True)
+        for piece in zip(tokens.hidden.split(size), tokens.ids.split(size), strict=True)
     ]
-    logp, entropy = (spread(torch.cat(column), valid, ids.shape) for column in zip(*pieces, strict=True))
+    logp, entropy = (spread(torch.cat(column), tokens.places, ids.shape) for column in zip(*pieces, strict=True))
     return logp, entropy
 
 
-class _Tiled(torch.autograd.Function):
-    """The tiles of _tiled_head, on the vocabulary of this process or on its share of one."""
+class TiledLogProbs(torch.autograd.Function):
+    """Log-probabilities by the tiles of _tiled_head, over the whole vocabulary or this process's shard of it."""
 
     @staticmethod
     def forward(
@@ -91,79 +91,71 @@ class _Tiled(torch.autograd.Function):
         arguments = (ids - first, temperature, with_entropy, backend, kept, softcap)
         results = tiles.head_log_probs(hidden, weight, bias, *arguments)
         if group is not None:
-            results = _join_shares(results, ids // len(weight), group)
-        logp, lse, entropy = results
-        ctx.save_for_backward(hidden, weight, bias, ids, lse, entropy, kept)
+            results = _join_shards(results, ids // len(weight), group)
+        ctx.save_for_backward(hidden, weight, bias, ids, results.lse, results.entropy, kept)
         ctx.temperature, ctx.softcap, ctx.backend = temperature, softcap, backend
         ctx.group, ctx.first, ctx.spent = group, first, False
         ctx.set_materialize_grads(False)
-        return logp, entropy
+        return results.logp, results.entropy
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+    @first_derivative_only("linear_log_probs")
+    def backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None) -> Gradients:
         hidden, weight, bias, ids, lse, entropy, kept = ctx.saved_tensors
         if grad_logp is None and grad_entropy is None:
             return (None,) * 10
-        # The first pass overwrites the logits that were kept, out of autograd's sight; another makes them again.
+        # The first backward pass overwrites the kept logits, unseen by autograd; a second one recomputes them.
         kept, ctx.spent = None if kept is None or ctx.spent else kept.data, True
-        upstream = [None if grad is None else grad.contiguous() for grad in (grad_logp, grad_entropy)]
+        upstream = (None if grad is None else grad.contiguous() for grad in (grad_logp, grad_entropy))
         gradient = RowGradient(lse, None if grad_entropy is None else entropy, *upstream)
-        arguments = (ids - ctx.first, ctx.temperature, gradient, ctx.needs_input_grad[:3], ctx.backend, kept)
-        gradients = tiles.head_gradients(hidden, weight, bias, *arguments, softcap=ctx.softcap)
-        if ctx.group is not None and gradients[0] is not None:
-            total = gradients[0].float()
+        wanted = ctx.needs_input_grad[:3]
+        arguments = (ids - ctx.first, ctx.temperature, gradient, wanted, ctx.backend, kept, ctx.softcap)
+        gradients = tiles.head_gradients(hidden, weight, bias, *arguments)
+        of_hidden = gradients.hidden
+        if ctx.group is not None and of_hidden is not None:
+            total = of_hidden.float()
             dist.all_reduce(total, group=ctx.group)
-            gradients = (total.to(hidden.dtype), *gradients[1:])
-        return *gradients, None, None, None, None, None, None, None
+            of_hidden = total.to(hidden.dtype)
+        return of_hidden, gradients.weight, gradients.bias, None, None, None, None, None, None, None
 
 
-def _join_shares(results: RowResults, owner: Tensor, group: dist.ProcessGroup) -> RowResults:
+def _join_shards(results: RowResults, owner: Tensor, group: dist.ProcessGroup) -> RowResults:
     """The softmax over all processes from that of each over its own rows of the head: one collective."""
     mine = torch.stack([column for column in results if column is not None])
-    shares = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(shares, mine, group=group)
-    return tiles.join([RowResults(part[0], part[1], part[2] if len(part) > 2 else None) for part in shares], owner)
+    shards = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(shards, mine, group=group)
+    return tiles.join([RowResults(part[0], part[1], part[2] if len(part) > 2 else None) for part in shards], owner)
 
 
-def run(
-    head: Head,
-    ids: Tensor,
-    mask: Tensor | None,
-    temperature: float,
-    with_entropy: bool,
-    backend: str,
-    group: dist.ProcessGroup | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """(logp, entropy or None) of checked arguments on a resolved backend."""
-    if ids.numel() == 0 or (backend == "eager" and group is None):
-        return reference(head, ids, mask, temperature)
-    hidden, flat_ids, valid = compact(head.hidden, ids, mask)
-    if not len(hidden):
-        return reference(head, ids, mask, temperature)
-    arguments = (flat_ids, *as_product(head, temperature), with_entropy, backend, group, torch.is_grad_enabled())
-    columns = _Tiled.apply(hidden, head.weight, head.bias, *arguments)
-    return tuple(None if column is None else spread(column, valid, ids.shape) for column in columns)
+class ValidTokens(NamedTuple):
+    """The tokens of a batch where the mask is True."""
+
+    hidden: Tensor
+    """[N, D]."""
+    ids: Tensor
+    """[N]."""
+    places: Tensor | None
+    """[N], positions in the flattened batch, or None if all tokens are valid."""
 
 
-def compact(hidden: Tensor, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(hidden [N, D], ids [N], places) of the tokens that count; places is None where all do."""
+def compact(hidden: Tensor, ids: Tensor, mask: Tensor | None) -> ValidTokens:
+    """The valid tokens of a batch [...]."""
     hidden, flat_ids = hidden.reshape(-1, hidden.shape[-1]), ids.reshape(-1)
     if mask is None:
-        return hidden, flat_ids, None
+        return ValidTokens(hidden, flat_ids, None)
     valid = mask.reshape(-1).nonzero().squeeze(-1)
-    return hidden[valid], flat_ids[valid], valid
+    return ValidTokens(hidden[valid], flat_ids[valid], valid)
 
 
-def spread(column: Tensor, valid: Tensor | None, shape: torch.Size) -> Tensor:
-    """Values of the tokens that count back in their places, 0 elsewhere."""
-    if valid is not None:
-        column = column.new_zeros(shape.numel()).index_put((valid,), column)
+def spread(column: Tensor, places: Tensor | None, shape: torch.Size) -> Tensor:
+    """Values of the valid tokens at their positions in a batch of this shape, 0 elsewhere."""
+    if places is not None:
+        column = column.new_zeros(shape.numel()).index_put((places,), column)
     return column.view(shape)
 
 
-def check_head(head: Head, ids: Tensor, mask: Tensor | None, prefix: str, shares: int = 1) -> Tensor:
-    """Check one head, or one of the equal shares of it, against the tokens; the labels as log_probs wants them."""
+def check_head(head: Head, ids: Tensor, mask: Tensor | None, prefix: str, shards: int = 1) -> Tensor:
+    """Check a head, or one of its equal shards, against the tokens. Returns the labels as log_probs wants them."""
     hidden, weight, bias = f"{prefix}hidden", f"{prefix}weight", f"{prefix}bias"
     _checks.floating(hidden, head.hidden)
     if head.hidden.ndim == 0 or head.hidden.shape[-1] == 0:
@@ -181,7 +173,7 @@ def check_head(head: Head, ids: Tensor, mask: Tensor | None, prefix: str, shares
         _checks.device(bias, head.bias, head.hidden, hidden)
     _checks.number(f"{prefix}scale", head.scale, 0.0, math.inf, above_low=True)
     check_softcap(f"{prefix}softcap", head.softcap)
-    return rows.check_arguments(head.hidden, ids, mask, name=hidden, vocabulary=vocabulary * shares)
+    return rows.check_arguments(head.hidden, ids, mask, name=hidden, vocabulary=vocabulary * shards)
 
 
 @overload
@@ -247,10 +239,10 @@ def linear_log_probs(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of each token from hidden states and an output layer, without ever holding all logits.
 
-    As ``log_probs(hidden @ weight.T + bias, ids, ...)``. "eager" keeps the product in float32 whatever the inputs;
-    kernels have it in their dtype, as the model's own forward pass does, and the softmax in float32. Scratch memory is
-    one tile of logits, whatever N and V (on CPUs 64 MB at most, without gradients 16); where a gradient is wanted and
-    all logits take no more than 128 MB (GPUs: 512), they are kept for it instead of made twice.
+    As ``log_probs(hidden @ weight.T + bias, ids, ...)``. "eager" computes the product in float32 for any inputs;
+    kernels compute it in the dtype of the inputs, as the model's own forward pass does, and the softmax in float32.
+    Scratch memory is one tile of logits for any N and V (on CPUs at most 64 MB, or 16 without gradients). If a gradient
+    is wanted and all logits take at most 128 MB (on GPUs 512), they are kept for it instead of recomputed.
     Differentiable in ``hidden``, ``weight`` and ``bias``.
 
     Args:
@@ -262,7 +254,7 @@ def linear_log_probs(
             computed. "eager" waits for the device once to count valid tokens.
         temperature: above 0, divides the logits.
         softcap: above 0, caps the logits before the temperature as in :func:`prime_kernels.log_probs`, a tile at a
-            time in float32; None for no cap.
+            time; None for no cap.
         with_entropy: also return the entropy, in nats.
         process_group: the processes that share the head, each with V / size rows of it in the order of their ranks
             (``weight`` and ``bias`` are this process's; pad with a bias of -inf, which ``softcap`` makes -softcap).
@@ -285,11 +277,28 @@ def linear_log_probs(
         arguments = (hidden, weight, ids, bias, mask, temperature, softcap, with_entropy, backend)
         logp, _, entropy = torch.ops.prime_kernels.linear_log_probs(*arguments)
         return (logp, entropy) if with_entropy else logp
-    head, ids, temperature, chosen = check(
-        hidden, weight, ids, bias, mask, temperature, softcap, with_entropy, backend, process_group
-    )
-    logp, entropy = run(head, ids, mask, temperature, with_entropy, chosen, process_group)
-    return (logp, entropy) if with_entropy else logp
+    checked = check(hidden, weight, ids, bias, mask, temperature, softcap, with_entropy, backend, process_group)
+    head, ids, temperature, chosen = checked
+    if chosen == "eager" and process_group is None:
+        logp, entropy = reference(head, ids, mask, temperature)
+        return (logp, entropy) if with_entropy else logp
+    tokens = compact(head.hidden, ids, mask)
+    if not len(tokens.hidden):
+        logp, entropy = reference(head, ids, mask, temperature)
+        return (logp, entropy) if with_entropy else logp
+    options = (*as_product(head, temperature), with_entropy, chosen, process_group, torch.is_grad_enabled())
+    logp, entropy = TiledLogProbs.apply(tokens.hidden, head.weight, head.bias, tokens.ids, *options)
+    logp = spread(logp, tokens.places, ids.shape)
+    return (logp, spread(entropy, tokens.places, ids.shape)) if with_entropy else logp
+
+
+class Checked(NamedTuple):
+    """Arguments that have passed every check, and the backend that runs them."""
+
+    head: Head
+    ids: Tensor
+    temperature: float
+    backend: str
 
 
 def check(
@@ -303,15 +312,15 @@ def check(
     with_entropy: bool,
     backend: str | None,
     process_group: dist.ProcessGroup | None = None,
-) -> tuple[Head, Tensor, float, str]:
-    """(head, ids, temperature, backend) of arguments that have passed every check."""
+) -> Checked:
+    """Check the arguments of :func:`linear_log_probs`; parameters in shards are gathered."""
     head = Head(hidden, whole(weight), whole(bias), softcap=softcap)
-    shares = 1 if process_group is None else dist.get_world_size(process_group)
-    ids = check_head(head, ids, mask, "", shares)
+    shards = 1 if process_group is None else dist.get_world_size(process_group)
+    ids = check_head(head, ids, mask, "", shards)
     temperature = rows.check_temperature("temperature", temperature)
     _checks.flag("with_entropy", with_entropy)
     chosen = _dispatch.resolve("linear_log_probs", hidden, backend)
-    return head, ids, temperature, chosen
+    return Checked(head, ids, temperature, chosen)
 
 
 def whole(parameter: Tensor | None) -> Tensor | None:
@@ -369,26 +378,32 @@ def linear_log_ratios(
 
     if torch.compiler.is_compiling():
 
-        def logp(name: str, temperature: float) -> Tensor:
-            of = heads[name]
-            temperature, softcap = as_product(of, temperature)
+        def of_head(head: Head, temperature: float = 1.0) -> Tensor:
+            temperature, softcap = as_product(head, temperature)
             return linear_log_probs(
-                of.hidden, of.weight, ids, bias=of.bias, mask=mask, temperature=temperature, softcap=softcap,
+                head.hidden, head.weight, ids, bias=head.bias, mask=mask, temperature=temperature, softcap=softcap,
                 backend=backend,
             )  # fmt: skip
 
-    else:
-        heads = {name: head._replace(weight=whole(head.weight), bias=whole(head.bias)) for name, head in heads.items()}
-        checked = {name: check_head(head, ids, mask, f"{name}.") for name, head in heads.items()}
-        policy_temperature = rows.check_temperature("policy_temperature", policy_temperature)
-
-        def logp(name: str, temperature: float) -> Tensor:
-            # Each head resolves for itself: they may differ in dtype, and float64 runs on "eager" alone.
-            runs_on = _dispatch.resolve("linear_log_ratios", heads[name].hidden, backend)
-            return run(heads[name], checked[name], mask, temperature, False, runs_on)[0]
-
-    prm_logp = logp("prm", 1.0)
-    with torch.no_grad():
-        ref_logp = logp("ref", 1.0)
-    policy_logp = None if policy is None else logp("policy", policy_temperature)
-    return LogRatios(prm_logp - ref_logp, prm_logp, ref_logp, policy_logp)
+        prm_logp = of_head(prm)
+        with torch.no_grad():
+            ref_logp = of_head(ref)
+        policy_logp = None if policy is None else of_head(policy, policy_temperature)
+        return LogRatios(prm_logp - ref_logp, prm_logp, ref_logp, policy_logp)
+    heads = {name: head._replace(weight=whole(head.weight), bias=whole(head.bias)) for name, head in heads.items()}
+    checked = {name: check_head(head, ids, mask, f"{name}.") for name, head in heads.items()}
+    policy_temperature = rows.check_temperature("policy_temperature", policy_temperature)
+    logp = {}
+    for name, head in heads.items():
+        temperature = policy_temperature if name == "policy" else 1.0
+        # Each head has its own backend: they may differ in dtype, and float64 runs on "eager" alone.
+        chosen = _dispatch.resolve("linear_log_ratios", head.hidden, backend)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and name != "ref"):
+            tokens = compact(head.hidden, checked[name], mask)
+            if chosen == "eager" or not len(tokens.hidden):
+                logp[name] = reference(head, checked[name], mask, temperature)[0]
+                continue
+            options = (*as_product(head, temperature), False, chosen, None, torch.is_grad_enabled())
+            found, _ = TiledLogProbs.apply(tokens.hidden, head.weight, head.bias, tokens.ids, *options)
+            logp[name] = spread(found, tokens.places, ids.shape)
+    return LogRatios(logp["prm"] - logp["ref"], logp["prm"], logp["ref"], logp.get("policy"))

@@ -1,9 +1,9 @@
 """Token losses straight from hidden states, with gradients made in the forward pass.
 
-Where the loss of a token follows from its log-probability alone, d loss / d logp is known as soon as the token's logits
-are: one product serves the loss and its gradient, where linear_log_probs makes more than a few logits twice. The price
-is that the gradients of ``hidden`` and of the head are held from forward to backward, and that a tile is whole rows of
-logits, up to 128 MB of them.
+If the loss of a token depends on its log-probability alone, d loss / d logp is known as soon as the token's logits are:
+one product gives the loss and its gradient, while linear_log_probs recomputes the logits in backward. In return, the
+gradients of ``hidden`` and of the head are kept from forward to backward, and a tile holds whole rows of logits, up to
+128 MB.
 """
 
 from collections.abc import Callable
@@ -11,19 +11,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from prime_kernels import _checks, _dispatch
+from prime_kernels._autograd import Gradients, first_derivative_only
 from prime_kernels.ops import _tiled_head as tiles
 from prime_kernels.ops import linear_log_probs as linear
 from prime_kernels.ops.ppo_loss import PPOLoss, check_denominator, ppo_loss
 
-# The loss of a span of tokens from their logp [n], and whatever statistics come with it.
+# The loss of a span of tokens from their logp [n], followed by its statistics.
 LossOf = Callable[[Tensor, slice], tuple[Tensor, ...]]
 
 
-class _Fused(torch.autograd.Function):
-    """The loss of all tokens and its statistics, which carry no gradient."""
+class FusedLoss(torch.autograd.Function):
+    """The loss of all tokens and its statistics, which have no gradient."""
 
     @staticmethod
     def forward(
@@ -42,8 +42,9 @@ class _Fused(torch.autograd.Function):
                 leaf = logp.detach().requires_grad_()
                 return torch.autograd.grad(loss_of(leaf, tokens)[0], leaf)[0]
 
-        logp, *gradients = tiles.loss_gradients(
-            hidden, weight, bias, ids, temperature, grad_of, ctx.needs_input_grad[:3], backend, softcap
+        wanted = ctx.needs_input_grad[:3]
+        logp, gradients = tiles.loss_gradients(
+            hidden, weight, bias, ids, temperature, grad_of, wanted, backend, softcap
         )
         ctx.save_for_backward(*gradients)
         loss, *statistics = loss_of(logp, slice(0, len(logp)))
@@ -51,16 +52,34 @@ class _Fused(torch.autograd.Function):
         return loss, *statistics
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_of_statistics: Tensor) -> tuple[Tensor | None, ...]:
+    @first_derivative_only("linear_nll and linear_ppo_loss")
+    def backward(ctx: Any, grad: Tensor, *_statistics: Tensor) -> Gradients:
         gradients = ctx.saved_tensors
-        # On a GPU looking at the factor would wait for it.
+        # On a GPU, reading the factor would wait for it.
         if grad.device.type != "cpu" or grad != 1.0:
             gradients = [None if each is None else each * grad.to(each.dtype) for each in gradients]
         return *gradients, None, None, None, None, None
 
 
-def _fused_loss(
+class EagerLoss:
+    """The same in plain PyTorch."""
+
+    @staticmethod
+    def apply(
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        ids: Tensor,
+        temperature: float,
+        softcap: float | None,
+        loss_of: LossOf,
+        backend: str,
+    ) -> tuple[Tensor, ...]:
+        logp, _ = linear.reference(linear.Head(hidden, weight, bias, softcap=softcap), ids, None, temperature)
+        return loss_of(logp, slice(0, len(logp)))
+
+
+def _loss_arguments(
     head: linear.Head,
     ids: Tensor,
     mask: Tensor | None,
@@ -68,25 +87,23 @@ def _fused_loss(
     columns: list[Tensor | None],
     loss_of: Callable[..., tuple[Tensor, ...]],
     backend: str,
-) -> tuple[Tensor, ...]:
-    """``loss_of(logp, *columns)`` of the tokens that count: the loss, and statistics without gradient."""
-    hidden, flat_ids, valid = linear.compact(head.hidden, ids, mask)
+) -> tuple[type[FusedLoss] | type[EagerLoss], tuple[Any, ...]]:
+    """The function that computes ``loss_of(logp, *columns)`` of the valid tokens, and its arguments."""
+    tokens = linear.compact(head.hidden, ids, mask)
     flat = [None if column is None else column.detach().reshape(-1) for column in columns]
-    if valid is not None:
-        flat = [None if column is None else column[valid] for column in flat]
+    if tokens.places is not None:
+        flat = [None if column is None else column[tokens.places] for column in flat]
 
-    def of_span(logp: Tensor, tokens: slice) -> tuple[Tensor, ...]:
-        return loss_of(logp, *(None if column is None else column[tokens] for column in flat))
+    def of_span(logp: Tensor, span: slice) -> tuple[Tensor, ...]:
+        return loss_of(logp, *(None if column is None else column[span] for column in flat))
 
-    if backend == "eager" or not len(hidden):
-        logp, _ = linear.reference(head._replace(hidden=hidden), flat_ids, None, temperature)
-        return of_span(logp, slice(0, len(logp)))
+    function = EagerLoss if backend == "eager" or not len(tokens.hidden) else FusedLoss
     product = linear.as_product(head, temperature)
-    return _Fused.apply(hidden, head.weight, head.bias, flat_ids, *product, of_span, backend)
+    return function, (tokens.hidden, head.weight, head.bias, tokens.ids, *product, of_span, backend)
 
 
 def _count(ids: Tensor, mask: Tensor | None) -> Tensor:
-    count = torch.full((), ids.numel(), device=ids.device) if mask is None else mask.sum()
+    count = torch.full((), ids.numel(), dtype=torch.int64, device=ids.device) if mask is None else mask.sum()
     return count.clamp(min=1)
 
 
@@ -147,7 +164,8 @@ def linear_nll(
     def loss_of(logp: Tensor, weights: Tensor | None) -> tuple[Tensor]:
         return (_nll(logp, weights, denominator),)
 
-    return _fused_loss(head, ids, mask, temperature, [weights], loss_of, chosen)[0]
+    function, arguments = _loss_arguments(head, ids, mask, temperature, [weights], loss_of, chosen)
+    return function.apply(*arguments)[0]
 
 
 def _nll(logp: Tensor, weights: Tensor | None, denominator: Tensor | float) -> Tensor:
@@ -221,4 +239,5 @@ def linear_ppo_loss(
         old_logp = logp if old_logp is None else old_logp
         return ppo_loss(logp, old_logp, advantages, weights=weights, denominator=denominator, **clip)
 
-    return PPOLoss(*_fused_loss(head, ids, mask, temperature, columns, loss_of, chosen))
+    function, arguments = _loss_arguments(head, ids, mask, temperature, columns, loss_of, chosen)
+    return PPOLoss(*function.apply(*arguments))

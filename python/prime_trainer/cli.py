@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from collections.abc import Callable
@@ -58,56 +59,6 @@ def _config(words: list[str]) -> RunConfig:
     return load(toml, words)
 
 
-def _sft(words: list[str]) -> int:
-    cfg = _config(words)
-    from .sft import run
-
-    print(f"model saved to {run(cfg)}")
-    return 0
-
-
-def _rl(words: list[str]) -> int:
-    cfg = _config(words)
-    from .loop import run
-
-    final = run(cfg)
-    if os.environ.get("RANK", "0") == "0":
-        print(f"model saved to {final}")
-    return 0
-
-
-def _prm(words: list[str]) -> int:
-    cfg = _config(words)
-    from .prm.train import run
-
-    print(f"PRM saved to {run(cfg)}")
-    return 0
-
-
-def _score(words: list[str]) -> int:
-    cfg = _config(words)
-    from .prm.score import run
-
-    print(f"scores: {run(cfg)}")
-    return 0
-
-
-def _select(words: list[str]) -> int:
-    cfg = _config(words)
-    from .prm.select import run
-
-    print(run(cfg).read_text(encoding="utf-8"), end="")
-    return 0
-
-
-def _processbench(words: list[str]) -> int:
-    cfg = _config(words)
-    from .prm.processbench import run
-
-    print(run(cfg).read_text(encoding="utf-8"), end="")
-    return 0
-
-
 def _eval(words: list[str]) -> int:
     cfg = _config(words)
     if cfg.bench.data is not None or cfg.bench.paths:
@@ -121,14 +72,6 @@ def _eval(words: list[str]) -> int:
     from .evaluation import held_out
 
     print(json.dumps(held_out.run(cfg)))
-    return 0
-
-
-def _generate(words: list[str]) -> int:
-    cfg = _config(words)
-    from .evaluation.responses import run
-
-    print(f"responses: {run(cfg)}")
     return 0
 
 
@@ -222,21 +165,44 @@ def _usage() -> str:
 
 @dataclass(frozen=True)
 class Command:
-    """`main` takes the words after the command's name and returns the exit status; what it imports, it imports late."""
+    """A command by what it runs, which is imported only when it is called.
 
-    main: Callable[[list[str]], int]
+    `run` is either a function of the words after the command's name, which returns the exit status, or the module whose
+    `run(cfg)` returns a path: printed in `message`, or, where that is empty, by the text of the file.
+    """
+
+    run: str | Callable[[list[str]], int]
     help: str
+    message: str = ""
+
+    def main(self, words: list[str]) -> int:
+        """Returns the exit status."""
+        if callable(self.run):
+            return self.run(words)
+        cfg = _config(words)
+        path = importlib.import_module(self.run, __package__).run(cfg)
+        if os.environ.get("RANK", "0") == "0":
+            print(self.message.format(path) if self.message else path.read_text(encoding="utf-8").rstrip("\n"))
+        return 0
 
 
 COMMANDS = {
-    "sft": Command(_sft, "supervised warm-up on chat data or on demonstrations made for the task"),
-    "rl": Command(_rl, "online PRIME"),
+    "sft": Command(
+        ".sft", "supervised warm-up on chat data or on demonstrations made for the task", "model saved to {}"
+    ),
+    "rl": Command(".loop", "online PRIME", "model saved to {}"),
     "eval": Command(_eval, "accuracy on the task's held-out problems, or with bench.data the benchmarks' table"),
-    "generate": Command(_generate, "a model's responses to the benchmarks, as JSONL; goes on where it stopped"),
-    "prm": Command(_prm, "offline training of an implicit PRM from labelled responses"),
-    "score": Command(_score, "rewards of tokens, steps and responses under a PRM, and a page to look at them"),
-    "select": Command(_select, "best-of-N, weighted best-of-N and majority voting from scored responses"),
-    "processbench": Command(_processbench, "finding the first wrong step, from scored ProcessBench rows"),
+    "generate": Command(
+        ".evaluation.responses",
+        "a model's responses to the benchmarks, as JSONL; goes on where it stopped",
+        "responses: {}",
+    ),
+    "prm": Command(".prm.train", "offline training of an implicit PRM from labelled responses", "PRM saved to {}"),
+    "score": Command(
+        ".prm.score", "rewards of tokens, steps and responses under a PRM, and a page to look at them", "scores: {}"
+    ),
+    "select": Command(".prm.select", "best-of-N, weighted best-of-N and majority voting from scored responses"),
+    "processbench": Command(".prm.processbench", "finding the first wrong step, from scored ProcessBench rows"),
     "serve": Command(_serve, "a vLLM server for rollouts:  prime-trainer serve run.toml --rollout.server.port 8001"),
     "plan": Command(
         _plan, "memory and traffic of a run:  plan run.toml [--gpus 8] [--memory 80] [--prompt-tokens 512]"

@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 
-import prime_kernels as pk
-
 from .config.run_config import RunConfig
+from .data.problems import usable
 from .data.tasks import load_task
 from .evaluation.held_out import evaluate
 from .models import loading, tokenizers, traits
@@ -29,6 +28,7 @@ from .run.stage_clock import StageClock
 from .run.stop_signal import stop_signal
 from .scale.heartbeat import watched
 from .scale.ranks import SINGLE, Ranks, connect
+from .train.advantages import advantages_of
 from .train.batch import Batch
 from .train.examples import examples_of
 from .train.importance import importance
@@ -41,7 +41,7 @@ from .verify import Verifier
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step leaves: its metrics, a few responses for the report, and the batch it trained on."""
+    """Metrics of a step, a few responses for the report, and the batch that it trained on."""
 
     metrics: dict[str, float]
     examples: list[dict[str, Any]]
@@ -57,6 +57,7 @@ class Run:
         self.cfg, self.needs, self.ranks, self.device = cfg, cfg.needs, ranks, loading.device(cfg.model)
         self.tokenizer = tokenizers.load_tokenizer(cfg.model)
         self.task = load_task(cfg.task, cfg.seed)
+        self.held_out = usable(self.tokenizer, self.task.held_out(), cfg.task.bad_rows)
         model = load_placed(cfg.model, cfg.scale, ranks, "policy")
         self.policy = Trainable(model, lr=cfg.policy.lr, grad_clip=cfg.policy.grad_clip, ranks=ranks)
         self.prm: Trainable | None = None
@@ -80,10 +81,8 @@ class Run:
         except BaseException:
             self.verifier.close()
             raise
-        self.skips, self.fingerprint = (
-            Skips(cfg.policy.max_skipped),
-            tokenizers.TokenizerIdentity.of(self.tokenizer).fingerprint(),
-        )
+        self.skips = Skips(cfg.policy.max_skipped)
+        self.fingerprint = tokenizers.TokenizerIdentity.of(self.tokenizer).fingerprint()
         self.step = self._before = 0
 
     def _updates(self) -> int:
@@ -95,7 +94,7 @@ class Run:
         return self._updates() == self._before
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a run needs to go on bit for bit; with shards, every rank has its own."""
+        """Everything a run needs to resume bit for bit; with sharding, each rank has its shards."""
         return {
             "step": self.step,
             "config": self.cfg.model_dump_json(),
@@ -121,14 +120,14 @@ class Run:
     def evaluate(self) -> dict[str, float]:
         cfg = self.cfg
         return self.rollouts.evaluate(self.step, lambda sampler: evaluate(
-            self.task.held_out(), self.tokenizer, sampler, self.verifier,
+            self.held_out, self.tokenizer, sampler, self.verifier,
             max_new_tokens=cfg.rollout.max_new_tokens, temperature=cfg.rollout.temperature, sampled=cfg.eval.sampled,
             ranks=self.ranks,
         ))  # fmt: skip
 
     def train_step(self) -> StepResult:
         """One PRIME step."""
-        cfg, algorithm, clock = self.cfg, self.cfg.algorithm, StageClock()
+        cfg, clock = self.cfg, StageClock()
         step, self._before = self.step + 1, self._updates()
 
         groups, values = self.rollouts.batch(step, clock)
@@ -148,14 +147,7 @@ class Run:
             rewards = process_rewards(scores.log_ratio, batch, cfg.prm, self.step_ends)
         skipped = 0 if self.prm is None else self.prm.taken_skips()
         if finite(scores.old_logp, scores.ref_logp, None if rewards is None else rewards.values):
-            advantages = pk.rloo_advantages(
-                None if rewards is None else rewards.values, batch.outcomes, batch.cu_seqlens, batch.cu_groups,
-                reward_mask=None if rewards is None else rewards.mask,
-                gamma_process=algorithm.gamma_process, gamma_outcome=algorithm.gamma_outcome,
-                process_coef=algorithm.process_coef, outcome_coef=algorithm.outcome_coef,
-                normalize_process=algorithm.normalize_process, process_baseline=algorithm.process_baseline,
-                whiten=algorithm.whiten,
-            ).advantages  # fmt: skip
+            advantages = advantages_of(batch, rewards, cfg.algorithm)
             old_logp = scores.old_logp if self.needs.ppo_ratio else None
             with clock("policy"):
                 values |= policy_update(
@@ -243,17 +235,16 @@ def _train(trainer: Run, metrics: Metrics, saver: checkpoint.Saver, stop: Event)
 
 
 def _metrics(cfg: RunConfig, step: int) -> MetricsWriter:
-    """The record of a run that goes on after `step`; at 0 it starts anew, evaluation included."""
-    if not cfg.resume:
-        return MetricsWriter(cfg.output, resume_step=None)
-    return MetricsWriter(cfg.output, resume_step=step if step > 0 else -1)
+    """The record of a run at `step`; a run that resumes at 0 starts over, evaluation included."""
+    resume_step = step if step > 0 else -1
+    return MetricsWriter(cfg.output, resume_step=resume_step if cfg.resume else None)
 
 
 def _can_save(trainer: Run, error: Exception) -> bool:
-    """Whether a run that ends with `error` leaves a checkpoint to go on from."""
+    """Whether a run that ends with `error` first saves its state."""
     if isinstance(error, checkpoint.CheckpointError):
         return False
     if isinstance(error, TooManySkipped):
         return trainer.step < trainer.cfg.steps  # one of the last step would resume into a finished run
-    # A checkpoint takes all ranks, and of several one may have failed alone, unless the error comes to all alike.
+    # Saving is collective, and one of several ranks may have failed alone; NothingPasses is raised on all.
     return trainer.ranks.size == 1 or isinstance(error, NothingPasses)

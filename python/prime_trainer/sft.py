@@ -30,7 +30,7 @@ from .train.trainable import Trainable
 def run(cfg: RunConfig) -> Path:
     """Trains `cfg.model` on the demonstrations or on `sft.path`; returns the directory of the saved model.
 
-    Ctrl-C stops after the step at hand and leaves a checkpoint for `--resume` beside the model as it is then.
+    Ctrl-C stops after the current step and leaves a checkpoint for `--resume` beside the model as it is then.
     """
     models = loading.fingerprints({"model.path": cfg.model})
     state = checkpoint.begin(cfg, models)

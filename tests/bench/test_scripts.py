@@ -88,7 +88,7 @@ def shared_step(small, tmp_path_factory):
         # The script puts clocks there and leaves them.
         for name in ("rloo_advantages", "prm_loss", "ppo_loss", "segment_sum"):
             patch.setattr(pk, name, getattr(pk, name))
-        patch.setattr(segment_sum._Total, "backward", segment_sum._Total.__dict__["backward"])
+        patch.setattr(segment_sum.SegmentSum, "backward", segment_sum.SegmentSum.__dict__["backward"])
         patch.setattr(loop.Run, "train_step", loop.Run.train_step)
         said = []
         patch.setattr("builtins.print", lambda *words, **_: said.append(" ".join(map(str, words))))

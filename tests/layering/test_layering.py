@@ -143,6 +143,20 @@ def test_rooms_import_from_earlier_floors_alone():
     assert not wrong, listed(wrong)
 
 
+COMMANDS = (
+    *("cli.py", "loop.py", "sft.py", "plan/plan.py", "prm/train.py", "prm/score.py", "prm/select.py"),
+    *("prm/processbench.py", "evaluation/held_out.py", "evaluation/responses.py", "evaluation/benchmark_table.py"),
+)
+
+
+def test_the_whole_configuration_is_for_commands_alone():
+    """All else takes the sections that it reads; a checkpoint's older settings are completed by their defaults."""
+    name = "prime_trainer.config.run_config.RunConfig"
+    importers = {found.file for found in imports_under(TRAINER) if found.name == name}
+    outside = {file.relative_to(TRAINER).as_posix() for file in importers if file.parent != TRAINER / "config"}
+    assert outside == {*COMMANDS, "run/checkpoint.py"}
+
+
 def test_no_circle_between_files():
     """Lazy imports count too: what a function imports belongs to the order as well."""
     files = {file.relative_to(TRAINER.parent).with_suffix("") for file in TRAINER.rglob("*.py")}

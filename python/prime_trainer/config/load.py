@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from pydantic import BaseModel
 from pydantic_settings import SettingsError
 
 from .run_config import RunConfig, _toml_file
+from .suggest import did_you_mean
 
 
 def load(toml: Path | None, overrides: list[str] | None = None) -> RunConfig:
@@ -82,5 +82,4 @@ def _fields(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def close_keys(key: str) -> str:
-    matches = difflib.get_close_matches(key, list(keys()), n=1)
-    return f"; did you mean {matches[0]}?" if matches else ""
+    return did_you_mean(key, keys())

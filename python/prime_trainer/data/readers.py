@@ -4,17 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..run.jsonl import check_text, jsonl_rows, read_json, refuse
 
 Bad = Callable[[ValueError], None]
 
+Kind = Literal["parquet", "jsonl", "json"]
+KINDS: dict[str, Kind] = {".parquet": "parquet", ".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".json": "json"}
+"""By the end of a file's name."""
 
-def read_rows(path: Path, key: str, kind: str | None = None, bad: Bad = refuse) -> Iterator[tuple[str, dict[str, Any]]]:
+
+def kind_of(path: Path) -> Kind | None:
+    """What the name of a file says that it holds, None where it says nothing."""
+    return next((kind for suffix, kind in KINDS.items() if path.name.endswith(suffix)), None)
+
+
+def read_rows(
+    path: Path, key: str, kind: Kind | None = None, bad: Bad = refuse
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields ("line 3" or "row 3", row) of a JSONL file (gzipped if its name says so), a JSON list or a parquet file.
 
-    `kind` is "jsonl", "json" or "parquet"; None takes what the name says. Raises FileNotFoundError for a missing file
+    `kind` None takes what the name says, JSONL where it says nothing. Raises FileNotFoundError for a missing file
     and ValueError, naming file and line, for what is no row of usable text; `bad`, if given, is called with the error
     of a single row instead, and the row left out. `key` is the setting that named the file.
     """
@@ -22,7 +33,7 @@ def read_rows(path: Path, key: str, kind: str | None = None, bad: Bad = refuse) 
         raise IsADirectoryError(f"{key}: a file is expected, got a directory: {path}")
     if not path.is_file():
         raise FileNotFoundError(f"{key}: no such file: {path}")
-    kind = kind or {".parquet": "parquet", ".json": "json"}.get(path.suffix, "jsonl")
+    kind = kind or kind_of(path) or "jsonl"
     if kind == "jsonl":
         return jsonl_rows(path, bad)
     return json_rows(path, key, bad) if kind == "json" else parquet_rows(path, key)

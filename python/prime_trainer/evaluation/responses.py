@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from ..config.run_config import RunConfig
-from ..data.problems import Problem
+from ..config.sections import BenchmarkName
+from ..data.problems import Problem, prompt_ids
 from ..models import loading, tokenizers
 from ..models.protocols import Tokenizer
 from ..rollout import EngineConfig, Sampler, Sampling, make_sampler
+from ..run import unchanged
 from ..run.atomic_files import replace_file
 from ..run.jsonl import JsonlWriter, read_jsonl, read_object
 from ..run.output_lock import owns_output
@@ -74,15 +76,21 @@ def generate(cfg: RunConfig) -> Path:
     return target
 
 
-def read(cfg: RunConfig, name: str) -> dict[tuple[str, str, int], dict[str, Any]]:
+def read(cfg: RunConfig, name: BenchmarkName) -> dict[tuple[str, str, int], dict[str, Any]]:
     """The responses to a benchmark by (id, mode, index)."""
     return {(row["id"], row["mode"], row["index"]): row for row in read_jsonl(folder(cfg) / f"{name}.jsonl")}
 
 
 def _respond(
-    cfg: RunConfig, name: str, mode: str, n: int, chunk: Sequence[Problem], sampler: Sampler, tokenizer: Tokenizer
+    cfg: RunConfig,
+    name: BenchmarkName,
+    mode: str,
+    n: int,
+    chunk: Sequence[Problem],
+    sampler: Sampler,
+    tokenizer: Tokenizer,
 ) -> list[dict[str, Any]]:
-    prompts = [tokenizers.render(tokenizer, p.messages) for p in chunk]
+    prompts = [prompt_ids(tokenizer, p) for p in chunk]
     sampling = Sampling(cfg.bench.max_new_tokens, 0.0 if mode == GREEDY else cfg.bench.temperature)
     seeds = [derive_seed(cfg.seed, "bench", name, p.id) for p in chunk]
     rows = []
@@ -110,7 +118,7 @@ def _claim(cfg: RunConfig, target: Path) -> None:
         before = read_object(path)
         if FILES not in before:  # responses of a version that did not keep it
             before[FILES] = made[FILES]
-        changed = [f"{key} was {before.get(key)!r}, is {made[key]!r}" for key in made if before.get(key) != made[key]]
+        changed = [f"{key} was {before.get(key)!r}, is {made[key]!r}" for key in unchanged.differing(before, made)]
         if changed:
             raise ValueError(f"{target} holds responses made in another way ({'; '.join(changed)}): set another output")
     target.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ from .protocols import CausalLM
 
 
 def is_split(model: CausalLM) -> bool:
-    """Whether the ranks share out the vocabulary: what is computed from the head is then collective."""
+    """Whether the head's rows are split over the ranks; passes through the head are then collective."""
     return getattr(model, "head_group", None) is not None
 
 

@@ -1,4 +1,4 @@
-"""The only file that imports transformers: models, tokenizers and chat templates."""
+"""Loads and saves causal LMs."""
 
 from __future__ import annotations
 
@@ -142,9 +142,9 @@ def fingerprints(models: Mapping[str, ModelConfig]) -> dict[str, str]:
 
 
 def save(model: CausalLM, tokenizer: Tokenizer, directory: Path, ranks: Ranks = SINGLE) -> None:
-    """An ordinary Hugging Face directory, complete or not there at all. The first rank writes, all take part."""
+    """Writes a Hugging Face directory, complete or not at all. Collective; the first rank writes."""
     partial = directory.with_name(directory.name + ".partial")
-    # Every rank goes through all tensors, the first keeps them.
+    # Gathering is collective; only the first rank keeps the tensors.
     whole = {k: v for k, v in named_tensors(model, "cpu") if ranks.first} if ranks.mesh is not None else None
 
     def write() -> None:
@@ -161,7 +161,7 @@ def save(model: CausalLM, tokenizer: Tokenizer, directory: Path, ranks: Ranks = 
 
 
 def save_config(model: CausalLM, directory: str | Path) -> None:
-    """What an engine needs to build this model, without its weights."""
+    """Saves the files that an engine builds this model from, without weights."""
     model.config.save_pretrained(directory)
     model.generation_config.save_pretrained(directory)
 
@@ -173,10 +173,10 @@ def frozen(model: CausalLM) -> CausalLM:
 
 
 def named_tensors(model: CausalLM, device: str | None = None) -> Iterable[tuple[str, Tensor]]:
-    """What a sampler needs to follow the policy; with shards every rank must go through all of it."""
+    """The weights for `Sampler.update_weights`; of a sharded model every rank must iterate over all of them."""
     return sharding.whole_tensors(model, device)
 
 
 def weight_shapes(model: CausalLM) -> dict[str, torch.Size]:
-    """The names of `named_tensors` and their shapes; no rank needs another for it."""
+    """Names and shapes of `named_tensors`; not collective."""
     return {name: value.shape for name, value in model.state_dict().items()}

@@ -19,7 +19,7 @@ READ_SAFELY = {"trust_remote_code": False, "local_files_only": True}
 
 
 class ModelError(ValueError):
-    """The model cannot be had; the message says what was asked for and what to do."""
+    """The model cannot be loaded; the message names the key, what it was and what to do."""
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Which model goes where: in shards or whole, offloaded or not, with or without kept activations."""
+"""Model placement: sharded or whole, offloaded or not, with or without activation checkpointing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def load_placed(cfg: ModelConfig, scale: ScaleConfig, ranks: Ranks, role: Role) 
             f"scale.offload = {scale.offload} moves shards: it needs scale.shard = true and torchrun "
             "(torchrun --nproc-per-node 1 for a single GPU)"
         )
-    # What is going to be cut up is never whole on the device.
+    # A model that will be sharded is never whole on the device.
     where = cfg if ranks.mesh is None else cfg.model_copy(update={"device": "cpu"})
     model = loading.load_model(where)
     if not trained:

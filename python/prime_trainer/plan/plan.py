@@ -15,6 +15,7 @@ import torch
 
 from ..config.run_config import RunConfig
 from ..models import meta
+from ..report.markdown import grid
 from ..scale import sharding
 from .footprint import (
     Passes,
@@ -215,23 +216,23 @@ def render(plan: Plan, cfg: RunConfig, gpus: int, memory_gib: float) -> str:
         f"{cfg.model.path}: {plan.shape.parameters / 1e9:.2f} billion parameters on {gpus} x {memory_gib:g} GiB, "
         f"{plan.passes} passes of {plan.row} tokens a rank and step",
         "",
-        "| GiB on one GPU | " + " | ".join(memory) + " |",
-        "|---|" + "--:|" * len(memory),
     ]
+    table: list[list[str]] = []
     rows = dict.fromkeys(name for parts in memory.values() for name in parts)
     for name in rows:
         values = [parts.get(name, 0.0) for parts in memory.values()]
         if any(values):
-            lines.append(f"| {name} | " + " | ".join(f"{v / GIB:.1f}" if v else "" for v in values) + " |")
+            table.append([name, *(f"{v / GIB:.1f}" if v else "" for v in values)])
     totals = [sum(parts.values()) / GIB for parts in memory.values()]
-    lines.append("| **sum** | " + " | ".join(f"**{total:.1f}**" for total in totals) + " |")
+    table.append(["**sum**", *(f"**{total:.1f}**" for total in totals)])
+    lines.append(grid(["GiB on one GPU", *memory], table, numbers=True).rstrip())
     worst = max(totals)
     if worst <= 0.9 * memory_gib:
         lines += ["", f"It fits: {worst:.1f} GiB at most, a tenth of {memory_gib:g} GiB left to the allocator."]
     else:
         lines += ["", f"It does not fit: {worst:.1f} GiB where 90 % of {memory_gib:g} GiB is to be had. {_advice(cfg)}"]
-    lines += ["", "| GiB sent by one GPU in a step | |", "|---|--:|"]
-    lines += [f"| {name} | {value / GIB:.1f} |" for name, value in plan.traffic.items() if value]
+    sent = [[name, f"{value / GIB:.1f}"] for name, value in plan.traffic.items() if value]
+    lines += ["", grid(["GiB sent by one GPU in a step", ""], sent, numbers=True).rstrip()]
     return "\n".join(lines)
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..config.sections import Splitter
 from ..data import chat
 from ..data.groups import Group, Response
 from ..data.readers import read_rows
@@ -141,7 +142,7 @@ class StepGroup(Group):
     responses: Sequence[StepResponse]
 
 
-def encode(tokenizer: Tokenizer, item: Item, splitter: str) -> StepResponse:
+def encode(tokenizer: Tokenizer, item: Item, splitter: Splitter) -> StepResponse:
     """The response in tokens, ended by the end-of-sequence token if it is finished, and where its steps start.
 
     The text is encoded once, as a whole; steps are placed by the characters that tokens cover.

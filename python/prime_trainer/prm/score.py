@@ -94,7 +94,7 @@ def _check_fingerprints(path: Path, now: dict[str, Any]) -> None:
     if not path.is_file():
         raise ValueError(f"--resume: {path} is missing: what the scores beside it are from cannot be told")
     saved = read_object(path)
-    changed = [name for name in now if saved.get(name) != now[name]]
+    changed = unchanged.differing(saved, now)
     if changed:
         raise ValueError(f"--resume: not what the scores there are from: {', '.join(changed)} has changed since")
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import prime_kernels as pk
 
+from ..config.sections import Compat, Splitter
 from ..data.groups import check_length
 from ..models import forward, tokenizers, traits
 from ..models.protocols import CausalLM, Tokenizer
@@ -63,8 +64,8 @@ def score_steps(
     reference: CausalLM,
     tokenizer: Tokenizer,
     beta: float | None = None,
-    splitter: str = "blank_line",
-    compat: str | None = None,
+    splitter: Splitter = "blank_line",
+    compat: Compat | None = None,
     micro_batch_tokens: int = 4096,
     max_length: int | None = None,
 ) -> list[StepRewards]:
@@ -72,8 +73,8 @@ def score_steps(
 
     Args:
         rows: dicts with `prompt` (text, or a chat) and `response` (text), `steps` (a list of texts, joined by blank
-            lines) or `completions` (several responses); see prm/data.py.
-        prm, reference: causal LMs of `prime_trainer.models.load_model` (or of transformers), on the same device.
+            lines) or `completions` (several responses); see prm/items.py.
+        prm, reference: causal LMs (of `models.loading.load_model` or of transformers), on the same device.
         tokenizer: a fast tokenizer, the same for both.
         beta: 0.05 where None; with `compat` the card's 0.001.
         splitter: "blank_line", "line", "numbered" ("Step 2:"), "action" ("[VERIFY]") or "none"; `steps` win over it.
@@ -121,8 +122,8 @@ class StepScorer:
         tokenizer: Tokenizer,
         *,
         beta: float | None,
-        splitter: str,
-        compat: str | None,
+        splitter: Splitter,
+        compat: Compat | None,
         micro_batch_tokens: int,
         max_length: int | None,
     ) -> None:
@@ -201,7 +202,7 @@ class StepScorer:
 
 def _step_offsets(batch: Batch, responses: Sequence[StepResponse]) -> tuple[Tensor, list[slice]]:
     """([S + 1] offsets of all steps in the batch's tokens, the steps of each response). Tokens after a response's last
-    step, which only the card leaves, are a step of their own that no response owns."""
+    step, which only the card leaves, form an extra step that no response owns."""
     offsets, owned = [0], []
     for start, end, response in zip(
         batch.cu_seqlens[:-1].tolist(), batch.cu_seqlens[1:].tolist(), responses, strict=True

@@ -41,7 +41,7 @@ from .training_data import outcome_groups, step_groups
 def run(cfg: RunConfig) -> Path:
     """Trains `cfg.model` on `cfg.train_prm.path`; returns the directory of the saved PRM.
 
-    Ctrl-C stops after the step at hand and leaves a checkpoint for `--resume` beside the PRM as it is then.
+    Ctrl-C stops after the current step and leaves a checkpoint for `--resume` beside the PRM as it is then.
     """
     own = cfg.train_prm
     if own.path is None:
@@ -111,7 +111,7 @@ class _Source:
         self._seed, self._name = seed, name
 
     def at(self, step: int) -> _Labelled:
-        """The batch of a step, from 0; every epoch has an order of its own."""
+        """The batch of a step, from 0; every epoch has its own order."""
         epoch, at = divmod(step, len(self.batches))
         generator = torch.Generator().manual_seed(derive_seed(self._seed, "prm", self._name, epoch))
         return self.batches[torch.randperm(len(self.batches), generator=generator)[at]]

@@ -127,7 +127,7 @@ def _render(records: Sequence[Record], rows: list[dict[str, str]], figures: list
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     source = files("prime_trainer.report").joinpath("report.html.j2").read_text(encoding="utf-8")
     record = records[0]
-    # What many runs found is their mean; what they were is the same for all.
+    # Of several runs, results are their mean; settings are the same for all.
     headline = rows[0] | {key: text for key, text in rows[-1].items() if text}
     return environment.from_string(source).render(
         title=record.path.name,

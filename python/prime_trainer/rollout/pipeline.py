@@ -1,4 +1,4 @@
-"""Batches for the loop: the engine follows the policy, is replaced when it dies, and works ahead where `lag` is 1."""
+"""Batches for the loop: updates the engine's weights, restarts it when it dies, samples ahead with `lag = 1`."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Rollouts:
     ) -> None:
         """`steps` is the run's last step, after which nothing is sampled ahead."""
         self.cfg, self.model, self.steps = engine.rollout, model, steps
-        # A thread that works ahead must not meet the collectives of training.
+        # A separate group: the thread that samples ahead must not interleave with the collectives of training.
         self.ranks = ranks = replace(ranks, group=ranks.sampling)
         self.sampler = self.evaluating = make_sampler(engine, model, tokenizer, ranks=ranks)
         if self.cfg.engine == "transformers":
@@ -72,7 +72,7 @@ class Rollouts:
         except NothingPasses:
             raise
         except Exception:
-            self._undo()  # a resumed run begins this step anew
+            self._undo()  # a resumed run starts this step over
             raise
         self._handed_out = (step, found)
         if self._thread is None:
@@ -92,7 +92,7 @@ class Rollouts:
         self._ahead.set_result(self._handed_out[1])
 
     def evaluate(self, version: int, work: Callable[[Sampler], Result]) -> Result:
-        """`work` with a sampler that holds the policy of now."""
+        """Calls `work` with a sampler that holds the current policy, which is at `version`."""
         if self._ahead is not None:
             wait([self._ahead])
         return self._with_engine(version, lambda: work(self.evaluating))
@@ -122,7 +122,7 @@ class Rollouts:
             self._thread.shutdown()
 
     def _start(self, thread: ThreadPoolExecutor, step: int) -> None:
-        """Collects the batch of `step` in the thread, with a clock of its own."""
+        """Collects the batch of `step` in the thread, with a separate clock."""
         self._before = (self.collector.position, list(self.collector.surplus))
 
         def collect() -> Collected:

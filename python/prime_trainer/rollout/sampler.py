@@ -43,11 +43,11 @@ class EngineConfig:
     rollout: RolloutConfig
     model: ModelConfig
     output: Path
-    """The run's directory, for the log of a server of its own."""
+    """The run's directory, where the log of a server that the run starts is written."""
 
 
 class EngineDied(RunError):
-    """The engine, or what it holds, cannot be used any more; the message says what happened. `restart` may help."""
+    """The engine or its weights cannot be used any more; `restart` may help."""
 
 
 class Sampler(Protocol):
@@ -66,17 +66,17 @@ class Sampler(Protocol):
         """The policy's full set of weights. After EngineDied nothing is sampled before a restart and an update."""
 
     def release(self) -> None:
-        """Nothing is sampled until the next update: memory that only sampling needs may go."""
+        """Nothing is sampled until the next update: memory that only sampling needs may be freed."""
 
     def restart(self) -> None:
-        """A new engine in the place of a dead one; it needs an update before it samples."""
+        """Replaces a dead engine; the new one needs an update before it samples."""
 
     def close(self) -> None: ...
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What an engine must know of the model: the names and shapes of its weights, its limits, how responses end."""
+    """A model's weight names and shapes, length limit and stop tokens."""
 
     weights: Mapping[str, torch.Size]
     stops: Sequence[int]

@@ -1,4 +1,4 @@
-"""One engine for all ranks: the first drives it with everybody's prompts, and its errors are everybody's."""
+"""One engine for all ranks: the first rank samples for all, and its errors are raised on all."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .sampler import Sample, Sampler, Sampling
 
 
 class SharedSampler:
-    """What the first rank's engine samples, dealt out to all; every rank must make the same calls in the same order."""
+    """Every rank must make the same calls in the same order."""
 
     def __init__(self, make: Callable[[], Sampler], ranks: Ranks) -> None:
         self.ranks = ranks

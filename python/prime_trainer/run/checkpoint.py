@@ -1,4 +1,4 @@
-"""A run's state on disk: written beside the last one and renamed, so that a torn checkpoint is never picked up."""
+"""Checkpoints: written to a temporary directory and renamed, so that a partial one is never loaded."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FINGERPRINTS = "fingerprints.json"
 """Of the models that a run starts from, or that scores are from, by what the models are for."""
 _NAME = re.compile(r"step_\d{6,}")
 FREE_ON_RESUME = {"steps", "resume", "output", "wait_lock", "eval", "checkpoint", "micro_batch_tokens", "scale"}
-"""What a resumed run may change and still be the same run: its length, its place, its memory and its reporting."""
+"""Settings that a resumed run may change: its length, place, memory use and reporting."""
 
 
 class RunSettings(Protocol):
@@ -65,6 +65,9 @@ def resume_point(cfg: RunSettings, models: Mapping[str, str]) -> Path | None:
         if (cfg.output / METRICS).exists():
             raise ValueError(f"{cfg.output} already holds a run; give another --output, or --resume to continue it")
         return None
+    root = cfg.output / "checkpoints"
+    if root.exists() and not root.is_dir():
+        raise NotADirectoryError(f"--resume: a folder of checkpoints is expected, got a file: {root}")
     _recover(cfg.output)
     found = _all(cfg.output)
     if found:
@@ -142,12 +145,12 @@ def leave(step: int, whole: bool, save: Callable[[], None]) -> None:
 
 
 class Saver:
-    """Writes checkpoints while the training goes on; one at a time, each from a copy of the state as it was."""
+    """Writes checkpoints in a thread during training, one at a time, each from a copy of the state."""
 
     def __init__(self, run_dir: Path, keep: int, ranks: Ranks = SINGLE, saved_step: int = 0) -> None:
         """`saved_step` is that of the newest checkpoint on the disk, 0 for none."""
         self.run_dir, self.keep, self.saved_step = run_dir, keep, saved_step
-        # The thread's collectives go through a group of their own.
+        # The thread's collectives use a separate group.
         self.ranks = replace(ranks, group=ranks.saving)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[Path] | None = None
@@ -166,7 +169,7 @@ class Saver:
             self.wait()
 
     def wait(self) -> None:
-        """Until what was saved is on the disk. Raises CheckpointError if it could not be written."""
+        """Blocks until the checkpoint is on disk. Raises CheckpointError if it could not be written."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()

@@ -121,7 +121,7 @@ class EventFile:
 
 
 class NoMetrics:
-    """The record of a rank that keeps none."""
+    """For ranks that write no metrics."""
 
     def log(self, stage: Stage, step: int, values: Mapping[str, float]) -> None:
         pass

@@ -12,9 +12,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
-from ..config.run_config import RunConfig
 from ..errors import RunError
 
 LOCK = ".lock"
@@ -22,6 +21,19 @@ _POLL_SECONDS = 0.2
 _UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 _held: set[int] = set()
 Result = TypeVar("Result")
+
+
+class OwnsOutput(Protocol):
+    """What of a run's configuration is about its folder."""
+
+    @property
+    def output(self) -> Path: ...
+
+    @property
+    def wait_lock(self) -> float: ...
+
+
+Settings = TypeVar("Settings", bound=OwnsOutput)
 
 
 @contextmanager
@@ -40,11 +52,11 @@ def output_lock(directory: Path, wait: float = 0.0, key: str = "output") -> Iter
         os.close(descriptor)  # releases the lock; the file stays, as to remove it would race with who opens it next
 
 
-def owns_output(command: Callable[[RunConfig], Result]) -> Callable[[RunConfig], Result]:
+def owns_output(command: Callable[[Settings], Result]) -> Callable[[Settings], Result]:
     """A command that holds `cfg.output` while it runs."""
 
     @functools.wraps(command)
-    def locked(cfg: RunConfig) -> Result:
+    def locked(cfg: Settings) -> Result:
         with output_lock(cfg.output, cfg.wait_lock):
             return command(cfg)
 

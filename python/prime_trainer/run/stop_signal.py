@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP as a question the loop answers between two steps."""
+"""Turns Ctrl-C, SIGTERM and SIGHUP into a flag that the loop checks between steps."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ def _at(values: Tensor | None, micro: Micro) -> Tensor | None:
 
 @dataclass(frozen=True)
 class _Pass:
-    """A forward pass of a minibatch and what its loss is made of; tensors are [t], the pass's response tokens."""
+    """Inputs of the loss of one forward pass; tensors are [t], over the pass's response tokens."""
 
     model: CausalLM
     micro: Micro

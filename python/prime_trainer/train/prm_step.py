@@ -53,13 +53,13 @@ class PRMScores:
 
 @dataclass(frozen=True)
 class Scorer:
-    """Scores with the models that are there and trains none of them."""
+    """Log-probs of policy and reference, where given; trains neither."""
 
     policy: CausalLM | None
     reference: CausalLM | None
     micro_batch_tokens: int
     temperature: float = 1.0
-    """Of the policy alone: what samples at a temperature is trained at it."""
+    """Of the policy only, which is trained at the temperature that it samples at."""
 
     def score(self, batch: Batch) -> Scores:
         return self.passes(batch, [range(len(batch.groups))])
@@ -91,7 +91,7 @@ class PRMScorer:
     cfg: PRMConfig
 
     def score(self, batch: Batch) -> PRMScores:
-        """One pass over the batch for each model that is there, and the PRM's update."""
+        """A pass over the batch for each model, and the PRM's update."""
         everything: Parts = [range(len(batch.groups))]
         parts, update = batch.minibatches(self.cfg.minibatches), self.cfg.update
         scores = self.frozen.passes(batch, parts if update in ("after", "before") else everything)

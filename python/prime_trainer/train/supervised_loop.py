@@ -36,7 +36,7 @@ def fit(
 
     `backward(step)`, from 0, leaves the gradients of that step and returns its metrics, `loss` among them;
     `evaluate(step)`, after the step, adds to them; `finish()`, after the last, saves the model. Ctrl-C stops after the
-    step at hand and leaves a checkpoint for `--resume`; so does any error between two steps, TooManySkipped among
+    current step and leaves a checkpoint for `--resume`; so does any error between two steps, TooManySkipped among
     them, when gradients have not been finite for as many steps as `skips` allows. `models` are the fingerprints of
     what the run starts from.
     """

@@ -73,7 +73,7 @@ def serve(cfg: RolloutConfig, model: ModelConfig) -> None:
             f"serving {model.path} on http://{address[0]}:{address[1]}; token in {cfg.server.token_file}",
             flush=True,
         )
-        os.environ.update(environment(cfg, model, token))
+        os.environ.update(server_environment(cfg, model, token))
         engine.serve(arguments(cfg, model, directory, *address, dummy=False))
 
 
@@ -101,11 +101,11 @@ def arguments(
     return words
 
 
-def environment(cfg: RolloutConfig, model: ModelConfig, token: str) -> dict[str, str]:
-    """What the server's environment needs beside ours."""
+def server_environment(cfg: RolloutConfig, model: ModelConfig, token: str) -> dict[str, str]:
+    """Environment variables of the server, beside ours."""
     added = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", TOKEN_VARIABLE: token}
     if loading.device(model).type == "cpu" and cfg.vllm.tensor_parallel == 1:
-        # The engine's process runs the model itself, with all cores; a worker of its own would leave one core idle.
+        # The engine's process runs the model itself, on all cores; a separate worker would leave one core idle.
         added["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     if cfg.server.transfer == "ipc":
         added["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # handles of GPU memory travel pickled, behind the token
@@ -142,7 +142,7 @@ def is_here(host: str) -> bool:
 
 
 def without_launcher(env: Mapping[str, str]) -> dict[str, str]:
-    """Without what torchrun sets for its ranks: the server is none of them, and may have more than their one thread."""
+    """Without torchrun's variables: the server is no rank, and may use more threads than one."""
     if "WORLD_SIZE" not in env:
         return dict(env)
     names = {*ENVIRONMENT, "LOCAL_RANK", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS"}
@@ -209,7 +209,7 @@ def read_token(path: Path) -> str:
 
 
 class ServerProcess:
-    """A server of the run's own, in a process group of its own so that all of it can be ended."""
+    """A server that the run starts, in a separate process group so that all its processes can be ended."""
 
     def __init__(self, cfg: RolloutConfig, model: ModelConfig, directory: str, token: str, log: Path) -> None:
         self.log = log
@@ -222,7 +222,7 @@ class ServerProcess:
         with log.open("w") as output:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "prime_trainer.rollout.vllm.server_main", str(os.getpid()), *words],
-                env=without_launcher(os.environ) | environment(cfg, model, token),
+                env=without_launcher(os.environ) | server_environment(cfg, model, token),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -230,7 +230,7 @@ class ServerProcess:
             )
 
     def death(self) -> str | None:
-        """Why the process ended, or None while it runs."""
+        """Why the process ended; None while it runs."""
         status = self._process.poll()
         if status is None:
             return None

@@ -30,7 +30,7 @@ SHARED_MEMORY = Path("/dev/shm")
 
 
 class ServerSampler:
-    """Servers at `rollout.server.urls`; with none given, one of its own, whose log is in the run's directory."""
+    """Servers at `rollout.server.urls`; without any, starts one, whose log is in the run's directory."""
 
     def __init__(self, cfg: EngineConfig, model: CausalLM, tokenizer: Tokenizer) -> None:
         self.cfg = cfg
@@ -118,7 +118,7 @@ class ServerSampler:
         pass
 
     def restart(self) -> None:
-        """Our own server anew; one that somebody else started is waited for, and after a failed update must be new."""
+        """Restarts our own server; waits for external ones, which after a failed update must have been restarted."""
         self.version, self._usable, self._gpu_transfers = -1, False, None
         self._disconnect()
         self._connect()
