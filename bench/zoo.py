@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import prime_kernels as pk
 from prime_trainer.data.groups import Group, Response
 from prime_trainer.models import lm_head, traits
 from prime_trainer.prm.items import StepResponse
@@ -244,7 +245,11 @@ def check(model: Any, other: Any) -> str:
     compare_all("gradients", torch.autograd.grad(out @ upstream, params, allow_unused=True), wanted)
     total, gradients = torch.zeros(()), [torch.zeros_like(p) for p in params]
     for micro in batch.micro_batches(everything, 60, pack=True):
-        part = lm_head.nll(model, predicting(model, micro), batch.ids[micro.tokens], batch.num_tokens)
+        head = lm_head.head(model, predicting(model, micro))
+        part = pk.linear_nll(
+            head.hidden, head.weight, batch.ids[micro.tokens], bias=head.bias, denominator=batch.num_tokens,
+            **lm_head.options(model),
+        )  # fmt: skip
         total = total + part.detach()
         for own, more in zip(gradients, torch.autograd.grad(part, params, allow_unused=True), strict=True):
             if more is not None:

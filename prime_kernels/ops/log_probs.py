@@ -242,8 +242,9 @@ def log_probs(
     """Log-probability of each token, and optionally the entropy of its distribution, in nats.
 
     logp = z[id] - logsumexp(z) and entropy = -sum p log p, with z = logits / temperature, or
-    z = softcap * tanh(logits / softcap) / temperature. Differentiable in ``logits``, which are not changed. A logit of -inf is a token of probability 0, also in the gradient. A row with a NaN or a
-    logit of +inf, the target's included, or with nothing but -inf has no distribution: its results are NaN.
+    z = softcap * tanh(logits / softcap) / temperature. Differentiable in ``logits``, which are not changed. A logit of
+    -inf is a token of probability 0, also in the gradient. A row with a NaN or a logit of +inf, the target's included,
+    or with nothing but -inf has no distribution: its results are NaN.
 
     Args:
         logits: [..., V], any strides; float32, bfloat16 or float16 (float64 on "eager"). Computed in float32.
@@ -253,7 +254,7 @@ def log_probs(
             and label are not read.
         temperature: above 0.
         softcap: above 0, caps the logits before the temperature; None for no cap. The capped logits are a copy in
-            float32, where a logit of -inf is -softcap.
+            float32, in which an infinite logit is one of -softcap or softcap.
         with_entropy: also return the entropy.
         inplace_backward: let backward write the gradient over the storage of ``logits``, which saves their size in
             memory. The logits are lost: a second backward (retain_graph) raises RuntimeError. No effect inside
