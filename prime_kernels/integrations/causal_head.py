@@ -57,7 +57,7 @@ class CausalHead:
         return product if self.softcap is None else self.softcap * torch.tanh(product / self.softcap)
 
     def options(self, temperature: float = 1.0) -> dict[str, Any]:
-        """``temperature`` and ``softcap`` with which the linear operations, given the layer alone, have these logits."""
+        """``temperature`` and ``softcap`` for the linear operations, which are given the output layer alone."""
         return {
             "temperature": temperature / self.scale,
             "softcap": None if self.softcap is None else self.softcap / self.scale,

@@ -244,7 +244,7 @@ class _Probe:
         """One response a row, padded on the right."""
         sequences = self._sequences()
         width = max(len(p) + len(r) for p, r in sequences)
-        hidden = self._run([p + r + [0] * (width - len(p) - len(r)) for p, r in sequences])
+        hidden = self._run([p + r + p[:1] * (width - len(p) - len(r)) for p, r in sequences])
         return torch.cat([self._predicting(h, p, r) for h, (p, r) in zip(hidden, sequences, strict=True)])
 
     def stream(self) -> Tensor:

@@ -114,7 +114,8 @@ def _loss(at: _Pass) -> tuple[Tensor, dict[str, Tensor]]:
         head = lm_head.head(at.model, hidden)
         ppo = pk.linear_ppo_loss(
             head.hidden, head.weight, at.ids, at.old_logp, at.advantages, bias=head.bias,
-            **lm_head.options(at.model, at.temperature), weights=weights, clip_low=cfg.clip_low, clip_high=cfg.clip_high, denominator=at.denominator,
+            weights=weights, clip_low=cfg.clip_low, clip_high=cfg.clip_high, denominator=at.denominator,
+            **lm_head.options(at.model, at.temperature),
         )  # fmt: skip
         return ppo.loss, _metrics(ppo, at.share)
     logp, entropy = lm_head.log_probs(
