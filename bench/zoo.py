@@ -319,16 +319,14 @@ def examine(model_type: str, name: str) -> Finding:
         return Finding(model_type, name, "not built", OTHER_THINGS.get(model_type, "its text model is another class"))
     try:
         model = build(model_type, name)
+        with torch.no_grad():
+            model(input_ids=torch.tensor([groups()[0].prompt_ids]))
     except Exception as error:  # of 150 configurations each may have its own
         return Finding(model_type, name, "not built", f"{type(error).__name__}: {_line(error)}")
     try:
         found = traits.of(model)
     except traits.UnsupportedModel as error:
         return Finding(model_type, name, "refused", _line(error).split("; supported")[0].removeprefix("model: "))
-    except Exception as error:
-        return Finding(
-            model_type, name, "not built", f"its forward pass ends in {type(error).__name__}: {_line(error)}"
-        )
     try:
         wrong = check(model, build(model_type, name))
     except Exception as error:
