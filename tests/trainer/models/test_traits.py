@@ -146,8 +146,16 @@ def test_a_model_that_cannot_be_read_is_not_loaded(tmp_path):
 
 def test_a_model_in_training_mode_with_dropout():
     model = build("Llama", attention_dropout=0.5).train()
-    with pytest.raises(traits.UnsupportedModel, match="does not give the same twice .* is it in training mode"):
+    with pytest.raises(traits.UnsupportedModel, match=r"does not give the same twice .* is it in training mode"):
         traits.of(model)
+
+
+def test_the_layout_that_is_expected_of_a_model_without_data():
+    plain, state = build("Llama"), build("Lfm2", layer_types=["conv", "full_attention"])
+    for model in (plain, state, build("Olmo3", layer_types=MIXED)):
+        assert traits.expected_layout(model, "auto") == traits.of(model).layout
+    assert traits.expected_layout(plain, "flash_attention_2") == "varlen"
+    assert traits.expected_layout(state, "flash_attention_2") == "rows"
 
 
 def test_layouts_of_several_models():
@@ -181,14 +189,14 @@ def test_a_cache_that_cannot_be_reordered_gets_the_prompt_repeated(monkeypatch):
 
 
 def test_what_cannot_sample_says_so_in_one_line():
-    model = build("Mamba", state_size=8)
+    model = build("Mamba", "eager", state_size=8)
     expected = r"rollout\.engine = 'transformers' cannot sample with MambaForCausalLM: it takes no cache"
     with pytest.raises(ValueError, match=expected) as found:
         TransformersSampler(model, Stops(), batch_size=8)
     assert "\n" not in str(found.value)
 
 
-def test_a_tokenizer_without_a_chat_template(tokenizer):
-    tokenizer.chat_template = None
-    with pytest.raises(loading.ModelError, match='model.chat_template = "bare"'):
+def test_a_tokenizer_without_a_chat_template(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    with pytest.raises(loading.ModelError, match=r'model\.chat_template = "bare"'):
         tokenizers.render(tokenizer, [{"role": "user", "content": "?"}])
