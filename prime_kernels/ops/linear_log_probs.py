@@ -187,6 +187,21 @@ def linear_log_probs(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@overload
+def linear_log_probs(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    mask: Tensor | None = ...,
+    temperature: float = ...,
+    with_entropy: bool,
+    process_group: dist.ProcessGroup | None = ...,
+    backend: str | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
 def linear_log_probs(
     hidden: Tensor,
     weight: Tensor,

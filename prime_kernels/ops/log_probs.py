@@ -210,6 +210,19 @@ def log_probs(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@overload
+def log_probs(
+    logits: Tensor,
+    ids: Tensor,
+    *,
+    mask: Tensor | None = ...,
+    temperature: float = ...,
+    with_entropy: bool,
+    inplace_backward: bool = ...,
+    backend: str | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
 def log_probs(
     logits: Tensor,
     ids: Tensor,

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from .config.run_config import RunConfig
+from .data.problems import usable
 from .data.tasks import load_task
 from .evaluation.held_out import evaluate
-from .models import forward, loading, tokenizers
+from .models import loading, tokenizers, traits
 from .models.placement import load_placed
 from .rollout import EngineConfig
 from .rollout.collector import NothingPasses
@@ -56,6 +57,7 @@ class Run:
         self.cfg, self.needs, self.ranks, self.device = cfg, cfg.needs, ranks, loading.device(cfg.model)
         self.tokenizer = tokenizers.load_tokenizer(cfg.model)
         self.task = load_task(cfg.task, cfg.seed)
+        self.held_out = usable(self.tokenizer, self.task.held_out(), cfg.task.bad_rows)
         model = load_placed(cfg.model, cfg.scale, ranks, "policy")
         self.policy = Trainable(model, lr=cfg.policy.lr, grad_clip=cfg.policy.grad_clip, ranks=ranks)
         self.prm: Trainable | None = None
@@ -67,6 +69,7 @@ class Run:
             model if self.needs.old_logp else None, self.ref, cfg.micro_batch_tokens, cfg.rollout.temperature
         )
         self.scorer = scorer if self.prm is None else PRMScorer(scorer, self.prm, cfg.prm)
+        self.layout = traits.of(model).layout
         vocabulary = len(model.get_output_embeddings().weight)
         self.step_ends = tokenizers.newline_tokens(self.tokenizer, vocabulary).to(self.device)
         self.verifier = Verifier.from_config(cfg.task)
@@ -117,7 +120,7 @@ class Run:
     def evaluate(self) -> dict[str, float]:
         cfg = self.cfg
         return self.rollouts.evaluate(self.step, lambda sampler: evaluate(
-            self.task.held_out(), self.tokenizer, sampler, self.verifier,
+            self.held_out, self.tokenizer, sampler, self.verifier,
             max_new_tokens=cfg.rollout.max_new_tokens, temperature=cfg.rollout.temperature, sampled=cfg.eval.sampled,
             ranks=self.ranks,
         ))  # fmt: skip
@@ -128,7 +131,7 @@ class Run:
         step, self._before = self.step + 1, self._updates()
 
         groups, values = self.rollouts.batch(step, clock)
-        batch = Batch(groups, self.device, self.ranks, forward.is_varlen(self.policy.model))
+        batch = Batch(groups, self.device, self.ranks, self.layout)
         values["kept_reward"] = batch.outcomes.mean().item()
 
         with clock("score" if self.prm is None or cfg.prm.update == "none" else "prm"):

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from typing import Any, cast
 
+from . import contained
 from .answers import GymAnswer, MathAnswer, ScoredAnswer
 from .sandboxed.codec import decode
 
@@ -34,10 +35,13 @@ def _reasoning_gym_scorer(name: str, params: dict[str, Any]) -> Callable[[GymAns
     import reasoning_gym
 
     dataset = reasoning_gym.create_dataset(name, seed=0, size=1, **params)
+    contained.prepare(name, type(dataset).__module__)
 
     def score(answer: GymAnswer, text: str) -> float:
         entry = decode(answer.entry)
         text = _unwrap(text)
+        if not contained.readable(answer, text):
+            return 0.0
         return _settle(float(dataset.score_answer(text, entry)), text, entry.get("answer"))
 
     return score

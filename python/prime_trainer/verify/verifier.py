@@ -28,15 +28,15 @@ class Verifier:
     def __init__(
         self,
         seconds: float,
-        workers: int,
+        workers: int | None = None,
         *,
         any_answer: bool = False,
         interval_as_inequality: bool = True,
         code: CodeOptions | None = None,
     ) -> None:
-        self._pool = WorkerPool(seconds, workers)
         self._any_answer, self._interval_as_inequality = any_answer, interval_as_inequality
         self._code = code or CodeOptions()
+        self._pool = WorkerPool(seconds, workers, self._code.confine)
         self._runner: CodeRunner | None = None
 
     @classmethod

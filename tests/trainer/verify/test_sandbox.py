@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,7 +20,7 @@ from bench.verify.programs import canonical, changed
 from prime_trainer import loop
 from prime_trainer.config.sections import TaskConfig
 from prime_trainer.data.tasks import load_task
-from prime_trainer.verify import SandboxError, Verdict, Verifier
+from prime_trainer.verify import SandboxError, Verdict, Verifier, mounts
 from prime_trainer.verify import sandbox as sandbox_module
 from prime_trainer.verify.answers import AssertTests, CallTests, MathAnswer, StdioTests
 from prime_trainer.verify.extract import last_code_block
@@ -413,10 +414,20 @@ def test_canonical_solutions_pass_and_wrong_ones_do_not(sandbox):
 
 
 def test_no_sandbox_is_refused_with_what_to_install_and_allowed_by_hand(monkeypatch, tmp_path):
-    monkeypatch.setattr(sandbox_module, "obstacle", lambda kind, packages=(): f"{kind} is not here")
-    with pytest.raises(SandboxError, match=r"bubblewrap is not here; landlock is not here.*apt-get install bubblewrap"):
+    absent = {kind: f"{kind} does not work here (no reason)" for kind in sandbox_module.KINDS}
+    monkeypatch.setattr(sandbox_module, "obstacle", lambda kind, packages=(): absent[kind])
+    with pytest.raises(
+        SandboxError, match=r"bubblewrap does not.*; landlock does not.*\)\. Set task\.allow_unsafe"
+    ) as e:
         confinement("auto")
-    with pytest.raises(SandboxError, match="landlock is not here"):
+    assert "nstall" not in str(e.value)  # nothing that is missing
+    absent["bubblewrap"] = "bubblewrap is not installed (apt-get install bubblewrap)"
+    absent["landlock"] = "libseccomp is not installed (apt-get install libseccomp2): no such file"
+    with pytest.raises(
+        SandboxError, match=r"Install what is missing \(apt-get install bubblewrap libseccomp2\), or set"
+    ):
+        confinement("auto")
+    with pytest.raises(SandboxError, match="libseccomp is not installed"):
         confinement("landlock", allow_unsafe=True)
     assert confinement("auto", allow_unsafe=True) == Confinement("unsafe")
     row = {"prompt": "q", "ability": "code", "reward_model": {"ground_truth": {"inputs": [""], "outputs": [""]}}}
@@ -428,6 +439,60 @@ def test_no_sandbox_is_refused_with_what_to_install_and_allowed_by_hand(monkeypa
     obstacle.cache_clear()
     assert obstacle("bubblewrap") == "bubblewrap is not installed (apt-get install bubblewrap)"
     obstacle.cache_clear()
+
+
+def test_auto_says_once_what_confines_and_why(monkeypatch, capsys):
+    reasons = {"bubblewrap": "bubblewrap does not work here (no namespaces)", "landlock": None}
+    monkeypatch.setattr(sandbox_module, "obstacle", lambda kind, packages=(): reasons[kind])
+    sandbox_module._say.cache_clear()
+    assert [confinement("auto").kind for _ in range(3)] == ["landlock"] * 3
+    line = "prime-trainer: landlock confines answers and programs of the model; bubblewrap does not work here"
+    assert capsys.readouterr().err == f"{line} (no namespaces)\n"
+    assert confinement("landlock").kind == "landlock"  # who asks for it knows
+    assert capsys.readouterr().err == ""
+    sandbox_module._say.cache_clear()
+
+
+def test_what_lies_under_tmp_is_seen_by_programs_and_nothing_else_there(sandbox, monkeypatch, tmp_path):
+    """As where Python's environment and the checkout are in /tmp, which is private in bubblewrap."""
+    assert tmp_path.is_relative_to("/tmp")
+    tmp_path.chmod(0o755)
+    for folder in tmp_path.parents[:-2]:
+        folder.chmod(0o755)
+    inside = tmp_path / "checkout" / "sandboxed"
+    shutil.copytree(mounts.INSIDE, inside)
+    package = tmp_path / "environment" / "site-packages" / "a_package"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("ANSWER = 42\n")
+    (tmp_path / "environment" / "secret").write_text("secret")
+    monkeypatch.setattr(mounts, "INSIDE", inside)
+    monkeypatch.setattr(sandbox_module, "INSIDE", inside)
+    monkeypatch.syspath_prepend(package.parent)
+    looks = f"import a_package, os\nprint(a_package.ANSWER, os.path.exists({str(tmp_path / 'environment/secret')!r}))"
+    hidden = sandbox.kind == "bubblewrap"  # Landlock hides no names, and refuses to open what they name
+    reads = f"try:\n    print(open({str(tmp_path / 'environment/secret')!r}).read())\nexcept OSError:\n    print('no')"
+    jobs = [(stdio([""], [f"42 {not hidden}"]), looks), (stdio([""], ["no"]), reads)]
+    verdicts = run(Confinement(sandbox.kind, ("a_package",)), jobs, limits=Limits(20.0))
+    assert verdicts == [Verdict(1.0, None)] * 2
+
+
+def test_a_private_folder_holds_few_files_however_empty(sandbox):
+    if sandbox.kind != "bubblewrap":
+        pytest.skip("Landlock gives programs no folder to write to")
+    program = """
+import os
+made = 0
+for folder in ('/tmp', '/dev/shm', '/dev', '/', '/tmp/deep'):
+    try:
+        os.makedirs(folder, exist_ok=True)
+        for i in range(5000):
+            os.close(os.open(f'{folder}/{i}', os.O_CREAT | os.O_WRONLY))
+            made += 1
+    except OSError:
+        pass
+print(0 < made < 1100)
+"""
+    assert run(sandbox, [(stdio([""], ["True"]), program)], limits=Limits(20.0)) == [Verdict(1.0, None)]
 
 
 def test_mathematics_and_code_train_in_one_batch(run_config, tmp_path, monkeypatch):
