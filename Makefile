@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 TRITON := triton==3.6.0
 
 .DEFAULT_GOAL := help
-.PHONY: help debian demo test test-integrations test-vllm test-oldest package sanitize bench bench-integrations docs lint format clean
+.PHONY: help debian demo test test-integrations test-vllm test-oldest package sanitize faults bench bench-integrations docs lint format clean
 
 help:
 	@echo "make demo    train SmolLM2-135M with PRIME on arithmetic (SEED=0), then write its report"
@@ -20,6 +20,7 @@ help:
 	@echo "make test-oldest  the kernel tests on the oldest torch that is supported (OLDEST_TORCH), in .venv-oldest"
 	@echo "make package  sdist and wheel into dist/, built in isolation, and the tests of them"
 	@echo "make sanitize  the kernel tests on an extension built with the address and undefined-behaviour sanitizers"
+	@echo "make faults  30 kills with resume, hostile programs, broken inputs: what held, in bench/results/faults"
 	@echo "make bench   time every operation against plain PyTorch and write bench/results/ops"
 	@echo "make bench-integrations  GRPO steps of TRL with and without the patch: bench/results/integrations"
 	@echo "make docs    the documentation as a static site with the API reference, in build/docs"
@@ -136,6 +137,13 @@ sanitize: $(READY)
 	  tests/native/test_segment_scan.py tests/native/test_isa.py tests/ops/test_log_probs.py tests/ops/test_fuzz.py \
 	  tests/ops/test_linear_log_probs.py tests/ops/test_linear_losses.py tests/ops/test_segments.py \
 	  tests/ops/test_rloo_advantages.py tests/ops/test_ppo_loss.py tests/ops/test_prm_loss.py
+
+# Half an hour on 2 cores. What does not hold is in the table, too, and the target fails.
+faults: $(READY) debian
+	@mkdir -p build && PRIME_TRAINER_TEST_KILLS=30 $(BIN)/python -m pytest -q --timeout 900 -o junit_logging=system-out \
+	  -o junit_log_passing_tests=true --junitxml=build/faults.xml tests/trainer/run tests/trainer/scale/test_faults.py \
+	  tests/trainer/test_broken_inputs.py tests/trainer/test_payloads.py tests/trainer/verify; held=$$?; \
+	  $(BIN)/python bench/faults_table.py build/faults.xml bench/results/faults && exit $$held
 
 bench: $(READY)
 	@mkdir -p build && rm -f build/bench.json

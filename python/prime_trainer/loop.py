@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .config.run_config import RunConfig
+from .data.problems import usable
 from .data.tasks import load_task
 from .evaluation.held_out import evaluate
 from .models import loading, tokenizers, traits
@@ -56,6 +57,7 @@ class Run:
         self.cfg, self.needs, self.ranks, self.device = cfg, cfg.needs, ranks, loading.device(cfg.model)
         self.tokenizer = tokenizers.load_tokenizer(cfg.model)
         self.task = load_task(cfg.task, cfg.seed)
+        self.held_out = usable(self.tokenizer, self.task.held_out(), cfg.task.bad_rows)
         model = load_placed(cfg.model, cfg.scale, ranks, "policy")
         self.policy = Trainable(model, lr=cfg.policy.lr, grad_clip=cfg.policy.grad_clip, ranks=ranks)
         self.prm: Trainable | None = None
@@ -118,7 +120,7 @@ class Run:
     def evaluate(self) -> dict[str, float]:
         cfg = self.cfg
         return self.rollouts.evaluate(self.step, lambda sampler: evaluate(
-            self.task.held_out(), self.tokenizer, sampler, self.verifier,
+            self.held_out, self.tokenizer, sampler, self.verifier,
             max_new_tokens=cfg.rollout.max_new_tokens, temperature=cfg.rollout.temperature, sampled=cfg.eval.sampled,
             ranks=self.ranks,
         ))  # fmt: skip

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import sys
 from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path
@@ -19,7 +20,7 @@ from ..verify import confinement_for
 from ..verify.answers import CallTests, MathAnswer, ProgramTests, StdioTests
 from . import chat
 from .problems import Problem, messages_for
-from .readers import Kind, kind_of, read_rows
+from .readers import Kind, check_text, kind_of, read_rows, refuse
 
 _DEFAULT_TEMPLATE = TaskConfig.model_fields["template"].default
 
@@ -30,7 +31,7 @@ class FileTask:
     def __init__(self, cfg: TaskConfig, seed: int) -> None:
         if cfg.path is None:
             raise ValueError(f"task.path is required when task.kind = {cfg.kind!r}")
-        self.name = cfg.path.stem
+        self.name, self.bad_rows = cfg.path.stem, cfg.bad_rows
         rows = _read_problems(cfg.path, "parquet" if cfg.kind == "parquet" else "jsonl", cfg, "task.path")
         if cfg.eval_path is not None:
             kind: Kind = "parquet" if kind_of(cfg.eval_path) == "parquet" else "jsonl"
@@ -64,19 +65,44 @@ def _shuffled(count: int, seed: int, epoch: int) -> list[int]:
 
 
 def _read_problems(path: Path, kind: Kind, cfg: TaskConfig, option: str) -> list[Problem]:
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"{option}: no such file: {path}")
     problems: list[Problem] = []
-    for place, row in read_rows(path, option, kind):
+    bad: list[ValueError] = []
+    skips = cfg.bad_rows == "skip"
+    for place, row in read_rows(path, option, kind, bad.append if skips else refuse):
         try:
-            problems.append(Problem(f"{path.stem}/{len(problems)}", _messages(row, cfg), problem_answer(row)))
+            where = f"{path}, {place}"
+            answer = problem_answer(row)
+            if isinstance(answer, ProgramTests):
+                _check_tests(answer, where)
+            problems.append(Problem(f"{path.stem}/{len(problems)}", _messages(row, cfg), answer, where))
         except ValueError as error:
-            raise ValueError(f"{path}, {place}: {error}") from None
+            told = ValueError(str(error) if str(error).startswith(str(path)) else f"{path}, {place}: {error}")
+            if not skips:
+                raise told from None
+            bad.append(told)
+    if bad:
+        print(
+            f"{option}: {len(bad)} of {len(bad) + len(problems)} rows of {path} are left out (task.bad_rows = 'skip'), "
+            f"the first because of {bad[0]}",
+            file=sys.stderr,
+        )
     if not problems:
-        raise ValueError(f"{option}: {path} has no rows")
+        raise ValueError(f"{option}: {path} has no rows{' that can be used' if bad else ''}")
     if any(isinstance(problem.answer, ProgramTests) for problem in problems):
         confinement_for(cfg)  # fails before training on a machine that cannot run programs
     return problems
+
+
+def _check_tests(answer: ProgramTests, where: str) -> None:
+    """Tests may be JSON inside of a text: what the reader of the row has not seen."""
+    tests = answer.to_json()
+    check_text(tests, where)
+    try:
+        json.dumps(tests, allow_nan=False)
+    except ValueError:
+        raise ValueError("reward_model.ground_truth must not hold NaN or infinity: no output equals it") from None
 
 
 def _messages(row: dict[str, Any], cfg: TaskConfig) -> list[dict[str, str]]:

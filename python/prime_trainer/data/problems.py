@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from ..config.sections import TaskConfig
+from ..errors import RunError
+from ..models.protocols import Tokenizer
+from ..models.tokenizers import render
 from ..verify.answers import Answer
 from . import chat
 
@@ -18,6 +23,8 @@ class Problem:
     messages: list[dict[str, str]]
     """The chat that the model sees, without the answer."""
     answer: Answer
+    place: str = ""
+    """Where it stands, for error messages: file and line."""
 
     @property
     def reference(self) -> str:
@@ -25,10 +32,40 @@ class Problem:
         return self.answer.reference
 
 
+class BadRow(RunError, ValueError):
+    """A problem that cannot be used; the message says which one and why."""
+
+
+def prompt_ids(tokenizer: Tokenizer, problem: Problem) -> list[int]:
+    """The tokens of a problem's prompt. Raises BadRow, naming the problem, for what the chat template refuses."""
+    try:
+        return render(tokenizer, problem.messages)
+    except Exception as error:  # a template raises what it likes
+        told = " ".join(str(error).split()) or type(error).__name__
+        raise BadRow(f"{problem.place or problem.id}: the prompt cannot be written in tokens: {told:.200}") from error
+
+
+def usable(tokenizer: Tokenizer, problems: Sequence[Problem], bad_rows: str) -> list[Problem]:
+    """The problems whose prompts can be written in tokens: all, or BadRow, unless `bad_rows` is "skip"."""
+    found = []
+    for problem in problems:
+        try:
+            prompt_ids(tokenizer, problem)
+        except BadRow as error:
+            if bad_rows == "error":
+                raise BadRow(f"{error} (task.bad_rows = 'skip' leaves such rows out)") from None
+            print(f"left out: {error}", file=sys.stderr)
+            continue
+        found.append(problem)
+    return found
+
+
 class Task(Protocol):
     """A source of problems."""
 
     name: str
+    bad_rows: Literal["error", "skip"]
+    """What to do with a problem that turns out to be a BadRow."""
 
     def train(self, start: int, count: int) -> list[Problem]:
         """Returns the problems at positions `start` to `start + count - 1` of the unending training stream."""

@@ -30,7 +30,7 @@ class ReasoningGymTask:
     """
 
     def __init__(self, cfg: TaskConfig, seed: int) -> None:
-        self.name = cfg.name
+        self.name, self.bad_rows = cfg.name, cfg.bad_rows
         self._cfg = cfg
         self._seed = seed
         self._create = _dataset_factory(cfg.name, cfg.params)

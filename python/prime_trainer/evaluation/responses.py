@@ -9,7 +9,7 @@ from typing import Any
 
 from ..config.run_config import RunConfig
 from ..config.sections import BenchmarkName
-from ..data.problems import Problem
+from ..data.problems import Problem, prompt_ids
 from ..models import loading, tokenizers
 from ..models.protocols import Tokenizer
 from ..rollout import EngineConfig, Sampler, Sampling, make_sampler
@@ -90,7 +90,7 @@ def _respond(
     sampler: Sampler,
     tokenizer: Tokenizer,
 ) -> list[dict[str, Any]]:
-    prompts = [tokenizers.render(tokenizer, p.messages) for p in chunk]
+    prompts = [prompt_ids(tokenizer, p) for p in chunk]
     sampling = Sampling(cfg.bench.max_new_tokens, 0.0 if mode == GREEDY else cfg.bench.temperature)
     seeds = [derive_seed(cfg.seed, "bench", name, p.id) for p in chunk]
     rows = []

@@ -18,7 +18,7 @@ import numpy as np
 
 from ..config.run_config import RunConfig
 from ..data.readers import read_rows
-from ..report.markdown import grid
+from ..report.markdown import escaped, grid
 from ..run.atomic_files import replace_file
 from ..run.output_lock import owns_output
 
@@ -62,7 +62,9 @@ def run(cfg: RunConfig) -> Path:
     rows = [figures(path.parent.name if path.stem == "scores" else path.stem, c, threshold) for path, c in sets]
     cfg.output.mkdir(parents=True, exist_ok=True)
     replace_file(cfg.output / "processbench.json", json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-    cells = [[r.set, *(f"{100 * share:.1f}" for share in (r.erroneous, r.correct, r.f1)), r.chains] for r in rows]
+    cells = [
+        [escaped(r.set), *(f"{100 * share:.1f}" for share in (r.erroneous, r.correct, r.f1)), r.chains] for r in rows
+    ]
     lines = [f"Threshold {threshold:.6g} on sigmoid(Q), chosen on {rows[0].set}.", ""]
     lines.append(grid(["set", "erroneous", "correct", "F1", "chains"], cells).rstrip())
     for r in rows:

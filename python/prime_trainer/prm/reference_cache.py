@@ -77,6 +77,12 @@ def _save(values: Tensor, path: Path) -> None:
 
 
 def _load(path: Path) -> Tensor:
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    return load_file(path)["log_probs"]
+    try:
+        return load_file(path)["log_probs"]
+    except (KeyError, SafetensorError) as error:
+        raise ValueError(
+            f"{path} holds no log-probs of a reference ({error}): remove it to have them computed"
+        ) from None

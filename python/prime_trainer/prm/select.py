@@ -18,7 +18,7 @@ from typing import Any
 
 from ..config.run_config import RunConfig
 from ..data.readers import read_rows
-from ..report.markdown import grid
+from ..report.markdown import escaped, grid
 from ..report.statistics import bootstrap_interval, majority, pass_at_k
 from ..run.atomic_files import replace_file
 from ..run.output_lock import owns_output
@@ -191,7 +191,13 @@ def markdown(results: Sequence[Result], step_rewards: str) -> str:
             if r.n == n:
                 # Without scores the reward model decides nothing: one row for all.
                 cells.setdefault((r.method, r.rewards, r.reward_model if r.rewards else ""), {})[r.benchmark] = r
-        header = ["method", "reward model", "rewards", *benchmarks, *(["mean"] if len(benchmarks) > 1 else [])]
+        header = [
+            "method",
+            "reward model",
+            "rewards",
+            *map(escaped, benchmarks),
+            *(["mean"] if len(benchmarks) > 1 else []),
+        ]
         table: list[list[str]] = []
         for (method, rewards, model), row in cells.items():
             values = [_cell(row.get(benchmark)) for benchmark in benchmarks]
@@ -199,7 +205,7 @@ def markdown(results: Sequence[Result], step_rewards: str) -> str:
                 shares = [r.accuracy for r in row.values()]
                 values.append(f"{100 * sum(shares) / len(shares):.1f}" if len(shares) == len(benchmarks) else "–")
             label = method.replace("-n", f"-{n}").replace("@n", f"@{n}")
-            table.append([label, model or "–", rewards or "–", *values])
+            table.append([label, escaped(model) or "–", rewards or "–", *values])
         lines += ["", f"## n = {n}", "", grid(header, table).rstrip()]
     return "\n".join(lines) + "\n"
 

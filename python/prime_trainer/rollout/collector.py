@@ -7,10 +7,9 @@ from typing import Any
 
 from ..config.sections import FilterConfig, RolloutConfig
 from ..data.groups import Group, Response, group_from
-from ..data.problems import Task
+from ..data.problems import BadRow, Task, prompt_ids
 from ..errors import RunError
 from ..models.protocols import Tokenizer
-from ..models.tokenizers import render
 from ..run.seeds import derive_seed
 from ..run.stage_clock import StageClock
 from ..scale.ranks import SINGLE, Ranks
@@ -38,7 +37,7 @@ class Collector:
     ) -> None:
         self.rollout, self.filter, self.seed, self.task = rollout, group_filter, seed, task
         self.tokenizer, self.sampler, self.verifier, self.ranks = tokenizer, sampler, verifier, ranks
-        self.position = 0
+        self.position = self._bad_rows = 0
         self.surplus: list[Group] = []
 
     def state_dict(self) -> dict[str, Any]:
@@ -54,7 +53,7 @@ class Collector:
         kept, self.surplus = self.surplus, []
         sampled: list[Group] = []
         verdicts: list[Verdict] = []
-        too_long = 0
+        too_long = self._bad_rows = 0
         for _ in range(self.filter.max_rounds):
             if len(kept) >= wanted:
                 break
@@ -67,8 +66,9 @@ class Collector:
             kept += [g for g in groups if self._passes(g)]
         failures = sum(v.failure is not None for v in verdicts)
         if not kept and not sampled:
+            beside = f" beside {self._bad_rows} bad rows" if self._bad_rows else ""
             raise NothingPasses(
-                f"step {step}: all {too_long} prompts are too long: with rollout.max_new_tokens = "
+                f"step {step}: all {too_long} prompts{beside} are too long: with rollout.max_new_tokens = "
                 f"{self.rollout.max_new_tokens} they exceed the {self.sampler.limit} positions of model or engine"
             )
         if not kept:
@@ -86,6 +86,7 @@ class Collector:
             "groups_kept": len(batch),
             "surplus": len(self.surplus),
             "prompts_too_long": too_long,
+            "bad_rows": self._bad_rows,
             "verifier_failures": failures,
             "verifier_timeouts": sum(v.failure == TIME_LIMIT for v in verdicts),
             # Policy updates between the sampling weights and the weights being trained.
@@ -112,7 +113,14 @@ class Collector:
         problems = self.task.train(self.position, prompts)
         seeds = [derive_seed(self.seed, "rollout", step, self.position + i) for i in range(len(problems))]
         self.position += len(problems)
-        asked = [(p, seed, render(self.tokenizer, p.messages)) for p, seed in zip(problems, seeds, strict=True)]
+        asked = []
+        for problem, seed in zip(problems, seeds, strict=True):
+            try:
+                asked.append((problem, seed, prompt_ids(self.tokenizer, problem)))
+            except BadRow as error:
+                if self.task.bad_rows == "error":
+                    raise BadRow(f"{error} (task.bad_rows = 'skip' leaves such rows out)") from None
+                self._bad_rows += 1
         limit = self.sampler.limit
         fitting = [a for a in asked if limit is None or len(a[2]) + cfg.max_new_tokens <= limit]
         # Each rank samples and verifies its share; the filter sees all groups on every rank.

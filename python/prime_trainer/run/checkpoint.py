@@ -65,6 +65,9 @@ def resume_point(cfg: RunSettings, models: Mapping[str, str]) -> Path | None:
         if (cfg.output / METRICS).exists():
             raise ValueError(f"{cfg.output} already holds a run; give another --output, or --resume to continue it")
         return None
+    root = cfg.output / "checkpoints"
+    if root.exists() and not root.is_dir():
+        raise NotADirectoryError(f"--resume: a folder of checkpoints is expected, got a file: {root}")
     _recover(cfg.output)
     found = _all(cfg.output)
     if found:

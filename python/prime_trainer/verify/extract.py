@@ -10,9 +10,9 @@ from dataclasses import dataclass
 WINDOW = 200_000
 """Characters at the end of a response in which the box is looked for."""
 
-_OPENING = re.compile(r"\\f?boxed?[ \t]*\{")
-_BRACE = re.compile(r"\\{1,2}f?boxed?[ \t]*\{|\\.|[{}]", re.DOTALL)
-_BARE = re.compile(r"\\f?boxed?[ \t]+([-+]?\d[\d.,/]*|\\?[A-Za-z]\w{0,20})")
+_OPENING = re.compile(r"\\f?box(?:ed)?[ \t]*\{")
+_BRACE = re.compile(r"\\{1,2}f?box(?:ed)?[ \t]*\{|\\.|[{}]", re.DOTALL)
+_BARE = re.compile(r"\\f?box(?:ed)?[ \t]+([-+]?\d[\d.,/]*|\\?[A-Za-z]\w{0,20})")
 
 
 def last_boxed(text: str) -> str | None:
@@ -103,10 +103,10 @@ def programs(text: str, names: Sequence[str] = (), reads_input: bool = False) ->
         wanted = _READS_INPUT
     if not names and not reads_input:
         return [b.code for b in sorted(blocks, key=lambda block: not block.named)]
-    rank = {id(b): (wanted.search(b.code) is None, not b.named) for b in blocks}
-    if not names:
-        rank = {id(b): (not b.named, wanted.search(b.code) is None) for b in blocks}
-    return [b.code for b in sorted(blocks, key=lambda block: rank[id(block)])]
+    found = {id(block): wanted.search(block.code) is not None for block in blocks}
+    if names:
+        return [b.code for b in sorted(blocks, key=lambda b: (not found[id(b)], not (found[id(b)] or b.named)))]
+    return [b.code for b in sorted(blocks, key=lambda b: (not b.named, not found[id(b)]))]
 
 
 def last_code_block(text: str) -> str | None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -69,6 +70,30 @@ def test_a_token_is_made_once_and_for_its_owner(tmp_path):
     assert path.stat().st_mode & 0o777 == 0o600 and list(path.parent.iterdir()) == [path]
     path.write_text(" \n")
     with pytest.raises(ValueError, match="is empty"):
+        read_token(path)
+
+
+@pytest.mark.parametrize("mode", [0o620, 0o602, 0o640, 0o604, 0o666])
+def test_a_token_that_others_may_read_or_write_is_refused(tmp_path, mode):
+    path = tmp_path / "token"
+    make_token(path)
+    path.chmod(mode)
+    for read in (read_token, make_token):
+        with pytest.raises(
+            ValueError, match=rf"token_file: others than its owner may read or write .* \(mode {mode:04o}\)"
+        ):
+            read(path)
+    path.chmod(0o400)
+    assert read_token(path)
+
+
+def test_a_token_of_somebody_else_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "token"
+    make_token(path)
+    monkeypatch.setattr(os, "geteuid", lambda: path.stat().st_uid + 7)
+    if path.stat().st_uid == 0:  # root may choose every token anyway
+        os.chown(path, 12345, 12345)
+    with pytest.raises(ValueError, match=r"token_file: .* belongs to user \d+, not to this one"):
         read_token(path)
 
 

@@ -312,6 +312,55 @@ def test_programs_whose_functions_are_called(sandbox, program, score):
     assert run(sandbox, [(answer, program)], limits=Limits(20.0)) == [Verdict(score, None)]
 
 
+@pytest.mark.parametrize(
+    ("program", "answer", "score"),
+    [
+        # What the graders of public data import beforehand.
+        ("def f(s: List[str]) -> int:\n    return Counter(s)['a'] + math.gcd(4, 6)",
+         calls("f", [[["a", "b"]]], [3]), 1.0),
+        ("def f(x):\n    return heapq.nsmallest(1, x)[0] + bisect_left(x, 2) + len(list(accumulate(x)))",
+         calls("f", [[[1, 2]]], [4]), 1.0),
+        ("import numpy\ndef f(x):\n    return int(np.sum(x))", calls("f", [[[1, 2]]], [3]), 1.0),
+        ("def f(x):\n    return undefined_name", calls("f", [[1]], [1]), 0.0),
+        # The runner's future annotations are not the program's.
+        ("def f(x) -> 1:\n    return isinstance(f.__annotations__['return'], int)", calls("f", [[1]], [True]), 1.0),
+        # Integers of any size; keys that JSON made text.
+        ("def f(n):\n    return 10**n", calls("f", [[5000]], [10**5000]), 1.0),
+        ("def f(n):\n    return 10**n + 1", calls("f", [[5000]], [10**5000]), 0.0),
+        ("def f(n):\n    return n - 1", calls("f", [[10**5000]], [10**5000 - 1]), 1.0),
+        ("print(10**5000)", stdio(["\n"], ["1" + "0" * 5000]), 1.0),
+        ("def f(d):\n    return sum(d)", calls("f", [[{"1": 2, "3": 4}]], [4]), 1.0),
+        ("def f(d):\n    return sorted(d)", calls("f", [[{"1": 2, "x": 4}]], [["1", "x"]]), 1.0),
+        # Standard input is a file of known size.
+        ("import os\nprint(int(os.read(0, os.fstat(0).st_size)) * 2)", stdio(["3\n"], ["6\n"]), 1.0),
+        # Numbers.
+        ("print(4 / 2)", stdio(["\n"], ["2\n"]), 1.0),
+        ("print(2.5)", stdio(["\n"], ["2\n"]), 0.0),
+        ("print(50000000000000001.0)", stdio(["\n"], ["50000000000000001\n"]), 0.0),
+    ],
+)  # fmt: skip
+def test_what_a_program_may_rely_on(sandbox, program, answer, score):
+    assert run(sandbox, [(answer, program)], limits=Limits(20.0)) == [Verdict(score, None)]
+
+
+def test_the_first_program_that_compiles_is_scored(sandbox):
+    runner = CodeRunner(sandbox, Limits(20.0), 1)
+    try:
+        answer = calls("f", [[1]], [1])
+        assert runner.submit(answer, "6 apples", "def f(x):\n    return x").result() == Verdict(1.0, None)
+        assert runner.submit(answer, "6 apples", "so f").result() == Verdict(0.0, None)
+    finally:
+        runner.close()
+
+
+def test_numpy_is_imported_once_and_the_limit_counts_processor_time(sandbox):
+    program = "import numpy as np\nprint(int(np.array([int(input())]).sum()))"
+    answer = stdio([f"{i}\n" for i in range(60)], [f"{i}\n" for i in range(60)])
+    assert run(sandbox, [(answer, program)] * 4, limits=Limits(4.0)) == [Verdict(1.0, None)] * 4
+    busy = "import time\ninput()\nwhile time.process_time() < 0.5:\n    pass"
+    assert run(sandbox, [(stdio(["\n"] * 9, [""] * 9), busy)], limits=Limits(2.0)) == [Verdict(0.0, "time limit")]
+
+
 def test_all_tests_count_unless_partial_credit_is_wanted(sandbox):
     answers = [
         stdio([f"{i}\n" for i in range(12)], [f"{i}\n" if i < 11 else "x" for i in range(12)]),

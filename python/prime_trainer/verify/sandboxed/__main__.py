@@ -40,6 +40,13 @@ class Channel:
         line, _, self._held = b"".join(parts).partition(b"\n")
         return json.loads(line)
 
+    def expect(self) -> dict[str, Any]:
+        """The next message, where there must be one."""
+        message = self.receive()
+        if message is None:
+            raise SystemExit(0)  # the trainer has ended
+        return message
+
     def send(self, message: dict[str, Any]) -> None:
         data = memoryview(json.dumps(message).encode() + b"\n")
         while data:
@@ -74,7 +81,7 @@ def main() -> None:
 def _serve_runs(channel: Channel, cfg: dict[str, Any]) -> types.CodeType | None:
     """Runs the program once a request, in a child each. Returns its code in the child, None at the end."""
     channel.send({"ready": True})
-    program = _prepare(channel.receive()["programs"], "program.py")
+    program = _prepare(channel.expect()["programs"], "program.py")
     while (request := channel.receive()) is not None:
         stdin, stdout = _file_with(request["stdin"].encode()), os.pipe()
         pid = os.fork()
@@ -84,7 +91,8 @@ def _serve_runs(channel: Channel, cfg: dict[str, Any]) -> types.CodeType | None:
             os.closerange(3, cfg["limits"]["nofile"])
             confine.seal(cfg)
             return program
-        os.close(stdin), os.close(stdout[1])
+        os.close(stdin)
+        os.close(stdout[1])
         channel.send(_collect(pid, stdout[0], request["limit"]))
     return None
 
@@ -147,7 +155,7 @@ def _run_main(program: types.CodeType) -> None:
 def _serve_calls(channel: Channel) -> None:
     """Loads the program as a module and calls its functions, or the methods of its class Solution, by name."""
     channel.send({"ready": True})
-    program = _prepare(channel.receive()["programs"], "program.py")
+    program = _prepare(channel.expect()["programs"], "program.py")
     module = types.ModuleType("program")
     module.__dict__["__builtins__"] = builtins
     sys.modules["program"] = module
@@ -196,7 +204,7 @@ def _run_tests(channel: Channel, peer: Channel) -> None:
     if peer.receive() != {"ready": True}:
         return
     channel.send({"ready": True})
-    request = channel.receive()
+    request = channel.expect()
     peer.send({"programs": request["programs"]})
     loaded = peer.receive()
     passed = 0

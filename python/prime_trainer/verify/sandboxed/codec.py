@@ -7,11 +7,11 @@ these types alone, whatever it reads.
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 _TAG = "__python__"
-_BUILD = {
+_BUILD: dict[str, Callable[[list[Any]], Any]] = {
     "tuple": tuple,
     "set": set,
     "iterator": iter,
