@@ -73,7 +73,7 @@ class Setting:
     def forward(self, layout: str) -> Callable[[], None]:
         """A forward pass of the policy over the batch."""
         limit, varlen = LAYOUTS[layout]
-        batch = Batch(self.groups, self.batch.device, varlen=varlen)
+        batch = Batch(self.groups, self.batch.device, layout="varlen" if varlen else "shared")
 
         @torch.no_grad()
         def work() -> None:

@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor
 
-from prime_kernels.ops.linear_log_probs import linear_log_probs
+from prime_kernels.integrations.causal_head import CausalHead
+
+PLAIN = CausalHead()
 
 
 def head_log_probs(
@@ -15,6 +17,7 @@ def head_log_probs(
     mask: Tensor | None = None,
     temperature: float,
     with_entropy: bool,
+    head: CausalHead = PLAIN,
 ) -> tuple[Tensor, Tensor | None]:
     """(logp, entropy or None) of :func:`prime_kernels.linear_log_probs` in the dtype of autocast, or of ``hidden``.
 
@@ -23,11 +26,9 @@ def head_log_probs(
     device = hidden.device.type
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast and hidden.dtype != torch.float64 else hidden.dtype
-    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     with torch.autocast(device, enabled=False):
-        hidden = hidden.to(dtype)
-        if with_entropy:
-            return linear_log_probs(
-                hidden, weight, ids, bias=bias, mask=mask, temperature=temperature, with_entropy=True
-            )
-        return linear_log_probs(hidden, weight, ids, bias=bias, mask=mask, temperature=temperature), None
+        found = head.log_probs(
+            hidden, weight, ids, bias=bias, mask=mask, temperature=temperature, with_entropy=with_entropy
+        )
+    return (found, None) if isinstance(found, Tensor) else found

@@ -94,12 +94,12 @@ class TiledLogProbs(torch.autograd.Function):
         wanted = ctx.needs_input_grad[:3]
         arguments = (ids - ctx.first, ctx.temperature, gradient, wanted, ctx.backend, kept)
         gradients = tiles.head_gradients(hidden, weight, bias, *arguments)
-        of_hidden = gradients.hidden
-        if ctx.group is not None and of_hidden is not None:
-            total = of_hidden.float()
+        grad_hidden = gradients.hidden
+        if ctx.group is not None and grad_hidden is not None:
+            total = grad_hidden.float()
             dist.all_reduce(total, group=ctx.group)
-            of_hidden = total.to(hidden.dtype)
-        return of_hidden, gradients.weight, gradients.bias, None, None, None, None, None, None
+            grad_hidden = total.to(hidden.dtype)
+        return grad_hidden, gradients.weight, gradients.bias, None, None, None, None, None, None
 
 
 def _join_shards(results: RowResults, owner: Tensor, group: dist.ProcessGroup) -> RowResults:
@@ -187,6 +187,21 @@ def linear_log_probs(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@overload
+def linear_log_probs(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    mask: Tensor | None = ...,
+    temperature: float = ...,
+    with_entropy: bool,
+    process_group: dist.ProcessGroup | None = ...,
+    backend: str | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
 def linear_log_probs(
     hidden: Tensor,
     weight: Tensor,
@@ -272,7 +287,7 @@ def check(
     process_group: dist.ProcessGroup | None = None,
 ) -> Checked:
     """Check the arguments of :func:`linear_log_probs`; parameters in shards are gathered."""
-    head = Head(hidden, whole(weight), whole(bias))
+    head = whole_head(Head(hidden, weight, bias))
     shards = 1 if process_group is None else dist.get_world_size(process_group)
     ids = check_head(head, ids, mask, "", shards)
     temperature = rows.check_temperature("temperature", temperature)
@@ -281,15 +296,21 @@ def check(
     return Checked(head, ids, temperature, chosen)
 
 
-def whole(parameter: Tensor | None) -> Tensor | None:
-    """The full tensor of a parameter that FSDP2 keeps in shards (a DTensor); any other as it is.
+def whole_head(head: Head) -> Head:
+    """The head with full parameters, where FSDP2 keeps them in shards."""
+    return Head(head.hidden, whole(head.weight), None if head.bias is None else whole(head.bias))
 
-    As in FSDP2, the gradient of a process's own tokens is averaged over the processes and goes back in shards.
+
+def whole(parameter: Tensor) -> Tensor:
+    """The full tensor of a parameter in shards (a DTensor); other tensors unchanged.
+
+    As in FSDP2, the gradient of a process's own tokens is averaged over the processes and is sharded again.
     """
     if not hasattr(parameter, "full_tensor"):
         return parameter
-    from torch.distributed.tensor import Partial
+    from torch.distributed.tensor import DTensor, Partial
 
+    assert isinstance(parameter, DTensor)
     placements = [Partial("avg") if placement.is_shard() else placement for placement in parameter.placements]
     return parameter.full_tensor(grad_placements=placements)
 
@@ -335,16 +356,22 @@ def linear_log_ratios(
             raise TypeError(f"{name}: expected a Head, got {type(head).__name__}")
 
     if torch.compiler.is_compiling():
-        common = {"mask": mask, "backend": backend}
-        prm_logp = linear_log_probs(prm.hidden, prm.weight, ids, bias=prm.bias, **common)
+        prm_logp = linear_log_probs(prm.hidden, prm.weight, ids, bias=prm.bias, mask=mask, backend=backend)
         with torch.no_grad():
-            ref_logp = linear_log_probs(ref.hidden, ref.weight, ids, bias=ref.bias, **common)
+            ref_logp = linear_log_probs(ref.hidden, ref.weight, ids, bias=ref.bias, mask=mask, backend=backend)
         policy_logp = None
         if policy is not None:
-            common["temperature"] = policy_temperature
-            policy_logp = linear_log_probs(policy.hidden, policy.weight, ids, bias=policy.bias, **common)
+            policy_logp = linear_log_probs(
+                policy.hidden,
+                policy.weight,
+                ids,
+                bias=policy.bias,
+                mask=mask,
+                temperature=policy_temperature,
+                backend=backend,
+            )
         return LogRatios(prm_logp - ref_logp, prm_logp, ref_logp, policy_logp)
-    heads = {name: Head(head.hidden, whole(head.weight), whole(head.bias)) for name, head in heads.items()}
+    heads = {name: whole_head(head) for name, head in heads.items()}
     checked = {name: check_head(head, ids, mask, f"{name}.") for name, head in heads.items()}
     policy_temperature = rows.check_temperature("policy_temperature", policy_temperature)
     logp = {}

@@ -61,7 +61,7 @@ class LogProbs(torch.autograd.Function):
         backend: str,
     ) -> tuple[Tensor, Tensor | None]:
         results = log_probs_of_views([logits], ids, mask, [temperature], with_entropy, backend)
-        logp, lse, entropy = only_model(results, ids.shape)
+        logp, lse, entropy = as_one(results, ids.shape)
         ctx.save_for_backward(logits, ids, mask, lse, entropy)
         ctx.temperature, ctx.inplace, ctx.backend, ctx.overwritten = temperature, inplace, backend, False
         ctx.set_materialize_grads(False)
@@ -99,20 +99,17 @@ def log_probs_of_views(
     """Results [models, N] of the N rows of the models' logits [..., V], of any leading strides, in one pass."""
     kernels = _backends.rows(backend)
     flat_ids, flat_mask = ids.reshape(-1), None if mask is None else mask.reshape(-1)
-    parts, start = [], 0
+    parts: list[RowResults] = []
+    start = 0
     for views in row_views(*models):
         piece = slice(start, start + views[0].shape[0])
         row_ids, row_mask = flat_ids[piece], None if flat_mask is None else flat_mask[piece]
         parts.append(kernels.token_log_probs(views, row_ids, row_mask, temperatures, with_entropy))
         start = piece.stop
-    if len(parts) == 1:
-        return parts[0]
-    logp, lse = (torch.cat([part[k] for part in parts], 1) for k in (0, 1))
-    entropies = [part.entropy for part in parts if part.entropy is not None]
-    return RowResults(logp, lse, torch.cat(entropies, 1) if entropies else None)
+    return parts[0] if len(parts) == 1 else RowResults.cat(parts, 1)
 
 
-def only_model(results: RowResults, shape: torch.Size) -> RowResults:
+def as_one(results: RowResults, shape: torch.Size) -> RowResults:
     """Results [1, N] of one model in another shape, in place: a view could not be changed in place by the caller."""
     return RowResults(
         results.logp.resize_(shape),
@@ -137,18 +134,15 @@ def gradient_of_views(
 ) -> None:
     """Write the gradient of the logits [..., V] to ``out``: dense, or the logits themselves."""
     kernels = _backends.rows(backend)
-    if gradient.grad_entropy is None:
-        gradient = gradient._replace(entropy=None)
-    flat_ids, flat_mask, *flat = (None if column is None else column.reshape(-1) for column in (ids, mask, *gradient))
+    flat_ids, flat_mask, flat = ids.reshape(-1), None if mask is None else mask.reshape(-1), gradient.flat()
     start = 0
-    # Written in place, the logits and the gradient are walked by the same views; otherwise both in row order.
+    # In place, the logits and the gradient are walked by the same views; otherwise both in row order.
     out_rows = None if out.data_ptr() == logits.data_ptr() else out.view(-1, out.shape[-1])
     for (rows,) in row_views(logits.detach()):
         piece = slice(start, start + rows.shape[0])
         target = rows if out_rows is None else out_rows[piece]
-        of_rows = RowGradient(*(None if column is None else column[piece] for column in flat))
         row_mask = None if flat_mask is None else flat_mask[piece]
-        kernels.logits_gradient(rows, flat_ids[piece], row_mask, of_rows, temperature, target)
+        kernels.logits_gradient(rows, flat_ids[piece], row_mask, flat.rows(piece), temperature, target)
         start = piece.stop
 
 
@@ -208,6 +202,19 @@ def log_probs(
     inplace_backward: bool = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def log_probs(
+    logits: Tensor,
+    ids: Tensor,
+    *,
+    mask: Tensor | None = ...,
+    temperature: float = ...,
+    with_entropy: bool,
+    inplace_backward: bool = ...,
+    backend: str | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def log_probs(
@@ -273,7 +280,7 @@ def log_probs(
         logits = logits.contiguous()
     if chosen != "eager" and not (logits.requires_grad and torch.is_grad_enabled()):
         results = log_probs_of_views([logits], ids, mask, [temperature], with_entropy, chosen)
-        logp, _, entropy = only_model(results, ids.shape)
+        logp, _, entropy = as_one(results, ids.shape)
     else:
         logp, entropy = LogProbs.apply(logits, ids, mask, temperature, with_entropy, inplace_backward, chosen)
     return (logp, entropy) if with_entropy else logp

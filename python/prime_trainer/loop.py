@@ -14,7 +14,7 @@ from .config.run_config import RunConfig
 from .data.problems import usable
 from .data.tasks import load_task
 from .evaluation.held_out import evaluate
-from .models import forward, loading, tokenizers
+from .models import loading, tokenizers, traits
 from .models.placement import load_placed
 from .rollout import EngineConfig
 from .rollout.collector import NothingPasses
@@ -69,6 +69,7 @@ class Run:
             model if self.needs.old_logp else None, self.ref, cfg.micro_batch_tokens, cfg.rollout.temperature
         )
         self.scorer = scorer if self.prm is None else PRMScorer(scorer, self.prm, cfg.prm)
+        self.layout = traits.of(model).layout
         vocabulary = len(model.get_output_embeddings().weight)
         self.step_ends = tokenizers.newline_tokens(self.tokenizer, vocabulary).to(self.device)
         self.verifier = Verifier.from_config(cfg.task)
@@ -130,7 +131,7 @@ class Run:
         step, self._before = self.step + 1, self._updates()
 
         groups, values = self.rollouts.batch(step, clock)
-        batch = Batch(groups, self.device, self.ranks, forward.is_varlen(self.policy.model))
+        batch = Batch(groups, self.device, self.ranks, self.layout)
         values["kept_reward"] = batch.outcomes.mean().item()
 
         with clock("score" if self.prm is None or cfg.prm.update == "none" else "prm"):

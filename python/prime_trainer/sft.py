@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 
-import prime_kernels as pk
-
 from .config.run_config import RunConfig
 from .data import chat, demonstrations
 from .data.groups import Group, Response, fits
@@ -52,9 +50,7 @@ def run(cfg: RunConfig) -> Path:
         batch = Batch.for_model(model, [examples[i] for i in order[at * size : (at + 1) * size]])
         loss = 0.0
         for micro in batch.micro_batches(range(len(batch.groups)), cfg.micro_batch_tokens, pack=cfg.sft.pack):
-            head = lm_head.head(model, predicting(model, micro))
-            ids = batch.ids[micro.tokens]
-            part = pk.linear_nll(head.hidden, head.weight, ids, bias=head.bias, denominator=batch.num_tokens)
+            part = lm_head.nll(model, predicting(model, micro), batch.ids[micro.tokens], batch.num_tokens)
             part.backward()
             loss += part.item()
         return {"loss": loss, "tokens": batch.num_tokens}

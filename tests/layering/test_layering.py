@@ -15,6 +15,7 @@ from typing import NamedTuple
 import pytest
 
 import prime_kernels
+from prime_kernels import integrations
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS, TRAINER = ROOT / "prime_kernels", ROOT / "python" / "prime_trainer"
@@ -77,6 +78,7 @@ def test_kernels_know_nothing_of(forbidden):
 
 def test_trainer_uses_only_what_kernels_export():
     exported = {f"prime_kernels.{name}" for name in (*prime_kernels.__all__, "__version__")}
+    exported |= {f"prime_kernels.integrations.{name}" for name in integrations.__all__}
     wrong = [
         found
         for found in imports_under(TRAINER)

@@ -35,8 +35,9 @@ class ModelConfig(Section):
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Compute dtype; master weights and optimizer states are float32 whatever this is."""
     device: str = "auto"
-    attention: Literal["sdpa", "flash_attention_2"] = "sdpa"
-    """`flash_attention_2`: one unpadded stream of tokens a pass, with flash-attn's varlen kernels (extra `cuda`)."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """`auto`: SDPA where the model has it, else eager (Gemma 2, GPT-OSS). `flash_attention_2`: one unpadded row of
+    sequences a pass, with flash-attn's varlen kernels (extra `cuda`)."""
     chat_template: Literal["model", "bare"] = "model"
     """`model`: the tokenizer's own template. `bare`: ChatML turns without a default system prompt (shorter prompts)."""
 
@@ -57,14 +58,19 @@ class TaskConfig(Section):
     """`actions` is the action-centric prompt of the Eurus-2-SFT stage; any other text is used as it is."""
     eval_size: PositiveInt = 200
     verify_seconds: float = Field(default=5.0, gt=0)
-    """Time limit of one answer; the worker that exceeds it is killed and the answer scores 0."""
-    verify_workers: PositiveInt = 1
+    """Time limit of one answer; the process that exceeds it is killed and the answer scores 0."""
+    verify_workers: PositiveInt | None = None
+    """Answers scored at once; by default one a processor."""
     any_answer: bool = False
     """A response without a box is scored by its last formula or number; off, it scores 0."""
+    interval_as_inequality: bool = True
+    r"""Of mathematical answers, an interval and its inequality (`[2, \infty)`, `x \ge 2`) are the same set; off, they
+    are different answers."""
     sandbox: Literal["auto", "bubblewrap", "landlock"] = "auto"
-    """What confines the programs of code problems; `auto` is the first of the others that works on this machine."""
+    """What confines the scoring of answers and the programs of code problems; `auto` is the first that works here."""
     allow_unsafe: bool = False
-    """Where no sandbox works, run the model's programs with this user's rights. Only in a dedicated container."""
+    """Where none works, run the model's programs and score answers with this user's rights. Only in a dedicated
+    container."""
     code_seconds: float = Field(default=15.0, gt=0)
     """Time limit of one program over all its tests."""
     code_memory_mb: PositiveInt = 1024

@@ -10,6 +10,7 @@ import json
 import math
 import random
 import sys
+from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -71,11 +72,8 @@ def _read_problems(path: Path, kind: Kind, cfg: TaskConfig, option: str) -> list
     skips = cfg.bad_rows == "skip"
     for place, row in read_rows(path, option, kind, bad.append if skips else refuse):
         try:
-            ability = row.get("ability", "math")
-            if ability not in _ANSWERS:
-                raise ValueError(f"ability must be 'math' or 'code', got {ability!r}")
             where = f"{path}, {place}"
-            answer = _ANSWERS[ability](row)
+            answer = problem_answer(row)
             if isinstance(answer, ProgramTests):
                 _check_tests(answer, where)
             problems.append(Problem(f"{path.stem}/{len(problems)}", _messages(row, cfg), answer, where))
@@ -118,6 +116,16 @@ def _messages(row: dict[str, Any], cfg: TaskConfig) -> list[dict[str, str]]:
     return chat.with_system(messages, cfg.system_prompt)
 
 
+def problem_answer(row: dict[str, Any]) -> MathAnswer | ProgramTests:
+    """The reference answer of a row; raises ValueError that names the field that is not as expected."""
+    ability = row.get("ability", "math")
+    if ability == "math":
+        return _math_answer(row)
+    if ability == "code":
+        return _code_answer(row)
+    raise ValueError(f"ability must be 'math' or 'code', got {ability!r}")
+
+
 def _math_answer(row: dict[str, Any]) -> MathAnswer:
     if "reward_model" in row:
         field, truth = "reward_model.ground_truth", _ground_truth(row)
@@ -142,7 +150,7 @@ def _code_answer(row: dict[str, Any]) -> ProgramTests:
     field, truth = "reward_model.ground_truth", _ground_truth(row)
     if isinstance(truth, str):
         try:
-            truth = json.loads(truth)
+            truth = _json(truth)
         except ValueError as error:
             raise ValueError(f"{field} of a code problem must be JSON: {error}") from None
     tests = truth if isinstance(truth, dict) else {}
@@ -156,7 +164,23 @@ def _code_answer(row: dict[str, Any]) -> ProgramTests:
         ]
         return StdioTests(*texts)
     calls = [_arguments(value, f"{field}.inputs[{i}]") for i, value in enumerate(inputs)]
-    return CallTests(str(name), calls, outputs)
+    wanted = [_output(out) if isinstance(given, str) else out for given, out in zip(inputs, outputs, strict=True)]
+    return CallTests(str(name), calls, wanted)
+
+
+def _output(value: Any) -> Any:
+    """Where the arguments are JSON text, so is the result."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return _json(value)
+    except ValueError:
+        return value  # some files have plain text there
+
+
+def _json(text: str) -> Any:
+    """JSON whose integers may have any number of digits; Python refuses to read more than 4,300."""
+    return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 4_000 else int(Decimal(digits)))
 
 
 def _ground_truth(row: dict[str, Any]) -> Any:
@@ -176,12 +200,9 @@ def _arguments(value: Any, field: str) -> list[Any]:
     """A list is the arguments; a text has one JSON value a line."""
     if isinstance(value, str):
         try:
-            return [json.loads(line) for line in value.splitlines()]
+            return [_json(line) for line in value.split("\n") if line.strip()]
         except ValueError as error:
             raise ValueError(f"{field} must have one JSON value a line: {error}") from None
     if not isinstance(value, list):
         raise ValueError(f"{field} must be the list of arguments, got {value!r:.100}")
     return value
-
-
-_ANSWERS = {"math": _math_answer, "code": _code_answer}

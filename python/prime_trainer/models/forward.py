@@ -7,6 +7,7 @@ from typing import Any, overload
 
 from torch import Tensor
 
+from . import traits
 from .protocols import CausalLM
 
 
@@ -25,19 +26,18 @@ def length_limit(models: Iterable[CausalLM], max_length: int | None) -> int | No
     return min((limit for limit in limits if limit is not None), default=None)
 
 
-def is_varlen(model: CausalLM) -> bool:
-    """Whether its attention takes packed sequences of varying length without masks or padding (flash-attn's varlen)."""
-    return model.config._attn_implementation.startswith("flash_attention")
-
-
 def new_cache(model: CausalLM) -> Any:
     from transformers import DynamicCache
 
     return DynamicCache(config=model.config)
 
 
-def hidden_states(model: CausalLM, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Last hidden states [b, L, H]; `attention_mask` is None (causal) or bool [b, 1, L, L]."""
-    return model.base_model(
-        input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, use_cache=False
-    ).last_hidden_state
+def hidden_states(
+    model: CausalLM, input_ids: Tensor, position_ids: Tensor | None, attention_mask: Tensor | None
+) -> Tensor:
+    """Last hidden states [b, L, H]; `attention_mask` is None (causal) or bool [b, 1, L, L], true where a token sees.
+
+    Without `position_ids` they are the model's own, 0 to L - 1 in most.
+    """
+    masks = None if attention_mask is None else traits.of(model).masks
+    return traits.hidden_states(model, input_ids, position_ids, attention_mask, masks)

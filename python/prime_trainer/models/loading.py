@@ -17,6 +17,7 @@ from ..config.sections import ModelConfig
 from ..run.atomic_files import replace_directory
 from ..scale import sharding
 from ..scale.ranks import SINGLE, Ranks
+from . import traits
 from .model_files import READ_SAFELY, ModelError, check_directory, check_loaded, gguf_left_out, reading
 from .protocols import CausalLM, Tokenizer
 
@@ -91,10 +92,11 @@ def load_model(cfg: ModelConfig) -> CausalLM:
         from transformers import GgufConfig
 
         options = {"gguf_file": gguf, "quantization_config": GgufConfig(dequantize=True)}
+    attention = None if cfg.attention == "auto" else cfg.attention
     with _quiet(), reading(cfg):
         # Shapes that differ are let through to be named with what else is wrong.
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            directory, attn_implementation=cfg.attention, ignore_mismatched_sizes=True, output_loading_info=True,
+            directory, attn_implementation=attention, ignore_mismatched_sizes=True, output_loading_info=True,
             **options, **READ_SAFELY,
         )  # fmt: skip
         model, found = loaded
@@ -102,7 +104,12 @@ def load_model(cfg: ModelConfig) -> CausalLM:
             found["unexpected_keys"] = {*found["unexpected_keys"], *gguf_left_out(Path(directory) / gguf, model)}
     check_loaded(found, cfg)
     _check_finite(model, cfg)
-    return model.to(device=device(cfg), dtype=dtype).eval()
+    model = model.to(device=device(cfg), dtype=dtype).eval()
+    try:
+        traits.of(model)
+    except traits.UnsupportedModel as error:
+        raise ModelError(f"model.path = {cfg.path!r}: {error}") from None
+    return model
 
 
 def _check_finite(model: CausalLM, cfg: ModelConfig) -> None:

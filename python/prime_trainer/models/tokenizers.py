@@ -97,8 +97,17 @@ def encode_with_spans(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[
     return found["input_ids"], [(int(start), int(end)) for start, end in found["offset_mapping"]]
 
 
+def check_chat_template(tokenizer: Tokenizer) -> None:
+    if tokenizer.chat_template is None:
+        raise ModelError(
+            "the tokenizer has no chat template, as those of base models have none: "
+            'model.chat_template = "bare" gives it ChatML turns'
+        )
+
+
 def render(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[int]:
     """The prompt's token ids, up to and with the header of the assistant's turn."""
+    check_chat_template(tokenizer)
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return tokenizer.encode(text, add_special_tokens=False)
 

@@ -13,6 +13,7 @@ import dataclasses
 import torch
 
 from ..config.sections import Splitter
+from ..models import tokenizers
 from ..models.protocols import Tokenizer
 from ..train.batch import Micro
 from .items import Item, StepResponse
@@ -23,6 +24,7 @@ CARD_BETA = 0.001
 
 def encode_card(tokenizer: Tokenizer, item: Item, splitter: Splitter) -> tuple[list[int], StepResponse]:
     """(ids before the first reward, the rest with its steps): a token's reward counts from index `last[0]` on."""
+    tokenizers.check_chat_template(tokenizer)
     given = item.row.get("steps") if item.parts is not None else None
     steps = list(given) if given is not None else [part.strip() for part in split(item.response, splitter)]
 

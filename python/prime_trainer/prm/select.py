@@ -62,7 +62,7 @@ def run(cfg: RunConfig) -> Path:
     found: dict[tuple[str, str], dict[str, Problem]] = {}
     for path in own.paths:
         _read(path, own.step_rewards, found)
-    with Verifier(cfg.task.verify_seconds, cfg.task.verify_workers) as verifier:
+    with Verifier.from_config(cfg.task) as verifier:
         for problems in found.values():
             groups = verifier.group([p.answers for p in problems.values()])
             for problem, numbers in zip(problems.values(), groups, strict=True):
@@ -181,7 +181,6 @@ def _text(row: dict[str, Any]) -> str:
 def markdown(results: Sequence[Result], step_rewards: str) -> str:
     """A table for every n: method x reward model x benchmark, with the mean over the benchmarks."""
     benchmarks = list(dict.fromkeys(r.benchmark for r in results))
-    names = list(map(escaped, benchmarks))
     lines = [
         f"Accuracy in percent with its 95 % bootstrap interval over problems; scores are taken over {step_rewards} "
         "rewards of the steps.",

@@ -18,10 +18,10 @@ import prime_kernels as pk
 
 from ..config.sections import Compat, Splitter
 from ..data.groups import check_length
-from ..models import forward, lm_head, tokenizers
+from ..models import forward, tokenizers, traits
 from ..models.protocols import CausalLM, Tokenizer
 from ..train.batch import Batch, Micro
-from ..train.forward import predicting
+from ..train.forward import log_probs
 from .eurus_card import CARD_BETA, card_micro, encode_card
 from .items import Item, StepGroup, StepResponse, encode, items_of
 
@@ -129,11 +129,13 @@ class StepScorer:
     ) -> None:
         if compat not in (None, "eurus-card"):
             raise ValueError(f"compat must be None or 'eurus-card', got {compat!r}")
-        varlen = [forward.is_varlen(model) for model in (prm, reference)]
-        if varlen[0] != varlen[1]:
-            raise ValueError("prm and reference must have the same attention: one takes masks, the other varlen passes")
-        if varlen[0] and compat is not None:
-            raise ValueError("compat = 'eurus-card' masks pad tokens; that takes model.attention = 'sdpa'")
+        for name, model in (("prm", prm), ("reference", reference)):
+            if compat is not None and traits.of(model).masks is None:
+                raise ValueError(
+                    f"compat = 'eurus-card' masks pad tokens inside a row, which {name} ({type(model).__name__} with "
+                    f"{traits.of(model).attention} attention) cannot be given exactly; model.attention = 'sdpa' or "
+                    "'eager' may"
+                )
         self._prm, self._reference, self._tokenizer = prm, reference, tokenizer
         self._card, self._splitter = compat == "eurus-card", splitter
         self._beta = beta if beta is not None else CARD_BETA if self._card else BETA
@@ -157,7 +159,7 @@ class StepScorer:
         if not encoded:
             return []
         order, groups = self._group(encoded)
-        batch = Batch.for_model(self._prm, groups)
+        batch = Batch.for_model(self._prm, groups, self._reference)
         log_ratio = torch.zeros(batch.num_tokens, device=batch.device)
         for micro in batch.micro_batches(range(len(groups)), self._micro_batch_tokens):
             if self._card:
@@ -195,8 +197,7 @@ class StepScorer:
         return [k for ks in members.values() for k in ks], groups
 
     def _log_ratio(self, micro: Micro, ids: Tensor) -> Tensor:
-        prm, reference = (lm_head.head(model, predicting(model, micro)) for model in (self._prm, self._reference))
-        return pk.linear_log_ratios(prm, reference, ids).log_ratio
+        return log_probs(self._prm, micro, ids) - log_probs(self._reference, micro, ids)
 
 
 def _step_offsets(batch: Batch, responses: Sequence[StepResponse]) -> tuple[Tensor, list[slice]]:

@@ -120,7 +120,8 @@ class PRMScorer:
         """One optimizer step for each of `parts`; returns log-probs [T] from before each step, and the last norm."""
         logps, norm = torch.zeros(batch.num_tokens, device=batch.device), 0.0
         for part in parts:
-            share = 1.0 / max(1, batch.responses_of(part))
+            # Responses without tokens are in no mean.
+            share = 1.0 / max(1, batch.nonempty_of(part))
             for micro in batch.micro_batches(part, self.frozen.micro_batch_tokens):
                 logp = log_probs(self.prm.model, micro, batch.ids[micro.tokens])
                 logps[micro.tokens] = logp.detach()
@@ -131,7 +132,7 @@ class PRMScorer:
                     beta=self.cfg.beta,
                 ).loss
                 # The micro-batch's mean over responses becomes its part of the minibatch's mean.
-                (loss * (len(micro.responses) * share)).backward()
+                (loss * (micro.nonempty * share)).backward()
             norm = self.prm.step()
         return batch.ranks.sum_(logps), norm
 

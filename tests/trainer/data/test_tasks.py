@@ -5,6 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from prime_trainer.config.sections import TaskConfig
+from prime_trainer.data.file_task import problem_answer
 from prime_trainer.data.tasks import load_task
 from prime_trainer.verify.answers import CallTests, GymAnswer, MathAnswer, StdioTests, from_json
 from prime_trainer.verify.sandboxed.codec import decode, encode
@@ -157,6 +158,17 @@ def test_code_rows_are_problems_in_both_forms_beside_mathematics(tmp_path):
     assert answers["a?"] == StdioTests(["1\n", "2\n3"], ["1\n", "5"])
     assert answers["b?"] == CallTests("f", [[1, [2]], [3, [4]]], [[3], 7])
     assert {p.reference for p in task.train(0, 2)} == {""}
+
+
+def test_function_tests_as_text_are_json():
+    rows = {
+        "inputs": ["1\n[2]\n", '"ab"', [1]], "outputs": ["3", '"ba"', "3"], "fn_name": "f",
+    }  # fmt: skip
+    answer = problem_answer(code(rows, "q?"))
+    assert answer == CallTests("f", [[1, [2]], ["ab"], [1]], [3, "ba", "3"])
+    long = "9" * 5000
+    (value,) = problem_answer(code({"inputs": [long], "outputs": [long], "fn_name": "f"}, "q?")).outputs
+    assert value == 10**5000 - 1
 
 
 @pytest.mark.parametrize(

@@ -281,8 +281,9 @@ def test_a_resume_may_move_the_server(run_config, tmp_path, monkeypatch):
     from prime_trainer.run.checkpoint import begin, save
 
     cfg = run_config(rollout={"engine": "vllm-server", "server": {"port": 1234}})
+    cfg.output.mkdir()
     save(cfg.output, 1, {"step": 1, "config": cfg.model_dump_json()}, keep=1)
     moved = run_config(resume=True, rollout={"engine": "vllm-server", "server": {"port": 4321}})
-    assert begin(moved)["step"] == 1
+    assert begin(moved, {})["step"] == 1
     with pytest.raises(ValueError, match="the configuration has changed"):
-        begin(run_config(resume=True, rollout={"engine": "vllm-server", "n": 9}))
+        begin(run_config(resume=True, rollout={"engine": "vllm-server", "n": 9}), {})

@@ -129,6 +129,10 @@ def test_a_prm_without_a_reference_is_refused(model_dir, batch):
 def test_the_update_does_not_depend_on_micro_batches(model_dir, batch, minibatches):
     whole = scorer(model_dir, minibatches=minibatches)
     split = scorer(model_dir, minibatches=minibatches, micro_batch_tokens=1)
+    for each in (whole, split):
+        # AdamW divides by the size of a gradient: with its usual epsilon one that is nothing but rounding, which
+        # differs from processor to processor, would move a weight as far as any other.
+        each.prm.optimizer.param_groups[0]["eps"] = 1e-4
     one, other = whole.score(batch), split.score(batch)
     for a, b in zip(whole.prm.master, split.prm.master, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=5e-6)

@@ -68,10 +68,8 @@ def test_ppo(masked, weighted, denominator, cut):
 def test_ppo_of_exploded_ratios(cut):
     """Held at e^20, where nothing flows back, and right to the last digits just below."""
     logp = torch.tensor([19.75, 25.0, -12.3, 20.0])
-    columns = (logp, torch.zeros(4), torch.full((4,), -1.0), None)
-    loss, clip_fraction, approx_kl, scale = kernels.ppo_loss_and_scale(
-        PPOTokens(*columns, None), (0.2, 0.2), 1.0, cut(4)
-    )
+    batch = PPOTokens(logp, torch.zeros(4), torch.full((4,), -1.0), None, None)
+    loss, clip_fraction, approx_kl, scale = kernels.ppo_loss_and_scale(batch, (0.2, 0.2), 1.0, cut(4))
     assert float(loss) == pytest.approx(math.exp(19.75) + 2 * math.exp(20.0) + 0.8, rel=1e-6)
     assert float(clip_fraction) == 0.25 and float(approx_kl) == pytest.approx(-52.45 / 4, rel=1e-6)
     got = kernels.ppo_gradient(batch, (0.2, 0.2), scale, torch.tensor(1.0), cut(4))
