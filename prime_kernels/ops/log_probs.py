@@ -25,7 +25,9 @@ def reference(logits: Tensor, ids: Tensor, mask: Tensor | None, temperature: flo
     if mask is not None:
         scaled = scaled.masked_fill(~mask.unsqueeze(-1), 0.0)
     # Not log_softmax, whose sum over a large vocabulary drifts; logsumexp sums pairwise and its backward is faster.
-    log_p = scaled - scaled.logsumexp(-1, keepdim=True)
+    lse = scaled.logsumexp(-1, keepdim=True)
+    # A row with a logit of +inf has no distribution: NaN everywhere, as the kernels have it.
+    log_p = scaled - lse.masked_fill(lse == torch.inf, torch.nan)
     # sum(-1) of one term rather than squeeze: a view made under no_grad could not be changed in place later.
     logp = log_p.gather(-1, ids.unsqueeze(-1)).sum(-1)
     # An impossible token has p = 0 and log p = -inf; filling before the product keeps 0 * -inf out of the gradient too.
