@@ -7,6 +7,7 @@ an object with the functions of the protocol, imported on first use.
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -20,6 +21,20 @@ class RowResults(NamedTuple):
     entropy: Tensor | None
     """Entropy of each row's distribution, in nats; None where it was not asked for."""
 
+    def only_model(self) -> "RowResults":
+        """Results [N] of the only model of [1, N]."""
+        return RowResults(self.logp[0], self.lse[0], None if self.entropy is None else self.entropy[0])
+
+    @staticmethod
+    def cat(parts: "Sequence[RowResults]", dim: int) -> "RowResults":
+        """Results of consecutive rows or models as one."""
+        entropies = [part.entropy for part in parts if part.entropy is not None]
+        return RowResults(
+            torch.cat([part.logp for part in parts], dim),
+            torch.cat([part.lse for part in parts], dim),
+            torch.cat(entropies, dim) if entropies else None,
+        )
+
 
 class RowGradient(NamedTuple):
     """What the gradient of rows of logits [N, V] is computed from, each [N] or None for zero."""
@@ -32,6 +47,17 @@ class RowGradient(NamedTuple):
     """d loss / d logp."""
     grad_entropy: Tensor | None
     """d loss / d entropy."""
+
+    def rows(self, at: slice | Tensor) -> "RowGradient":
+        """That of some of the rows."""
+        entropy, grad_logp, grad_entropy = (None if column is None else column[at] for column in self[1:])
+        return RowGradient(self.lse[at], entropy, grad_logp, grad_entropy)
+
+    def flat(self) -> "RowGradient":
+        """In one dimension; without the entropy if it is not needed."""
+        grad_logp, grad_entropy = (None if column is None else column.reshape(-1) for column in self[2:])
+        entropy = None if self.entropy is None or grad_entropy is None else self.entropy.reshape(-1)
+        return RowGradient(self.lse.reshape(-1), entropy, grad_logp, grad_entropy)
 
 
 class RowKernels(Protocol):

@@ -3,14 +3,11 @@
 rows.py and packed.py turn tensors into addresses, sizes and strides and call its kernels; nothing else does.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-_C: Any
 try:
-    from prime_kernels import _C
+    from prime_kernels import _C  # type: ignore[attr-defined]  # compiled, has no stubs
 except ImportError as error:  # a source tree that was never built, or a build for another Python
     _C = None
     _reason: str | None = f"the extension prime_kernels._C cannot be imported ({error}); build it with: pip install ."

@@ -88,7 +88,7 @@ class CpuKernels:
         scale = shift = torch.zeros_like(centred)
         if rewards is not None:
             sums, counts = torch.empty(2, responses, dtype=torch.float64, device=device)
-            largest = torch.empty((), dtype=torch.float64, device=device)
+            largest: Tensor = torch.empty((), dtype=torch.float64, device=device)
             self._launch("rloo_sums", device, **tokens, sums=sums, counts=counts, largest=largest)
             factor = 1.0
             if settings.normalize_process:
@@ -141,7 +141,7 @@ class CpuKernels:
         if isinstance(denominator, Tensor):
             denominator = column(denominator, torch.float64, 1, device)
         elif denominator is not None:
-            denominator, number = None, float(denominator)
+            number, denominator = float(denominator), None
         self._launch(
             "ppo_loss",
             device,
@@ -153,7 +153,9 @@ class CpuKernels:
             scale=scale,
             results=results,
         )
-        return PPOResults(*results.unbind(), scale=scale)
+        # Copies: views of one tensor could not be changed in place by the caller.
+        loss, clip_fraction, approx_kl = (each.clone() for each in results)
+        return PPOResults(loss, clip_fraction, approx_kl, scale)
 
     def ppo_gradient(self, tokens: PPOTokens, clip: tuple[float, float], scale: Tensor, grad: Tensor) -> Tensor:
         device = tokens.logp.device
@@ -279,7 +281,8 @@ class CudaKernels(CpuKernels):
             slope=slope,
             results=results,
         )
-        return PRMResults(*results.unbind(), slope=slope)
+        loss, pair_accuracy = (each.clone() for each in results)
+        return PRMResults(loss, pair_accuracy, slope)
 
     def _launch(self, kernel: str, device: torch.device, **arguments: Argument) -> None:
         # A launch goes to the current device, which need not be that of the tensors.

@@ -125,7 +125,7 @@ def causal_head(model: Any) -> CausalHead:
     if hidden is None:
         raise TypeError(f"model: expected a backbone that gives last_hidden_state, got {type(output).__name__}")
     dtype = hidden.dtype
-    hidden, weight, bias = hidden.float(), _dense(weight), None if bias is None else _dense(bias)
+    hidden, weight, bias = hidden.float(), whole(weight), None if bias is None else whole(bias)
     if hidden.shape[-1] != weight.shape[1] or logits.shape[:-1] != hidden.shape[:-1]:
         raise ValueError(
             f"model: expected {type(model).__name__}'s logits from hidden states [..., {weight.shape[1]}], got logits "
@@ -142,12 +142,6 @@ def causal_head(model: Any) -> CausalHead:
         f"differ by {largest:.2g} of the largest; supported: {SUPPORTED}, factors from the configuration's "
         f"{', '.join(FACTORS)}, caps from {', '.join(CAPS)}"
     )
-
-
-def _dense(parameter: Tensor) -> Tensor:
-    dense = whole(parameter)
-    assert dense is not None
-    return dense
 
 
 def _error(mine: Tensor, theirs: Tensor) -> tuple[float, float]:

@@ -5,12 +5,13 @@ backend is selected when the graph runs, with the same errors as without a compi
 come here.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from prime_kernels import _checks, _dispatch
+from prime_kernels._autograd import Gradients
 from prime_kernels._backends import RowGradient
 from prime_kernels._segment_math import result_dtype
 from prime_kernels.ops import _tiled_head as tiles
@@ -25,6 +26,11 @@ class Columns(NamedTuple):
     logp: Tensor
     lse: Tensor
     entropy: Tensor
+
+
+def _plain(columns: Columns) -> tuple[Tensor, Tensor, Tensor]:
+    """A tuple as operators return it."""
+    return columns.logp, columns.lse, columns.entropy
 
 
 def _values(
@@ -60,12 +66,14 @@ def log_probs(
     logits: Tensor, ids: Tensor, mask: Tensor | None, temperature: float, with_entropy: bool, backend: str | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     ids, temperature, chosen = rows.check(logits, ids, mask, temperature, with_entropy, backend)
-    return tuple(_values([logits], ids, mask, [temperature], with_entropy, chosen)[0])
+    return _plain(_values([logits], ids, mask, [temperature], with_entropy, chosen)[0])
 
 
 @log_probs.register_fake
-def _(logits, ids, mask, temperature, with_entropy, backend):
-    return _fake_values(logits, ids, with_entropy)
+def _(
+    logits: Tensor, ids: Tensor, mask: Tensor | None, temperature: float, with_entropy: bool, backend: str | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _plain(_fake_values(logits, ids, with_entropy))
 
 
 @torch.library.custom_op("prime_kernels::log_probs_backward", mutates_args=())
@@ -90,17 +98,19 @@ def log_probs_backward(
 
 
 @log_probs_backward.register_fake
-def _(logits, ids, mask, lse, entropy, grad_logp, grad_entropy, temperature, backend):
+def _(logits: Tensor, *_options: Any) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-def _keep_log_probs(ctx, inputs, output):
+def _keep_log_probs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, ids, mask, ctx.temperature, ctx.with_entropy, ctx.backend = inputs
     _, lse, entropy = output
     ctx.save_for_backward(logits, ids, mask, lse, entropy)
 
 
-def _log_probs_gradient(ctx, grad_logp, _grad_lse, grad_entropy):
+def _log_probs_gradient(
+    ctx: Any, grad_logp: Tensor | None, _grad_lse: Tensor | None, grad_entropy: Tensor | None
+) -> Gradients:
     logits, ids, mask, lse, entropy = ctx.saved_tensors
     if not ctx.with_entropy:
         entropy = grad_entropy = None
@@ -131,21 +141,31 @@ def log_ratios(
 
 
 @log_ratios.register_fake
-def _(prm_logits, ref_logits, ids, policy_logits, mask, policy_temperature, backend):
+def _(
+    prm_logits: Tensor,
+    ref_logits: Tensor,
+    ids: Tensor,
+    policy_logits: Tensor | None,
+    mask: Tensor | None,
+    policy_temperature: float,
+    backend: str | None,
+) -> tuple[Tensor, ...]:
     prm, ref = (_fake_values(logits, ids, False) for logits in (prm_logits, ref_logits))
     policy = _no_values(prm.logp) if policy_logits is None else _fake_values(policy_logits, ids, False)
     return prm.logp, ref.logp, policy.logp, prm.lse, policy.lse
 
 
-def _keep_log_ratios(ctx, inputs, output):
+def _keep_log_ratios(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     prm_logits, _, ids, policy_logits, mask, ctx.policy_temperature, ctx.backend = inputs
     ctx.save_for_backward(prm_logits, policy_logits, ids, mask, *output[3:])
 
 
-def _log_ratios_gradient(ctx, grad_prm, _grad_ref, grad_policy, _grad_prm_lse, _grad_policy_lse):
+def _log_ratios_gradient(
+    ctx: Any, grad_prm: Tensor | None, _grad_ref: Tensor | None, grad_policy: Tensor | None, *_grad_lse: Tensor | None
+) -> Gradients:
     prm_logits, policy_logits, ids, mask, prm_lse, policy_lse = ctx.saved_tensors
 
-    def gradient(logits, lse, grad, temperature):
+    def gradient(logits: Tensor, lse: Tensor, grad: Tensor | None, temperature: float) -> Tensor:
         return log_probs_backward(logits, ids, mask, lse, None, grad, None, temperature, ctx.backend)
 
     prm = policy = None
@@ -177,7 +197,7 @@ def linear_log_probs(
     head = _as_computed(head, chosen)
     tokens = linear.compact(head.hidden, ids, mask)
     if not len(tokens.hidden):
-        return tuple(column.zero_() for column in _fake_values(hidden, ids, with_entropy))
+        return _plain(Columns(*(column.zero_() for column in _fake_values(hidden, ids, with_entropy))))
     arguments = (tokens.ids, temperature, with_entropy, chosen)
     results = tiles.head_log_probs(tokens.hidden, head.weight, head.bias, *arguments, softcap=softcap)
     logp, lse = (linear.spread(column, tokens.places, ids.shape) for column in results[:2])
@@ -187,8 +207,18 @@ def linear_log_probs(
 
 
 @linear_log_probs.register_fake
-def _(hidden, weight, ids, bias, mask, temperature, softcap, with_entropy, backend):
-    return _fake_values(hidden, ids, with_entropy)
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    with_entropy: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _plain(_fake_values(hidden, ids, with_entropy))
 
 
 @torch.library.custom_op("prime_kernels::linear_log_probs_backward", mutates_args=())
@@ -212,23 +242,38 @@ def linear_log_probs_backward(
     chosen = _dispatch.resolve("linear_log_probs", hidden, backend)
     head = _as_computed(linear.Head(hidden, weight, bias), chosen)
     tokens = linear.compact(head.hidden, ids, mask)
-    columns = [None if each is None else each.reshape(-1) for each in (lse, entropy, grad_logp, grad_entropy)]
+    gradient = RowGradient(lse, entropy, grad_logp, grad_entropy).flat()
     if tokens.places is not None:
-        columns = [None if each is None else each[tokens.places] for each in columns]
+        gradient = gradient.rows(tokens.places)
     gradients = [each.new_zeros(each.shape) if want else each.new_empty(0) for each, want in _wanted(head, wanted)]
     if len(tokens.hidden):
-        arguments = (tokens.ids, temperature, RowGradient(*columns), wanted, chosen)
+        arguments = (tokens.ids, temperature, gradient, wanted, chosen)
         found = tiles.head_gradients(tokens.hidden, head.weight, head.bias, *arguments, softcap=softcap)
         if found.hidden is not None:
             at = slice(None) if tokens.places is None else tokens.places
             gradients[0].view(-1, hidden.shape[-1])[at] = found.hidden
         gradients[1] = gradients[1] if found.weight is None else found.weight
         gradients[2] = gradients[2] if found.bias is None else found.bias
-    return tuple(each.to(hidden.dtype) for each in gradients)
+    grad_hidden, grad_weight, grad_bias = (each.to(hidden.dtype) for each in gradients)
+    return grad_hidden, grad_weight, grad_bias
 
 
 @linear_log_probs_backward.register_fake
-def _(hidden, weight, ids, bias, mask, lse, entropy, grad_logp, grad_entropy, temperature, softcap, wanted, backend):
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    lse: Tensor,
+    entropy: Tensor | None,
+    grad_logp: Tensor | None,
+    grad_entropy: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    wanted: list[bool],
+    backend: str | None,
+) -> tuple[Tensor, ...]:
     each_wanted = _wanted(linear.Head(hidden, weight, bias), wanted)
     return tuple(each.new_empty(each.shape if want else (0,)) for each, want in each_wanted)
 
@@ -244,15 +289,18 @@ def _as_computed(head: linear.Head, backend: str) -> linear.Head:
     if backend != "eager":
         return head
     dtype = result_dtype(head.hidden)
-    return linear.Head(*(None if each is None else each.to(dtype) for each in head[:3]))
+    bias = None if head.bias is None else head.bias.to(dtype)
+    return linear.Head(head.hidden.to(dtype), head.weight.to(dtype), bias)
 
 
-def _keep_linear(ctx, inputs, output):
+def _keep_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, ids, bias, mask, ctx.temperature, ctx.softcap, ctx.with_entropy, ctx.backend = inputs
     ctx.save_for_backward(hidden, weight, ids, bias, mask, *output[1:])
 
 
-def _linear_gradient(ctx, grad_logp, _grad_lse, grad_entropy):
+def _linear_gradient(
+    ctx: Any, grad_logp: Tensor | None, _grad_lse: Tensor | None, grad_entropy: Tensor | None
+) -> Gradients:
     hidden, weight, ids, bias, mask, lse, entropy = ctx.saved_tensors
     if not ctx.with_entropy:
         entropy = grad_entropy = None
@@ -260,8 +308,8 @@ def _linear_gradient(ctx, grad_logp, _grad_lse, grad_entropy):
     columns = (lse, entropy, grad_logp, grad_entropy)
     options = (ctx.temperature, ctx.softcap, wanted, ctx.backend)
     found = linear_log_probs_backward(hidden, weight, ids, bias, mask, *columns, *options)
-    of_hidden, of_weight, of_bias = (each if want else None for each, want in zip(found, wanted, strict=True))
-    return of_hidden, of_weight, None, of_bias, None, None, None, None, None
+    grad_hidden, grad_weight, grad_bias = (each if want else None for each, want in zip(found, wanted, strict=True))
+    return grad_hidden, grad_weight, None, grad_bias, None, None, None, None, None
 
 
 linear_log_probs.register_autograd(_linear_gradient, setup_context=_keep_linear)

@@ -95,32 +95,28 @@ def can_keep(hidden: Tensor, weight: Tensor, backend: str, softcap: float | None
     return few and _fused_kernel(hidden, weight, backend) is None
 
 
-def first_model(results: RowResults) -> RowResults:
-    """Results [N] of the only model, from [1, N]."""
-    return RowResults(*(None if column is None else column[0] for column in results))
-
-
 def join(parts: Sequence[RowResults], owner: Tensor) -> RowResults:
     """Results of whole rows from those of parts of their vocabulary; ``owner`` [N] is the part with the target."""
     if len(parts) == 1:
         return parts[0]
-    logp, lse = (torch.stack([part[k] for part in parts]).double() for k in range(2))
-    every = lse.logsumexp(0)
+    logp, lse = (torch.stack(columns).double() for columns in zip(*(part[:2] for part in parts), strict=True))
+    total = lse.logsumexp(0)
     own_logp, own_lse = (column.gather(0, owner.unsqueeze(0)).squeeze(0) for column in (logp, lse))
     others = lse.scatter(0, owner.unsqueeze(0), -torch.inf).logsumexp(0)
-    # Relative to the target's own part, so that a log-probability near 0 keeps its digits. A part of nothing but -inf
-    # has no distribution of its own, and its tokens probability 0.
+    # Relative to the target's own part, so that a log-probability near 0 keeps its digits. In a part with nothing but
+    # -inf, logp is NaN and the tokens have probability 0.
     joined = own_logp - torch.nn.functional.softplus(others - own_lse)
-    impossible = (own_lse == -torch.inf) & (every > -torch.inf)
+    impossible = (own_lse == -torch.inf) & (total > -torch.inf)
     joined = joined.masked_fill(impossible, -torch.inf)
+    entropies = [part.entropy for part in parts if part.entropy is not None]
     entropy = None
-    if parts[0].entropy is not None:
-        log_share = lse - every
+    if entropies:
+        log_share = lse - total
         share = log_share.exp()
-        terms = share * (torch.stack([part.entropy for part in parts]).double() - log_share)
-        # Where every is NaN or infinite there is no distribution, and 0 * every says so.
-        entropy = (terms.where(share > 0, 0.0).sum(0) + 0.0 * every).float()
-    return RowResults(joined.float(), every.float(), entropy)
+        terms = share * (torch.stack(entropies).double() - log_share)
+        # 0 * total is NaN where total is NaN or infinite and the row has no distribution.
+        entropy = (terms.where(share > 0, 0.0).sum(0) + 0.0 * total).float()
+    return RowResults(joined.float(), total.float(), entropy)
 
 
 def head_log_probs(
@@ -149,10 +145,10 @@ def head_log_probs(
             z = tiles.logits(tokens, columns, None if kept is None else kept[tokens, columns])
             z = z if softcap is None else cap(z.to(result_dtype(z)), softcap)
             inside = (ids[tokens] - columns.start).clamp(0, z.shape[1] - 1)
-            parts.append(first_model(kernels.token_log_probs([z], inside, None, [temperature], with_entropy)))
+            parts.append(kernels.token_log_probs([z], inside, None, [temperature], with_entropy).only_model())
         last = -(-len(weight) // tiles.columns) - 1
         blocks.append(join(parts, (ids[tokens] // tiles.columns).clamp(0, last)))
-    return RowResults(*(None if column[0] is None else torch.cat(column) for column in zip(*blocks, strict=True)))
+    return RowResults.cat(blocks, 0)
 
 
 def head_gradients(
@@ -184,22 +180,23 @@ def head_gradients(
     grad_bias = torch.empty_like(bias) if bias is not None and wanted[2] else None
     for columns in tiles.column_spans():
         part = None if grad_weight is None else Sum(grad_weight[columns], once=one_token_span, into=True)
-        bias_part = 0.0
+        bias_part: Tensor | None = None
         for tokens in tiles.token_spans():
             z = tiles.logits(tokens, columns) if kept is None else kept
-            of_tokens = RowGradient(*(None if c is None else c[tokens] for c in gradient))
-            _to_gradient(kernels, z, ids[tokens] - columns.start, of_tokens, temperature, softcap, partial=True)
+            of_rows = gradient.rows(tokens)
+            _to_gradient(kernels, z, ids[tokens] - columns.start, of_rows, temperature, softcap, partial=True)
             if grad_hidden is not None:
                 grad_hidden.add(z, weight[columns], tokens)
             if part is not None:
                 part.add(z.T, hidden[tokens])
             if grad_bias is not None:
-                bias_part = bias_part + z.sum(0, dtype=torch.float32)
-        if part is not None and not part.once:
+                of_tokens = z.sum(0, dtype=torch.float32)
+                bias_part = of_tokens if bias_part is None else bias_part + of_tokens
+        if grad_weight is not None and part is not None and not part.once:
             grad_weight[columns] = part.total
         part = None  # before the next one is made
-        if grad_bias is not None:
-            grad_bias[columns] = bias_part.to(bias.dtype)
+        if grad_bias is not None and bias_part is not None:
+            grad_bias[columns] = bias_part.to(grad_bias.dtype)
     of_hidden = None if grad_hidden is None else grad_hidden.total.to(hidden.dtype)
     return HeadGradients(of_hidden, grad_weight, grad_bias)
 
@@ -242,7 +239,7 @@ def loss_gradients(
     for tokens in tiles.token_spans():
         z = tiles.logits(tokens, columns)
         seen = z if softcap is None else cap(z.to(result_dtype(z), copy=True), softcap)
-        logp, lse, _ = first_model(kernels.token_log_probs([seen], ids[tokens], None, [temperature], False))
+        logp, lse, _ = kernels.token_log_probs([seen], ids[tokens], None, [temperature], False).only_model()
         del seen
         parts.append(logp)
         if not any(wanted):
@@ -256,8 +253,12 @@ def loss_gradients(
         if grad_bias is not None:
             grad_bias += z.sum(0, dtype=torch.float32)
     del tiles, z  # before the sums are rounded, which takes memory too
-    totals = [None if each is None else each.total.to(hidden.dtype) for each in (grad_hidden, grad_weight)]
-    return torch.cat(parts), HeadGradients(*totals, None if grad_bias is None else grad_bias.to(hidden.dtype))
+    of_hidden, of_weight = (
+        None if sums is None else sums.total.to(hidden.dtype) for sums in (grad_hidden, grad_weight)
+    )
+    return torch.cat(parts), HeadGradients(
+        of_hidden, of_weight, None if grad_bias is None else grad_bias.to(hidden.dtype)
+    )
 
 
 def _to_gradient(
@@ -279,7 +280,7 @@ def _to_gradient(
     z.copy_(through_cap(values, of_cap))
 
 
-def _fused_kernel(hidden: Tensor, weight: Tensor, backend: str) -> Callable | None:
+def _fused_kernel(hidden: Tensor, weight: Tensor, backend: str) -> Callable[..., RowResults] | None:
     """The Triton kernel that makes no tile at all, where it is the faster way and takes these tensors."""
     if backend != "triton":
         return None

@@ -111,12 +111,12 @@ class TiledLogProbs(torch.autograd.Function):
         wanted = ctx.needs_input_grad[:3]
         arguments = (ids - ctx.first, ctx.temperature, gradient, wanted, ctx.backend, kept, ctx.softcap)
         gradients = tiles.head_gradients(hidden, weight, bias, *arguments)
-        of_hidden = gradients.hidden
-        if ctx.group is not None and of_hidden is not None:
-            total = of_hidden.float()
+        grad_hidden = gradients.hidden
+        if ctx.group is not None and grad_hidden is not None:
+            total = grad_hidden.float()
             dist.all_reduce(total, group=ctx.group)
-            of_hidden = total.to(hidden.dtype)
-        return of_hidden, gradients.weight, gradients.bias, None, None, None, None, None, None, None
+            grad_hidden = total.to(hidden.dtype)
+        return grad_hidden, gradients.weight, gradients.bias, None, None, None, None, None, None, None
 
 
 def _join_shards(results: RowResults, owner: Tensor, group: dist.ProcessGroup) -> RowResults:
@@ -314,7 +314,7 @@ def check(
     process_group: dist.ProcessGroup | None = None,
 ) -> Checked:
     """Check the arguments of :func:`linear_log_probs`; parameters in shards are gathered."""
-    head = Head(hidden, whole(weight), whole(bias), softcap=softcap)
+    head = whole_head(Head(hidden, weight, bias, softcap=softcap))
     shards = 1 if process_group is None else dist.get_world_size(process_group)
     ids = check_head(head, ids, mask, "", shards)
     temperature = rows.check_temperature("temperature", temperature)
@@ -323,15 +323,21 @@ def check(
     return Checked(head, ids, temperature, chosen)
 
 
-def whole(parameter: Tensor | None) -> Tensor | None:
-    """The full tensor of a parameter that FSDP2 keeps in shards (a DTensor); any other as it is.
+def whole_head(head: Head) -> Head:
+    """The head with full parameters, where FSDP2 keeps them in shards."""
+    return head._replace(weight=whole(head.weight), bias=None if head.bias is None else whole(head.bias))
 
-    As in FSDP2, the gradient of a process's own tokens is averaged over the processes and goes back in shards.
+
+def whole(parameter: Tensor) -> Tensor:
+    """The full tensor of a parameter in shards (a DTensor); other tensors unchanged.
+
+    As in FSDP2, the gradient of a process's own tokens is averaged over the processes and is sharded again.
     """
     if not hasattr(parameter, "full_tensor"):
         return parameter
-    from torch.distributed.tensor import Partial
+    from torch.distributed.tensor import DTensor, Partial
 
+    assert isinstance(parameter, DTensor)
     placements = [Partial("avg") if placement.is_shard() else placement for placement in parameter.placements]
     return parameter.full_tensor(grad_placements=placements)
 
@@ -390,7 +396,7 @@ def linear_log_ratios(
             ref_logp = of_head(ref)
         policy_logp = None if policy is None else of_head(policy, policy_temperature)
         return LogRatios(prm_logp - ref_logp, prm_logp, ref_logp, policy_logp)
-    heads = {name: head._replace(weight=whole(head.weight), bias=whole(head.bias)) for name, head in heads.items()}
+    heads = {name: whole_head(head) for name, head in heads.items()}
     checked = {name: check_head(head, ids, mask, f"{name}.") for name, head in heads.items()}
     policy_temperature = rows.check_temperature("policy_temperature", policy_temperature)
     logp = {}

@@ -220,24 +220,41 @@ def linear_ppo_loss(
 
     Source: arXiv 1707.06347, equation 7; gradients in the forward pass as in arXiv 2410.10989, section 3.
     """
-    clip = {"clip_low": clip_low, "clip_high": clip_high}
     if torch.compiler.is_compiling():
         logp = linear.linear_log_probs(
             hidden, weight, ids, bias=bias, mask=mask, temperature=temperature, softcap=softcap, backend=backend
         )
         old_logp = logp if old_logp is None else old_logp
-        return ppo_loss(logp, old_logp, advantages, mask=mask, weights=weights, denominator=denominator, **clip)
+        return ppo_loss(
+            logp,
+            old_logp,
+            advantages,
+            mask=mask,
+            weights=weights,
+            clip_low=clip_low,
+            clip_high=clip_high,
+            denominator=denominator,
+        )
     head, ids, temperature, _ = linear.check(hidden, weight, ids, bias, mask, temperature, softcap, False, None)
     columns = [
-        None if value is None and name != "advantages" else _column(name, value, ids)
-        for name, value in (("old_logp", old_logp), ("advantages", advantages), ("weights", weights))
+        None if old_logp is None else _column("old_logp", old_logp, ids),
+        _column("advantages", advantages, ids),
+        None if weights is None else _column("weights", weights, ids),
     ]
     denominator = _count(ids, mask) if denominator is None else check_denominator(denominator, ids, "ids")
     chosen = _dispatch.resolve("linear_ppo_loss", hidden, backend)
 
     def loss_of(logp: Tensor, old_logp: Tensor | None, advantages: Tensor, weights: Tensor | None) -> PPOLoss:
         old_logp = logp if old_logp is None else old_logp
-        return ppo_loss(logp, old_logp, advantages, weights=weights, denominator=denominator, **clip)
+        return ppo_loss(
+            logp,
+            old_logp,
+            advantages,
+            weights=weights,
+            clip_low=clip_low,
+            clip_high=clip_high,
+            denominator=denominator,
+        )
 
     function, arguments = _loss_arguments(head, ids, mask, temperature, columns, loss_of, chosen)
     return PPOLoss(*function.apply(*arguments))

@@ -27,7 +27,9 @@ def reference(logits: Tensor, ids: Tensor, mask: Tensor | None, temperature: flo
     if mask is not None:
         scaled = scaled.masked_fill(~mask.unsqueeze(-1), 0.0)
     # Not log_softmax, whose sum over a large vocabulary drifts; logsumexp sums pairwise and its backward is faster.
-    log_p = scaled - scaled.logsumexp(-1, keepdim=True)
+    lse = scaled.logsumexp(-1, keepdim=True)
+    # A row with a logit of +inf has no distribution: NaN everywhere, as the kernels have it.
+    log_p = scaled - lse.masked_fill(lse == torch.inf, torch.nan)
     # sum(-1) of one term rather than squeeze: a view made under no_grad could not be changed in place later.
     logp = log_p.gather(-1, ids.unsqueeze(-1)).sum(-1)
     # An impossible token has p = 0 and log p = -inf; filling before the product keeps 0 * -inf out of the gradient too.
@@ -63,7 +65,7 @@ class LogProbs(torch.autograd.Function):
         backend: str,
     ) -> tuple[Tensor, Tensor | None]:
         results = log_probs_of_views([logits], ids, mask, [temperature], with_entropy, backend)
-        logp, lse, entropy = only_model(results, ids.shape)
+        logp, lse, entropy = as_one(results, ids.shape)
         ctx.save_for_backward(logits, ids, mask, lse, entropy)
         ctx.temperature, ctx.inplace, ctx.backend, ctx.overwritten = temperature, inplace, backend, False
         ctx.set_materialize_grads(False)
@@ -101,20 +103,17 @@ def log_probs_of_views(
     """Results [models, N] of the N rows of the models' logits [..., V], of any leading strides, in one pass."""
     kernels = _backends.rows(backend)
     flat_ids, flat_mask = ids.reshape(-1), None if mask is None else mask.reshape(-1)
-    parts, start = [], 0
+    parts: list[RowResults] = []
+    start = 0
     for views in row_views(*models):
         piece = slice(start, start + views[0].shape[0])
         row_ids, row_mask = flat_ids[piece], None if flat_mask is None else flat_mask[piece]
         parts.append(kernels.token_log_probs(views, row_ids, row_mask, temperatures, with_entropy))
         start = piece.stop
-    if len(parts) == 1:
-        return parts[0]
-    logp, lse = (torch.cat([part[k] for part in parts], 1) for k in (0, 1))
-    entropies = [part.entropy for part in parts if part.entropy is not None]
-    return RowResults(logp, lse, torch.cat(entropies, 1) if entropies else None)
+    return parts[0] if len(parts) == 1 else RowResults.cat(parts, 1)
 
 
-def only_model(results: RowResults, shape: torch.Size) -> RowResults:
+def as_one(results: RowResults, shape: torch.Size) -> RowResults:
     """Results [1, N] of one model in another shape, in place: a view could not be changed in place by the caller."""
     return RowResults(
         results.logp.resize_(shape),
@@ -139,18 +138,15 @@ def gradient_of_views(
 ) -> None:
     """Write the gradient of the logits [..., V] to ``out``: dense, or the logits themselves."""
     kernels = _backends.rows(backend)
-    if gradient.grad_entropy is None:
-        gradient = gradient._replace(entropy=None)
-    flat_ids, flat_mask, *flat = (None if column is None else column.reshape(-1) for column in (ids, mask, *gradient))
+    flat_ids, flat_mask, flat = ids.reshape(-1), None if mask is None else mask.reshape(-1), gradient.flat()
     start = 0
-    # Written in place, the logits and the gradient are walked by the same views; otherwise both in row order.
+    # In place, the logits and the gradient are walked by the same views; otherwise both in row order.
     out_rows = None if out.data_ptr() == logits.data_ptr() else out.view(-1, out.shape[-1])
     for (rows,) in row_views(logits.detach()):
         piece = slice(start, start + rows.shape[0])
         target = rows if out_rows is None else out_rows[piece]
-        of_rows = RowGradient(*(None if column is None else column[piece] for column in flat))
         row_mask = None if flat_mask is None else flat_mask[piece]
-        kernels.logits_gradient(rows, flat_ids[piece], row_mask, of_rows, temperature, target)
+        kernels.logits_gradient(rows, flat_ids[piece], row_mask, flat.rows(piece), temperature, target)
         start = piece.stop
 
 
@@ -299,7 +295,7 @@ def log_probs(
         logits = logits.contiguous()
     if chosen != "eager" and not (logits.requires_grad and torch.is_grad_enabled()):
         results = log_probs_of_views([logits], ids, mask, [temperature], with_entropy, chosen)
-        logp, _, entropy = only_model(results, ids.shape)
+        logp, _, entropy = as_one(results, ids.shape)
     else:
         logp, entropy = LogProbs.apply(logits, ids, mask, temperature, with_entropy, inplace_backward, chosen)
     return (logp, entropy) if with_entropy else logp

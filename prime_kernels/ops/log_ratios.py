@@ -78,10 +78,10 @@ def check(
 ) -> tuple[list[Tensor], Tensor, list[float], str]:
     """(models, ids, temperatures, backend) of arguments that have passed every check."""
     rows.check_logits("prm_logits", prm_logits)
-    for name, logits in (("ref_logits", ref_logits), ("policy_logits", policy_logits)):
-        if logits is not None or name == "ref_logits":
-            rows.check_logits(name, logits)
-            _checks.like(name, logits, prm_logits, "prm_logits")
+    others = {"ref_logits": ref_logits} | ({} if policy_logits is None else {"policy_logits": policy_logits})
+    for name, logits in others.items():
+        rows.check_logits(name, logits)
+        _checks.like(name, logits, prm_logits, "prm_logits")
     ids = rows.check_arguments(prm_logits, ids, mask, name="prm_logits", vocabulary=prm_logits.shape[-1])
     policy_temperature = rows.check_temperature("policy_temperature", policy_temperature)
     models = [logits for logits in (prm_logits, ref_logits, policy_logits) if logits is not None]

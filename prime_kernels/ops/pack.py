@@ -160,7 +160,8 @@ def unpack(
         )
         if not low <= fill <= high:
             raise ValueError(f"fill: expected a value of {values.dtype}, in [{low}, {high}], got {fill}")
-    if _check_size("length", length) is None:
+    length = _check_size("length", length)
+    if length is None:
         length = int(cu_seqlens.diff().max()) if cu_seqlens.numel() > 1 else 0
     else:
         _checks.longest("cu_seqlens", cu_seqlens, length, "length")

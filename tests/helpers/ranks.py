@@ -25,7 +25,7 @@ from prime_trainer.verify import Verdict
 
 torch.set_num_threads(1)
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["ranks"])
+context.set_forkserver_preload(["helpers.ranks"])
 
 
 class RandomVerifier:
