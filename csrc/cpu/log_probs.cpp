@@ -191,8 +191,8 @@ void backward_row(const pk_log_probs_grad_args& args, int64_t row, bool stream) 
   put_at(out, id, args.dtype, static_cast<float>(target / args.temperature));
 }
 
-// New memory is mapped in 4 KiB pages at one fault each; before first use, the system can be asked for 2 MiB pages. This
-// is a hint that may be ignored.
+// New memory is mapped in 4 KiB pages at one fault each; before first use, the system can be asked for 2 MiB pages.
+// This is a hint that may be ignored.
 void ask_for_huge_pages(void* begin, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   const uintptr_t first = (reinterpret_cast<uintptr_t>(begin) + kHugePage - 1) / kHugePage * kHugePage;

@@ -1,5 +1,5 @@
-// The inner loops over one row of logits, one table per instruction set, selected once when the extension is loaded. They
-// process logits only; the caller (log_probs.cpp) handles the target in double.
+// The inner loops over one row of logits, one table per instruction set, selected once when the extension is loaded.
+// They process logits only; the caller (log_probs.cpp) handles the target in double.
 #pragma once
 
 #include <cstdint>
@@ -9,9 +9,9 @@ namespace pk {
 // From this |logit * scale| on, float exponents have no fractional digits: such rows are computed in double.
 constexpr float kFarthest = 1e8f;
 
-// Sums of 2^t and t 2^t over the logits so far, with t = (z - highest) * scale + offset. `highest` is a logit of the row:
-// with `weighted` the maximum so far, otherwise one near enough that sums keep their digits; -inf while all logits were
-// -inf. `offset` is the rounding error of t in float, known exactly and below 2^-24 of the largest exponent.
+// Sums of 2^t and t 2^t over the logits so far, with t = (z - highest) * scale + offset. `highest` is a logit of the
+// row: with `weighted` the maximum so far, otherwise one near enough that sums keep their digits; -inf while all logits
+// were -inf. `offset` is the rounding error of t in float, known exactly and below 2^-24 of the largest exponent.
 struct RowSoftmax {
   float scale;
   float highest;
@@ -29,8 +29,8 @@ struct RowGradient {
 
 struct RowKernels {
   const char* name;
-  // Adds n logits to the sums. False if they are out of range for float arithmetic (infinite, or near the largest float):
-  // the caller then computes the row in double. Indexed by dtype and by whether `weighted` is wanted.
+  // Adds n logits to the sums. False if they are out of range for float arithmetic (infinite, or near the largest
+  // float): the caller then computes the row in double. Indexed by dtype and by whether `weighted` is wanted.
   bool (*softmax[3][2])(const void* logits, int64_t n, RowSoftmax* state);
   // out = 2^t (a + b t), 0 where 2^t is 0; in place if out is logits. a, b, scale and bias are finite. `stream` writes
   // around the cache. Indexed by dtype and by whether b is not 0.

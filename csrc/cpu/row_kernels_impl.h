@@ -1,5 +1,5 @@
-// The row kernels; row_kernels_{avx512,avx2,portable}.cpp compile this file with their flags. It uses no standard library
-// templates: the linker could choose an inline std::max compiled for AVX-512 for the whole program.
+// The row kernels; row_kernels_{avx512,avx2,portable}.cpp compile this file with their flags. It uses no standard
+// library templates: the linker could choose an inline std::max compiled for AVX-512 for the whole program.
 
 #include <cmath>
 #include <cstdint>

@@ -20,8 +20,8 @@ inline bool valid_offsets(const int64_t* cu, int64_t n_segments, int64_t n_token
   return cu != nullptr && cu[0] == 0 && cu[n_segments] == n_tokens && std::is_sorted(cu, cu + n_segments + 1);
 }
 
-// Calls body(segment, begin, end) for every segment. Each thread takes the segments that begin in its range of tokens, of
-// equal size for all threads; a segment is processed by one thread.
+// Calls body(segment, begin, end) for every segment. Each thread takes the segments that begin in its range of tokens,
+// of equal size for all threads; a segment is processed by one thread.
 template <typename Body>
 void for_each_segment(const int64_t* cu, int64_t n_segments, int64_t n_tokens, int n_threads, Body body) {
   const int64_t* cu_end = cu + n_segments + 1;

@@ -1,5 +1,5 @@
-// Vectors of the instruction set that the including file is compiled for. Everything is in a namespace of that instruction
-// set, so that the linker never merges an inline function compiled for two of them.
+// Vectors of the instruction set that the including file is compiled for. Everything is in a namespace of that
+// instruction set, so that the linker never merges an inline function compiled for two of them.
 #pragma once
 
 #include <cstdint>
@@ -94,7 +94,8 @@ PK_INLINE F polynomial(const float (&c)[kTerms], F f) {
 }
 
 // 2^t: exactly 1 at 0, exactly 0 at -inf, NaN for NaN. With kPrecise for t below 127 and with a relative error below 1
-// ulp; otherwise infinite from 2^128 on and with an error below 2 ulp (less than 1e-8 on average), enough for long sums.
+// ulp; otherwise infinite from 2^128 on and with an error below 2 ulp (less than 1e-8 on average), enough for long
+// sums.
 template <bool kPrecise>
 PK_INLINE F exp2(F t) {
 #if PK_ISA_LANES == 16

@@ -274,7 +274,7 @@ def _kind(tensor: Tensor) -> str:
 class Sum:
     """A sum of products: written directly if there is one term, else accumulated in float32.
 
-    A 16-bit sum would lose small terms. A single term is written to a tensor like ``like``, or with ``into`` to ``like``.
+    A 16-bit sum would lose small terms. A single term is written to a tensor like ``like``, or with ``into`` to it.
     """
 
     def __init__(self, like: Tensor, *, once: bool, into: bool = False) -> None:

@@ -102,8 +102,8 @@ def ppo_loss(
     """Clipped PPO loss over tokens. Differentiable in ``logp`` alone; nothing waits for the device.
 
     loss = sum_t weights_t * max(-A_t rho_t, -A_t clip(rho_t, 1 - clip_low, 1 + clip_high)) / denominator with
-    rho = exp(logp - old_logp). Where both terms are equal, the gradient is that of the unclipped one. Beyond a log-ratio of
-    20 the ratio is clamped to e^20 and has no gradient, so that no loss is infinite.
+    rho = exp(logp - old_logp). Where both terms are equal, the gradient is that of the unclipped one. Beyond a
+    log-ratio of 20 the ratio is clamped to e^20 and has no gradient, so that no loss is infinite.
 
     Args:
         logp: [T] (or any shape), floating point: log-probabilities under the policy being trained.
