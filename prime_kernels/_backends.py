@@ -110,7 +110,7 @@ class RlooBatch(NamedTuple):
 
 
 class RlooSettings(NamedTuple):
-    """The options of :func:`prime_kernels.rloo_advantages` that kernels take as they are."""
+    """The options of :func:`prime_kernels.rloo_advantages` that are passed to kernels unchanged."""
 
     gamma_process: float
     gamma_outcome: float

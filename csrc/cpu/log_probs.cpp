@@ -1,6 +1,6 @@
-// Log-probability of one id per row. Each row is read once, by the loops of row_kernels; the target is left out of them
-// and joined here in double: beside a 1 the tail of a peaked row would be rounded away, and with it every digit of the
-// log-prob of a token that the model is sure of.
+// Log-probability of one id per row. The loops of row_kernels read each row once and exclude the target, which is added
+// here in double. Otherwise, where the target's probability is near 1, float would round away the tail of the row, and
+// with it every digit of the log-probability.
 
 #include <algorithm>
 #include <cmath>
@@ -22,8 +22,8 @@ namespace {
 constexpr double kLn2 = 0.693147180559945309;
 constexpr double kInf = std::numeric_limits<double>::infinity();
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
-constexpr int64_t kRowsPerChunk = 4;  // masked rows cost nothing, so rows are handed out in small chunks
-// A result larger than this leaves the caches before anybody reads it.
+constexpr int64_t kRowsPerChunk = 4;  // small, as masked rows take no time
+// Results larger than this leave the caches before they are read: they are written around the cache.
 constexpr int64_t kStreamBytes = int64_t{8} << 20;
 constexpr int64_t kHugePage = int64_t{2} << 20;
 
@@ -55,7 +55,7 @@ void put_at(void* row, int64_t column, int32_t dtype, float value) {
 
 bool read_row(const uint8_t* mask, int64_t row) { return mask == nullptr || mask[row] != 0; }
 
-// Checked ahead of the parallel loop: the lowest offending row is reported whatever the threads do.
+// Checked before the parallel loop, so that the lowest bad row is reported for any number of threads.
 template <typename Args>
 int check_rows(const Args& args, bool ids_may_lie_outside = false) {
   if (args.n_rows < 0 || args.n_cols < 1 || args.bad_row == nullptr) return PK_BAD_ARGUMENT;
@@ -76,7 +76,7 @@ struct RowResult {
   double entropy;
 };
 
-// Any row at all, also where float arithmetic would overflow or an infinity makes the distribution undefined.
+// For rows where float arithmetic would overflow or an infinity leaves no distribution.
 RowResult forward_in_double(const void* z, int64_t n, int64_t id, int32_t dtype, double temperature) {
   double highest = -kInf;
   for (int64_t i = 0; i < n; ++i) highest = std::max(highest, value_at(z, i, dtype) / temperature);
@@ -92,10 +92,10 @@ RowResult forward_in_double(const void* z, int64_t n, int64_t id, int32_t dtype,
   return {value_at(z, id, dtype) / temperature - highest - log_sum, highest + log_sum, log_sum - weighted / sum};
 }
 
-// The softmax of a row but for the target; false where it must be computed in double.
+// The softmax sums of a row without its target; false if the row must be computed in double.
 bool take_rest(const void* z, int64_t n, int64_t id, int32_t dtype, double target, bool weighted, RowSoftmax& rest) {
   if (std::isfinite(target)) {
-    // A first guess at the maximum.
+    // Initial estimate of the maximum.
     const float shift = static_cast<float>(target) * rest.scale;
     if (!(std::fabs(shift) < kFarthest)) return false;
     rest.highest = static_cast<float>(target);
@@ -115,19 +115,19 @@ RowResult forward_row(const void* z, int64_t n, int64_t id, int32_t dtype, doubl
   if (target == kInf) return forward_in_double(z, n, id, dtype, temperature);
   if (!take_rest(z, n, id, dtype, target, false, rest)) return forward_in_double(z, n, id, dtype, temperature);
   if (rest.highest == -infinity) {
-    // Nothing but -inf (or NaN, which is in the sum): no distribution.
+    // Only -inf (or NaN, which is in the sum): no distribution.
     return {kNaN, std::isnan(rest.sum) || std::isnan(target) ? kNaN : -kInf, kNaN};
   }
-  // The sums are relative to the rounded bias; what rounding it took from the maximum goes back in here.
+  // The sums are relative to the rounded bias; this corrects its rounding error.
   const double others = rest.sum * std::exp2(-rest.offset);
   const double t = (target - rest.highest) * log2_scale;
   const double p = std::exp2(t);
   const double log_sum = std::log(others + p);
-  // log1p, because beside a 1 the others would lose their digits; where the target vanishes there is nothing to lose.
+  // log1p keeps the digits of `others` if p is near 1; if p vanishes, the direct formula is exact enough.
   const double logp = p > 1e-280 ? -std::log1p(others / p) : kLn2 * t - log_sum;
   RowResult result{logp, rest.highest / temperature + log_sum, 0.0};
   if (with_entropy) {
-    // A pass of its own over a row that is still in the cache: the log-prob keeps the same bits with and without it.
+    // A second pass over the row, which is still in the cache: the log-prob has the same bits with and without entropy.
     RowSoftmax all = nothing;
     if (!take_rest(z, n, id, dtype, target, true, all)) return forward_in_double(z, n, id, dtype, temperature);
     const double own_t = (target - all.highest) * log2_scale;
@@ -139,7 +139,7 @@ RowResult forward_row(const void* z, int64_t n, int64_t id, int32_t dtype, doubl
   return result;
 }
 
-// The same formulas in double, one element at a time: for what the float loops leave out.
+// The same formulas in double, one element at a time, for rows that the float loops cannot handle.
 void backward_in_double(const pk_log_probs_grad_args& args, const char* z, char* out, int64_t row, double entropy) {
   const double grad_logp = args.grad_logp == nullptr ? 0.0 : args.grad_logp[row];
   const double grad_entropy = args.grad_entropy == nullptr ? 0.0 : args.grad_entropy[row];
@@ -158,7 +158,7 @@ void backward_row(const pk_log_probs_grad_args& args, int64_t row, bool stream) 
   const double grad_logp = args.grad_logp == nullptr ? 0.0 : args.grad_logp[row];
   const double grad_entropy = args.grad_entropy == nullptr ? 0.0 : args.grad_entropy[row];
   const double lse = args.lse[row];
-  // A finite lse vouches for the row: no NaN and no infinity hides behind the zero gradient.
+  // With a finite lse the row has no NaN and no +inf that a zero gradient could hide.
   if (grad_logp == 0.0 && grad_entropy == 0.0 && std::isfinite(lse)) {
     std::memset(out, 0, static_cast<size_t>(args.n_cols * item_size(args.dtype)));
     return;
@@ -171,7 +171,7 @@ void backward_row(const pk_log_probs_grad_args& args, int64_t row, bool stream) 
   RowGradient by;
   by.scale = static_cast<float>(log2_scale);
   by.bias = static_cast<float>(-lse / kLn2);
-  // What rounding the bias to float took from log p goes back in through the factors, which are computed once a row.
+  // The rounding error of the bias is corrected in the factors, which are computed once per row.
   const double residue = -lse - kLn2 * by.bias;
   const double factor = -std::exp(residue) / args.temperature;
   by.a = static_cast<float>(factor * (grad_logp + grad_entropy * (entropy + residue)));
@@ -184,15 +184,15 @@ void backward_row(const pk_log_probs_grad_args& args, int64_t row, bool stream) 
   }
   row_kernels().gradient[args.dtype][args.grad_entropy != nullptr](z, args.n_cols, by, stream, out);
   if (!has_target) return;
-  // expm1, because 1 - p loses every digit where the model is sure.
+  // expm1: 1 - p has no digits left if p is near 1.
   const double p = std::exp(log_p);
   const double curvature = p == 0.0 ? 0.0 : p * (log_p + entropy);
   const double target = -grad_logp * std::expm1(log_p) - grad_entropy * curvature;
   put_at(out, id, args.dtype, static_cast<float>(target / args.temperature));
 }
 
-// Fresh memory comes in pages of 4 KiB, each of which costs a fault; asked for before the first touch, the system may
-// give 2 MiB ones. Only a hint: nothing depends on whether it is taken.
+// New memory is mapped in 4 KiB pages at one fault each; before first use, the system can be asked for 2 MiB pages.
+// This is a hint that may be ignored.
 void ask_for_huge_pages(void* begin, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   const uintptr_t first = (reinterpret_cast<uintptr_t>(begin) + kHugePage - 1) / kHugePage * kHugePage;
@@ -217,7 +217,7 @@ extern "C" int pk_cpu_log_probs_forward(const pk_log_probs_args* args) {
   const int64_t tasks = args->n_rows * args->n_models;
   const int threads = thread_count(args->n_threads, tasks, tasks * args->n_cols);
   (void)threads;
-  // A row of one model is one thread's, so that results do not depend on how many threads there are.
+  // One thread handles a row of a model: results do not depend on the number of threads.
 #pragma omp parallel for schedule(dynamic, kRowsPerChunk) num_threads(threads) if (threads > 1)
   for (int64_t task = 0; task < tasks; ++task) {
     const int64_t row = task / args->n_models;

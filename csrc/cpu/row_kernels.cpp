@@ -7,7 +7,7 @@
 namespace pk {
 namespace {
 
-// Fastest first; portable, which is always there, comes last.
+// Fastest first; portable, which is always available, comes last.
 struct Choice {
   const RowKernels* kernels;
   bool available;

@@ -1,17 +1,17 @@
-// The hot loops over one row of logits, one set per instruction set, chosen once when the extension is loaded. They see
-// logits, never ids: what belongs to the target is done in double by the caller (log_probs.cpp).
+// The inner loops over one row of logits, one table per instruction set, selected once when the extension is loaded.
+// They process logits only; the caller (log_probs.cpp) handles the target in double.
 #pragma once
 
 #include <cstdint>
 
 namespace pk {
 
-// |logit * scale| from which on a float exponent has no digits left: such rows are computed in double.
+// From this |logit * scale| on, float exponents have no fractional digits: such rows are computed in double.
 constexpr float kFarthest = 1e8f;
 
-// sum of 2^t and of t 2^t over what was taken so far, t = (z - highest) * scale + offset. `highest` is a logit of the
-// row: with `weighted` the highest so far, else never so much lower that a sum would lose digits; -inf while every logit
-// was -inf. The offset is what float arithmetic adds to t, known exactly, below 2^-24 of the largest exponent.
+// Sums of 2^t and t 2^t over the logits so far, with t = (z - highest) * scale + offset. `highest` is a logit of the
+// row: with `weighted` the maximum so far, otherwise one near enough that sums keep their digits; -inf while all logits
+// were -inf. `offset` is the rounding error of t in float, known exactly and below 2^-24 of the largest exponent.
 struct RowSoftmax {
   float scale;
   float highest;
@@ -29,11 +29,11 @@ struct RowGradient {
 
 struct RowKernels {
   const char* name;
-  // Takes n logits. False where they are out of the range that float arithmetic covers (infinite, or near the largest
+  // Adds n logits to the sums. False if they are out of range for float arithmetic (infinite, or near the largest
   // float): the caller then computes the row in double. Indexed by dtype and by whether `weighted` is wanted.
   bool (*softmax[3][2])(const void* logits, int64_t n, RowSoftmax* state);
-  // out = 2^t (a + b t), 0 where 2^t is 0; in place if out is logits. All of a, b, scale and bias are finite. `stream`
-  // asks for writes around the cache. Indexed by dtype and by whether b is not 0.
+  // out = 2^t (a + b t), 0 where 2^t is 0; in place if out is logits. a, b, scale and bias are finite. `stream` writes
+  // around the cache. Indexed by dtype and by whether b is not 0.
   void (*gradient[3][2])(const void* logits, int64_t n, const RowGradient& by, bool stream, void* out);
 };
 
@@ -43,8 +43,8 @@ extern const RowKernels row_kernels_avx2;
 extern const RowKernels row_kernels_avx512;
 #endif
 
-// The widest set that this processor has, or the one named by the environment variable PRIME_KERNELS_CPU_ISA
-// (portable, avx2, avx512). Throws std::runtime_error for a name that is unknown or not available here.
+// The widest instruction set of this processor, or the one named by the environment variable PRIME_KERNELS_CPU_ISA
+// (portable, avx2, avx512). Throws std::runtime_error for a name that is unknown or unavailable here.
 const RowKernels& row_kernels();
 
 }  // namespace pk

@@ -18,6 +18,7 @@ def token_log_probs(
     for logits, temperature in zip(models, temperatures, strict=True):
         z = logits.to(result_dtype(logits)) / temperature
         lse = z.logsumexp(-1)
+        lse = lse.masked_fill(lse == torch.inf, torch.nan)
         log_p = z - lse.unsqueeze(-1)
         found = [log_p.gather(-1, ids.unsqueeze(-1)).squeeze(-1), lse]
         if with_entropy:
@@ -54,5 +55,5 @@ def logits_gradient(
 
 
 def _finite(log_p: Tensor) -> Tensor:
-    """An impossible token has p = 0 and log p = -inf, whose product is to be 0."""
+    """A token of probability 0 has log p = -inf; p log p is to be 0."""
     return log_p.masked_fill(log_p == -torch.inf, 0.0)

@@ -187,15 +187,19 @@ def linear_log_probs(
     bias: Tensor | None,
     mask: Tensor | None,
     temperature: float,
+    softcap: float | None,
     with_entropy: bool,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    head, ids, temperature, chosen = linear.check(hidden, weight, ids, bias, mask, temperature, with_entropy, backend)
+    head, ids, temperature, chosen = linear.check(
+        hidden, weight, ids, bias, mask, temperature, softcap, with_entropy, backend
+    )
     head = _as_computed(head, chosen)
     tokens = linear.compact(head.hidden, ids, mask)
     if not len(tokens.hidden):
         return _plain(Columns(*(column.zero_() for column in _fake_values(hidden, ids, with_entropy))))
-    results = tiles.head_log_probs(tokens.hidden, head.weight, head.bias, tokens.ids, temperature, with_entropy, chosen)
+    arguments = (tokens.ids, temperature, with_entropy, chosen)
+    results = tiles.head_log_probs(tokens.hidden, head.weight, head.bias, *arguments, softcap=softcap)
     logp, lse = (linear.spread(column, tokens.places, ids.shape) for column in results[:2])
     if results.entropy is None:
         return logp, lse, logp.new_empty(0)
@@ -210,6 +214,7 @@ def _(
     bias: Tensor | None,
     mask: Tensor | None,
     temperature: float,
+    softcap: float | None,
     with_entropy: bool,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -228,6 +233,7 @@ def linear_log_probs_backward(
     grad_logp: Tensor | None,
     grad_entropy: Tensor | None,
     temperature: float,
+    softcap: float | None,
     wanted: list[bool],
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -242,7 +248,7 @@ def linear_log_probs_backward(
     gradients = [each.new_zeros(each.shape) if want else each.new_empty(0) for each, want in _wanted(head, wanted)]
     if len(tokens.hidden):
         arguments = (tokens.ids, temperature, gradient, wanted, chosen)
-        found = tiles.head_gradients(tokens.hidden, head.weight, head.bias, *arguments)
+        found = tiles.head_gradients(tokens.hidden, head.weight, head.bias, *arguments, softcap=softcap)
         if found.hidden is not None:
             at = slice(None) if tokens.places is None else tokens.places
             gradients[0].view(-1, hidden.shape[-1])[at] = found.hidden
@@ -264,6 +270,7 @@ def _(
     grad_logp: Tensor | None,
     grad_entropy: Tensor | None,
     temperature: float,
+    softcap: float | None,
     wanted: list[bool],
     backend: str | None,
 ) -> tuple[Tensor, ...]:
@@ -287,7 +294,7 @@ def _as_computed(head: linear.Head, backend: str) -> linear.Head:
 
 
 def _keep_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, ids, bias, mask, ctx.temperature, ctx.with_entropy, ctx.backend = inputs
+    hidden, weight, ids, bias, mask, ctx.temperature, ctx.softcap, ctx.with_entropy, ctx.backend = inputs
     ctx.save_for_backward(hidden, weight, ids, bias, mask, *output[1:])
 
 
@@ -299,9 +306,10 @@ def _linear_gradient(
         entropy = grad_entropy = None
     wanted = [ctx.needs_input_grad[place] for place in (0, 1, 3)]
     columns = (lse, entropy, grad_logp, grad_entropy)
-    found = linear_log_probs_backward(hidden, weight, ids, bias, mask, *columns, ctx.temperature, wanted, ctx.backend)
+    options = (ctx.temperature, ctx.softcap, wanted, ctx.backend)
+    found = linear_log_probs_backward(hidden, weight, ids, bias, mask, *columns, *options)
     grad_hidden, grad_weight, grad_bias = (each if want else None for each, want in zip(found, wanted, strict=True))
-    return grad_hidden, grad_weight, None, grad_bias, None, None, None, None
+    return grad_hidden, grad_weight, None, grad_bias, None, None, None, None, None
 
 
 linear_log_probs.register_autograd(_linear_gradient, setup_context=_keep_linear)

@@ -1,8 +1,8 @@
-"""Logits that exist one tile at a time: a library product into a buffer, the row kernels on it while it is in cache.
+"""An output layer in tiles: a library product into a buffer, then the row kernels on it while it is in the cache.
 
-A tile is some tokens by some of the vocabulary. Forward joins the softmax of a token's tiles; backward computes a tile
-again and turns it into its own gradient in place. Scratch memory is one tile, whatever the tokens and the vocabulary;
-logits that are few enough in all are kept instead, which saves one of four products.
+A tile holds the logits of some tokens and part of the vocabulary. Forward merges the softmax of a token's tiles;
+backward recomputes a tile and overwrites it with its gradient. Scratch memory is one tile for any number of tokens and
+any vocabulary. If all logits are few enough, they are kept instead, which saves one of four products.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,22 +12,24 @@ import torch
 from torch import Tensor
 
 from prime_kernels import _backends
-from prime_kernels._backends import RowGradient, RowResults
+from prime_kernels._backends import RowGradient, RowKernels, RowResults
+from prime_kernels._segment_math import result_dtype
+from prime_kernels.ops._softcap import cap, slope, through_cap
 
-# Tokens of a tile, by device: enough for a product at full speed.
+# Tokens per tile, by device: enough for a product at full speed.
 TOKENS = {"cpu": 1024, "cuda": 8192}
-# Logits alive at once, by device. Forward wants them in cache; in backward fewer, larger tiles mean fewer roundings of
-# 16-bit partial sums and longer products.
+# Logits in memory at once, by device. Forward needs them in the cache; backward gains from larger tiles, with fewer
+# roundings of 16-bit partial sums and larger products.
 FORWARD_ELEMENTS = {"cpu": 2**22, "cuda": 2**27}
 BACKWARD_ELEMENTS = {"cpu": 2**24, "cuda": 2**28}
-# The logits of a call that are kept from forward to backward, in bytes, by device.
+# Logits kept from forward to backward, at most, in bytes, by device.
 KEPT_BYTES = {"cpu": 2**27, "cuda": 2**29}
-# Rows of logits start at multiples of 16 bytes: loads are wide for any vocabulary, and a tile gives the same bits
-# wherever it lies.
+# Rows of logits start at multiples of 16 bytes: vector loads are possible for any vocabulary, and a tile gives the same
+# bits at any position.
 ALIGNED_COLUMNS = 8
-# Tiles of all the vocabulary, whose gradient of the head is summed over tiles: the fewer the better.
+# Size of tiles over the whole vocabulary. The gradient of the head is summed over them: the fewer the better.
 FUSED_BYTES = 2**27
-# Rows of a 16-bit product that is added to a float32 sum, by device: enough for full speed, few beside the sum.
+# Rows of a 16-bit product that is added to a float32 sum, by device: enough for full speed, small next to the sum.
 ADDED_ROWS = {"cpu": 2**12, "cuda": 2**14}
 
 
@@ -67,7 +69,7 @@ class Tiles:
         return spans(len(self.weight), self.columns)
 
     def logits(self, tokens: slice, columns: slice, out: Tensor | None = None) -> Tensor:
-        """The tile [tokens, columns], in the dtype of the inputs, as the model's own forward pass has it."""
+        """The tile [tokens, columns] in the dtype of the inputs, as in the model's own forward pass."""
         hidden, weight = self.hidden[tokens], self.weight[columns]
         if out is None:
             if self.buffer is None:
@@ -80,13 +82,16 @@ class Tiles:
 
 
 def all_logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """Room for all logits [N, V] of tokens [N, D] and a head [V, D]."""
+    """An uninitialised buffer for all logits [N, V] of tokens [N, D] and a head [V, D]."""
     return hidden.new_empty(len(hidden), _aligned(len(weight)))[:, : len(weight)]
 
 
-def can_keep(hidden: Tensor, weight: Tensor, backend: str) -> bool:
-    """Whether forward makes all logits of tokens [N, D] and a head [V, D], and they are few enough to stay alive."""
-    few = len(hidden) * len(weight) * hidden.element_size() <= KEPT_BYTES[_kind(hidden)]
+def can_keep(hidden: Tensor, weight: Tensor, backend: str, softcap: float | None = None) -> bool:
+    """Whether forward computes all logits of tokens [N, D] and a head [V, D] and they are few enough to keep.
+
+    Capped logits are not kept: the cap works on a float32 tile at a time.
+    """
+    few = softcap is None and len(hidden) * len(weight) * hidden.element_size() <= KEPT_BYTES[_kind(hidden)]
     return few and _fused_kernel(hidden, weight, backend) is None
 
 
@@ -123,12 +128,13 @@ def head_log_probs(
     with_entropy: bool,
     backend: str,
     kept: Tensor | None = None,
+    softcap: float | None = None,
 ) -> RowResults:
     """Results [N] of hidden states [N, D]. For ids outside the head logp is meaningless.
 
     ``kept`` [N, V] receives the logits if it is given; the results are bitwise the same with and without it.
     """
-    if (fused_kernel := _fused_kernel(hidden, weight, backend)) is not None:
+    if softcap is None and (fused_kernel := _fused_kernel(hidden, weight, backend)) is not None:
         return fused_kernel(hidden, weight, bias, ids.clamp(0, len(weight) - 1), temperature, with_entropy)
     kernels = _backends.rows(backend)
     tiles = Tiles(hidden, weight, bias, FORWARD_ELEMENTS[_kind(hidden)])
@@ -137,6 +143,7 @@ def head_log_probs(
         parts = []
         for columns in tiles.column_spans():
             z = tiles.logits(tokens, columns, None if kept is None else kept[tokens, columns])
+            z = z if softcap is None else cap(z.to(result_dtype(z)), softcap)
             inside = (ids[tokens] - columns.start).clamp(0, z.shape[1] - 1)
             parts.append(kernels.token_log_probs([z], inside, None, [temperature], with_entropy).only_model())
         last = -(-len(weight) // tiles.columns) - 1
@@ -154,6 +161,7 @@ def head_gradients(
     wanted: Sequence[bool],
     backend: str,
     kept: Tensor | None = None,
+    softcap: float | None = None,
 ) -> HeadGradients:
     """Gradients of hidden, weight and bias where ``wanted``. Ids may lie outside the head.
 
@@ -161,13 +169,13 @@ def head_gradients(
     """
     kernels = _backends.rows(backend)
     elements = BACKWARD_ELEMENTS[_kind(hidden)]
-    if can_keep(hidden, weight, backend):
+    if can_keep(hidden, weight, backend, softcap):
         elements = len(hidden) * len(weight)
         if kept is None:
-            kept = _again(hidden, weight, bias)
+            kept = _recompute(hidden, weight, bias)
     tiles = Tiles(hidden, weight, bias, elements)
     one_column_span, one_token_span = tiles.columns >= len(weight), tiles.tokens >= len(hidden)
-    grad_hidden = Sum(hidden, once=one_column_span) if wanted[0] else None
+    hidden_sum = Sum(hidden, once=one_column_span) if wanted[0] else None
     grad_weight = torch.empty_like(weight) if wanted[1] else None
     grad_bias = torch.empty_like(bias) if bias is not None and wanted[2] else None
     for columns in tiles.column_spans():
@@ -176,9 +184,9 @@ def head_gradients(
         for tokens in tiles.token_spans():
             z = tiles.logits(tokens, columns) if kept is None else kept
             of_rows = gradient.rows(tokens)
-            kernels.logits_gradient(z, ids[tokens] - columns.start, None, of_rows, temperature, z, partial=True)
-            if grad_hidden is not None:
-                grad_hidden.add(z, weight[columns], tokens)
+            _to_gradient(kernels, z, ids[tokens] - columns.start, of_rows, temperature, softcap, partial=True)
+            if hidden_sum is not None:
+                hidden_sum.add(z, weight[columns], tokens)
             if part is not None:
                 part.add(z.T, hidden[tokens])
             if grad_bias is not None:
@@ -189,12 +197,12 @@ def head_gradients(
         part = None  # before the next one is made
         if grad_bias is not None and bias_part is not None:
             grad_bias[columns] = bias_part.to(grad_bias.dtype)
-    of_hidden = None if grad_hidden is None else grad_hidden.total.to(hidden.dtype)
-    return HeadGradients(of_hidden, grad_weight, grad_bias)
+    grad_hidden = None if hidden_sum is None else hidden_sum.total.to(hidden.dtype)
+    return HeadGradients(grad_hidden, grad_weight, grad_bias)
 
 
-def _again(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The logits that head_log_probs could have kept, by its tiles: the same bits, hence the same gradients."""
+def _recompute(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The logits that head_log_probs would have kept, by the same tiles: equal bits, hence equal gradients."""
     tiles = Tiles(hidden, weight, bias, FORWARD_ELEMENTS[_kind(hidden)])
     logits = all_logits(hidden, weight)
     for tokens in tiles.token_spans():
@@ -212,6 +220,7 @@ def loss_gradients(
     grad_of: Callable[[Tensor, slice], Tensor],
     wanted: Sequence[bool],
     backend: str,
+    softcap: float | None = None,
 ) -> tuple[Tensor, HeadGradients]:
     """logp and the gradients from one product, for losses of which a token's gradient follows from its logp.
 
@@ -221,37 +230,58 @@ def loss_gradients(
     tiles = Tiles(hidden, weight, bias, FUSED_BYTES // hidden.element_size(), whole_rows=True)
     columns = slice(0, len(weight))
     one = tiles.tokens >= len(hidden)
-    grad_hidden = Sum(hidden, once=True) if wanted[0] else None
-    grad_weight = Sum(weight, once=one) if wanted[1] else None
+    hidden_sum = Sum(hidden, once=True) if wanted[0] else None
+    weight_sum = Sum(weight, once=one) if wanted[1] else None
     grad_bias = (
         torch.zeros(len(weight), dtype=torch.float32, device=hidden.device) if bias is not None and wanted[2] else None
     )
     parts = []
     for tokens in tiles.token_spans():
         z = tiles.logits(tokens, columns)
-        logp, lse, _ = kernels.token_log_probs([z], ids[tokens], None, [temperature], False).only_model()
+        seen = z if softcap is None else cap(z.to(result_dtype(z), copy=True), softcap)
+        logp, lse, _ = kernels.token_log_probs([seen], ids[tokens], None, [temperature], False).only_model()
+        del seen
         parts.append(logp)
         if not any(wanted):
             continue
         gradient = RowGradient(lse, None, grad_of(logp, tokens), None)
-        kernels.logits_gradient(z, ids[tokens], None, gradient, temperature, z)
-        if grad_hidden is not None:
-            grad_hidden.add(z, weight, tokens)
-        if grad_weight is not None:
-            grad_weight.add(z.T, hidden[tokens])
+        _to_gradient(kernels, z, ids[tokens], gradient, temperature, softcap)
+        if hidden_sum is not None:
+            hidden_sum.add(z, weight, tokens)
+        if weight_sum is not None:
+            weight_sum.add(z.T, hidden[tokens])
         if grad_bias is not None:
             grad_bias += z.sum(0, dtype=torch.float32)
-    del tiles, z  # before the sums are rounded, which takes memory too
-    of_hidden, of_weight = (
-        None if sums is None else sums.total.to(hidden.dtype) for sums in (grad_hidden, grad_weight)
+    del tiles, z  # frees their memory before the sums are rounded
+    grad_hidden, grad_weight = (
+        None if sums is None else sums.total.to(hidden.dtype) for sums in (hidden_sum, weight_sum)
     )
     return torch.cat(parts), HeadGradients(
-        of_hidden, of_weight, None if grad_bias is None else grad_bias.to(hidden.dtype)
+        grad_hidden, grad_weight, None if grad_bias is None else grad_bias.to(hidden.dtype)
     )
+
+
+def _to_gradient(
+    kernels: RowKernels,
+    z: Tensor,
+    ids: Tensor,
+    gradient: RowGradient,
+    temperature: float,
+    softcap: float | None,
+    partial: bool = False,
+) -> None:
+    """Logits become their own gradient."""
+    if softcap is None:
+        kernels.logits_gradient(z, ids, None, gradient, temperature, z, partial=partial)
+        return
+    values = cap(z.to(result_dtype(z)), softcap)
+    of_cap = slope(values, softcap)
+    kernels.logits_gradient(values, ids, None, gradient, temperature, values, partial=partial)
+    z.copy_(through_cap(values, of_cap))
 
 
 def _fused_kernel(hidden: Tensor, weight: Tensor, backend: str) -> Callable[..., RowResults] | None:
-    """The Triton kernel that makes no tile at all, where it is the faster way and takes these tensors."""
+    """The Triton kernel without tiles, if it is enabled and supports these tensors."""
     if backend != "triton":
         return None
     from prime_kernels._triton import _launch_config
@@ -272,9 +302,9 @@ def _kind(tensor: Tensor) -> str:
 
 
 class Sum:
-    """A sum of products: written once where there is one term, else float32, as a 16-bit sum would stop counting.
+    """A sum of products: written directly if there is one term, else accumulated in float32.
 
-    What is written once goes to a tensor like ``like``, or to that itself with ``into``.
+    A 16-bit sum would lose small terms. A single term is written to a tensor like ``like``, or with ``into`` to it.
     """
 
     def __init__(self, like: Tensor, *, once: bool, into: bool = False) -> None:

@@ -1,10 +1,11 @@
 """Log-probabilities straight from hidden states: the logits of all tokens never exist at once.
 
-z = (hidden @ weight.T + bias) / temperature, then as in log_probs. Kernels work on the tiles of _tiled_head. The
+z = cap(hidden @ weight.T + bias) / temperature, then as in log_probs. Kernels work on the tiles of _tiled_head. The
 reference works on chunks of tokens and recomputes the logits of a chunk in backward: its memory is one chunk of float32
 logits, the head in float32 and its gradient.
 """
 
+import math
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -18,6 +19,7 @@ from prime_kernels._backends import RowGradient, RowResults
 from prime_kernels._segment_math import result_dtype
 from prime_kernels.ops import _tiled_head as tiles
 from prime_kernels.ops import log_probs as rows
+from prime_kernels.ops._softcap import capped, check_softcap
 from prime_kernels.ops.log_ratios import LogRatios
 
 # Logits alive at once: 2^24 float32 values are 64 MiB, enough rows for a product to run at full speed.
@@ -25,11 +27,21 @@ CHUNK_ELEMENTS = 2**24
 
 
 class Head(NamedTuple):
-    """A model's last hidden states [..., D] with its output layer: weight [V, D] and bias [V] or None."""
+    """A model's last hidden states [..., D] with its output layer: weight [V, D] and bias [V] or None.
+
+    Its logits are cap(scale * (hidden @ weight.T + bias)), with cap(x) = softcap * tanh(x / softcap), or x for None.
+    """
 
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+def as_product(head: Head, temperature: float) -> tuple[float, float | None]:
+    """(temperature, softcap) with which the bare product has the head's logits, over ``temperature``."""
+    return temperature / head.scale, None if head.softcap is None else head.softcap / head.scale
 
 
 def reference(head: Head, ids: Tensor, mask: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
@@ -38,11 +50,13 @@ def reference(head: Head, ids: Tensor, mask: Tensor | None, temperature: float) 
     Products are float32 even for bfloat16 inputs: logits rounded to 16 bits would drown the ratio of two close models.
     """
     dtype = result_dtype(head.hidden)
+    temperature, softcap = as_product(head, temperature)
     # Converted once, outside the chunks: the gradient of the head is then also summed in this dtype.
     weight, bias = head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)
 
     def chunk_log_probs(hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        return rows.reference(torch.nn.functional.linear(hidden.to(dtype), weight, bias), ids, None, temperature)
+        logits = capped(torch.nn.functional.linear(hidden.to(dtype), weight, bias), softcap, None, plain=True)
+        return rows.reference(logits, ids, None, temperature)
 
     tokens = compact(head.hidden, ids, mask)
     size = max(1, CHUNK_ELEMENTS // weight.shape[0])
@@ -65,19 +79,22 @@ class TiledLogProbs(torch.autograd.Function):
         bias: Tensor | None,
         ids: Tensor,
         temperature: float,
+        softcap: float | None,
         with_entropy: bool,
         backend: str,
         group: dist.ProcessGroup | None,
         with_gradient: bool,
     ) -> tuple[Tensor, Tensor | None]:
         first = 0 if group is None else dist.get_rank(group) * len(weight)
-        keeps = with_gradient and any(ctx.needs_input_grad) and tiles.can_keep(hidden, weight, backend)
+        keeps = with_gradient and any(ctx.needs_input_grad) and tiles.can_keep(hidden, weight, backend, softcap)
         kept = tiles.all_logits(hidden, weight) if keeps else None
-        results = tiles.head_log_probs(hidden, weight, bias, ids - first, temperature, with_entropy, backend, kept)
+        arguments = (ids - first, temperature, with_entropy, backend, kept, softcap)
+        results = tiles.head_log_probs(hidden, weight, bias, *arguments)
         if group is not None:
             results = _join_shards(results, ids // len(weight), group)
         ctx.save_for_backward(hidden, weight, bias, ids, results.lse, results.entropy, kept)
-        ctx.temperature, ctx.backend, ctx.group, ctx.first, ctx.spent = temperature, backend, group, first, False
+        ctx.temperature, ctx.softcap, ctx.backend = temperature, softcap, backend
+        ctx.group, ctx.first, ctx.spent = group, first, False
         ctx.set_materialize_grads(False)
         return results.logp, results.entropy
 
@@ -86,20 +103,20 @@ class TiledLogProbs(torch.autograd.Function):
     def backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None) -> Gradients:
         hidden, weight, bias, ids, lse, entropy, kept = ctx.saved_tensors
         if grad_logp is None and grad_entropy is None:
-            return (None,) * 9
+            return (None,) * 10
         # The first backward pass overwrites the kept logits, unseen by autograd; a second one recomputes them.
         kept, ctx.spent = None if kept is None or ctx.spent else kept.data, True
         upstream = (None if grad is None else grad.contiguous() for grad in (grad_logp, grad_entropy))
         gradient = RowGradient(lse, None if grad_entropy is None else entropy, *upstream)
         wanted = ctx.needs_input_grad[:3]
-        arguments = (ids - ctx.first, ctx.temperature, gradient, wanted, ctx.backend, kept)
+        arguments = (ids - ctx.first, ctx.temperature, gradient, wanted, ctx.backend, kept, ctx.softcap)
         gradients = tiles.head_gradients(hidden, weight, bias, *arguments)
         grad_hidden = gradients.hidden
         if ctx.group is not None and grad_hidden is not None:
             total = grad_hidden.float()
             dist.all_reduce(total, group=ctx.group)
             grad_hidden = total.to(hidden.dtype)
-        return grad_hidden, gradients.weight, gradients.bias, None, None, None, None, None, None
+        return grad_hidden, gradients.weight, gradients.bias, None, None, None, None, None, None, None
 
 
 def _join_shards(results: RowResults, owner: Tensor, group: dist.ProcessGroup) -> RowResults:
@@ -154,6 +171,8 @@ def check_head(head: Head, ids: Tensor, mask: Tensor | None, prefix: str, shards
         _checks.tensor(bias, head.bias, (head.hidden.dtype,), ndim=1)
         _checks.shape(bias, head.bias, (vocabulary,), f"[V] with the V of {weight}")
         _checks.device(bias, head.bias, head.hidden, hidden)
+    _checks.number(f"{prefix}scale", head.scale, 0.0, math.inf, above_low=True)
+    check_softcap(f"{prefix}softcap", head.softcap)
     return rows.check_arguments(head.hidden, ids, mask, name=hidden, vocabulary=vocabulary * shards)
 
 
@@ -166,6 +185,7 @@ def linear_log_probs(
     bias: Tensor | None = ...,
     mask: Tensor | None = ...,
     temperature: float = ...,
+    softcap: float | None = ...,
     with_entropy: Literal[False] = ...,
     process_group: dist.ProcessGroup | None = ...,
     backend: str | None = ...,
@@ -181,6 +201,7 @@ def linear_log_probs(
     bias: Tensor | None = ...,
     mask: Tensor | None = ...,
     temperature: float = ...,
+    softcap: float | None = ...,
     with_entropy: Literal[True],
     process_group: dist.ProcessGroup | None = ...,
     backend: str | None = ...,
@@ -196,6 +217,7 @@ def linear_log_probs(
     bias: Tensor | None = ...,
     mask: Tensor | None = ...,
     temperature: float = ...,
+    softcap: float | None = ...,
     with_entropy: bool,
     process_group: dist.ProcessGroup | None = ...,
     backend: str | None = ...,
@@ -210,6 +232,7 @@ def linear_log_probs(
     bias: Tensor | None = None,
     mask: Tensor | None = None,
     temperature: float = 1.0,
+    softcap: float | None = None,
     with_entropy: bool = False,
     process_group: dist.ProcessGroup | None = None,
     backend: str | None = None,
@@ -230,10 +253,13 @@ def linear_log_probs(
         mask: [...], bool, or None for all. Where False the results are exactly 0, nothing is read and nothing is
             computed. "eager" waits for the device once to count valid tokens.
         temperature: above 0, divides the logits.
+        softcap: above 0, caps the logits before the temperature as in :func:`prime_kernels.log_probs`, a tile at a
+            time; None for no cap.
         with_entropy: also return the entropy, in nats.
         process_group: the processes that share the head, each with V / size rows of it in the order of their ranks
-            (``weight`` and ``bias`` are this process's; pad with a bias of -inf). Every process passes the same tokens
-            and gets the same results and the same gradient of ``hidden``; that of ``weight`` is its own.
+            (``weight`` and ``bias`` are this process's; pad with a bias of -inf, which ``softcap`` makes -softcap).
+            Every process passes the same tokens and gets the same results and the same gradient of ``hidden``; that of
+            ``weight`` is its own.
         backend: see :mod:`prime_kernels`.
 
     Returns:
@@ -248,10 +274,10 @@ def linear_log_probs(
     Source: arXiv 2502.01456, section 2; logits by chunks as in arXiv 2411.09009.
     """
     if torch.compiler.is_compiling() and process_group is None:
-        arguments = (hidden, weight, ids, bias, mask, temperature, with_entropy, backend)
+        arguments = (hidden, weight, ids, bias, mask, temperature, softcap, with_entropy, backend)
         logp, _, entropy = torch.ops.prime_kernels.linear_log_probs(*arguments)
         return (logp, entropy) if with_entropy else logp
-    checked = check(hidden, weight, ids, bias, mask, temperature, with_entropy, backend, process_group)
+    checked = check(hidden, weight, ids, bias, mask, temperature, softcap, with_entropy, backend, process_group)
     head, ids, temperature, chosen = checked
     if chosen == "eager" and process_group is None:
         logp, entropy = reference(head, ids, mask, temperature)
@@ -260,7 +286,7 @@ def linear_log_probs(
     if not len(tokens.hidden):
         logp, entropy = reference(head, ids, mask, temperature)
         return (logp, entropy) if with_entropy else logp
-    options = (temperature, with_entropy, chosen, process_group, torch.is_grad_enabled())
+    options = (*as_product(head, temperature), with_entropy, chosen, process_group, torch.is_grad_enabled())
     logp, entropy = TiledLogProbs.apply(tokens.hidden, head.weight, head.bias, tokens.ids, *options)
     logp = spread(logp, tokens.places, ids.shape)
     return (logp, spread(entropy, tokens.places, ids.shape)) if with_entropy else logp
@@ -282,12 +308,13 @@ def check(
     bias: Tensor | None,
     mask: Tensor | None,
     temperature: float,
+    softcap: float | None,
     with_entropy: bool,
     backend: str | None,
     process_group: dist.ProcessGroup | None = None,
 ) -> Checked:
     """Check the arguments of :func:`linear_log_probs`; parameters in shards are gathered."""
-    head = whole_head(Head(hidden, weight, bias))
+    head = whole_head(Head(hidden, weight, bias, softcap=softcap))
     shards = 1 if process_group is None else dist.get_world_size(process_group)
     ids = check_head(head, ids, mask, "", shards)
     temperature = rows.check_temperature("temperature", temperature)
@@ -298,7 +325,7 @@ def check(
 
 def whole_head(head: Head) -> Head:
     """The head with full parameters, where FSDP2 keeps them in shards."""
-    return Head(head.hidden, whole(head.weight), None if head.bias is None else whole(head.bias))
+    return head._replace(weight=whole(head.weight), bias=None if head.bias is None else whole(head.bias))
 
 
 def whole(parameter: Tensor) -> Tensor:
@@ -356,20 +383,18 @@ def linear_log_ratios(
             raise TypeError(f"{name}: expected a Head, got {type(head).__name__}")
 
     if torch.compiler.is_compiling():
-        prm_logp = linear_log_probs(prm.hidden, prm.weight, ids, bias=prm.bias, mask=mask, backend=backend)
-        with torch.no_grad():
-            ref_logp = linear_log_probs(ref.hidden, ref.weight, ids, bias=ref.bias, mask=mask, backend=backend)
-        policy_logp = None
-        if policy is not None:
-            policy_logp = linear_log_probs(
-                policy.hidden,
-                policy.weight,
-                ids,
-                bias=policy.bias,
-                mask=mask,
-                temperature=policy_temperature,
+
+        def of_head(head: Head, temperature: float = 1.0) -> Tensor:
+            temperature, softcap = as_product(head, temperature)
+            return linear_log_probs(
+                head.hidden, head.weight, ids, bias=head.bias, mask=mask, temperature=temperature, softcap=softcap,
                 backend=backend,
-            )
+            )  # fmt: skip
+
+        prm_logp = of_head(prm)
+        with torch.no_grad():
+            ref_logp = of_head(ref)
+        policy_logp = None if policy is None else of_head(policy, policy_temperature)
         return LogRatios(prm_logp - ref_logp, prm_logp, ref_logp, policy_logp)
     heads = {name: whole_head(head) for name, head in heads.items()}
     checked = {name: check_head(head, ids, mask, f"{name}.") for name, head in heads.items()}
@@ -384,7 +409,7 @@ def linear_log_ratios(
             if chosen == "eager" or not len(tokens.hidden):
                 logp[name] = reference(head, checked[name], mask, temperature)[0]
                 continue
-            options = (temperature, False, chosen, None, torch.is_grad_enabled())
+            options = (*as_product(head, temperature), False, chosen, None, torch.is_grad_enabled())
             found, _ = TiledLogProbs.apply(tokens.hidden, head.weight, head.bias, tokens.ids, *options)
             logp[name] = spread(found, tokens.places, ids.shape)
     return LogRatios(logp["prm"] - logp["ref"], logp["prm"], logp["ref"], logp.get("policy"))

@@ -33,6 +33,7 @@ class FusedLoss(torch.autograd.Function):
         bias: Tensor | None,
         ids: Tensor,
         temperature: float,
+        softcap: float | None,
         loss_of: LossOf,
         backend: str,
     ) -> tuple[Tensor, ...]:
@@ -42,7 +43,9 @@ class FusedLoss(torch.autograd.Function):
                 return torch.autograd.grad(loss_of(leaf, tokens)[0], leaf)[0]
 
         wanted = ctx.needs_input_grad[:3]
-        logp, gradients = tiles.loss_gradients(hidden, weight, bias, ids, temperature, grad_of, wanted, backend)
+        logp, gradients = tiles.loss_gradients(
+            hidden, weight, bias, ids, temperature, grad_of, wanted, backend, softcap
+        )
         ctx.save_for_backward(*gradients)
         loss, *statistics = loss_of(logp, slice(0, len(logp)))
         ctx.mark_non_differentiable(*statistics)
@@ -55,7 +58,7 @@ class FusedLoss(torch.autograd.Function):
         # On a GPU, reading the factor would wait for it.
         if grad.device.type != "cpu" or grad != 1.0:
             gradients = [None if each is None else each * grad.to(each.dtype) for each in gradients]
-        return *gradients, None, None, None, None
+        return *gradients, None, None, None, None, None
 
 
 class EagerLoss:
@@ -68,10 +71,11 @@ class EagerLoss:
         bias: Tensor | None,
         ids: Tensor,
         temperature: float,
+        softcap: float | None,
         loss_of: LossOf,
         backend: str,
     ) -> tuple[Tensor, ...]:
-        logp, _ = linear.reference(linear.Head(hidden, weight, bias), ids, None, temperature)
+        logp, _ = linear.reference(linear.Head(hidden, weight, bias, softcap=softcap), ids, None, temperature)
         return loss_of(logp, slice(0, len(logp)))
 
 
@@ -94,7 +98,8 @@ def _loss_arguments(
         return loss_of(logp, *(None if column is None else column[span] for column in flat))
 
     function = EagerLoss if backend == "eager" or not len(tokens.hidden) else FusedLoss
-    return function, (tokens.hidden, head.weight, head.bias, tokens.ids, temperature, of_span, backend)
+    product = linear.as_product(head, temperature)
+    return function, (tokens.hidden, head.weight, head.bias, tokens.ids, *product, of_span, backend)
 
 
 def _count(ids: Tensor, mask: Tensor | None) -> Tensor:
@@ -116,6 +121,7 @@ def linear_nll(
     mask: Tensor | None = None,
     weights: Tensor | None = None,
     temperature: float = 1.0,
+    softcap: float | None = None,
     denominator: Tensor | float | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -132,6 +138,7 @@ def linear_nll(
         mask: [...], bool, or None for all: the tokens that count.
         weights: [...], floating point, or None for 1: factors of the token losses. Constants.
         temperature: above 0, divides the logits.
+        softcap: above 0 or None, as in :func:`prime_kernels.linear_log_probs`.
         denominator: what to divide by: a number or a tensor of one element above 0. Give the token count of the whole
             batch so that micro-batch losses add up. None: the valid tokens given here.
         backend: see :mod:`prime_kernels`.
@@ -146,10 +153,10 @@ def linear_nll(
     """
     if torch.compiler.is_compiling():
         logp = linear.linear_log_probs(
-            hidden, weight, ids, bias=bias, mask=mask, temperature=temperature, backend=backend
+            hidden, weight, ids, bias=bias, mask=mask, temperature=temperature, softcap=softcap, backend=backend
         )
         return _nll(logp, weights, _count(ids, mask) if denominator is None else denominator)
-    head, ids, temperature, _ = linear.check(hidden, weight, ids, bias, mask, temperature, False, None)
+    head, ids, temperature, _ = linear.check(hidden, weight, ids, bias, mask, temperature, softcap, False, None)
     weights = None if weights is None else _column("weights", weights, ids)
     denominator = _count(ids, mask) if denominator is None else check_denominator(denominator, ids, "ids")
     chosen = _dispatch.resolve("linear_nll", hidden, backend)
@@ -177,6 +184,7 @@ def linear_ppo_loss(
     mask: Tensor | None = None,
     weights: Tensor | None = None,
     temperature: float = 1.0,
+    softcap: float | None = None,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     denominator: Tensor | float | None = None,
@@ -198,6 +206,7 @@ def linear_ppo_loss(
         mask: [...], bool, or None for all: the tokens that count.
         weights: [...] or None.
         temperature: above 0, divides the logits.
+        softcap: above 0 or None, as in :func:`prime_kernels.linear_log_probs`.
         clip_low: in [0, 1].
         clip_high: at least 0.
         denominator: a number or a tensor of one element above 0, or None for the valid tokens given here.
@@ -213,7 +222,7 @@ def linear_ppo_loss(
     """
     if torch.compiler.is_compiling():
         logp = linear.linear_log_probs(
-            hidden, weight, ids, bias=bias, mask=mask, temperature=temperature, backend=backend
+            hidden, weight, ids, bias=bias, mask=mask, temperature=temperature, softcap=softcap, backend=backend
         )
         old_logp = logp if old_logp is None else old_logp
         return ppo_loss(
@@ -226,7 +235,7 @@ def linear_ppo_loss(
             clip_high=clip_high,
             denominator=denominator,
         )
-    head, ids, temperature, _ = linear.check(hidden, weight, ids, bias, mask, temperature, False, None)
+    head, ids, temperature, _ = linear.check(hidden, weight, ids, bias, mask, temperature, softcap, False, None)
     columns = [
         None if old_logp is None else _column("old_logp", old_logp, ids),
         _column("advantages", advantages, ids),

@@ -187,7 +187,7 @@ def nan_at(monkeypatch):
     def patch(*passes):
         found, count = pk.linear_nll, itertools.count(1)
         monkeypatch.setattr(
-            sft.lm_head.pk, "linear_nll", lambda *a, **k: found(*a, **k) * (math.nan if next(count) in passes else 1)
+            sft.pk, "linear_nll", lambda *a, **k: found(*a, **k) * (math.nan if next(count) in passes else 1)
         )
 
     return patch

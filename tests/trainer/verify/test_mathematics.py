@@ -224,6 +224,7 @@ SAME = [
 ]
 
 OTHER = [
+    (r"\lfloor\frac{2n-1}{5}\rfloor", r"\lfloor\frac{2n-1}{6}\rfloor"),
     ('4.5e33', r"4.5 e \cdot 33"),
     ('4.5e33', r"4.5\times 10^{32}"),
     ('2.75e-11', r"2.75\times10^{-12}"),

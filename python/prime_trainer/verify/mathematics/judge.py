@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..answers import MathAnswer
+from ..extract import plain
 from .equality import Options, equal
 from .normalize import canonical, normalize
 from .structure import read
@@ -11,6 +12,8 @@ from .tokens import TooLarge, Unreadable
 
 def right(answer: MathAnswer, text: str) -> bool:
     """Whether a text is the answer: by the rules of `mathematics.equality`, or else by math-verify."""
+    if plain(answer.answer) == plain(text):
+        return True
     wanted, found = normalize(answer.answer), normalize(text)
     reference, given = wanted.text, found.renamed(wanted.parameter)
     if canonical(reference) == canonical(given):

@@ -42,6 +42,9 @@ def same(reference: Node, answer: Node) -> bool:
     if not names:
         return _same_at({}, reference, answer, decimal, ()) is True
     found = [_same_at(point, reference, answer, decimal, negative) for point, negative in _points(names)]
+    if any(_steps(node) for node in (reference, answer)):  # equal at a few points is not enough where values jump
+        wide = ({name: _sample(name, k) * 7 ** (k % 3) for name in names} for k in range(4, 24))
+        found += [_same_at(point, reference, answer, decimal, ()) for point in wide]
     return False not in found and found[:3].count(True) >= 2
 
 
@@ -98,6 +101,10 @@ def _leaves(node: Node) -> Iterator[Node]:
             stack += node.args
         else:
             yield node
+
+
+def _steps(node: Node) -> bool:
+    return isinstance(node, Apply) and (node.name in ("floor", "ceil", "mod") or any(map(_steps, node.args)))
 
 
 def _infinite(node: Node) -> int:
