@@ -320,7 +320,7 @@ def examine(model_type: str, name: str) -> Finding:
     try:
         model = build(model_type, name)
         with torch.no_grad():
-            model(input_ids=torch.tensor([groups()[0].prompt_ids]))
+            model(input_ids=torch.tensor([groups()[0].prompt_ids]), use_cache=False)
     except Exception as error:  # of 150 configurations each may have its own
         return Finding(model_type, name, "not built", f"{type(error).__name__}: {_line(error)}")
     try:

@@ -1,6 +1,7 @@
 """Every causal-LM class of the installed transformers: exact, or refused with a reason, never silently wrong."""
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ pytest.importorskip("transformers", reason="transformers is not installed: pip i
 ROOT = Path(__file__).resolve().parents[3]
 spec = importlib.util.spec_from_file_location("zoo", ROOT / "bench" / "zoo.py")
 zoo = importlib.util.module_from_spec(spec)
+sys.modules[spec.name] = zoo  # where dataclasses look for the types of their fields
 spec.loader.exec_module(zoo)
 CLASSES = zoo.names()
 
