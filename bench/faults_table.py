@@ -1,6 +1,8 @@
 """Turns the report of `make faults` (JUnit XML) into what is committed: what was tried, and whether it held.
 
-usage: python bench/faults_table.py REPORT.xml bench/results/faults
+usage: python bench/faults_table.py REPORT.xml[@COMMIT] [REPORT.xml@COMMIT ..] bench/results/faults
+
+Each part is read from the first report that has its tests; the commit is that of the working tree unless one is given.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ from pathlib import Path
 
 from table import measured_on
 
+from prime_trainer.run.provenance import environment
+
 KILLED = re.compile(r"^(\w+): (killed|already ended) after ([\d.]+) s of ([\d.]+) s$", re.MULTILINE)
 # (heading, the files of its tests, what was tried)
 PARTS = (
@@ -23,25 +27,41 @@ PARTS = (
     ("Hidden code", ("trainer.test_payloads",), "payloads in checkpoints, models, tokenizers, caches; every command"),
     ("Broken inputs", ("trainer.test_broken_inputs",),
      "every command with damaged files, settings and places: exit 2, one line with file and place, no traceback"),
-    ("Hostile programs", ("verify.",), "programs and answers that forge verdicts, look around, do harm or never end"),
+    ("Hostile programs", ("verify.test_sandbox", "verify.test_containment"),
+     "programs and answers that forge verdicts, look around, do harm or never end"),
 )  # fmt: skip
 
 
-def main(report: Path, target: Path) -> None:
-    cases = list(ElementTree.parse(report).iter("testcase"))
-    lines = ["| what | tried | held | failed | skipped | how |", "| --- | --: | --: | --: | --: | --- |"]
+def main(reports: list[str], target: Path) -> None:
+    lines = ["| what | tried | held | failed | skipped | commit | how |", "| --- | --: | --: | --: | --: | --- | --- |"]
     failures: list[str] = []
+    here = str(environment()["commit"])
+    cases: list[ElementTree.Element] = []
     for heading, files, how in PARTS:
-        found = [case for case in cases if any(file in case.get("classname", "") + "." for file in files)]
+        found, commit = part(reports, files)
+        cases += found
         ends = Counter(outcome(case) for case in found)
         failures += [f"{case.get('classname')}.{case.get('name')}" for case in found if outcome(case) == "failed"]
         tried = len(found) - ends["skipped"]
-        lines.append(f"| {heading} | {tried} | {ends['held']} | {ends['failed']} | {ends['skipped']} | {how} |")
+        counts = f"{tried} | {ends['held']} | {ends['failed']} | {ends['skipped']}"
+        lines.append(f"| {heading} | {counts} | {commit or here} | {how} |")
     text = "# Faults\n\n" + "\n".join(lines) + "\n\n" + kills(cases)
     if failures:
         text += "\nFailed:\n\n" + "".join(f"* `{name}`\n" for name in failures)
     target.mkdir(parents=True, exist_ok=True)
-    (target / "README.md").write_text(f"{text}\nBy `make faults`. {measured_on()}\n")
+    where = measured_on().removeprefix("Measured in one run ")
+    (target / "README.md").write_text(f"{text}\nBy the tests of `make faults` {where}\n")
+
+
+def part(reports: list[str], files: tuple[str, ...]) -> tuple[list[ElementTree.Element], str]:
+    """The tests of `files` and the commit that was named with their report."""
+    for report in reports:
+        name, _, commit = report.partition("@")
+        cases = ElementTree.parse(name).iter("testcase")
+        found = [case for case in cases if any(file in case.get("classname", "") + "." for file in files)]
+        if found:
+            return found, commit
+    return [], ""
 
 
 def outcome(case: ElementTree.Element) -> str:
@@ -63,6 +83,6 @@ def kills(cases: list[ElementTree.Element]) -> str:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
+    if len(sys.argv) < 3:
         sys.exit(__doc__)
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(sys.argv[1:-1], Path(sys.argv[-1]))
