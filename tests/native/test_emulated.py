@@ -35,7 +35,7 @@ def test_emulated(extension, multiprocessors, seed):
     # More blocks take part only where tokens are many.
     select = TESTS if multiprocessors == 3 else TESTS[:1]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-rs", "-p", "emulated", *select],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-rs", "-p", "helpers.emulated", *select],
         cwd=ROOT,
         env=os.environ | environment,
         capture_output=True,
