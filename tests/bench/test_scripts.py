@@ -26,11 +26,11 @@ BENCH = ROOT / "bench"
 EXAMPLES = ROOT / "examples"
 DEMO = EXAMPLES / "demo.toml"
 HERE = {
-    "demo/results", "plan_table", "prm/first_wrong_step", "prm/results", "prm/sample", "rollout", "step_share",
-    "trainer_cost", "trl_table", "verify/math_answers", "verify/programs",
+    "demo/results", "faults_table", "plan_table", "prm/first_wrong_step", "prm/results", "prm/sample", "rollout",
+    "step_share", "trainer_cost", "trl_table", "verify/math_answers", "verify/programs",
 }  # fmt: skip
-# What other tests of this folder and of packaging, integrations and triton_backend run.
-ELSEWHERE = {"conftest", "measure", "readme_charts", "smoke", "table", "trl_steps", "tune"}
+# What other tests of this folder and of packaging, integrations, triton_backend and the trainer run.
+ELSEWHERE = {"conftest", "measure", "readme_charts", "smoke", "table", "trl_steps", "tune", "verify/forms", "zoo"}
 DATA = SHARED / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no {DATA}: the benchmark files are not here")
 
@@ -108,6 +108,23 @@ def test_step_share(shared_step):
     assert {"rloo_advantages", "prm_loss"} <= {name.strip() for name in parts}
     assert all(float(value) > 0 for value in parts.values()) and 0 < float(line[3]) < 100
     assert pk.rloo_advantages.__module__ == "prime_kernels.ops.rloo_advantages"
+
+
+def test_faults_table(script, tmp_path):
+    """Counts of a part, the moments of kills, and the name of what failed."""
+    report = tmp_path / "faults.xml"
+    report.write_text(
+        """<testsuites><testsuite>
+        <testcase classname="tests.trainer.scale.test_kills" name="held">
+        <system-out>sft: killed after 2.0 s of 4.0 s</system-out></testcase>
+        <testcase classname="tests.trainer.test_payloads" name="ran"><failure/></testcase>
+        <testcase classname="tests.trainer.test_payloads" name="left"><skipped/></testcase>
+        </testsuite></testsuites>"""
+    )
+    script("faults_table", report, tmp_path / "faults")
+    text = (tmp_path / "faults" / "README.md").read_text()
+    assert "| Hidden code | 1 | 0 | 1 | 1 |" in text and "* `tests.trainer.test_payloads.ran`" in text
+    assert "| Broken inputs | 0 | 0 | 0 | 0 |" in text
 
 
 def test_demo_results(shared_step, script, tmp_path):
