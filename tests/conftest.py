@@ -13,6 +13,9 @@ from hypothesis import settings
 # A shell starts its background jobs with SIGINT ignored, and Python then leaves it so: Ctrl-C could not be tested.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+# nohup does the same with SIGHUP, for children too.
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Tests are collected without touching sys.path; this lets them share support.py.
 sys.path.insert(0, str(Path(__file__).parent))
