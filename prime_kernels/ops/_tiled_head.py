@@ -184,7 +184,11 @@ def head_gradients(
         for tokens in tiles.token_spans():
             z = tiles.logits(tokens, columns) if kept is None else kept
             of_rows = gradient.rows(tokens)
-            _to_gradient(kernels, z, ids[tokens] - columns.start, of_rows, temperature, softcap, partial=True)
+            inside = ids[tokens] - columns.start
+            if softcap is None:
+                kernels.logits_gradient(z, inside, None, of_rows, temperature, z, partial=True)
+            else:
+                _gradient_under_cap(kernels, z, inside, of_rows, temperature, softcap, partial=True)
             if hidden_sum is not None:
                 hidden_sum.add(z, weight[columns], tokens)
             if part is not None:
@@ -245,7 +249,10 @@ def loss_gradients(
         if not any(wanted):
             continue
         gradient = RowGradient(lse, None, grad_of(logp, tokens), None)
-        _to_gradient(kernels, z, ids[tokens], gradient, temperature, softcap)
+        if softcap is None:
+            kernels.logits_gradient(z, ids[tokens], None, gradient, temperature, z)
+        else:
+            _gradient_under_cap(kernels, z, ids[tokens], gradient, temperature, softcap)
         if hidden_sum is not None:
             hidden_sum.add(z, weight, tokens)
         if weight_sum is not None:
@@ -261,19 +268,16 @@ def loss_gradients(
     )
 
 
-def _to_gradient(
+def _gradient_under_cap(
     kernels: RowKernels,
     z: Tensor,
     ids: Tensor,
     gradient: RowGradient,
     temperature: float,
-    softcap: float | None,
+    softcap: float,
     partial: bool = False,
 ) -> None:
-    """Logits become their own gradient."""
-    if softcap is None:
-        kernels.logits_gradient(z, ids, None, gradient, temperature, z, partial=partial)
-        return
+    """Logits that are capped become their own gradient."""
     values = cap(z.to(result_dtype(z)), softcap)
     of_cap = slope(values, softcap)
     kernels.logits_gradient(values, ids, None, gradient, temperature, values, partial=partial)

@@ -230,8 +230,9 @@ def test_prm(small, module, script, monkeypatch, tmp_path):
 def test_math_answers(script, tmp_path):
     said = script("verify/math_answers", DATA, "--every", "300", "--output", tmp_path / "math.md")
     assert (tmp_path / "math.md").read_text() in said
-    (total,) = re.findall(r"^\| all \| (\d+) of (\d+) ", said, re.MULTILINE)
+    total, *forms = re.findall(r"^\| all \| (\d+) of (\d+) ", said, re.MULTILINE)
     assert total[0] == total[1] == "8"
+    assert len(forms) == 1 and forms[0][0] == forms[0][1] and int(forms[0][1]) > 100
 
 
 @needs_data
