@@ -3,7 +3,8 @@
 ``prime_kernels.integrations.trl.patch()``, and the same of ``verl`` and ``openrlhf``, replaces the log-prob, entropy
 and advantage functions of that trainer; ``unpatch()`` puts them back. Each module also has these functions under the
 names and signatures of that trainer, to import instead of its own. :class:`LogProbHead` scores tokens with any Hugging
-Face model without making its logits; :func:`causal_head` says how its logits follow from its last hidden states.
+Face model without making its logits; :func:`causal_head` says how its logits follow from its last hidden states,
+:func:`tile_sizes` how many of them exist at once.
 
 The trainers are imported when ``patch()`` is called, never before.
 """
@@ -11,5 +12,14 @@ The trainers are imported when ``patch()`` is called, never before.
 from prime_kernels.integrations._patching import IntegrationError
 from prime_kernels.integrations.causal_head import CausalHead, causal_head, output_layer
 from prime_kernels.integrations.log_prob_head import LogProbHead
+from prime_kernels.integrations.tile_sizes import TileSizes, tile_sizes
 
-__all__ = ["CausalHead", "IntegrationError", "LogProbHead", "causal_head", "output_layer"]
+__all__ = [
+    "CausalHead",
+    "IntegrationError",
+    "LogProbHead",
+    "TileSizes",
+    "causal_head",
+    "output_layer",
+    "tile_sizes",
+]

@@ -47,6 +47,17 @@ def spans(total: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, total))
 
 
+def tile_shape(elements: int, n_tokens: int, vocabulary: int, most_tokens: int) -> tuple[int, int]:
+    """(tokens, columns) of a tile of at most ``elements`` logits; more tokens where it holds the whole vocabulary."""
+    tokens = max(1, min(n_tokens, most_tokens))
+    columns = max(1, min(vocabulary, elements // tokens))
+    if ALIGNED_COLUMNS < columns < vocabulary:
+        columns -= columns % ALIGNED_COLUMNS
+    if columns == vocabulary:
+        tokens = max(1, min(n_tokens, elements // columns))
+    return tokens, columns
+
+
 class Tiles:
     """Products of tokens [N, D] with parts of a head [V, D], all in one buffer of bounded size."""
 
@@ -54,12 +65,10 @@ class Tiles:
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, elements: int, *, whole_rows: bool = False
     ) -> None:
         self.hidden, self.weight, self.bias = hidden, weight, bias
-        self.tokens = max(1, min(len(hidden), TOKENS[_kind(hidden)]))
-        self.columns = len(weight) if whole_rows else max(1, min(len(weight), elements // self.tokens))
-        if ALIGNED_COLUMNS < self.columns < len(weight):
-            self.columns -= self.columns % ALIGNED_COLUMNS
-        if self.columns == len(weight):
-            self.tokens = max(1, min(len(hidden), elements // self.columns))
+        if whole_rows:
+            self.tokens, self.columns = max(1, min(len(hidden), elements // len(weight))), len(weight)
+        else:
+            self.tokens, self.columns = tile_shape(elements, len(hidden), len(weight), TOKENS[_kind(hidden)])
         self.buffer: Tensor | None = None
 
     def token_spans(self) -> Iterator[slice]:

@@ -12,19 +12,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from prime_kernels.integrations import tile_sizes
+
 from ..models import forward
 from ..models.protocols import CausalLM
 from ..scale import sharding
-
-# The logits in prime_kernels' linear losses: bytes that are kept for their gradient, then tiles: tokens, elements where
-# they are made again for it, elements without a gradient, and bytes where loss and gradient come from one product.
-KEPT_BYTES = {"cpu": 2**27, "cuda": 2**29}
-TILE_TOKENS = {"cpu": 1024, "cuda": 8192}
-BACKWARD_TILE = {"cpu": 2**24, "cuda": 2**28}
-FORWARD_TILE = {"cpu": 2**22, "cuda": 2**27}
-FUSED_TILE_BYTES = 2**27
-# Rows of a 16-bit product that is added to a float32 sum over tiles.
-ADDED_ROWS = {"cpu": 2**12, "cuda": 2**14}
 
 
 @dataclass(frozen=True)
@@ -119,29 +111,20 @@ def _drop(param: Tensor) -> None:
     param.grad = None
 
 
-def _tile(elements: int, tokens: int, vocabulary: int, device: str) -> tuple[int, int]:
-    """(tokens, columns of the head) of a tile of logits."""
-    rows = min(tokens, TILE_TOKENS[device])
-    columns = max(1, min(vocabulary, elements // rows))
-    if 8 < columns < vocabulary:
-        columns -= columns % 8
-    return (max(1, min(tokens, elements // columns)) if columns == vocabulary else rows), columns
-
-
 def head_bytes(shape: Shape, tokens: int, compute: int, device: str, fused: bool) -> dict[str, float]:
     """What the loss of `tokens` response tokens takes while it makes the gradients of hidden states and head."""
-    hidden = compute * tokens * shape.width
+    hidden, sizes = compute * tokens * shape.width, tile_sizes(device)
     if fused:
-        rows, columns = max(1, min(tokens, FUSED_TILE_BYTES // compute // shape.vocabulary)), shape.vocabulary
-    elif compute * tokens * shape.vocabulary <= KEPT_BYTES[device]:
+        rows, columns = max(1, min(tokens, sizes.fused_bytes // compute // shape.vocabulary)), shape.vocabulary
+    elif compute * tokens * shape.vocabulary <= sizes.kept_bytes:
         rows, columns = tokens, shape.vocabulary
     else:
-        rows, columns = _tile(BACKWARD_TILE[device], tokens, shape.vocabulary, device)
+        rows, columns = sizes.tile(sizes.backward, tokens, shape.vocabulary)
     of_hidden = hidden if columns == shape.vocabulary else 4 * tokens * shape.width
     once, low = rows >= tokens, compute < 4
     # One product is written where it stays. A sum over tiles is float32; CPUs add to it through float32 copies of what
     # they add, a block of rows at a time.
-    block = low * min(ADDED_ROWS[device], max(rows, columns)) * shape.width * (compute + 4 * (device == "cpu"))
+    block = low * min(sizes.added_rows, max(rows, columns)) * shape.width * (compute + 4 * (device == "cpu"))
     total = 0 if once else 4 * columns * shape.width + block
     held = 0 if fused and not once else compute * shape.head
     moments = [(compute * rows * columns, held + total)]
@@ -155,7 +138,8 @@ def head_bytes(shape: Shape, tokens: int, compute: int, device: str, fused: bool
 
 def score_tile_bytes(shape: Shape, tokens: int, compute: int, device: str) -> float:
     """The logits that are alive while log-probs are made without gradients."""
-    rows, columns = _tile(FORWARD_TILE[device], tokens, shape.vocabulary, device)
+    sizes = tile_sizes(device)
+    rows, columns = sizes.tile(sizes.forward, tokens, shape.vocabulary)
     return float(compute * rows * columns)
 
 

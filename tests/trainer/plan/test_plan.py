@@ -9,6 +9,7 @@ from helpers import ranks, stages, tiny
 from helpers.stages import bytes_of
 
 import prime_kernels as pk
+from prime_kernels.integrations import tile_sizes
 from prime_kernels.ops import _tiled_head
 from prime_trainer.cli import main
 from prime_trainer.plan import footprint, plan
@@ -98,15 +99,18 @@ def test_peaks_of_two_ranks(run_config, models_by_size, tmp_path, size, dtype, c
 
 
 def test_tiles_are_those_of_the_losses():
-    tiles = _tiled_head
-    assert (footprint.TILE_TOKENS, footprint.FUSED_TILE_BYTES) == (tiles.TOKENS, tiles.FUSED_BYTES)
-    assert (footprint.KEPT_BYTES, footprint.ADDED_ROWS) == (tiles.KEPT_BYTES, tiles.ADDED_ROWS)
-    assert (footprint.FORWARD_TILE, footprint.BACKWARD_TILE) == (tiles.FORWARD_ELEMENTS, tiles.BACKWARD_ELEMENTS)
+    """The sizes that plans are made with, against the tiles that are really made."""
+    sizes = tile_sizes("cuda")
     for tokens, vocabulary in ((100, 1000), (5000, 1000), (8192, 151936), (20000, 40000), (1500, 300000)):
         head = torch.empty(vocabulary, 1, device="meta"), None
-        made = tiles.Tiles(torch.empty(tokens, 1, device="meta"), *head, tiles.BACKWARD_ELEMENTS["cuda"])
-        found = footprint._tile(footprint.BACKWARD_TILE["cuda"], tokens, vocabulary, "cuda")
-        assert found == (made.tokens, made.columns)
+        for elements in (sizes.backward, sizes.forward):
+            made = _tiled_head.Tiles(torch.empty(tokens, 1, device="meta"), *head, elements)
+            assert sizes.tile(elements, tokens, vocabulary) == (made.tokens, made.columns)
+            assert made.tokens * made.columns <= max(elements, vocabulary) and made.tokens <= max(
+                sizes.tokens, elements // vocabulary
+            )
+    with pytest.raises(ValueError, match="device_type: expected one of 'cpu', 'cuda', got 'mps'"):
+        tile_sizes("mps")
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["log_probs", "nll"])
@@ -122,12 +126,9 @@ def test_a_loss_over_tiles(monkeypatch, fused, dtype, tokens):
         "KEPT_BYTES": 0,
         "ADDED_ROWS": 80,
     }
-    ours = {"TOKENS": "TILE_TOKENS", "BACKWARD_ELEMENTS": "BACKWARD_TILE", "FORWARD_ELEMENTS": "FORWARD_TILE"}
     for name, size in sizes.items():
         monkeypatch.setattr(_tiled_head, name, {"cpu": size})
-        monkeypatch.setattr(footprint, ours.get(name, name), {"cpu": size})
     monkeypatch.setattr(_tiled_head, "FUSED_BYTES", fused_bytes)
-    monkeypatch.setattr(footprint, "FUSED_TILE_BYTES", fused_bytes)
     hidden, weight = torch.randn(tokens, width).to(dtype), torch.randn(vocabulary, width).to(dtype)
     leaves, ids = [hidden.requires_grad_(), weight.requires_grad_()], torch.randint(vocabulary, (tokens,))
 

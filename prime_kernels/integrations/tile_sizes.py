@@ -1,0 +1,40 @@
+"""Sizes of the tiles of logits in the linear operations, for those who plan memory."""
+
+from typing import NamedTuple
+
+from prime_kernels.ops import _tiled_head as tiles
+
+
+class TileSizes(NamedTuple):
+    """What the linear operations hold of logits on one kind of device. Sizes in elements unless they are bytes."""
+
+    tokens: int
+    """Tokens of a tile, at most."""
+    forward: int
+    """A tile without gradients."""
+    backward: int
+    """A tile that is computed again for its gradient."""
+    kept_bytes: int
+    """All logits of a call that are kept for their gradient, at most, in bytes."""
+    fused_bytes: int
+    """A tile of `linear_nll` and `linear_ppo_loss`, in bytes: whole rows."""
+    added_rows: int
+    """Rows of a 16-bit product that are added to a float32 sum at once."""
+
+    def tile(self, elements: int, tokens: int, vocabulary: int) -> tuple[int, int]:
+        """(tokens, columns of the head) of a tile of at most ``elements`` logits of ``tokens`` x ``vocabulary``."""
+        return tiles.tile_shape(elements, tokens, vocabulary, self.tokens)
+
+
+def tile_sizes(device_type: str) -> TileSizes:
+    """The sizes in use on "cpu" or "cuda". Raises ValueError for another device."""
+    if device_type not in tiles.TOKENS:
+        raise ValueError(f"device_type: expected one of {', '.join(map(repr, tiles.TOKENS))}, got {device_type!r}")
+    return TileSizes(
+        tiles.TOKENS[device_type],
+        tiles.FORWARD_ELEMENTS[device_type],
+        tiles.BACKWARD_ELEMENTS[device_type],
+        tiles.KEPT_BYTES[device_type],
+        tiles.FUSED_BYTES,
+        tiles.ADDED_ROWS[device_type],
+    )
