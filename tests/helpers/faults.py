@@ -10,9 +10,9 @@ import time
 
 import torch
 
-from prime_trainer import loop, rollout
+from prime_trainer import loop
 from prime_trainer.models import loading
-from prime_trainer.rollout import EngineDied, TransformersSampler
+from prime_trainer.rollout import EngineDied, TransformersSampler, engines
 from prime_trainer.rollout.vllm import server_sampler
 from prime_trainer.run import checkpoint, checkpoint_files
 
@@ -134,7 +134,7 @@ def terminate_at(step: int) -> None:
 
 def one_engine(deaths: list[int]) -> None:
     """In the place of vLLM's server a copy of the model in the first rank's process; it dies in the calls `deaths`."""
-    rollout.vllm_installed = lambda: True
+    engines.vllm_installed = lambda: True
     server_sampler.ServerSampler = type("Counted", (Copy,), {"deaths": set(deaths), "calls": 0})
 
 
