@@ -16,9 +16,10 @@ RANK = """
 import json, os, sys
 sys.path.insert(0, {tests!r})
 from helpers import faults, ranks
-from prime_trainer import cli, config, loop
+from prime_trainer import cli, loop
+from prime_trainer.config.run_config import RunConfig
 loop.Verifier = ranks.RandomVerifier
-cli._config = lambda words: config.RunConfig(**json.loads({settings!r}))
+cli._config = lambda words: RunConfig(**json.loads({settings!r}))
 if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
     faults.quick_watch(6.0, 1, 3)
 raise SystemExit(cli.main(["rl"]))
