@@ -98,9 +98,9 @@ def test_an_error_in_the_middle_leaves_nothing_to_be_sampled(engine, monkeypatch
 
 def test_what_vllm_aborted_is_no_response():
     """A real abort is among the tests of the server, where others can cause one."""
-    assert engine.finished([5], [-1.0], "length", 3).weight_version == 3
+    assert vllm_engine.finished([5], [-1.0], "length", 3).weight_version == 3
     with pytest.raises(EngineDied, match="vLLM ended a response after 2 tokens with the reason 'abort'"):
-        engine.finished([5, 6], [-1.0, -1.0], "abort", 3)
+        vllm_engine.finished([5, 6], [-1.0, -1.0], "abort", 3)
 
 
 def test_updates_take_no_memory(engine):
@@ -144,7 +144,7 @@ def test_weights_between_gpus_are_those_that_were_pushed(engine, monkeypatch):
     tensors = engine.sampler.shape.check_weights(loading.named_tensors(engine.model))
     for backend in ("nccl", "ipc"):
         calls.clear()
-        send = engine.gpu_transfer(backend, "client", "127.0.0.1", 12345, 2)
+        send = vllm_engine.gpu_transfer(backend, "client", "127.0.0.1", 12345, 2)
         send(tensors)
         send({name: tensor + 1 for name, tensor in tensors.items()})
         (call,) = calls  # one rendezvous for all updates

@@ -20,6 +20,7 @@ from prime_trainer.cli import main
 from prime_trainer.config.sections import ModelConfig
 from prime_trainer.models import loading, tokenizers
 from prime_trainer.rollout import EngineDied
+from prime_trainer.rollout.vllm import engine as vllm_engine
 from prime_trainer.verify import Verdict
 
 ENGINES = ("transformers", "vllm", "vllm-server")
@@ -114,7 +115,7 @@ def test_vllm_loads_what_a_run_exports(configure, tmp_path):
     outputs = llm.generate([{"prompt_token_ids": p} for p in asked], greedy, use_tqdm=False)
     llm.llm_engine.engine_core.shutdown()
     del llm
-    engine._forget_groups()
+    vllm_engine._forget_groups()
     assert [list(output.outputs[0].token_ids) for output in outputs] == want
 
 
