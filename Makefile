@@ -58,8 +58,12 @@ debian:
 	  [ -z "$$missing" ] || { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq --no-install-recommends \
 	  $$missing >/dev/null; } || echo "not installed:$$missing; the tests that need them will skip"
 
+# The trainer's tests beside all others: most of them use one core.
 test: $(READY) debian
-	@$(BIN)/python -m pytest -q
+	@mkdir -p build
+	@$(BIN)/python -m pytest -q -p no:cacheprovider tests/trainer >build/test-trainer.log 2>&1 & trainer=$$!; \
+	  $(BIN)/python -m pytest -q --ignore tests/trainer; others=$$?; \
+	  wait $$trainer; status=$$?; cat build/test-trainer.log; exit $$((others > status ? others : status))
 
 # An environment of its own on top of .venv, whose packages it sees, so that it adds the trainers alone. One process for
 # each trainer, as stand-ins for what one imports would mislead the next.
