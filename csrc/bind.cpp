@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "pk/abi.h"
-#include "pk/row_kernels.h"
+#include "cpu/row_kernels.h"
 
 #ifdef PK_HAS_CUDA
 #define PK_ON_CUDA(function) (&function)

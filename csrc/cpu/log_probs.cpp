@@ -12,9 +12,9 @@
 #endif
 
 #include "pk/abi.h"
-#include "pk/numeric.h"
-#include "pk/row_kernels.h"
-#include "pk/threads.h"
+#include "half.h"
+#include "row_kernels.h"
+#include "threads.h"
 
 namespace pk {
 namespace {

@@ -4,8 +4,8 @@
 #include <vector>
 
 #include "pk/abi.h"
-#include "pk/numeric.h"
-#include "pk/threads.h"
+#include "half.h"
+#include "threads.h"
 
 namespace pk {
 namespace {

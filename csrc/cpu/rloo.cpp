@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "pk/abi.h"
-#include "pk/threads.h"
+#include "threads.h"
 
 namespace pk {
 namespace {

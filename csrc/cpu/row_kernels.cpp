@@ -1,4 +1,4 @@
-#include "pk/row_kernels.h"
+#include "row_kernels.h"
 
 #include <cstdlib>
 #include <stdexcept>

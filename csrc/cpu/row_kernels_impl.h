@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "pk/row_kernels.h"
+#include "row_kernels.h"
 #include "vec.h"
 
 namespace pk {

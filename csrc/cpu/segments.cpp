@@ -4,7 +4,7 @@
 #include <cstring>
 
 #include "pk/abi.h"
-#include "pk/threads.h"
+#include "threads.h"
 
 namespace pk {
 namespace {

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "pk/numeric.h"
+#include "half.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>

@@ -4,7 +4,7 @@
 
 #include <cooperative_groups.h>
 
-#include "token_pass.cuh"
+#include "segmented_scan.cuh"
 
 namespace pk {
 namespace {

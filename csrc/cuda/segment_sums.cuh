@@ -1,7 +1,7 @@
 // Sums of segments by blocks that each see a share of the tokens: what one block cannot finish, the last to arrive does.
 #pragma once
 
-#include "token_pass.cuh"
+#include "segmented_scan.cuh"
 
 namespace pk {
 

@@ -3,7 +3,7 @@
 #include <cooperative_groups.h>
 
 #include "segment_sums.cuh"
-#include "token_pass.cuh"
+#include "segmented_scan.cuh"
 
 namespace pk {
 namespace {
