@@ -3,7 +3,20 @@
 #include <algorithm>
 #include <cstdint>
 
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
 namespace pk {
+
+// Of the team of a parallel region.
+inline int thread_index() {
+#if defined(_OPENMP)
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
+}
 
 // Below this many elements a thread costs more to wake than it saves.
 constexpr int64_t kElementsPerThread = 16384;
