@@ -18,7 +18,7 @@ namespace pk {
 
 // k is summed in registers over at most this many elements, then added to the tile: with one running sum the rounding
 // of a large logit would grow with the width.
-constexpr int64_t kMaxDepth = 320;
+constexpr int64_t kMaxDepth = 96;
 // Rows or columns of a row-major matrix; dtype is a pk_dtype.
 struct HeadMatrix {
   const void* data;
