@@ -45,8 +45,8 @@ demo: $(READY)
 	@echo "demo: SmolLM2-135M-Instruct, a short warm-up (SFT), then online PRIME, then a report;"
 	@echo "      about $(DEMO_MINUTES) minutes on 2 CPU cores, seed $(SEED), everything under $(DEMO)"
 	@rm -rf $(DEMO)
-	@$(BIN)/prime-trainer sft bench/demo/demo.toml --seed $(SEED) --output $(DEMO)/sft
-	@$(BIN)/prime-trainer rl bench/demo/demo.toml --seed $(SEED) --model.path $(DEMO)/sft/final --output $(DEMO)/rl
+	@$(BIN)/prime-trainer sft examples/demo.toml --seed $(SEED) --output $(DEMO)/sft
+	@$(BIN)/prime-trainer rl examples/demo.toml --seed $(SEED) --model.path $(DEMO)/sft/final --output $(DEMO)/rl
 	@$(BIN)/prime-trainer report $(DEMO)/rl
 
 # What confines programs, and what looks at pages. Where they cannot be had the tests that need them skip and say so.

@@ -1,6 +1,6 @@
 """What the operations between log-probs and backward take of a PRIME step.
 
-    python bench/step_share.py bench/demo/demo.toml --model.path runs/demo-0/sft/final --steps 2 --output runs/share
+    python bench/step_share.py examples/demo.toml --model.path runs/demo-0/sft/final --steps 2 --output runs/share
 
 Trains as `prime-trainer rl` does with a clock around rloo_advantages, prm_loss, ppo_loss, segment_sum and their
 backward passes, and prints milliseconds and shares of each step. The PPO loss that linear_ppo_loss takes inside its
@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import prime_kernels as pk
-from prime_kernels.ops import _segments
+from prime_kernels.ops import segment_sum
 from prime_trainer import loop
 from prime_trainer.config.load import load
 
@@ -34,8 +34,8 @@ def clocked(name, function):
 def main() -> None:
     for name in OPERATIONS:
         setattr(pk, name, clocked(name, getattr(pk, name)))
-    backward = _segments._Total.backward
-    _segments._Total.backward = staticmethod(clocked("backward of sums", backward))
+    backward = segment_sum._Total.backward
+    segment_sum._Total.backward = staticmethod(clocked("backward of sums", backward))
     step = loop.Run.train_step
 
     def timed_step(self):

@@ -1,6 +1,8 @@
 """Turns the JSON of a benchmark run into what is committed: a table, a picture of it, and the numbers.
 
-usage: python bench/table.py RESULTS.json bench/results/NAME [TITLE]
+usage: python bench/table.py RESULTS.json [MORE.json ..] bench/results/NAME [TITLE]
+
+Several files are one table, for benchmarks that were run part by part on one machine.
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ CEILING = "ceiling: "
 OURS = ("cpu", "triton", "cuda", "kernel")
 
 
-def main(source: Path, target: Path, title: str) -> None:
-    run = json.loads(source.read_text())
+def main(sources: list[Path], target: Path, title: str) -> None:
+    run = {"benchmarks": [one for source in sources for one in json.loads(source.read_text())["benchmarks"]]}
     groups: dict[str, list[dict]] = {}
     for one in run["benchmarks"]:
         groups.setdefault(one["group"], []).append(one)
@@ -123,6 +125,8 @@ def measured_on(device: str = "cpu") -> str:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) not in (3, 4):
+    files = [Path(word) for word in sys.argv[1:] if word.endswith(".json")]
+    rest = sys.argv[1 + len(files) :]
+    if not files or len(rest) not in (1, 2):
         sys.exit(__doc__)
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] if len(sys.argv) == 4 else Path(sys.argv[2]).name)
+    main(files, Path(rest[0]), rest[-1] if len(rest) == 2 else Path(rest[0]).name)

@@ -41,13 +41,13 @@ def kernel_ratios(prm, ref, policy, weight, ids):
 
 def fused(hidden, weight, ids):
     """The Triton kernel of product and softmax, which is not the default until it measures faster."""
-    from prime_kernels._triton import _config
+    from prime_kernels._triton import _launch_config
 
-    before, _config.FUSED_LINEAR = _config.FUSED_LINEAR, True
+    before, _launch_config.FUSED_LINEAR = _launch_config.FUSED_LINEAR, True
     try:
         return pk.linear_log_probs(hidden, weight, ids, backend="triton")
     finally:
-        _config.FUSED_LINEAR = before
+        _launch_config.FUSED_LINEAR = before
 
 
 WAYS = {"eager": eager, "compile": compiled(eager), "kernel": pk.linear_log_probs}

@@ -1,6 +1,6 @@
 """What passes and stages of the trainer cost: layouts of a forward pass, the PRM stage, PRIME over outcome-only RLOO.
 
-    python bench/trainer_cost.py bench/demo/demo.toml [--rounds 3] [--model.path DIR] ... > cost.md
+    python bench/trainer_cost.py examples/demo.toml [--rounds 3] [--model.path DIR] ... > cost.md
 
 Takes the model, the sizes and the seed of a run's configuration, samples one batch with them, and repeats each stage on
 that batch, in turn, so that what else runs on the machine falls on all of them alike. Medians of the rounds.

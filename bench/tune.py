@@ -2,7 +2,8 @@
 
 usage: python bench/tune.py [RESULTS.json]
 
-The best of each dtype goes, by hand, into TUNED of prime_kernels/_triton/_config.py: users never pay for a search.
+The best of each dtype goes, by hand, into TUNED of prime_kernels/_triton/_launch_config.py: users never pay for
+a search.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from pathlib import Path
 
 import torch
 
-from prime_kernels._triton import log_probs as kernels
-from prime_kernels._triton._config import Tuning, choose
+from prime_kernels._backends import RowGradient
+from prime_kernels._triton import rows as kernels
+from prime_kernels._triton._launch_config import Tuning, choose
 
 CANDIDATES = [
     Tuning(block_bytes, bytes_per_thread, num_stages)
@@ -38,12 +40,12 @@ def sweep(
         config = choose(rows, vocabulary, logits.element_size(), kernels.device_of(device), tuning)
 
         def forward(config=config):
-            return kernels.forward([logits], ids, None, [1.0], False, config)
+            return kernels.token_log_probs([logits], ids, None, [1.0], False, config)
 
         lse = forward()[1][0]
 
         def backward(config=config, lse=lse):
-            kernels.backward(logits, ids, None, lse, None, grad, None, 1.0, out, config)
+            kernels.logits_gradient(logits, ids, None, RowGradient(lse, None, grad, None), 1.0, out, config=config)
 
         rates = {"forward": logits.nbytes / seconds(forward), "backward": 2 * logits.nbytes / seconds(backward)}
         rates = {name: round(rate / 1e9, 1) for name, rate in rates.items()}

@@ -9,7 +9,7 @@ reference), ``"cpu"``, ``"triton"`` or ``"cuda"``. See :func:`use_backend` and :
 """
 
 from prime_kernels._dispatch import BackendUnavailable, available_backends, use_backend
-from prime_kernels.ops import _compile as _compile
+from prime_kernels.ops import _custom_ops as _custom_ops
 from prime_kernels.ops.linear_log_probs import Head, linear_log_probs, linear_log_ratios
 from prime_kernels.ops.linear_losses import linear_nll, linear_ppo_loss
 from prime_kernels.ops.log_probs import log_probs

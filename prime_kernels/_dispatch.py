@@ -15,7 +15,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from types import ModuleType
 
 import torch
 
@@ -108,17 +107,6 @@ def resolve(op: str, tensor: torch.Tensor, backend: str | None) -> str:
         if name == "cpu":
             _warn_of_missing_extension(reason)
     return "eager"
-
-
-def token_passes(backend: str) -> ModuleType:
-    """The kernels of a backend that work on packed tokens: modules with the same functions."""
-    if backend == "triton":
-        from prime_kernels._triton import segments
-
-        return segments
-    from prime_kernels import _native
-
-    return _native.token_passes(backend)
 
 
 def _strict(op: str, tensor: torch.Tensor, backend: str) -> str:

@@ -4,7 +4,7 @@
 set -euo pipefail
 output=$1 seeds=$2
 shift 2
-config="$(dirname "$0")/demo.toml"
+config="$(dirname "$0")/../../examples/demo.toml"
 for seed in $seeds; do
   start=$SECONDS
   prime-trainer sft "$config" --seed "$seed" --output "$output/sft-$seed"

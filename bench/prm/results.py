@@ -19,11 +19,11 @@ from first_wrong_step import locate
 
 import prime_kernels as pk
 from prime_trainer.config.run_config import RunConfig
-from prime_trainer.data.readers import jsonl_rows
 from prime_trainer.prm.page import render
 from prime_trainer.prm.select import run as select
 from prime_trainer.report.plots import LIGHT
 from prime_trainer.report.statistics import auc, wilson
+from prime_trainer.run.jsonl import jsonl_rows
 from prime_trainer.run.provenance import environment
 
 N = 16

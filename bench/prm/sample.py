@@ -1,6 +1,6 @@
 """Samples responses to a task's problems and marks them: one row a problem, in the form `prime-trainer prm` reads.
 
-    python bench/prm/sample.py bench/prm/prm.toml --model.path MODEL --output RUN
+    python bench/prm/sample.py examples/prm.toml --model.path MODEL --output RUN
 
 writes RUN/train.jsonl (`TRAIN` problems of the training stream, past those of the warm-up) and RUN/test.jsonl (the
 task's held-out problems). Run again after an interruption, it goes on with the problem that is missing.

@@ -17,6 +17,7 @@ from prime_trainer.config.sections import BenchConfig
 from prime_trainer.evaluation import benchmarks
 from prime_trainer.report import markdown
 from prime_trainer.verify import sandbox
+from prime_trainer.verify.answers import AssertTests, StdioTests
 from prime_trainer.verify.programs import CodeRunner
 from prime_trainer.verify.sandbox import Confinement, Limits
 
@@ -42,7 +43,7 @@ def {name}(*args):
 SHORT = "a, b = map(int, input().split())\nprint(a + b)\n"
 
 
-def canonical(data: Path) -> dict[str, list[tuple[dict, str]]]:
+def canonical(data: Path) -> dict[str, list[tuple[AssertTests, str]]]:
     """`(answer, program)` of every item of both benchmarks."""
     with gzip.open(data / "HumanEval.jsonl.gz", "rt", encoding="utf-8") as lines:
         human = [json.loads(line)["canonical_solution"] for line in lines]
@@ -54,9 +55,9 @@ def canonical(data: Path) -> dict[str, list[tuple[dict, str]]]:
     }
 
 
-def changed(answer: dict, program: str) -> str:
+def changed(answer: AssertTests, program: str) -> str:
     """The program with its tested function wrong."""
-    return answer["prelude"] + program + "".join(CHANGE.format(name=name) for name in answer["names"])
+    return answer.prelude + program + "".join(CHANGE.format(name=name) for name in answer.names)
 
 
 def main() -> None:
@@ -87,7 +88,7 @@ def main() -> None:
                 })  # fmt: skip
         runner.close()
         runner = CodeRunner(Confinement(kind), Limits(), 8)
-        answer = {"form": "stdio", "inputs": ["1 2\n", "3 4\n"], "outputs": ["3\n", "7\n"]}
+        answer = StdioTests(["1 2\n", "3 4\n"], ["3\n", "7\n"])
         short = -(-200 // args.every)
         begin = time.perf_counter()
         scores = [future.result().score for future in [runner.submit(answer, SHORT) for _ in range(short)]]

@@ -1,15 +1,16 @@
 """How kernels over shares of the tokens are launched: their counters, and phases with a barrier between them."""
 
+import contextlib
+import functools
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from prime_kernels._rows import column
+from prime_kernels._layout import column
 from prime_kernels._triton import interpreted
-from prime_kernels._triton._config import ShareConfig, choose_shares
-from prime_kernels._triton.log_probs import device_of
+from prime_kernels._triton._launch_config import Device, ShareConfig, choose_shares
 
 # Offsets are counted in int32 within kernels, with room for a step of a loop.
 MAX_SEGMENTS = 2**30
@@ -51,3 +52,18 @@ def offsets(cu: Tensor, device: torch.device) -> tuple[Tensor, int]:
 
 def log2(gamma: float) -> float:
     return math.log2(gamma) if gamma > 0.0 else -math.inf
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager:
+    """Launches go to the current device, which need not be that of the tensors."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def device_of(device: torch.device) -> Device:
+    return Device() if device.type != "cuda" or interpreted() else _cuda_device(device)
+
+
+@functools.cache
+def _cuda_device(device: torch.device) -> Device:
+    properties = torch.cuda.get_device_properties(device)
+    return Device(properties.multi_processor_count, (properties.major, properties.minor))

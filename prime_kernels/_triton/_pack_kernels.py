@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from prime_kernels._triton._shares import segment_of
+from prime_kernels._triton._segmented_scan import segment_of
 
 
 @triton.jit(do_not_specialize=["total", "rows", "length"])

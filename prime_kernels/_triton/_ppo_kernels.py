@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from prime_kernels._triton._shares import arrives_last, share_of
+from prime_kernels._triton._segmented_scan import arrives_last, share_of
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)

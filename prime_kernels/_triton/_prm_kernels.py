@@ -6,7 +6,7 @@ Sums of responses are made over equal shares of the tokens; who comes last does 
 import triton
 import triton.language as tl
 
-from prime_kernels._triton._shares import add_carries, arrives_last, segment_of, share_totals
+from prime_kernels._triton._segmented_scan import add_carries, arrives_last, segment_of, share_totals
 
 
 @triton.jit

@@ -8,7 +8,7 @@ before any scale is known. "Carried" are the tokens that have a process reward; 
 import triton
 import triton.language as tl
 
-from prime_kernels._triton._shares import (
+from prime_kernels._triton._segmented_scan import (
     arrives_last,
     begins,
     carry_in,

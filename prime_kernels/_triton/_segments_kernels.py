@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from prime_kernels._triton._shares import (
+from prime_kernels._triton._segmented_scan import (
     add_carries,
     arrives_last,
     begins,

@@ -4,10 +4,12 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from prime_kernels._triton._config import LinearConfig, choose_linear
+from prime_kernels._backends import RowResults
+from prime_kernels._triton._launch import device_of, on_device
+from prime_kernels._triton._launch_config import LinearConfig, choose_linear
 from prime_kernels._triton._linear_kernels import linear_forward_kernel
 from prime_kernels._triton._log_probs_kernels import combine_kernel
-from prime_kernels._triton.log_probs import PARTIAL_FIELDS, device_of, on_device
+from prime_kernels._triton.rows import PARTIAL_FIELDS
 
 ALIGNED_BYTES = 16
 
@@ -20,7 +22,7 @@ def supported(hidden: Tensor, weight: Tensor) -> bool:
     )
 
 
-def forward(
+def linear_token_log_probs(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -28,8 +30,8 @@ def forward(
     temperature: float,
     with_entropy: bool,
     config: LinearConfig | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(logp, lse, entropy or None), each [N] float32, of hidden [N, D] and a head [V, D]."""
+) -> RowResults:
+    """Results [N] of hidden states [N, D] and a head [V, D]."""
     rows, width = hidden.shape
     vocabulary = weight.shape[0]
     assert supported(hidden, weight) and rows > 0 and ids.shape == (rows,) and ids.dtype == torch.int64
@@ -77,4 +79,4 @@ def forward(
             ONE_OWNER=True,
             num_warps=1,
         )
-    return logp, lse, entropy
+    return RowResults(logp, lse, entropy)

@@ -3,33 +3,30 @@
 import torch
 from torch import Tensor
 
-from prime_kernels._rows import column, mask_column
-from prime_kernels._scratch import arrivals
-from prime_kernels._triton._config import ShareConfig
-from prime_kernels._triton._launch import offsets, options, shares
+from prime_kernels._backends import PPOResults, PPOTokens, PRMResults
+from prime_kernels._launch_counters import arrivals
+from prime_kernels._layout import column, mask_column
+from prime_kernels._triton._launch import offsets, on_device, options, shares
+from prime_kernels._triton._launch_config import ShareConfig
 from prime_kernels._triton._ppo_kernels import ppo_backward_kernel, ppo_forward_kernel
 from prime_kernels._triton._prm_kernels import prm_kernel
-from prime_kernels._triton.log_probs import on_device
 
 # Sums that programs publish; responses that the last one takes at once, and columns it keeps of them.
 PPO_SUMS, RESPONSES, RESPONSE_COLUMNS = 4, 512, 3
 
-Columns = tuple[Tensor, Tensor, Tensor, Tensor | None]
-
 
 def ppo_forward(
-    columns: Columns,
-    mask: Tensor | None,
+    tokens: PPOTokens,
     clip: tuple[float, float],
     denominator: Tensor | float | None,
     config: ShareConfig | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> PPOResults:
     """(loss, clip_fraction, approx_kl, 1 / denominator) of (logp, old_logp, advantages, weights or None), [T] float32.
 
     Scalars, the last in float64, in one launch. ``denominator`` None is the number of valid tokens, at least 1.
     """
-    columns, mask, total, device = _checked(columns, mask)
-    logp, old_logp, advantages, weights = columns
+    logp, old_logp, advantages, weights, mask = _checked(tokens)
+    total, device = logp.numel(), logp.device
     config = config or shares(total, device)
     results = [logp.new_empty(()) for _ in range(3)]
     scale = logp.new_empty((), dtype=torch.float64)
@@ -61,20 +58,19 @@ def ppo_forward(
             DENOMINATOR=kind,
             **options(config),
         )
-    return (*results, scale)
+    return PPOResults(*results, scale)
 
 
 def ppo_backward(
-    columns: Columns,
-    mask: Tensor | None,
+    tokens: PPOTokens,
     clip: tuple[float, float],
     scale: Tensor,
     grad: Tensor,
     config: ShareConfig | None = None,
 ) -> Tensor:
     """[T] float32: d loss / d logp times ``grad``, a float32 scalar; ``scale`` is that of the forward. One launch."""
-    columns, mask, total, device = _checked(columns, mask)
-    logp, old_logp, advantages, weights = columns
+    logp, old_logp, advantages, weights, mask = _checked(tokens)
+    total, device = logp.numel(), logp.device
     out = torch.empty_like(logp)
     if total == 0:
         return out
@@ -108,7 +104,7 @@ def prm_forward(
     kind: str,
     beta: float,
     config: ShareConfig | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> PRMResults:
     """(loss, pair accuracy, slope) of [T] float32 log-ratios and [B] float64 outcomes, in one launch.
 
     Two float32 scalars, and d loss / d Delta of each response, [B] float64. Without groups the accuracy is NaN.
@@ -146,10 +142,10 @@ def prm_forward(
             RESPONSES=RESPONSES,
             **options(config),
         )
-    return loss, accuracy, slope
+    return PRMResults(loss, accuracy, slope)
 
 
-def _checked(columns: Columns, mask: Tensor | None) -> tuple[Columns, Tensor | None, int, torch.device]:
-    total, device = columns[0].numel(), columns[0].device
-    dense = tuple(column(each, torch.float32, total, device) for each in columns)
-    return dense, mask_column(mask, total, device), total, device
+def _checked(tokens: PPOTokens) -> PPOTokens:
+    total, device = tokens.logp.numel(), tokens.logp.device
+    columns = (column(each, torch.float32, total, device) for each in tokens[:4])
+    return PPOTokens(*columns, mask_column(tokens.mask, total, device))

@@ -3,10 +3,9 @@
 import torch
 from torch import Tensor
 
-from prime_kernels._triton._config import PackConfig, choose_pack
-from prime_kernels._triton._launch import offsets
+from prime_kernels._triton._launch import offsets, on_device
+from prime_kernels._triton._launch_config import PackConfig, choose_pack
 from prime_kernels._triton._pack_kernels import pack_kernel, unpack_kernel
-from prime_kernels._triton.log_probs import on_device
 
 # Elements are moved as integers of their width, whatever they stand for.
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

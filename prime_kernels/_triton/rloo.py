@@ -5,12 +5,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from prime_kernels._rows import column, mask_column
-from prime_kernels._scratch import arrivals
-from prime_kernels._triton._config import ShareConfig
-from prime_kernels._triton._launch import launch_phases, log2, offsets, shares
+from prime_kernels._backends import RlooBatch, RlooSettings
+from prime_kernels._launch_counters import arrivals
+from prime_kernels._layout import column, mask_column
+from prime_kernels._triton._launch import launch_phases, log2, offsets, on_device, shares
+from prime_kernels._triton._launch_config import ShareConfig
 from prime_kernels._triton._rloo_kernels import rloo_kernel, whiten_kernel
-from prime_kernels._triton.log_probs import on_device
 
 # Responses that a program looks up the groups of at once, and statistics that it joins at once.
 RESPONSES, ROWS = 256, 256
@@ -19,19 +19,8 @@ PUBLISHED, COLUMNS = 7, 5
 
 
 def rloo_returns(
-    process_rewards: Tensor | None,
-    reward_mask: Tensor | None,
-    outcomes: Tensor,
-    cu_seqlens: Tensor,
-    cu_groups: Tensor,
-    total: int,
-    *,
-    gamma_process: float,
-    gamma_outcome: float,
-    process_coef: float,
-    outcome_coef: float,
-    normalize_process: bool,
-    process_baseline: str,
+    batch: RlooBatch,
+    settings: RlooSettings,
     over_ranks: Callable[[Tensor], None] | None,
     config: ShareConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -41,13 +30,14 @@ def rloo_returns(
     or two if rewards are normalised over ranks: between them ``over_ranks`` gets the largest suffix sum, a float64
     scalar, and puts that of all ranks in its place. It is then called whether there are tokens here or not.
     """
+    process_rewards, reward_mask, outcomes, cu_seqlens, cu_groups, total = batch
     device = outcomes.device
     (cu_seqlens, responses), (cu_groups, groups) = offsets(cu_seqlens, device), offsets(cu_groups, device)
     outcomes = column(outcomes, torch.float64, responses, device)
     process_rewards = column(process_rewards, torch.float32, total, device)
     mask = mask_column(reward_mask, total, device)
     with_process = process_rewards is not None
-    across = with_process and normalize_process and over_ranks is not None
+    across = with_process and settings.normalize_process and over_ranks is not None
     returns = outcomes.new_empty(total, dtype=torch.float32)
     if total == 0:
         if across:
@@ -76,18 +66,18 @@ def rloo_returns(
             responses,
             groups,
             config.tiles,
-            gamma_process,
-            log2(gamma_process),
-            log2(gamma_outcome),
-            process_coef,
-            outcome_coef,
+            settings.gamma_process,
+            log2(settings.gamma_process),
+            log2(settings.gamma_outcome),
+            settings.process_coef,
+            settings.outcome_coef,
         )
         options = {
             "PROCESS": with_process,
             "MASKED": with_process and mask is not None,
-            "NORMALIZE": with_process and normalize_process,
+            "NORMALIZE": with_process and settings.normalize_process,
             "ACROSS": across,
-            "PAPER": process_baseline == "paper",
+            "PAPER": settings.process_baseline == "paper",
             "RESPONSES": RESPONSES,
         }
         if across:

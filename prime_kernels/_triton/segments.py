@@ -1,30 +1,13 @@
-"""Launches of the segment kernels on checked tensors, and all that operations on packed tokens call besides."""
+"""Launches of the segment kernels on checked tensors."""
 
 import torch
 from torch import Tensor
 
-from prime_kernels._rows import column
-from prime_kernels._scratch import arrivals
-from prime_kernels._triton._config import ShareConfig
-from prime_kernels._triton._launch import launch_phases, log2, offsets, options, shares
+from prime_kernels._launch_counters import arrivals
+from prime_kernels._layout import column
+from prime_kernels._triton._launch import launch_phases, log2, offsets, on_device, options, shares
+from prime_kernels._triton._launch_config import ShareConfig
 from prime_kernels._triton._segments_kernels import fill_kernel, scan_kernel, sum_kernel
-from prime_kernels._triton.log_probs import on_device
-from prime_kernels._triton.losses import ppo_backward, ppo_forward, prm_forward
-from prime_kernels._triton.pack import pack, unpack
-from prime_kernels._triton.rloo import rloo_returns, whiten
-
-__all__ = [
-    "pack",
-    "ppo_backward",
-    "ppo_forward",
-    "prm_forward",
-    "rloo_returns",
-    "segment_fill",
-    "segment_scan",
-    "segment_sum",
-    "unpack",
-    "whiten",
-]
 
 
 def segment_scan(

@@ -1,6 +1,6 @@
 """Log-probabilities straight from hidden states: the logits of all tokens never exist at once.
 
-z = (hidden @ weight.T + bias) / temperature, then as in log_probs. Kernels go by the tiles of _linear_tiles. In the
+z = (hidden @ weight.T + bias) / temperature, then as in log_probs. Kernels go by the tiles of _tiled_head. In the
 reference tokens go through in chunks; backward computes the logits of a chunk again instead of keeping them, so memory
 is one chunk of float32 logits, the head in float32 and its gradient.
 """
@@ -14,8 +14,9 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from prime_kernels import _checks, _dispatch
-from prime_kernels._packed import result_dtype
-from prime_kernels.ops import _linear_tiles as tiles
+from prime_kernels._backends import RowGradient, RowResults
+from prime_kernels._segment_math import result_dtype
+from prime_kernels.ops import _tiled_head as tiles
 from prime_kernels.ops import log_probs as rows
 from prime_kernels.ops.log_ratios import LogRatios
 
@@ -54,7 +55,7 @@ def reference(head: Head, ids: Tensor, mask: Tensor | None, temperature: float) 
 
 
 class _Tiled(torch.autograd.Function):
-    """The tiles of _linear_tiles, on the vocabulary of this process or on its share of one."""
+    """The tiles of _tiled_head, on the vocabulary of this process or on its share of one."""
 
     @staticmethod
     def forward(
@@ -72,7 +73,7 @@ class _Tiled(torch.autograd.Function):
         first = 0 if group is None else dist.get_rank(group) * len(weight)
         keeps = with_gradient and any(ctx.needs_input_grad) and tiles.can_keep(hidden, weight, backend)
         kept = tiles.all_logits(hidden, weight) if keeps else None
-        results = tiles.forward(hidden, weight, bias, ids - first, temperature, with_entropy, backend, kept)
+        results = tiles.head_log_probs(hidden, weight, bias, ids - first, temperature, with_entropy, backend, kept)
         if group is not None:
             results = _join_shares(results, ids // len(weight), group)
         logp, lse, entropy = results
@@ -90,9 +91,9 @@ class _Tiled(torch.autograd.Function):
         # The first pass overwrites the logits that were kept, out of autograd's sight; another makes them again.
         kept, ctx.spent = None if kept is None or ctx.spent else kept.data, True
         upstream = [None if grad is None else grad.contiguous() for grad in (grad_logp, grad_entropy)]
-        entropy = None if grad_entropy is None else entropy
-        arguments = (ids - ctx.first, ctx.temperature, lse, entropy, *upstream)
-        gradients = tiles.backward(hidden, weight, bias, *arguments, ctx.needs_input_grad[:3], ctx.backend, kept)
+        gradient = RowGradient(lse, None if grad_entropy is None else entropy, *upstream)
+        arguments = (ids - ctx.first, ctx.temperature, gradient, ctx.needs_input_grad[:3], ctx.backend, kept)
+        gradients = tiles.head_gradients(hidden, weight, bias, *arguments)
         if ctx.group is not None and gradients[0] is not None:
             total = gradients[0].float()
             dist.all_reduce(total, group=ctx.group)
@@ -100,14 +101,12 @@ class _Tiled(torch.autograd.Function):
         return *gradients, None, None, None, None, None, None
 
 
-def _join_shares(
-    results: tuple[Tensor, Tensor, Tensor | None], owner: Tensor, group: dist.ProcessGroup
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def _join_shares(results: RowResults, owner: Tensor, group: dist.ProcessGroup) -> RowResults:
     """The softmax over all processes from that of each over its own rows of the head: one collective."""
     mine = torch.stack([column for column in results if column is not None])
     shares = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(shares, mine, group=group)
-    return tiles.join([(part[0], part[1], part[2] if len(part) > 2 else None) for part in shares], owner)
+    return tiles.join([RowResults(part[0], part[1], part[2] if len(part) > 2 else None) for part in shares], owner)
 
 
 def run(

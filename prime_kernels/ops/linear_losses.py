@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from prime_kernels import _checks, _dispatch
-from prime_kernels.ops import _linear_tiles as tiles
+from prime_kernels.ops import _tiled_head as tiles
 from prime_kernels.ops import linear_log_probs as linear
 from prime_kernels.ops.ppo_loss import PPOLoss, check_denominator, ppo_loss
 
@@ -41,7 +41,7 @@ class _Fused(torch.autograd.Function):
                 leaf = logp.detach().requires_grad_()
                 return torch.autograd.grad(loss_of(leaf, tokens)[0], leaf)[0]
 
-        logp, *gradients = tiles.fused(
+        logp, *gradients = tiles.loss_gradients(
             hidden, weight, bias, ids, temperature, grad_of, ctx.needs_input_grad[:3], backend
         )
         ctx.save_for_backward(*gradients)

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from prime_kernels import _checks, _dispatch
-from prime_kernels._packed import result_dtype
+from prime_kernels import _backends, _checks, _dispatch
+from prime_kernels._backends import RowGradient, RowResults
+from prime_kernels._segment_math import result_dtype
 
 
 def reference(logits: Tensor, ids: Tensor, mask: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
@@ -59,9 +60,9 @@ class _LogProbs(torch.autograd.Function):
         inplace: bool,
         backend: str,
     ) -> tuple[Tensor, Tensor | None]:
-        columns = kernel_forward([logits], ids, mask, [temperature], with_entropy, backend)
+        results = log_probs_of_views([logits], ids, mask, [temperature], with_entropy, backend)
         # Copies of a few bytes a token: a view of one tensor made here could not be changed in place by the caller.
-        logp, lse, entropy = (None if column is None else column[0].clone() for column in columns)
+        logp, lse, entropy = (None if column is None else column[0].clone() for column in results)
         ctx.save_for_backward(logits, ids, mask, lse, entropy)
         ctx.temperature, ctx.inplace, ctx.backend, ctx.overwritten = temperature, inplace, backend, False
         ctx.set_materialize_grads(False)
@@ -79,8 +80,8 @@ class _LogProbs(torch.autograd.Function):
         out = logits.detach() if ctx.inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
         if grad_logp is None and grad_entropy is None:
             return (None,) * 7
-        columns = (ids, mask, lse, entropy, grad_logp, grad_entropy)
-        kernel_backward(logits, *columns, ctx.temperature, out, ctx.backend)
+        gradient = RowGradient(lse, entropy, grad_logp, grad_entropy)
+        gradient_of_views(logits, ids, mask, gradient, ctx.temperature, out, ctx.backend)
         if ctx.inplace:
             ctx.overwritten = True
             # Whoever else saved these logits for backward now gets an error from autograd, not a wrong gradient.
@@ -88,73 +89,53 @@ class _LogProbs(torch.autograd.Function):
         return out, None, None, None, None, None, None
 
 
-def kernels(backend: str) -> Any:
-    """The module whose forward and backward take [rows, V] views on this backend."""
-    if backend == "triton":
-        from prime_kernels._triton import log_probs as triton_kernels
-
-        return triton_kernels
-    if backend == "eager":
-        from prime_kernels.ops import _eager_rows
-
-        return _eager_rows
-    from prime_kernels import _native
-
-    return _native
-
-
-def kernel_forward(
+def log_probs_of_views(
     models: Sequence[Tensor],
     ids: Tensor,
     mask: Tensor | None,
     temperatures: Sequence[float],
     with_entropy: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(logp, lse, entropy or None), each [models, ...] float32, of the models' logits [..., V] in one pass."""
-    forward = kernels(backend).forward
+) -> RowResults:
+    """Results [models, ...] of the models' logits [..., V], of any leading strides, in one pass."""
+    kernels = _backends.rows(backend)
     parts, start = [], 0
     flat_ids, flat_mask = ids.reshape(-1), None if mask is None else mask.reshape(-1)
     for views in row_views(*models):
         piece = slice(start, start + views[0].shape[0])
         row_mask = None if flat_mask is None else flat_mask[piece]
-        parts.append(forward(views, flat_ids[piece], row_mask, temperatures, with_entropy))
+        parts.append(kernels.token_log_probs(views, flat_ids[piece], row_mask, temperatures, with_entropy))
         start = piece.stop
     columns = (
         column[0] if len(column) == 1 or column[0] is None else torch.cat(column, 1)
         for column in zip(*parts, strict=True)
     )
-    logp, lse, entropy = (None if column is None else column.view(len(models), *ids.shape) for column in columns)
-    return logp, lse, entropy
+    return RowResults(*(None if column is None else column.view(len(models), *ids.shape) for column in columns))
 
 
-def kernel_backward(
+def gradient_of_views(
     logits: Tensor,
     ids: Tensor,
     mask: Tensor | None,
-    lse: Tensor,
-    entropy: Tensor | None,
-    grad_logp: Tensor | None,
-    grad_entropy: Tensor | None,
+    gradient: RowGradient,
     temperature: float,
     out: Tensor,
     backend: str,
 ) -> None:
-    """Write the gradient of the logits to ``out``: dense, or the logits themselves."""
-    backward = kernels(backend).backward
-    if grad_entropy is None:
-        entropy = None
-    flat = [
-        None if column is None else column.reshape(-1) for column in (ids, mask, lse, entropy, grad_logp, grad_entropy)
-    ]
+    """Write the gradient of the logits [..., V] to ``out``: dense, or the logits themselves."""
+    kernels = _backends.rows(backend)
+    if gradient.grad_entropy is None:
+        gradient = gradient._replace(entropy=None)
+    flat_ids, flat_mask, *flat = (None if column is None else column.reshape(-1) for column in (ids, mask, *gradient))
     start = 0
     # Written in place, the logits and the gradient are walked by the same views; otherwise both in row order.
     out_rows = None if out.data_ptr() == logits.data_ptr() else out.view(-1, out.shape[-1])
     for (rows,) in row_views(logits.detach()):
         piece = slice(start, start + rows.shape[0])
         target = rows if out_rows is None else out_rows[piece]
-        columns = [None if column is None else column[piece] for column in flat]
-        backward(rows, *columns, temperature, target)
+        of_rows = RowGradient(*(None if column is None else column[piece] for column in flat))
+        row_mask = None if flat_mask is None else flat_mask[piece]
+        kernels.logits_gradient(rows, flat_ids[piece], row_mask, of_rows, temperature, target)
         start = piece.stop
 
 
@@ -207,7 +188,7 @@ def run(
     if logits.stride(-1) != 1 and not inplace_backward:
         logits = logits.contiguous()
     if backend != "eager" and not (logits.requires_grad and torch.is_grad_enabled()):
-        logp, _, entropy = kernel_forward([logits], ids, mask, [temperature], with_entropy, backend)
+        logp, _, entropy = log_probs_of_views([logits], ids, mask, [temperature], with_entropy, backend)
         return logp[0].clone(), None if entropy is None else entropy[0].clone()
     return _LogProbs.apply(logits, ids, mask, temperature, with_entropy, inplace_backward, backend)
 

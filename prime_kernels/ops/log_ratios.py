@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from prime_kernels import _checks, _dispatch
+from prime_kernels._backends import RowGradient
 from prime_kernels.ops import log_probs as rows
 
 # The order of the models wherever they come as a list.
@@ -42,7 +43,7 @@ class _OnePass(torch.autograd.Function):
         backend: str,
         *models: Tensor,
     ) -> tuple[Tensor, ...]:
-        logp, lse, _ = rows.kernel_forward(models, ids, mask, temperatures, False, backend)
+        logp, lse, _ = rows.log_probs_of_views(models, ids, mask, temperatures, False, backend)
         wanted = [z if need else None for z, need in zip(models, ctx.needs_input_grad[4:], strict=True)]
         ctx.save_for_backward(ids, mask, lse, *wanted)
         ctx.temperatures, ctx.backend = temperatures, backend
@@ -61,8 +62,8 @@ class _OnePass(torch.autograd.Function):
             if z is None or grad is None or place == REF:
                 continue
             out = gradients[place] = torch.empty_like(z, memory_format=torch.contiguous_format)
-            columns = (ids, mask, lse[place], None, grad, None)
-            rows.kernel_backward(z, *columns, ctx.temperatures[place], out, ctx.backend)
+            gradient = RowGradient(lse[place], None, grad, None)
+            rows.gradient_of_views(z, ids, mask, gradient, ctx.temperatures[place], out, ctx.backend)
         return None, None, None, None, *gradients
 
 
@@ -139,7 +140,9 @@ def log_ratios(
     else:
         dense = [z if z.stride(-1) == 1 else z.contiguous() for z in models]
         if not (torch.is_grad_enabled() and any(z.requires_grad for z in models)):
-            logp = [column.clone() for column in rows.kernel_forward(dense, ids, mask, temperatures, False, chosen)[0]]
+            logp = [
+                column.clone() for column in rows.log_probs_of_views(dense, ids, mask, temperatures, False, chosen)[0]
+            ]
         else:
             logp = _OnePass.apply(ids, mask, temperatures, chosen, *dense)
     return LogRatios(logp[PRM] - logp[REF], logp[PRM], logp[REF], logp[POLICY] if len(logp) > POLICY else None)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from prime_kernels import _checks, _dispatch
-from prime_kernels._packed import segment_index
+from prime_kernels import _backends, _checks, _dispatch
+from prime_kernels._segment_math import segment_index
 
 PADDINGS = ("right", "left")
 
@@ -47,12 +47,12 @@ class _Pack(torch.autograd.Function):
     def forward(ctx: Any, padded: Tensor, cu_seqlens: Tensor, total: int, left: bool, backend: str) -> Tensor:
         ctx.save_for_backward(cu_seqlens)
         ctx.length, ctx.left, ctx.backend = padded.shape[1], left, backend
-        return _dispatch.token_passes(backend).pack(padded, cu_seqlens, total, left)
+        return _backends.packed(backend).pack(padded, cu_seqlens, total, left)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        passes = _dispatch.token_passes(ctx.backend)
+        passes = _backends.packed(ctx.backend)
         return passes.unpack(grad, *ctx.saved_tensors, ctx.length, ctx.left, 0), None, None, None, None
 
 
@@ -63,12 +63,12 @@ class _Unpack(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(cu_seqlens)
         ctx.total, ctx.left, ctx.backend = values.shape[0], left, backend
-        return _dispatch.token_passes(backend).unpack(values, cu_seqlens, length, left, fill)
+        return _backends.packed(backend).unpack(values, cu_seqlens, length, left, fill)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        passes = _dispatch.token_passes(ctx.backend)
+        passes = _backends.packed(ctx.backend)
         return passes.pack(grad, *ctx.saved_tensors, ctx.total, ctx.left), None, None, None, None, None
 
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from prime_kernels import _checks, _dispatch
-from prime_kernels._packed import result_dtype
+from prime_kernels import _backends, _checks, _dispatch
+from prime_kernels._backends import PPOTokens
+from prime_kernels._segment_math import result_dtype
 
 # The ratio is held at e^20 for a token whose probability exploded, where float32 would overflow to inf and NaN.
 MAX_LOG_RHO = 20.0
@@ -68,15 +69,14 @@ class _Fused(torch.autograd.Function):
     def forward(
         ctx: Any,
         logp: Tensor,
-        columns: tuple[Tensor | None, ...],
-        mask: Tensor | None,
+        constants: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
         clip: tuple[float, float],
         denominator: Tensor | float | None,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        passes = _dispatch.token_passes(backend)
-        loss, clip_fraction, approx_kl, scale = passes.ppo_forward((logp, *columns), mask, clip, denominator)
-        ctx.save_for_backward(logp, *columns, mask, scale)
+        tokens = PPOTokens(logp, *constants)
+        loss, clip_fraction, approx_kl, scale = _backends.packed(backend).ppo_forward(tokens, clip, denominator)
+        ctx.save_for_backward(*tokens, scale)
         ctx.clip, ctx.backend = clip, backend
         ctx.mark_non_differentiable(clip_fraction, approx_kl)
         return loss, clip_fraction, approx_kl
@@ -84,22 +84,22 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_others: Tensor) -> tuple[Tensor | None, ...]:
-        *columns, mask, scale = ctx.saved_tensors
-        passes = _dispatch.token_passes(ctx.backend)
-        return passes.ppo_backward(columns, mask, ctx.clip, scale, grad), None, None, None, None, None
+        *tokens, scale = ctx.saved_tensors
+        kernels = _backends.packed(ctx.backend)
+        return kernels.ppo_backward(PPOTokens(*tokens), ctx.clip, scale, grad), None, None, None, None
 
 
 def _run_fused(
     backend: str,
     logp: Tensor,
-    columns: tuple[Tensor | None, ...],
+    constants: tuple[Tensor | None, ...],
     mask: Tensor | None,
     clip: tuple[float, float],
     denominator: Tensor | float | None,
 ) -> PPOLoss:
-    flat = tuple(None if each is None else each.detach().reshape(-1).float() for each in columns)
-    mask = None if mask is None else mask.reshape(-1)
-    return PPOLoss(*_Fused.apply(logp.reshape(-1).float(), flat, mask, clip, denominator, backend))
+    flat = [None if each is None else each.detach().reshape(-1).float() for each in constants]
+    flat.append(None if mask is None else mask.reshape(-1))
+    return PPOLoss(*_Fused.apply(logp.reshape(-1).float(), tuple(flat), clip, denominator, backend))
 
 
 def ppo_loss(

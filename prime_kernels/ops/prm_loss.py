@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
-from prime_kernels import _checks, _dispatch
-from prime_kernels._packed import result_dtype, segment_index, segment_total
-from prime_kernels.ops._segments import segment_total_on
+from prime_kernels import _backends, _checks, _dispatch
+from prime_kernels._segment_math import result_dtype, segment_index, segment_total
+from prime_kernels.ops.segment_sum import segment_total_on
 
 KINDS = ("ce", "dpo", "kto", "nca")
 PAIR_KINDS = ("dpo", "nca")
@@ -113,8 +113,8 @@ class _Fused(torch.autograd.Function):
         beta: float,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
-        passes = _dispatch.token_passes(backend)
-        loss, accuracy, slope = passes.prm_forward(log_ratio, outcomes, cu_seqlens, cu_groups, kind, beta)
+        kernels = _backends.packed_on_gpu(backend)
+        loss, accuracy, slope = kernels.prm_forward(log_ratio, outcomes, cu_seqlens, cu_groups, kind, beta)
         ctx.save_for_backward(slope, cu_seqlens)
         ctx.total, ctx.backend = log_ratio.numel(), backend
         ctx.mark_non_differentiable(accuracy)
@@ -124,7 +124,7 @@ class _Fused(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _accuracy: Tensor) -> tuple[Tensor | None, ...]:
         slope, cu_seqlens = ctx.saved_tensors
-        passes = _dispatch.token_passes(ctx.backend)
+        passes = _backends.packed(ctx.backend)
         return passes.segment_fill(slope, cu_seqlens, ctx.total, factor=grad), None, None, None, None, None, None
 
 

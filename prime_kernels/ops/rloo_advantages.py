@@ -19,8 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from prime_kernels import _checks, _dispatch
-from prime_kernels._packed import leave_one_out, merge_moments, result_dtype, segment_index, segment_total
+from prime_kernels import _backends, _checks, _dispatch
+from prime_kernels._backends import RlooBatch, RlooSettings
+from prime_kernels._segment_math import leave_one_out, merge_moments, result_dtype, segment_index, segment_total
 from prime_kernels.ops import segment_scan
 
 PROCESS_BASELINES = ("reference", "paper")
@@ -35,29 +36,9 @@ class Advantages(NamedTuple):
     advantages: Tensor
 
 
-class Settings(NamedTuple):
-    """What makes returns of rewards: the options of :func:`rloo_advantages` that kernels take as they are."""
-
-    gamma_process: float
-    gamma_outcome: float
-    process_coef: float
-    outcome_coef: float
-    normalize_process: bool
-    process_baseline: str
-
-
-def reference(
-    process_rewards: Tensor | None,
-    reward_mask: Tensor | None,
-    outcomes: Tensor,
-    cu_seqlens: Tensor,
-    cu_groups: Tensor,
-    total: int,
-    settings: Settings,
-    whiten: bool,
-    process_group: Any,
-) -> Advantages:
+def reference(batch: RlooBatch, settings: RlooSettings, whiten: bool, process_group: Any) -> Advantages:
     """All in float64, so that the order in which responses are packed does not show in float32 results."""
+    process_rewards, reward_mask, outcomes, cu_seqlens, cu_groups, total = batch
     token_response = segment_index(cu_seqlens, total)
     outcomes, not_empty = outcomes.double(), cu_seqlens.diff() > 0
     centred = outcomes - leave_one_out(outcomes, not_empty, cu_groups)[0]
@@ -86,35 +67,21 @@ def reference(
     return Advantages(returns, advantages)
 
 
-def fused(
-    backend: str,
-    process_rewards: Tensor | None,
-    reward_mask: Tensor | None,
-    outcomes: Tensor,
-    cu_seqlens: Tensor,
-    cu_groups: Tensor,
-    total: int,
-    settings: Settings,
-    whiten: bool,
-    process_group: Any,
-) -> Advantages:
-    """The same by a backend's token passes. Returns are float32, sums and moments float64."""
-    passes = _dispatch.token_passes(backend)
-    if process_rewards is not None:
-        process_rewards = process_rewards.float()
+def fused(backend: str, batch: RlooBatch, settings: RlooSettings, whiten: bool, process_group: Any) -> Advantages:
+    """The same by a backend's kernels. Returns are float32, sums and moments float64."""
+    kernels = _backends.packed(backend)
+    process_rewards = None if batch.process_rewards is None else batch.process_rewards.float()
+    batch = batch._replace(process_rewards=process_rewards, outcomes=batch.outcomes.double())
     over_ranks = None if process_group is None else lambda largest: _all_reduce_max(largest, process_group)
-    returns, moments = passes.rloo_returns(
-        process_rewards, reward_mask, outcomes.double(), cu_seqlens, cu_groups, total,
-        **settings._asdict(), over_ranks=over_ranks,
-    )  # fmt: skip
+    returns, moments = kernels.rloo_returns(batch, settings, over_ranks)
     if backend == "cpu" and process_rewards is not None and not moments.isfinite().all():
         # Finite rewards seldom leave anything else: only now is it worth a pass to find the one that is not.
-        _checks.finite("process_rewards", process_rewards, reward_mask)
+        _checks.finite("process_rewards", process_rewards, batch.reward_mask)
     if not whiten:
         return Advantages(returns, returns.clone())
     if process_group is not None:
         moments = _gathered(merge_moments(moments), process_group)
-    return Advantages(returns, passes.whiten(returns, moments))
+    return Advantages(returns, kernels.whiten(returns, moments))
 
 
 def _gathered(values: Tensor, process_group: Any) -> Tensor:
@@ -236,12 +203,14 @@ def rloo_advantages(
     chosen = _dispatch.resolve("rloo_advantages", rewards, backend)
     if process_rewards is not None and chosen != "cpu":
         _checks.finite("process_rewards", process_rewards, reward_mask)
-    settings = Settings(gamma_process, gamma_outcome, process_coef, outcome_coef, normalize_process, process_baseline)
+    settings = RlooSettings(
+        gamma_process, gamma_outcome, process_coef, outcome_coef, normalize_process, process_baseline
+    )
     total = int(cu_seqlens[-1]) if total is None else total
-    tensors = (process_rewards, reward_mask, outcomes, cu_seqlens, cu_groups)
+    batch = RlooBatch(process_rewards, reward_mask, outcomes, cu_seqlens, cu_groups, total)
     with torch.no_grad():
         if chosen == "eager":
-            result = reference(*tensors, total, settings, whiten, process_group)
+            result = reference(batch, settings, whiten, process_group)
         else:
-            result = fused(chosen, *tensors, total, settings, whiten, process_group)
+            result = fused(chosen, batch, settings, whiten, process_group)
     return Advantages(*(values.to(result_dtype(rewards)) for values in result))

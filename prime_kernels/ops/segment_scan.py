@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from prime_kernels import _checks, _dispatch
-from prime_kernels._packed import result_dtype, segment_index
+from prime_kernels import _backends, _checks, _dispatch
+from prime_kernels._segment_math import result_dtype, segment_index
 
 
 def reference(values: Tensor, cu_seqlens: Tensor, gamma: float, reverse: bool) -> Tensor:
@@ -44,13 +44,13 @@ class _Scan(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, cu_seqlens: Tensor, gamma: float, reverse: bool, backend: str) -> Tensor:
         ctx.save_for_backward(cu_seqlens)
         ctx.gamma, ctx.reverse, ctx.backend = gamma, reverse, backend
-        return _dispatch.token_passes(backend).segment_scan(values, cu_seqlens, gamma, reverse)
+        return _backends.packed(backend).segment_scan(values, cu_seqlens, gamma, reverse)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (cu_seqlens,) = ctx.saved_tensors
-        passes = _dispatch.token_passes(ctx.backend)
+        passes = _backends.packed(ctx.backend)
         return passes.segment_scan(grad, cu_seqlens, ctx.gamma, not ctx.reverse), None, None, None, None
 
 

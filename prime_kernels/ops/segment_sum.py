@@ -1,15 +1,39 @@
 """Sum over each segment of packed values: S_k = sum_{offsets_k <= t < offsets_{k+1}} x_t."""
 
-from torch import Tensor
+from typing import Any
 
-from prime_kernels import _checks, _dispatch
-from prime_kernels._packed import result_dtype
-from prime_kernels.ops._segments import segment_total_on
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from prime_kernels import _backends, _checks, _dispatch
+from prime_kernels._segment_math import result_dtype, segment_index, segment_total
 
 
 def reference(values: Tensor, cu_segments: Tensor, backend: str = "eager") -> Tensor:
     """Accumulated in float64."""
     return segment_total_on(backend, values, cu_segments).to(result_dtype(values))
+
+
+def segment_total_on(backend: str, values: Tensor, offsets: Tensor) -> Tensor:
+    """Sum of each segment of checked offsets [S + 1], [S] float64, on a resolved backend; differentiable."""
+    if backend == "eager":
+        return segment_total(values, segment_index(offsets, values.numel()), offsets.numel() - 1)
+    return _Total.apply(values.float(), offsets, backend)
+
+
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, offsets: Tensor, backend: str) -> Tensor:
+        ctx.save_for_backward(offsets)
+        ctx.total, ctx.backend = values.numel(), backend
+        return _backends.packed(backend).segment_sum(values, offsets)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (offsets,) = ctx.saved_tensors
+        return _backends.packed(ctx.backend).segment_fill(grad, offsets, ctx.total), None, None
 
 
 def segment_sum(values: Tensor, cu_segments: Tensor, *, backend: str | None = None) -> Tensor:

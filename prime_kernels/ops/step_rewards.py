@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from prime_kernels import _checks, _dispatch
-from prime_kernels._packed import result_dtype
+from prime_kernels._segment_math import result_dtype
 from prime_kernels.ops import segment_scan
-from prime_kernels.ops._segments import segment_total_on
+from prime_kernels.ops.segment_sum import segment_total_on
 
 MODES = ("single", "cumulative")
 

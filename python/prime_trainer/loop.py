@@ -16,6 +16,7 @@ from .errors import RunError
 from .evaluation.held_out import evaluate
 from .models import forward, loading, tokenizers
 from .models.placement import load_placed
+from .models.protocols import CausalLM, Tokenizer
 from .rollout.collector import NothingPasses
 from .rollout.pipeline import Rollouts
 from .run import checkpoint
@@ -205,7 +206,7 @@ def _run(cfg: RunConfig, ranks: Ranks) -> Path:
     return cfg.output / "final"
 
 
-def _newline_tokens(tokenizer: Any, model: Any) -> torch.Tensor:
+def _newline_tokens(tokenizer: Tokenizer, model: CausalLM) -> torch.Tensor:
     """bool [V]: tokens whose text has a line break end a step."""
     size = model.get_output_embeddings().weight.shape[0]
     texts = tokenizer.batch_decode([[i] for i in range(min(size, len(tokenizer)))])
@@ -215,7 +216,7 @@ def _newline_tokens(tokenizer: Any, model: Any) -> torch.Tensor:
 
 
 def _examples(
-    step: int, batch: Batch, rewards: Rewards, advantages: torch.Tensor, tokenizer: Any, count: int = 2
+    step: int, batch: Batch, rewards: Rewards, advantages: torch.Tensor, tokenizer: Tokenizer, count: int = 2
 ) -> list[dict[str, Any]]:
     """All responses of the step's first group would be alike in length: take the first of the first groups instead."""
     first, starts = batch.cu_groups.tolist(), batch.cu_seqlens.tolist()

@@ -17,6 +17,7 @@ from .data.groups import Group, Response, fits
 from .data.readers import read_rows
 from .data.tasks import load_task
 from .models import forward, lm_head, loading, tokenizers
+from .models.protocols import Tokenizer
 from .run import checkpoint
 from .run.seeds import derive_seed
 from .train.batch import Batch
@@ -61,7 +62,7 @@ def run(cfg: RunConfig) -> Path:
     return final
 
 
-def _examples(cfg: RunConfig, tokenizer: Any, limit: int) -> list[Group]:
+def _examples(cfg: RunConfig, tokenizer: Tokenizer, limit: int) -> list[Group]:
     """A group each, of at most `limit` tokens."""
     if cfg.sft.path is not None:
         rows = list(_chat_rows(cfg.sft.path, cfg.sft.system_prompt))

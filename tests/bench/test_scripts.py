@@ -17,19 +17,20 @@ from conftest import SHARED
 from helpers import tiny
 
 import prime_kernels as pk
-from prime_kernels.ops import _segments
+from prime_kernels.ops import segment_sum
 from prime_trainer import cli, loop
 from prime_trainer.verify import sandbox
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCH = ROOT / "bench"
-DEMO = BENCH / "demo" / "demo.toml"
+EXAMPLES = ROOT / "examples"
+DEMO = EXAMPLES / "demo.toml"
 HERE = {
     "demo/results", "plan_table", "prm/first_wrong_step", "prm/results", "prm/sample", "rollout", "step_share",
     "trainer_cost", "trl_table", "verify/math_answers", "verify/programs",
 }  # fmt: skip
 # What tests/bench/test_benchmarks.py, tests/integrations/installed and tests/triton_backend run.
-ELSEWHERE = {"conftest", "measure", "table", "trl_steps", "tune"}
+ELSEWHERE = {"conftest", "measure", "smoke", "table", "trl_steps", "tune"}
 DATA = SHARED / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no {DATA}: the benchmark files are not here")
 
@@ -87,7 +88,7 @@ def shared_step(small, tmp_path_factory):
         # The script puts clocks there and leaves them.
         for name in ("rloo_advantages", "prm_loss", "ppo_loss", "segment_sum"):
             patch.setattr(pk, name, getattr(pk, name))
-        patch.setattr(_segments._Total, "backward", _segments._Total.__dict__["backward"])
+        patch.setattr(segment_sum._Total, "backward", segment_sum._Total.__dict__["backward"])
         patch.setattr(loop.Run, "train_step", loop.Run.train_step)
         said = []
         patch.setattr("builtins.print", lambda *words, **_: said.append(" ".join(map(str, words))))
@@ -176,7 +177,7 @@ def worked(question, off=0):
 
 def test_prm(small, module, script, monkeypatch, tmp_path):
     """Sampling, then scores of made solutions (the tiny model adds nothing up), then the tables of them."""
-    config, run, model = BENCH / "prm" / "prm.toml", tmp_path / "runs" / "0", small[1]
+    config, run, model = EXAMPLES / "prm.toml", tmp_path / "runs" / "0", small[1]
     sample = module("prm/sample")
     monkeypatch.setattr(sample, "TRAIN", 3)
     sample.main([str(config), *small, "--output", str(run)])

@@ -61,12 +61,12 @@ def install(module: Path) -> None:
     sys.modules["prime_kernels._C"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["prime_kernels._C"])
     from prime_kernels import _dispatch, _native
-    from prime_kernels._native import cuda
+    from prime_kernels._native import packed_cuda
 
     real = _dispatch._device_types
     _dispatch._device_types = lambda name: ("cpu",) if name == "cuda" else real(name)
     _native.cuda_unavailable_reason = lambda: None
-    cuda._run = lambda name, _on, *fields: getattr(_native._C, f"cuda_{name}")(*fields, 0)
+    packed_cuda._run = lambda name, _on, *fields: getattr(_native._C, f"cuda_{name}")(*fields, 0)
 
 
 if __name__ == "__main__":

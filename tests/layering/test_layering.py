@@ -133,7 +133,7 @@ def test_every_room_has_a_floor():
 def test_rooms_import_from_earlier_floors_alone():
     wrong = []
     for found in imports_under(TRAINER):
-        if found.file.parent == TRAINER and found.file.stem == "__init__" or not names(found, "prime_trainer"):
+        if (found.file.parent == TRAINER and found.file.stem == "__init__") or not names(found, "prime_trainer"):
             continue
         room, other = found.file.relative_to(TRAINER).parts[0].removesuffix(".py"), room_of(found.name)
         if room != other and FLOOR[other] >= FLOOR[room]:

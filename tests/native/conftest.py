@@ -12,6 +12,13 @@ def native():
 
 @pytest.fixture
 def passes(native):
-    from prime_kernels._native import cpu
+    from prime_kernels._native import packed_cpu
 
-    return cpu
+    return packed_cpu
+
+
+@pytest.fixture
+def rows(native):
+    from prime_kernels._native import rows
+
+    return rows

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import prime_kernels as pk
-from prime_kernels.ops import _linear_tiles
+from prime_kernels.ops import _tiled_head
 from prime_kernels.ops import linear_log_probs as op
 
 
@@ -17,7 +17,7 @@ def set_tiles(monkeypatch, tokens, columns, kept=0):
     monkeypatch.setattr(op, "CHUNK_ELEMENTS", 11 * tokens)
     sizes = {"TOKENS": tokens, "FORWARD_ELEMENTS": tokens * columns, "BACKWARD_ELEMENTS": tokens * columns}
     for name, size in (sizes | {"KEPT_BYTES": kept}).items():
-        monkeypatch.setattr(_linear_tiles, name, {"cpu": size, "cuda": size})
+        monkeypatch.setattr(_tiled_head, name, {"cpu": size, "cuda": size})
 
 
 CHUNKS = [(1, 11), (3, 11), (1000, 11), (3, 4), (8, 1), (1, 10)]
@@ -179,9 +179,9 @@ def test_tiles_never_hold_more_than_one_tile_of_logits(cpu, monkeypatch):
 def test_logits_are_kept_where_they_are_few_and_a_gradient_is_wanted(cpu, monkeypatch):
     """Tiles made in (forward, backward, backward again), and those of forward that stay."""
     made = []
-    plain = _linear_tiles.Tiles.logits
+    plain = _tiled_head.Tiles.logits
     monkeypatch.setattr(
-        _linear_tiles.Tiles, "logits", lambda *a: made.append(len(a) > 3 and a[3] is not None) or plain(*a)
+        _tiled_head.Tiles, "logits", lambda *a: made.append(len(a) > 3 and a[3] is not None) or plain(*a)
     )
     given_head, ids = head(), torch.randint(11, (8,))
 

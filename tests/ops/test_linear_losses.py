@@ -5,7 +5,7 @@ import torch
 from helpers.support import assert_close
 
 import prime_kernels as pk
-from prime_kernels.ops import _linear_tiles
+from prime_kernels.ops import _tiled_head
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOKENS, WIDTH, VOCABULARY = 9, 6, 13
@@ -14,7 +14,7 @@ TOKENS, WIDTH, VOCABULARY = 9, 6, 13
 @pytest.fixture(params=[1, 4, 1000], ids="rows={}".format)
 def rows_a_tile(request, monkeypatch):
     # In bytes of float32; 16-bit tiles have twice the rows.
-    monkeypatch.setattr(_linear_tiles, "FUSED_BYTES", 4 * request.param * VOCABULARY)
+    monkeypatch.setattr(_tiled_head, "FUSED_BYTES", 4 * request.param * VOCABULARY)
 
 
 def inputs(dtype=torch.float32, masked=True):

@@ -47,17 +47,17 @@ def test_wrong_results_fail(monkeypatch):
     """A kernel that is off by a thousandth, and one that raises."""
     if prime_kernels.available_backends()["cpu"] is not None:
         pytest.skip("the extension is not built")
-    forward = rows.kernel_forward
+    forward = rows.log_probs_of_views
 
     def off(*arguments):
-        logp, lse, entropy = forward(*arguments)
-        return logp * 1.001, lse, entropy
+        results = forward(*arguments)
+        return results._replace(logp=results.logp * 1.001)
 
     def broken(*arguments):
         raise RuntimeError("driver is gone\nmore")
 
     for replacement, why in ((off, "off by "), (broken, "RuntimeError: driver is gone")):
-        monkeypatch.setattr(rows, "kernel_forward", replacement)
+        monkeypatch.setattr(rows, "log_probs_of_views", replacement)
         outcomes = {each.op: each for each in _selftest.run() if each.backend == "cpu"}
         assert outcomes["log_probs"].failure.startswith(why) and not outcomes["log_probs"].passed
         assert outcomes["segment_sum"].passed and outcomes["segment_sum"].error < 1e-6

@@ -18,6 +18,7 @@ from prime_trainer.run.checkpoint import load_latest
 from prime_trainer.train import supervised_loop
 from prime_trainer.train.batch import Batch
 from prime_trainer.train.nonfinite_guard import TooManySkipped
+from prime_trainer.verify.answers import GymAnswer
 
 
 def chat(question="What is 2 + 3?", answer="5"):
@@ -242,4 +243,4 @@ def test_worked_solutions_are_right(run_config):
         rf"\boxed{{{p.reference}}}" for p in task.train(0, 3)
     ]
     with pytest.raises(ValueError, match="no worked solutions can be made for 'countdown'"):
-        demonstrations.worked(Problem("x", [], {"kind": "reasoning_gym", "dataset": "countdown", "entry": {}}))
+        demonstrations.worked(Problem("x", [], GymAnswer("countdown", {})))

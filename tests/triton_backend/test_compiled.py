@@ -13,7 +13,7 @@ import torch
 from triton_backend.aot import CAPABILITIES, assert_no_spills, build
 
 from prime_kernels._triton import _log_probs_kernels as kernels
-from prime_kernels._triton._config import Device, choose, choose_linear
+from prime_kernels._triton._launch_config import Device, choose, choose_linear
 from prime_kernels._triton._linear_kernels import linear_forward_kernel
 
 DTYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}

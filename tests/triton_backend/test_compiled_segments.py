@@ -12,7 +12,7 @@ from prime_kernels._triton import _pack_kernels as pack
 from prime_kernels._triton import _ppo_kernels as ppo
 from prime_kernels._triton import _rloo_kernels as rloo
 from prime_kernels._triton import _segments_kernels as segments
-from prime_kernels._triton._config import Device, choose_pack, choose_shares
+from prime_kernels._triton._launch_config import Device, choose_pack, choose_shares
 from prime_kernels._triton._prm_kernels import prm_kernel
 from prime_kernels._triton.losses import RESPONSES
 from prime_kernels._triton.rloo import RESPONSES as GROUPED_RESPONSES

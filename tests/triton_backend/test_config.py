@@ -2,7 +2,15 @@
 
 import pytest
 
-from prime_kernels._triton._config import MAX_SPLITS, Config, Device, ShareConfig, choose, choose_pack, choose_shares
+from prime_kernels._triton._launch_config import (
+    MAX_SPLITS,
+    Config,
+    Device,
+    ShareConfig,
+    choose,
+    choose_pack,
+    choose_shares,
+)
 
 H100, A100 = Device(132, (9, 0)), Device(108, (8, 0))
 

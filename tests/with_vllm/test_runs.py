@@ -31,7 +31,7 @@ class Contains:
     def score(self, items):
         words = [text.replace("=", " ").replace(".", " ").replace("*", " ").split() for _, text in items]
         return [
-            Verdict(float(answer["entry"]["answer"] in found), None)
+            Verdict(float(answer.entry["answer"] in found), None)
             for (answer, _), found in zip(items, words, strict=True)
         ]
 

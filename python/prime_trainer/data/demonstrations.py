@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import random
 import re
+from typing import Any
 
 from ..run.seeds import derive_seed
+from ..verify.answers import GymAnswer
 from .problems import Problem, Task
 
 
@@ -17,14 +19,15 @@ def direct(problem: Problem) -> str:
 
 
 def worked(problem: Problem) -> str:
-    writer = _WRITERS.get(problem.answer.get("dataset", ""))
-    if writer is None:
+    answer = problem.answer
+    dataset = answer.dataset if isinstance(answer, GymAnswer) else "file"
+    if not isinstance(answer, GymAnswer) or dataset not in _WRITERS:
         raise ValueError(
-            f"no worked solutions can be made for {problem.answer.get('dataset', 'file')!r} problems "
+            f"no worked solutions can be made for {dataset!r} problems "
             f"(there are writers for {', '.join(sorted(_WRITERS))}); set sft.path to chat data "
             "or sft.worked_fraction = 0"
         )
-    return f"{writer(problem.answer['entry'])}\n{direct(problem)}"
+    return f"{_WRITERS[dataset](answer.entry)}\n{direct(problem)}"
 
 
 def make(task: Task, count: int, worked_fraction: float, seed: int) -> list[tuple[Problem, str]]:
@@ -33,7 +36,7 @@ def make(task: Task, count: int, worked_fraction: float, seed: int) -> list[tupl
     return [(p, worked(p) if rng.random() < worked_fraction else direct(p)) for p in task.train(0, count)]
 
 
-def _running_totals(entry: dict) -> str:
+def _running_totals(entry: dict[str, Any]) -> str:
     """`7 + 12 - 5`: the partial sums from the left, one step a line."""
     expression = entry["metadata"]["expression"]
     terms = re.findall(r"([+-]?)\s*(\d+)", expression)

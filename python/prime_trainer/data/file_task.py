@@ -14,6 +14,7 @@ from typing import Any
 
 from ..config.sections import TaskConfig
 from ..verify import confinement_for
+from ..verify.answers import CallTests, MathAnswer, ProgramTests, StdioTests
 from . import chat
 from .problems import Problem, messages_for
 from .readers import read_rows
@@ -63,7 +64,7 @@ def _shuffled(count: int, seed: int, epoch: int) -> list[int]:
 def _read_problems(path: Path, kind: str, cfg: TaskConfig, option: str) -> list[Problem]:
     if not path.is_file():
         raise ValueError(f"{option}: no such file: {path}")
-    problems = []
+    problems: list[Problem] = []
     for place, row in read_rows(path, option, kind):
         try:
             ability = row.get("ability", "math")
@@ -74,7 +75,7 @@ def _read_problems(path: Path, kind: str, cfg: TaskConfig, option: str) -> list[
             raise ValueError(f"{path}, {place}: {error}") from None
     if not problems:
         raise ValueError(f"{option}: {path} has no rows")
-    if any(problem.answer["kind"] == "code" for problem in problems):
+    if any(isinstance(problem.answer, ProgramTests) for problem in problems):
         confinement_for(cfg)  # a machine that cannot run programs says so before anything is trained
     return problems
 
@@ -90,12 +91,12 @@ def _messages(row: dict[str, Any], cfg: TaskConfig) -> list[dict[str, str]]:
     return chat.with_system(messages, cfg.system_prompt)
 
 
-def _math_answer(row: dict[str, Any]) -> dict[str, Any]:
+def _math_answer(row: dict[str, Any]) -> MathAnswer:
     if "reward_model" in row:
         field, truth = "reward_model.ground_truth", _ground_truth(row)
     else:
         field, truth = "reward_model" if "prompt" in row else "answer", row.get("answer")
-    return {"kind": "math", "answer": reference_text(truth, field)}
+    return MathAnswer(reference_text(truth, field))
 
 
 def reference_text(truth: Any, field: str) -> str:
@@ -107,7 +108,7 @@ def reference_text(truth: Any, field: str) -> str:
     return str(truth)
 
 
-def _code_answer(row: dict[str, Any]) -> dict[str, Any]:
+def _code_answer(row: dict[str, Any]) -> ProgramTests:
     field, truth = "reward_model.ground_truth", _ground_truth(row)
     if isinstance(truth, str):
         try:
@@ -123,9 +124,9 @@ def _code_answer(row: dict[str, Any]) -> dict[str, Any]:
         texts = [
             [_as_text(v, f"{field}.{key}[{i}]") for i, v in enumerate(tests[key])] for key in ("inputs", "outputs")
         ]
-        return {"kind": "code", "form": "stdio", "inputs": texts[0], "outputs": texts[1]}
+        return StdioTests(*texts)
     calls = [_arguments(value, f"{field}.inputs[{i}]") for i, value in enumerate(inputs)]
-    return {"kind": "code", "form": "calls", "fn_name": str(name), "inputs": calls, "outputs": outputs}
+    return CallTests(str(name), calls, outputs)
 
 
 def _ground_truth(row: dict[str, Any]) -> Any:

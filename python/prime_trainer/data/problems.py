@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from ..config.sections import TaskConfig
+from ..verify.answers import Answer
 
 
 @dataclass(frozen=True)
@@ -15,15 +16,12 @@ class Problem:
     id: str
     messages: list[dict[str, str]]
     """The chat that the model sees, without the answer."""
-    answer: dict[str, Any]
-    """JSON-able; `kind` names the scorer."""
+    answer: Answer
 
     @property
     def reference(self) -> str:
         """The reference answer, for people to read; empty where a task has none, as for programs."""
-        source = self.answer["entry"] if self.answer["kind"] == "reasoning_gym" else self.answer
-        found = source.get("answer")
-        return "" if found is None else str(found)
+        return self.answer.reference
 
 
 class Task(Protocol):

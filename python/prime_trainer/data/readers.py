@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from ..run.jsonl import jsonl_rows
 
 
 def read_rows(path: Path, key: str, kind: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -18,7 +19,9 @@ def read_rows(path: Path, key: str, kind: str | None = None) -> Iterator[tuple[s
     if not path.is_file():
         raise FileNotFoundError(f"{key}: no such file: {path}")
     kind = kind or {".parquet": "parquet", ".json": "json"}.get(path.suffix, "jsonl")
-    return {"parquet": parquet_rows, "json": json_rows, "jsonl": jsonl_rows}[kind](path, key)
+    if kind == "jsonl":
+        return jsonl_rows(path)
+    return {"parquet": parquet_rows, "json": json_rows}[kind](path, key)
 
 
 def json_rows(path: Path, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -29,21 +32,6 @@ def json_rows(path: Path, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{key}: {path} must hold a list of objects")
     yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
-
-
-def jsonl_rows(path: Path, _key: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                cut = "" if line.endswith("\n") else " (the last line, without an end: the file was cut short)"
-                raise ValueError(f"{path}, line {number}: not JSON: {error}{cut}") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: expected an object, got {type(row).__name__}")
-            yield f"line {number}", row
 
 
 def parquet_rows(path: Path, key: str) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 from ..config.sections import TaskConfig
+from ..verify.answers import GymAnswer
 from .problems import Problem, messages_for
 
 _CHUNK = 256  # positions that share a dataset object
@@ -80,7 +81,7 @@ class ReasoningGymTask:
                 f"task.params: reasoning-gym's {self.name!r} cannot make a problem with {self._cfg.params!r}: "
                 f"{type(error).__name__}: {error}"
             ) from error
-        answer = {"kind": "reasoning_gym", "dataset": self.name, "params": self._cfg.params, "entry": entry}
+        answer = GymAnswer(self.name, entry, self._cfg.params)
         return Problem(f"{self.name}/{stream}/{position}", messages_for(self._cfg, item["question"]), answer)
 
     def _make_chunk(self, key: str) -> Any:

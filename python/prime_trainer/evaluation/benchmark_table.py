@@ -13,6 +13,8 @@ from ..config.run_config import RunConfig
 from ..data.problems import Problem
 from ..report.markdown import table as markdown_table
 from ..report.statistics import bootstrap_interval, majority, pass_at_k, wilson
+from ..run.atomic_files import replace_file
+from ..run.jsonl import jsonl_text
 from ..verify import Verifier
 from . import benchmarks, responses
 from .benchmarks import BENCHMARKS, PUBLISHED
@@ -27,13 +29,12 @@ def run(cfg: RunConfig) -> Path:
     with Verifier.from_config(cfg.task) as verifier:
         for name in benchmarks.wanted(cfg.bench):
             rows = _score(cfg, name, verifier)
-            lines = "".join(json.dumps(row) + "\n" for row in rows)
-            (target / f"{name}.scored.jsonl").write_text(lines, encoding="utf-8")
+            replace_file(target / f"{name}.scored.jsonl", jsonl_text(rows))
             summary[name] = summarise(rows, cfg.bench.samples, BENCHMARKS[name].ability, cfg.seed)
             print(f"{BENCHMARKS[name].title}: {_shares(summary[name])}", flush=True)
-    (target / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    replace_file(target / "summary.json", json.dumps(summary, indent=1) + "\n")
     table = target / "table.md"
-    table.write_text(render(summary, Path(cfg.model.path).name, cfg.bench.limit), encoding="utf-8")
+    replace_file(table, render(summary, Path(cfg.model.path).name, cfg.bench.limit))
     return table
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ast
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from ..data.file_task import reference_text
 from ..data.problems import Problem
 from ..data.readers import read_rows
 from ..verify import last_boxed
+from ..verify.answers import Answer, AssertTests, MathAnswer
 
 SUFFIXES = {
     "math": "\n\nPresent the answer in LaTex format: \\boxed{Your answer}",
@@ -41,7 +42,7 @@ class Benchmark:
     ability: Literal["math", "code"]
     items: int
     files: tuple[str, ...]
-    read: Callable[[Row], tuple[str, dict[str, Any]] | None]
+    read: Callable[[Row], tuple[str, Answer] | None]
 
 
 def load(name: str, cfg: BenchConfig) -> list[Problem]:
@@ -122,34 +123,33 @@ def _text(row: Row, *names: str) -> str:
     return value
 
 
-def _math(row: Row) -> tuple[str, dict[str, Any]]:
+def _math(row: Row) -> tuple[str, Answer]:
     answer = reference_text(_field(row, "answer"), "answer")
-    return _text(row, "question", "problem"), {"kind": "math", "answer": answer}
+    return _text(row, "question", "problem"), MathAnswer(answer)
 
 
-def _aime24(row: Row) -> tuple[str, dict[str, Any]] | None:
+def _aime24(row: Row) -> tuple[str, Answer] | None:
     # The files of PRIME hold three years in one; others hold 2024 alone.
     return _math(row) if "2024" in str(row.get("url", row.get("year", "2024"))) else None
 
 
-def _minerva(row: Row) -> tuple[str, dict[str, Any]]:
+def _minerva(row: Row) -> tuple[str, Answer]:
     if "answer" in row:
         return _math(row)
     boxed = last_boxed(_text(row, "solution"))
     if boxed is None:
         raise ValueError("solution must end with \\boxed{..}")
-    return _text(row, "problem", "question"), {"kind": "math", "answer": boxed}
+    return _text(row, "problem", "question"), MathAnswer(boxed)
 
 
-def _olympiad(row: Row) -> tuple[str, dict[str, Any]]:
+def _olympiad(row: Row) -> tuple[str, Answer]:
     answers = _field(row, "final_answer", "answer")
     if isinstance(answers, str):
         answers = [answers]
     if not isinstance(answers, list) or len(answers) != 1:
         raise ValueError(f"final_answer must be a list of one answer, got {answers!r:.100}")
-    answer: dict[str, Any] = {"kind": "math", "answer": reference_text(answers[0], "final_answer")}
-    if row.get("error"):
-        answer["tolerance"] = _tolerance(row["error"])
+    tolerance = _tolerance(row["error"]) if row.get("error") else None
+    answer = MathAnswer(reference_text(answers[0], "final_answer"), tolerance)
     context = row.get("context")
     return (f"{context}\n" if context else "") + _text(row, "question"), answer
 
@@ -161,13 +161,13 @@ def _tolerance(error: Any) -> float:
         raise ValueError(f"error must be a number, got {error!r:.40}") from None
 
 
-def _humaneval(row: Row) -> tuple[str, dict[str, Any]]:
+def _humaneval(row: Row) -> tuple[str, Answer]:
     prompt, entry = _text(row, "prompt"), _text(row, "entry_point")
     tests = [f"{_text(row, 'test')}\ncheck({entry})\n"]
-    return prompt, _asserts(tests, setup=prompt, names=[entry], prelude=prompt)
+    return prompt, AssertTests(tests, setup=prompt, names=[entry], prelude=prompt)
 
 
-def _mbpp(row: Row) -> tuple[str, dict[str, Any]]:
+def _mbpp(row: Row) -> tuple[str, Answer]:
     tests = _field(row, "test_list")
     if not isinstance(tests, list) or not tests or not all(isinstance(test, str) for test in tests):
         raise ValueError(f"test_list must be a list of assertions, got {tests!r:.100}")
@@ -187,13 +187,7 @@ def _mbpp(row: Row) -> tuple[str, dict[str, Any]]:
         raise ValueError(f"test_list must call a function that code defines, got {tests[0]!r:.100}")
     setup = "\n".join([*(row.get("test_imports") or row.get("test_setup_code", "").splitlines()), *imports])
     # The first test shows the name and the arguments.
-    return f"{_text(row, 'prompt', 'text')}\n{tests[0]}", _asserts(tests, setup=setup, names=names, prelude="")
-
-
-def _asserts(tests: Sequence[str], *, setup: str, names: list[str], prelude: str) -> dict[str, Any]:
-    return {
-        "kind": "code", "form": "asserts", "tests": list(tests), "setup": setup, "names": names, "prelude": prelude,
-    }  # fmt: skip
+    return f"{_text(row, 'prompt', 'text')}\n{tests[0]}", AssertTests(tests, setup=setup, names=names, prelude="")
 
 
 BENCHMARKS = {

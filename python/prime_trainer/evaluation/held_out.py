@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from ..config.run_config import RunConfig
 from ..data.problems import Problem
 from ..data.tasks import load_task
+from ..models.protocols import Tokenizer
 from ..models.tokenizers import load_tokenizer, render
 from ..rollout import Sampler, Sampling
 from ..run.seeds import derive_seed
@@ -17,7 +17,7 @@ from ..verify import Verifier, last_boxed
 
 def evaluate(
     problems: Sequence[Problem],
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     sampler: Sampler,
     verifier: Verifier,
     *,

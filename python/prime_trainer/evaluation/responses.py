@@ -10,8 +10,10 @@ from typing import Any
 from ..config.run_config import RunConfig
 from ..data.problems import Problem
 from ..models import loading, tokenizers
+from ..models.protocols import Tokenizer
 from ..rollout import Sampler, Sampling, make_sampler
-from ..run.jsonl import read_jsonl
+from ..run.atomic_files import replace_file
+from ..run.jsonl import JsonlWriter, read_jsonl
 from ..run.progress import progress_bar
 from ..run.seeds import derive_seed
 from . import benchmarks
@@ -19,7 +21,7 @@ from . import benchmarks
 GREEDY, SAMPLED = "greedy", "sampled"
 
 
-def open_sampler(cfg: RunConfig, tokenizer: Any) -> Sampler:
+def open_sampler(cfg: RunConfig, tokenizer: Tokenizer) -> Sampler:
     """The model of `cfg.model`, to be sampled from."""
     return make_sampler(cfg, loading.load_model(cfg.model), tokenizer, batch_size=cfg.eval.batch_size)
 
@@ -51,11 +53,11 @@ def run(cfg: RunConfig) -> Path:
     try:
         with progress_bar("generate", total) as bar:
             for name, mode, n, left in work:
-                for chunk in _chunks(left, max(1, cfg.eval.batch_size // n)):
-                    rows = _respond(cfg, name, mode, n, chunk, sampler, tokenizer)
-                    _append(target / f"{name}.jsonl", rows)
-                    for _ in chunk:
-                        bar.advance(f"{name} {mode}")
+                with JsonlWriter(target / f"{name}.jsonl") as file:
+                    for chunk in _chunks(left, max(1, cfg.eval.batch_size // n)):
+                        file.append(_respond(cfg, name, mode, n, chunk, sampler, tokenizer))
+                        for _ in chunk:
+                            bar.advance(f"{name} {mode}")
     finally:
         sampler.close()
     return target
@@ -63,13 +65,11 @@ def run(cfg: RunConfig) -> Path:
 
 def read(cfg: RunConfig, name: str) -> dict[tuple[str, str, int], dict[str, Any]]:
     """The responses to a benchmark by (id, mode, index)."""
-    path = folder(cfg) / f"{name}.jsonl"
-    rows = read_jsonl(path) if path.is_file() else []
-    return {(row["id"], row["mode"], row["index"]): row for row in rows}
+    return {(row["id"], row["mode"], row["index"]): row for row in read_jsonl(folder(cfg) / f"{name}.jsonl")}
 
 
 def _respond(
-    cfg: RunConfig, name: str, mode: str, n: int, chunk: Sequence[Problem], sampler: Sampler, tokenizer: Any
+    cfg: RunConfig, name: str, mode: str, n: int, chunk: Sequence[Problem], sampler: Sampler, tokenizer: Tokenizer
 ) -> list[dict[str, Any]]:
     prompts = [tokenizers.render(tokenizer, p.messages) for p in chunk]
     sampling = Sampling(cfg.bench.max_new_tokens, 0.0 if mode == GREEDY else cfg.bench.temperature)
@@ -100,24 +100,13 @@ def _claim(cfg: RunConfig, target: Path) -> None:
         if changed:
             raise ValueError(f"{target} holds responses made in another way ({'; '.join(changed)}): set another output")
     target.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+    replace_file(path, json.dumps(made, indent=1) + "\n")
 
 
 def _missing(path: Path, problems: Sequence[Problem], mode: str, n: int) -> list[Problem]:
-    """The problems that have fewer than n responses; a last line that was cut short is removed."""
-    if not path.is_file():
-        return list(problems)
-    rows = read_jsonl(path)
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    if text != path.read_text(encoding="utf-8"):
-        path.write_text(text, encoding="utf-8")
-    done = {(row["id"], row["index"]) for row in rows if row["mode"] == mode}
+    """The problems that have fewer than n responses."""
+    done = {(row["id"], row["index"]) for row in read_jsonl(path) if row["mode"] == mode}
     return [p for p in problems if any((p.id, index) not in done for index in range(n))]
-
-
-def _append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _chunks(items: Sequence[Problem], size: int) -> list[Sequence[Problem]]:

@@ -7,30 +7,32 @@ from typing import Any
 
 from torch import Tensor
 
+from .protocols import CausalLM
 
-def positions(model: Any) -> int | None:
+
+def positions(model: CausalLM) -> int | None:
     """The longest sequence the model can read, None where it does not say."""
     return getattr(model.config, "max_position_embeddings", None)
 
 
-def length_limit(models: Iterable[Any], max_length: int | None) -> int | None:
+def length_limit(models: Iterable[CausalLM], max_length: int | None) -> int | None:
     """The longest sequence that all `models` can read, at most `max_length`; None where nothing says."""
     limits = [max_length, *map(positions, models)]
     return min((limit for limit in limits if limit is not None), default=None)
 
 
-def reads_stream(model: Any) -> bool:
+def reads_stream(model: CausalLM) -> bool:
     """Whether its attention reads one stream of sequences, without masks (`Batch`): flash-attn's kernels."""
     return model.config._attn_implementation.startswith("flash_attention")
 
 
-def new_cache(model: Any) -> Any:
+def new_cache(model: CausalLM) -> Any:
     from transformers import DynamicCache
 
     return DynamicCache(config=model.config)
 
 
-def hidden_states(model: Any, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+def hidden_states(model: CausalLM, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     """Last hidden states [b, L, H]; `attention_mask` is None (causal) or bool [b, 1, L, L]."""
     return model.base_model(
         input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, use_cache=False

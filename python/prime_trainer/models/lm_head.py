@@ -16,20 +16,21 @@ from torch.autograd.function import once_differentiable
 import prime_kernels as pk
 
 from ..scale import sharding
+from .protocols import CausalLM
 
 
-def is_split(model: Any) -> bool:
+def is_split(model: CausalLM) -> bool:
     """Whether the ranks share out the vocabulary: what is computed from the head is then collective."""
     return getattr(model, "head_group", None) is not None
 
 
-def head(model: Any, hidden: Tensor) -> pk.Head:
+def head(model: CausalLM, hidden: Tensor) -> pk.Head:
     """The whole LM head applied to `hidden` [T, H], as the kernels take it."""
     return pk.Head(hidden, *(sharding.whole(part, hidden.dtype, hidden.device) for part in _parts(model)))
 
 
 def log_probs(
-    model: Any, hidden: Tensor, ids: Tensor, *, temperature: float = 1.0, with_entropy: bool = False
+    model: CausalLM, hidden: Tensor, ids: Tensor, *, temperature: float = 1.0, with_entropy: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """(log-probs [T], entropies [T] or None) of `ids` [T]; logits never exist for more than a tile of tokens."""
     options = {"temperature": temperature, "with_entropy": with_entropy}
@@ -49,7 +50,7 @@ def log_probs(
     return mine[0], mine[1] if with_entropy else None
 
 
-def _parts(model: Any) -> tuple[Tensor, Tensor | None]:
+def _parts(model: CausalLM) -> tuple[Tensor, Tensor | None]:
     layer = model.get_output_embeddings()
     return layer.weight, getattr(layer, "bias", None)
 

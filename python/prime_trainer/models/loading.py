@@ -8,7 +8,6 @@ import json
 from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from ..config.sections import ModelConfig
 from ..run.atomic_files import replace_directory
 from ..scale import sharding
 from ..scale.ranks import SINGLE, Ranks
+from .protocols import CausalLM, Tokenizer
 
 SMOLLM2 = "smollm2-135m-instruct"
 
@@ -75,7 +75,7 @@ def device(cfg: ModelConfig) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_model(cfg: ModelConfig) -> Any:
+def load_model(cfg: ModelConfig) -> CausalLM:
     """A causal LM in the compute dtype, in eval mode (PRIME trains without dropout)."""
     from transformers import AutoModelForCausalLM
 
@@ -102,7 +102,7 @@ def load_model(cfg: ModelConfig) -> Any:
     return model.to(device=device(cfg), dtype=dtype).eval()
 
 
-def _check_finite(model: Any, cfg: ModelConfig) -> None:
+def _check_finite(model: CausalLM, cfg: ModelConfig) -> None:
     for name, weight in model.named_parameters():
         # The sum of squares in place of isfinite: no copy of the weight.
         if not torch.isfinite(torch.linalg.vector_norm(weight.detach(), dtype=torch.float32)):
@@ -126,7 +126,7 @@ def fingerprint(cfg: ModelConfig) -> str:
     return total.hexdigest()
 
 
-def save(model: Any, tokenizer: Any, directory: Path, ranks: Ranks = SINGLE) -> None:
+def save(model: CausalLM, tokenizer: Tokenizer, directory: Path, ranks: Ranks = SINGLE) -> None:
     """An ordinary Hugging Face directory, complete or not there at all. The first rank writes, all take part."""
     partial = directory.with_name(directory.name + ".partial")
     # Every rank goes through all tensors, the first keeps them.
@@ -145,23 +145,23 @@ def save(model: Any, tokenizer: Any, directory: Path, ranks: Ranks = SINGLE) -> 
     ranks.once(write)
 
 
-def save_config(model: Any, directory: str | Path) -> None:
+def save_config(model: CausalLM, directory: str | Path) -> None:
     """What an engine needs to build this model, without its weights."""
     model.config.save_pretrained(directory)
     model.generation_config.save_pretrained(directory)
 
 
-def frozen(model: Any) -> Any:
+def frozen(model: CausalLM) -> CausalLM:
     for param in model.parameters():
         param.requires_grad_(False)
     return model
 
 
-def named_tensors(model: Any, device: str | None = None) -> Iterable[tuple[str, Tensor]]:
+def named_tensors(model: CausalLM, device: str | None = None) -> Iterable[tuple[str, Tensor]]:
     """What a sampler needs to follow the policy; with shards every rank must go through all of it."""
     return sharding.whole_tensors(model, device)
 
 
-def weight_shapes(model: Any) -> dict[str, torch.Size]:
+def weight_shapes(model: CausalLM) -> dict[str, torch.Size]:
     """The names of `named_tensors` and their shapes; no rank needs another for it."""
     return {name: value.shape for name, value in model.state_dict().items()}

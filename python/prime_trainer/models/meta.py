@@ -9,9 +9,10 @@ from torch import Tensor
 
 from ..config.sections import ModelConfig
 from .loading import _locate, _quiet
+from .protocols import CausalLM
 
 
-def meta_model(cfg: ModelConfig) -> Any:
+def meta_model(cfg: ModelConfig) -> CausalLM:
     """The model without data: its sizes and the shapes of its passes. Attention keeps its inputs and output only."""
     from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from ..config.run_config import RunConfig
 from ..scale import sharding
 from ..scale.ranks import Ranks
 from . import loading
+from .protocols import CausalLM
 
 Role = Literal["policy", "prm", "reference"]
 
 
-def load_placed(cfg: RunConfig, ranks: Ranks, role: Role) -> Any:
+def load_placed(cfg: RunConfig, ranks: Ranks, role: Role) -> CausalLM:
     """The model of the configuration as `cfg.scale` places it for its role; the reference is frozen."""
     scale, trained = cfg.scale, role != "reference"
     if ranks.mesh is None and scale.offload:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..config.sections import ModelConfig
 from .loading import ModelError, _locate, _quiet
+from .protocols import CausalLM, Tokenizer
 
 BARE_CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -15,7 +16,7 @@ BARE_CHATML = (
 )
 
 
-def load_tokenizer(cfg: ModelConfig) -> Any:
+def load_tokenizer(cfg: ModelConfig) -> Tokenizer:
     from transformers import AutoTokenizer
 
     directory, gguf = _locate(cfg)
@@ -26,7 +27,7 @@ def load_tokenizer(cfg: ModelConfig) -> Any:
     return tokenizer
 
 
-def tokenizer_fingerprint(tokenizer: Any) -> dict[str, Any]:
+def tokenizer_fingerprint(tokenizer: Tokenizer) -> dict[str, Any]:
     """What tells one tokenizer from another, for a checkpoint to compare."""
 
     def digest(text: str) -> str:
@@ -43,7 +44,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def tokenizer_parts(tokenizer: Any) -> dict[str, Any]:
+def tokenizer_parts(tokenizer: Tokenizer) -> dict[str, Any]:
     """What decides how text becomes ids, comparable and hashable as JSON."""
     if not tokenizer.is_fast:
         raise ModelError(
@@ -54,7 +55,7 @@ def tokenizer_parts(tokenizer: Any) -> dict[str, Any]:
     return parts | {"chat_template": tokenizer.chat_template, "eos": tokenizer.eos_token}
 
 
-def check_same_tokenizer(one: Any, other: Any, names: tuple[str, str]) -> None:
+def check_same_tokenizer(one: Tokenizer, other: Tokenizer, names: tuple[str, str]) -> None:
     """Log-ratios compare token by token: both models must have been given the same ids."""
     first, second = one.get_vocab(), other.get_vocab()
     if first != second:
@@ -70,19 +71,19 @@ def check_same_tokenizer(one: Any, other: Any, names: tuple[str, str]) -> None:
             raise ModelError(f"the tokenizers of {names[0]} and {names[1]} differ in their {name}")
 
 
-def encode_with_spans(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+def encode_with_spans(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[tuple[int, int]]]:
     """Token ids and the characters each covers."""
     found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     return found["input_ids"], [(int(start), int(end)) for start, end in found["offset_mapping"]]
 
 
-def render(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
+def render(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[int]:
     """The prompt's token ids, up to and with the header of the assistant's turn."""
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return tokenizer.encode(text, add_special_tokens=False)
 
 
-def stop_ids(model: Any, tokenizer: Any) -> list[int]:
+def stop_ids(model: CausalLM, tokenizer: Tokenizer) -> list[int]:
     """Every id that ends a response: all of the generation config's, and the tokenizer's own."""
     ids = getattr(model.generation_config, "eos_token_id", None)
     ids = [] if ids is None else list(ids) if isinstance(ids, (list, tuple)) else [ids]

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..models import forward
+from ..models.protocols import CausalLM
 from ..scale import sharding
 
 # The logits in prime_kernels' linear losses: bytes that are kept for their gradient, then tiles: tokens, elements where
@@ -57,7 +58,7 @@ class Passes:
     """At most, in a pass with gradients; each parameter's gradient goes as it comes."""
 
 
-def shape_of(model: Any) -> Shape:
+def shape_of(model: CausalLM) -> Shape:
     """Counts a model's parameters; those that modules share count once."""
     found = sharding.layers(model)
     sizes = [sum(p.numel() for p in layer.parameters()) for layer in found]
@@ -99,7 +100,7 @@ class _Live(TorchDispatchMode):
         self.bytes -= size
 
 
-def passes_of(model: Any, tokens: int) -> Passes:
+def passes_of(model: CausalLM, tokens: int) -> Passes:
     """What passes of `tokens` tokens take, from two of them on `meta`. The model is not to be used afterwards."""
     for param in model.parameters():
         param.register_post_accumulate_grad_hook(_drop)

@@ -9,10 +9,10 @@ indices and the mask; the exact boundaries are in data.py.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import torch
 
+from ..models.protocols import Tokenizer
 from ..train.batch import Micro
 from .items import Item, StepResponse
 from .steps import split
@@ -20,7 +20,7 @@ from .steps import split
 CARD_BETA = 0.001
 
 
-def encode_card(tokenizer: Any, item: Item, splitter: str) -> tuple[list[int], StepResponse]:
+def encode_card(tokenizer: Tokenizer, item: Item, splitter: str) -> tuple[list[int], StepResponse]:
     """(ids before the first reward, the rest with its steps): a token's reward counts from index `last[0]` on."""
     given = item.row.get("steps") if item.parts is not None else None
     steps = list(given) if given is not None else [part.strip() for part in split(item.response, splitter)]

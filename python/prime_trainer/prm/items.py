@@ -20,6 +20,7 @@ from ..data import chat
 from ..data.groups import Group, Response
 from ..data.readers import read_rows
 from ..models import tokenizers
+from ..models.protocols import Tokenizer
 from . import steps
 
 PROMPTS = ("prompt", "instruction", "problem", "question")
@@ -133,7 +134,7 @@ class StepResponse(Response):
     steps: list[str] = field(default_factory=list)
 
 
-def encode(tokenizer: Any, item: Item, splitter: str) -> StepResponse:
+def encode(tokenizer: Tokenizer, item: Item, splitter: str) -> StepResponse:
     """The response in tokens, ended by the end-of-sequence token if it is finished, and where its steps start.
 
     The text is encoded once, as a whole; steps are placed by the characters that tokens cover.

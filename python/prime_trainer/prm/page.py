@@ -8,7 +8,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from ..data.readers import jsonl_rows
+from ..run.atomic_files import replace_file
+from ..run.jsonl import jsonl_rows
 from .items import PROMPTS, outcome
 
 WIDTH, HEIGHT, MARGIN = 320, 150, 8
@@ -17,7 +18,7 @@ WIDTH, HEIGHT, MARGIN = 320, 150, 8
 def write_page(scores: Path, page: Path, limit: int) -> Path:
     """Writes the first `limit` scored responses of a file that `score` wrote as `page`."""
     rows = itertools.islice((row for _, row in jsonl_rows(scores) if row.get("rewards")), limit)
-    page.write_text(render(rows, title=scores.parent.name), encoding="utf-8")
+    replace_file(page, render(rows, title=scores.parent.name))
     return page
 
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from ..config.run_config import RunConfig
 from ..data.readers import read_rows
+from ..run.atomic_files import replace_file
 
 THRESHOLDS = 10_000
 NOTHING = -2
@@ -57,8 +58,7 @@ def run(cfg: RunConfig) -> Path:
     sets = [(own.tune, tuning), *((path, read_chains(path, "processbench.paths")) for path in own.paths)]
     rows = [figures(path.parent.name if path.stem == "scores" else path.stem, c, threshold) for path, c in sets]
     cfg.output.mkdir(parents=True, exist_ok=True)
-    document = json.dumps([asdict(row) for row in rows], indent=1)
-    (cfg.output / "processbench.json").write_text(document + "\n", encoding="utf-8")
+    replace_file(cfg.output / "processbench.json", json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     lines = [f"Threshold {threshold:.6g} on sigmoid(Q), chosen on {rows[0].set}.", ""]
     lines += ["| set | erroneous | correct | F1 | chains |", "| --- | --- | --- | --- | --- |"]
     for r in rows:
@@ -67,7 +67,7 @@ def run(cfg: RunConfig) -> Path:
         if r.unscored:
             lines += ["", f"{r.set}: {r.unscored} of {r.chains} chains have no rewards and count as not found."]
     table = cfg.output / "processbench.md"
-    table.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    replace_file(table, "\n".join(lines) + "\n")
     return table
 
 

@@ -11,7 +11,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +18,8 @@ from torch import Tensor
 from ..config.sections import ModelConfig
 from ..data.groups import Group
 from ..models import loading, tokenizers
+from ..models.protocols import CausalLM, Tokenizer
+from ..run.atomic_files import replacing
 from ..run.progress import progress_bar
 from ..train.batch import Batch
 from ..train.forward import log_probs
@@ -29,7 +30,7 @@ FORMAT = "1"
 class Reference:
     """`log_probs(groups)` [T] of the model that `cfg` names; it is loaded only when something is not in the cache."""
 
-    def __init__(self, cfg: ModelConfig, tokenizer: Any, directory: Path, micro_batch_tokens: int) -> None:
+    def __init__(self, cfg: ModelConfig, tokenizer: Tokenizer, directory: Path, micro_batch_tokens: int) -> None:
         self._cfg, self._directory, self._micro_batch_tokens = cfg, directory, micro_batch_tokens
         words = [
             FORMAT,
@@ -60,7 +61,7 @@ class Reference:
         return self._directory / f"{key.hexdigest()}.safetensors"
 
     @torch.no_grad()
-    def _compute(self, model: Any, groups: Sequence[Group]) -> Tensor:
+    def _compute(self, model: CausalLM, groups: Sequence[Group]) -> Tensor:
         batch = Batch.read_by(model, groups)
         out = torch.zeros(batch.num_tokens)
         for micro in batch.micro_batches(range(len(groups)), self._micro_batch_tokens):
@@ -71,9 +72,8 @@ class Reference:
 def _save(values: Tensor, path: Path) -> None:
     from safetensors.torch import save_file
 
-    partial = path.with_suffix(".partial")
-    save_file({"log_probs": values}, partial)
-    partial.replace(path)
+    with replacing(path) as partial:
+        save_file({"log_probs": values}, partial)
 
 
 def _load(path: Path) -> Tensor:

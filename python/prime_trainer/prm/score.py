@@ -12,12 +12,11 @@ from typing import Any
 from ..config.run_config import RunConfig
 from ..config.sections import ScoreConfig
 from ..data.groups import TooLong
-from ..data.readers import jsonl_rows
 from ..errors import RunError
 from ..models import loading, tokenizers
 from ..run import checkpoint
 from ..run.atomic_files import replace_file
-from ..run.jsonl import repair_jsonl
+from ..run.jsonl import JsonlWriter, cut_torn_tail, jsonl_rows
 from ..run.progress import progress_bar
 from ..run.stop_signal import stop_signal
 from .items import Item, read_items
@@ -89,7 +88,7 @@ def _begin(cfg: RunConfig, out: Path) -> int:
             {"model": c["model"]} | c["score"] for c in (json.loads(config.read_text()), cfg.model_dump(mode="json"))
         )
         checkpoint.check_unchanged(old, new, [key for key in new if key not in free])
-    return repair_jsonl(out)
+    return cut_torn_tail(out)
 
 
 def _check_fingerprints(path: Path, now: dict[str, Any]) -> None:
@@ -106,16 +105,17 @@ def _score(
 ) -> None:
     windows = math.ceil(total / own.window)
     name = own.name or model
-    with progress_bar("score", windows, done // own.window) as bar, stop_signal() as stop, out.open("a") as file:
+    with progress_bar("score", windows, done // own.window) as bar, stop_signal() as stop, JsonlWriter(out) as file:
         while True:
             if stop.is_set() and done < total:
                 raise RunError(f"stopped after {done} of {total} responses; --resume goes on")
             window, failure = _take(items, own.window)
             if window:
-                for row in _rows(window, scorer, own):
-                    row |= {"reward_model": name, "benchmark": row.get("benchmark") or own.path.stem}
-                    file.write(json.dumps(row, allow_nan=False) + "\n")
-                file.flush()
+                rows, bad = _rows(window, scorer, own)
+                names = {"reward_model": name}
+                file.append(row | names | {"benchmark": row.get("benchmark") or own.path.stem} for row in rows)
+                if bad is not None:
+                    raise bad
                 done += len(window)
                 bar.advance(f"{done} of {total} responses")
             if failure is not None:
@@ -135,7 +135,8 @@ def _take(items: Iterator[Item], count: int) -> tuple[list[Item], Exception | No
     return window, None
 
 
-def _rows(window: list[Item], scorer: StepScorer, own: ScoreConfig) -> Iterator[dict[str, Any]]:
+def _rows(window: list[Item], scorer: StepScorer, own: ScoreConfig) -> tuple[list[dict[str, Any]], ValueError | None]:
+    """The rows of the responses up to the first that cannot be read, and the error to end with once they are kept."""
     encoded: list[Encoded | TooLong] = []
     failure = None
     for item in window:
@@ -150,19 +151,16 @@ def _rows(window: list[Item], scorer: StepScorer, own: ScoreConfig) -> Iterator[
             failure = error
             break
     rewards = iter(scorer.score([each for each in encoded if isinstance(each, Encoded)]))
-    overflow = None
+    rows, overflow = [], None
     for item, each in zip(window, encoded, strict=False):
         found = next(rewards) if isinstance(each, Encoded) else each
         if isinstance(found, StepRewards):
-            yield {**item.row, "rewards": as_row(found, own.tokens)}
+            rows.append({**item.row, "rewards": as_row(found, own.tokens)})
         else:
-            yield {**item.row, "rewards": None, "error": str(found)}
+            rows.append({**item.row, "rewards": None, "error": str(found)})
         if overflow is None and isinstance(found, NotFinite):
             overflow = ValueError(f"{found}; it stands in the scores without rewards and --resume goes on after it")
-    if overflow is not None:
-        raise overflow
-    if failure is not None:
-        raise failure
+    return rows, overflow or failure
 
 
 def as_row(rewards: StepRewards, tokens: bool) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from typing import Any
 from ..config.run_config import RunConfig
 from ..data.readers import read_rows
 from ..report.statistics import bootstrap_interval, majority, pass_at_k
+from ..run.atomic_files import replace_file
 from ..verify import Verifier, last_boxed
 from .items import items_of, outcome
 from .step_scorer import RESPONSE_REWARDS
@@ -75,9 +76,9 @@ def run(cfg: RunConfig) -> Path:
     cfg.output.mkdir(parents=True, exist_ok=True)
     rows = [asdict(result) for result in results]
     document = {"step_rewards": own.step_rewards, "results": rows}
-    (cfg.output / "select.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    replace_file(cfg.output / "select.json", json.dumps(document, indent=1) + "\n")
     table = cfg.output / "select.md"
-    table.write_text(markdown(results, own.step_rewards), encoding="utf-8")
+    replace_file(table, markdown(results, own.step_rewards))
     return table
 
 

@@ -18,6 +18,7 @@ import prime_kernels as pk
 
 from ..data.groups import Group, check_length
 from ..models import forward, lm_head, tokenizers
+from ..models.protocols import CausalLM, Tokenizer
 from ..train.batch import Batch, Micro
 from ..train.forward import predicting
 from .eurus_card import CARD_BETA, card_micro, encode_card
@@ -58,9 +59,9 @@ class StepRewards:
 def score_steps(
     rows: Iterable[Mapping[str, Any]],
     *,
-    prm: Any,
-    reference: Any,
-    tokenizer: Any,
+    prm: CausalLM,
+    reference: CausalLM,
+    tokenizer: Tokenizer,
     beta: float | None = None,
     splitter: str = "blank_line",
     compat: str | None = None,
@@ -113,9 +114,9 @@ class StepScorer:
 
     def __init__(
         self,
-        prm: Any,
-        reference: Any,
-        tokenizer: Any,
+        prm: CausalLM,
+        reference: CausalLM,
+        tokenizer: Tokenizer,
         *,
         beta: float | None,
         splitter: str,

@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ from ..config.run_config import RunConfig
 from ..config.sections import TrainPRMConfig
 from ..data.groups import Group
 from ..models import forward, loading, meta, tokenizers
+from ..models.protocols import CausalLM
 from ..report.statistics import auc
 from ..run import checkpoint
 from ..run.seeds import derive_seed
@@ -117,7 +117,7 @@ def _content(group: Group) -> bytes:
     return hashlib.sha256(json.dumps([group.prompt_ids, [r.ids for r in group.responses]]).encode()).digest()
 
 
-def _backward_outcomes(model: Any, labelled: _Labelled, cfg: TrainPRMConfig, max_tokens: int) -> dict[str, float]:
+def _backward_outcomes(model: CausalLM, labelled: _Labelled, cfg: TrainPRMConfig, max_tokens: int) -> dict[str, float]:
     batch = Batch.read_by(model, labelled.groups)
 
     def loss_of(log_ratio: Tensor) -> pk.PRMLoss:
@@ -136,7 +136,7 @@ def _backward_outcomes(model: Any, labelled: _Labelled, cfg: TrainPRMConfig, max
     }
 
 
-def _backward_steps(model: Any, labelled: _Labelled, cfg: TrainPRMConfig, max_tokens: int) -> float:
+def _backward_steps(model: CausalLM, labelled: _Labelled, cfg: TrainPRMConfig, max_tokens: int) -> float:
     batch = Batch.read_by(model, labelled.groups)
     responses = [r for g in batch.groups for r in g.responses]
     starts = batch.cu_seqlens.tolist()
@@ -160,7 +160,13 @@ def _backward_steps(model: Any, labelled: _Labelled, cfg: TrainPRMConfig, max_to
 
 
 def _backward(
-    model: Any, batch: Batch, ref_logp: Tensor, loss_of: Callable[[Tensor], Tensor], max_tokens: int, *, coupled: bool
+    model: CausalLM,
+    batch: Batch,
+    ref_logp: Tensor,
+    loss_of: Callable[[Tensor], Tensor],
+    max_tokens: int,
+    *,
+    coupled: bool,
 ) -> Tensor:
     """Adds the gradients of `loss_of(log_ratio)` to the model's; returns the log-ratios [T].
 
@@ -182,14 +188,14 @@ def _backward(
 
 
 @torch.no_grad()
-def _log_ratio(model: Any, batch: Batch, ref_logp: Tensor, micros: Sequence[Micro]) -> Tensor:
+def _log_ratio(model: CausalLM, batch: Batch, ref_logp: Tensor, micros: Sequence[Micro]) -> Tensor:
     out = torch.zeros(batch.num_tokens, device=batch.device)
     for micro in micros:
         out[micro.tokens] = log_probs(model, micro, batch.ids[micro.tokens]) - ref_logp[micro.tokens]
     return out
 
 
-def _evaluate(model: Any, source: _Source, cfg: TrainPRMConfig, max_tokens: int) -> dict[str, float]:
+def _evaluate(model: CausalLM, source: _Source, cfg: TrainPRMConfig, max_tokens: int) -> dict[str, float]:
     """Loss, pair accuracy and AUC of the summed rewards over all held-out responses."""
     ratios = []
     for labelled in source.batches:

@@ -6,18 +6,18 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ..config.sections import TrainPRMConfig
 from ..data.groups import Group, fits
 from ..models import tokenizers
+from ..models.protocols import Tokenizer
 from ..run.seeds import derive_seed
 from .items import Item, encode, grouped, read_items
 
 
-def outcome_groups(cfg: TrainPRMConfig, tokenizer: Any, limit: int, seed: int) -> tuple[list[Group], list[Group]]:
+def outcome_groups(cfg: TrainPRMConfig, tokenizer: Tokenizer, limit: int, seed: int) -> tuple[list[Group], list[Group]]:
     """(train, held out), split by prompt. Raises ValueError, naming the file, for data that no PRM can learn from."""
     groups = _read_groups(cfg.path, "train_prm.path", cfg, tokenizer, limit, steps=False)
     if cfg.eval_path is not None:
@@ -47,7 +47,7 @@ def _check_classes(groups: Sequence[Group], where: str) -> None:
         )
 
 
-def step_groups(cfg: TrainPRMConfig, tokenizer: Any, limit: int) -> list[Group]:
+def step_groups(cfg: TrainPRMConfig, tokenizer: Tokenizer, limit: int) -> list[Group]:
     """Step-labelled responses (`StepResponse`), a group each."""
     groups = _read_groups(cfg.step_path, "train_prm.step_path", cfg, tokenizer, limit, steps=True)
     labels = {y for g in groups for r in g.responses for y in r.step_labels if y is not None}
@@ -57,7 +57,9 @@ def step_groups(cfg: TrainPRMConfig, tokenizer: Any, limit: int) -> list[Group]:
     return [Group(g.prompt_ids, [r]) for g in groups for r in g.responses]
 
 
-def _read_groups(path: Path, key: str, cfg: TrainPRMConfig, tokenizer: Any, limit: int, *, steps: bool) -> list[Group]:
+def _read_groups(
+    path: Path, key: str, cfg: TrainPRMConfig, tokenizer: Tokenizer, limit: int, *, steps: bool
+) -> list[Group]:
     pairs, left_out = [], 0
     for item in read_items(path, key):
         _check_labels(item, steps)

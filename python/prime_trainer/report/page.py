@@ -9,6 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from ..run.atomic_files import replace_file
 from .markdown import table
 from .plots import DARK, FIGURES, LIGHT, draw, has_data
 from .run_record import Record, read_record
@@ -30,16 +31,16 @@ def write_report(run_dir: Path, others: Sequence[Path] = ()) -> Path:
     rows = [summary_row(record) for record in records]
     if len(records) > 1:
         rows.append(_mean_row(records))
-    (out / "summary.md").write_text(markdown_table(rows), encoding="utf-8")
+    replace_file(out / "summary.md", markdown_table(rows))
     figures = []
     for figure in FIGURES:
         if not has_data(figure, records):
             continue
         light = draw(figure, records, LIGHT)
-        (out / f"{figure.name}.png").write_bytes(draw(figure, records, LIGHT, titled=True))
+        replace_file(out / f"{figure.name}.png", draw(figure, records, LIGHT, titled=True))
         figures.append({"spec": figure, "light": _inline(light), "dark": _inline(draw(figure, records, DARK))})
     page = out / "index.html"
-    page.write_text(_render(records, rows, figures), encoding="utf-8")
+    replace_file(page, _render(records, rows, figures))
     return page
 
 

@@ -56,6 +56,6 @@ def read_record(run_dir: Path) -> Record:
     return Record(
         run_dir.resolve(),
         metrics,
-        read_jsonl(samples) if samples.is_file() else [],
+        read_jsonl(samples),
         json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {},
     )

@@ -9,6 +9,7 @@ from ..config.run_config import RunConfig
 from ..data.groups import Group, Response, group_from
 from ..data.problems import Task
 from ..errors import RunError
+from ..models.protocols import Tokenizer
 from ..models.tokenizers import render
 from ..run.seeds import derive_seed
 from ..scale.ranks import SINGLE, Ranks
@@ -27,7 +28,7 @@ class Collector:
         self,
         cfg: RunConfig,
         task: Task,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         sampler: Sampler,
         verifier: Verifier,
         ranks: Ranks = SINGLE,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 from torch import Tensor
 
 from ..config.run_config import RunConfig
 from ..config.sections import vllm_installed
 from ..models.loading import device, named_tensors
+from ..models.protocols import CausalLM, Tokenizer
 from ..scale.ranks import SINGLE, Ranks
 from .sampler import Sampler
 from .shared_sampler import SharedSampler
@@ -17,7 +17,7 @@ from .transformers_sampler import TransformersSampler
 
 
 def make_sampler(
-    cfg: RunConfig, model: Any, tokenizer: Any, *, batch_size: int | None = None, ranks: Ranks = SINGLE
+    cfg: RunConfig, model: CausalLM, tokenizer: Tokenizer, *, batch_size: int | None = None, ranks: Ranks = SINGLE
 ) -> Sampler:
     """The engine that `cfg.rollout.engine` names, with `model`'s weights; `batch_size` other than the configured one
     is for transformers alone. Several ranks sample with the model that each has, or all with one served engine.
@@ -58,7 +58,7 @@ def make_sampler(
     return sampler
 
 
-def weights(cfg: RunConfig, model: Any) -> Iterable[tuple[str, Tensor]]:
+def weights(cfg: RunConfig, model: CausalLM) -> Iterable[tuple[str, Tensor]]:
     """What `update_weights` takes. A policy in shards that goes by way of a file is never whole on a GPU."""
     by_file = cfg.rollout.engine == "vllm-server" and cfg.rollout.server.transfer == "file"
     return named_tensors(model, "cpu" if by_file else None)

@@ -13,6 +13,7 @@ from ..config.run_config import RunConfig
 from ..data.groups import Group, group_from
 from ..data.problems import Task
 from ..errors import RunError
+from ..models.protocols import CausalLM, Tokenizer
 from ..run.stage_clock import Clock
 from ..scale.ranks import SINGLE, Ranks
 from ..verify import Verifier
@@ -31,7 +32,13 @@ class Rollouts:
     """
 
     def __init__(
-        self, cfg: RunConfig, model: Any, tokenizer: Any, task: Task, verifier: Verifier, ranks: Ranks = SINGLE
+        self,
+        cfg: RunConfig,
+        model: CausalLM,
+        tokenizer: Tokenizer,
+        task: Task,
+        verifier: Verifier,
+        ranks: Ranks = SINGLE,
     ) -> None:
         self.cfg, self.model = cfg, model
         # A thread that works ahead must not meet the collectives of training.

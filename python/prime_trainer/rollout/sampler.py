@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import RunError
 from ..models.forward import length_limit
 from ..models.loading import weight_shapes
+from ..models.protocols import CausalLM, Tokenizer
 from ..models.tokenizers import stop_ids
 
 
@@ -106,7 +107,7 @@ class ModelShape:
         }
 
 
-def model_shape(model: Any, tokenizer: Any, limit: int | None = None) -> ModelShape:
+def model_shape(model: CausalLM, tokenizer: Tokenizer, limit: int | None = None) -> ModelShape:
     """`limit` lowers the model's own, where it has one."""
     return ModelShape(
         weight_shapes(model),

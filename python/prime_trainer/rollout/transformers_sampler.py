@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from ..models.forward import new_cache
+from ..models.protocols import CausalLM, Tokenizer
 from ..run.seeds import derive_seed
 from ..scale.sharding import gathered
 from .sampler import Sample, Sampling, model_shape
 
 
 class TransformersSampler:
-    def __init__(self, model: Any, tokenizer: Any, *, batch_size: int) -> None:
+    def __init__(self, model: CausalLM, tokenizer: Tokenizer, *, batch_size: int) -> None:
         self.model, self.batch_size = model, batch_size
         self.shape = model_shape(model, tokenizer)
         self.limit = self.shape.limit

@@ -142,12 +142,7 @@ def _write(run_dir: Path, step: int, plain: Any, tensors: dict[str, Any], keep: 
         partial.mkdir()
 
     def finish() -> None:
-        old = root / f".{target.name}.old"
-        if target.exists():
-            target.rename(old)
-        partial.rename(target)
-        atomic_files.sync(root)
-        shutil.rmtree(old, ignore_errors=True)
+        atomic_files.replace_directory(partial, target)
         for passed in _all(run_dir)[:-keep]:
             passed.rename(passed.with_name(f".{passed.name}.partial"))  # half removed, it is not a checkpoint
             shutil.rmtree(passed.with_name(f".{passed.name}.partial"))
@@ -218,9 +213,7 @@ def set_random_states(states: dict[str, Any]) -> None:
 def _recover(run_dir: Path) -> None:
     """A crash between the two renames that replace a checkpoint leaves the old one beside its place."""
     for old in (run_dir / "checkpoints").glob(".step_*.old"):
-        target = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
-        if not target.exists():
-            old.rename(target)
+        atomic_files.recover_directory(old)
 
 
 def _all(run_dir: Path) -> list[Path]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from .jsonl import _append, _rewrite
+from .jsonl import JsonlWriter, keep_rows
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -31,18 +31,18 @@ class MetricsWriter:
         self._tensorboard_dir = run_dir / "tensorboard"
         self._purge = {stage: resume_step + 1 for stage in stages} if resume_step is not None else {}
         if resume_step is not None:
-            _rewrite(run_dir / METRICS, lambda row: row.get("stage") not in stages or row["step"] <= resume_step)
+            keep_rows(run_dir / METRICS, lambda row: row.get("stage") not in stages or row["step"] <= resume_step)
             if "rl" in stages:
-                _rewrite(run_dir / SAMPLES, lambda row: row["step"] <= resume_step)
-        self._metrics = (run_dir / METRICS).open("a", encoding="utf-8")
-        self._samples = (run_dir / SAMPLES).open("a", encoding="utf-8")
+                keep_rows(run_dir / SAMPLES, lambda row: row["step"] <= resume_step)
+        self._metrics = JsonlWriter(run_dir / METRICS)
+        self._samples = JsonlWriter(run_dir / SAMPLES)
         self._boards: dict[Stage, SummaryWriter] = {}
 
     def log(self, stage: Stage, step: int, values: Mapping[str, float]) -> None:
         """Records `values` of one step; NaN and infinity become null."""
         numbers = {key: float(value) for key, value in values.items()}
         finite = {key: value if math.isfinite(value) else None for key, value in numbers.items()}
-        _append(self._metrics, {"stage": stage, "step": step, "time": time.time(), **finite})
+        self._metrics.append([{"stage": stage, "step": step, "time": time.time(), **finite}])
         board = self._board(stage)
         for key, value in numbers.items():
             board.add_scalar(f"{stage}/{key}", value, step)
@@ -50,8 +50,7 @@ class MetricsWriter:
 
     def samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
         """Records responses of one step, one line each."""
-        for sample in samples:
-            _append(self._samples, _finite({"step": step, **sample}))
+        self._samples.append([_finite({"step": step, **sample}) for sample in samples])
 
     def close(self) -> None:
         self._metrics.close()

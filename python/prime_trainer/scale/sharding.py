@@ -10,16 +10,44 @@ import functools
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 
-def shard(model: Any, mesh: Any, *, trained: bool, offload: bool, split_head: bool = False) -> Any:
+class Shardable(Protocol):
+    """What sharding uses of a causal LM of transformers."""
+
+    compute_dtype: torch.dtype
+    """Set by `shard`."""
+    head_group: dist.ProcessGroup | None
+    """Set by `shard`: the ranks that share out the head's rows, None where each gathers all of them."""
+    _no_split_modules: Any
+
+    @property
+    def base_model(self) -> nn.Module: ...
+
+    def get_input_embeddings(self) -> Any: ...
+
+    def get_output_embeddings(self) -> Any: ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def modules(self) -> Iterator[nn.Module]: ...
+
+    def state_dict(self, *, keep_vars: bool = False) -> dict[str, Tensor]: ...
+
+
+Model = TypeVar("Model", bound=Shardable)
+
+
+def shard(model: Model, mesh: DeviceMesh, *, trained: bool, offload: bool, split_head: bool = False) -> Model:
     """Shards a causal LM over `mesh` in place. `trained`: the shards are float32 masters, else in the compute dtype.
 
     `offload`: shards live in CPU memory and pass through the device layer by layer, optimizer steps run on the CPU.
@@ -64,7 +92,7 @@ def shard(model: Any, mesh: Any, *, trained: bool, offload: bool, split_head: bo
     return model
 
 
-def layers(model: Any) -> list[nn.Module]:
+def layers(model: Shardable) -> list[nn.Module]:
     """The decoder layers: what the model says must not be split."""
     names = set(model._no_split_modules or ())
     found = [module for module in model.base_model.modules() if type(module).__name__ in names]
@@ -73,7 +101,7 @@ def layers(model: Any) -> list[nn.Module]:
     return found
 
 
-def recompute_activations(model: Any) -> Any:
+def recompute_activations(model: Model) -> Model:
     """Keeps the input of each layer alone for the backward pass."""
     for layer in layers(model):
         layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
@@ -127,7 +155,7 @@ def share(parameter: Tensor | None, dtype: torch.dtype, device: torch.device) ->
 
 
 @contextmanager
-def gathered(model: Any) -> Iterator[None]:
+def gathered(model: Shardable) -> Iterator[None]:
     """The whole model on every rank, in the compute dtype, for passes that other ranks do not take part in."""
     from torch.distributed.fsdp import FSDPModule
 
@@ -157,7 +185,7 @@ def gathered(model: Any) -> Iterator[None]:
 
 
 @torch.no_grad()
-def whole_tensors(model: Any, device: str | None = None) -> Iterator[tuple[str, Tensor]]:
+def whole_tensors(model: Shardable, device: str | None = None) -> Iterator[tuple[str, Tensor]]:
     """The state dict one whole tensor after the other, in the compute dtype; every rank must go through all of them.
 
     `device`: where what was in shards goes as soon as it is whole; None leaves it where it was put together.

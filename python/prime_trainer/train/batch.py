@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..data.groups import Group
 from ..models import forward
+from ..models.protocols import CausalLM
 from ..scale.ranks import SINGLE, Ranks, deal
 
 SHARED_ROW_LIMIT = 1024
@@ -71,7 +71,7 @@ class Batch:
         self._first = self.cu_groups.tolist()
 
     @classmethod
-    def read_by(cls, model: Any, groups: Sequence[Group]) -> Batch:
+    def read_by(cls, model: CausalLM, groups: Sequence[Group]) -> Batch:
         """On the model's device, laid out as its attention reads it."""
         return cls(groups, model.device, stream=forward.reads_stream(model))
 

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from ..models import lm_head
 from ..models.forward import hidden_states
+from ..models.protocols import CausalLM
 from .batch import Micro
 
 
-def log_probs(model: Any, micro: Micro, ids: Tensor, temperature: float = 1.0) -> Tensor:
+def log_probs(model: CausalLM, micro: Micro, ids: Tensor, temperature: float = 1.0) -> Tensor:
     """[T] log-probs of the micro-batch's response tokens; logits never exist for more than a chunk of tokens."""
     return lm_head.log_probs(model, predicting(model, micro), ids, temperature=temperature)[0]
 
 
-def predicting(model: Any, micro: Micro) -> Tensor:
+def predicting(model: CausalLM, micro: Micro) -> Tensor:
     """[T, H] the hidden states that predict the response tokens."""
     hidden = hidden_states(model, micro.input_ids, micro.position_ids, micro.attention_mask)
     return hidden.flatten(0, 1)[micro.predictors]

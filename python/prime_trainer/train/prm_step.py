@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from torch import Tensor
 import prime_kernels as pk
 
 from ..config.sections import PRMConfig
+from ..models.protocols import CausalLM
 from .batch import Batch
 from .forward import log_probs
 from .trainable import Trainable
@@ -40,8 +40,8 @@ class Scores:
 class Scorer:
     """`policy` and `ref` are models or None, `prm` is None for outcome-only RLOO."""
 
-    policy: Any | None
-    ref: Any | None
+    policy: CausalLM | None
+    ref: CausalLM | None
     prm: Trainable | None
     cfg: PRMConfig
     micro_batch_tokens: int

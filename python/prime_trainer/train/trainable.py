@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..models.protocols import CausalLM
 from ..scale.ranks import SINGLE, Ranks
 
 
@@ -19,7 +20,7 @@ class Trainable:
 
     def __init__(
         self,
-        model: Any,
+        model: CausalLM,
         *,
         lr: float,
         betas: tuple[float, float] = (0.9, 0.999),

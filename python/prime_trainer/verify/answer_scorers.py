@@ -6,38 +6,37 @@ import json
 import math
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
+from .answers import GymAnswer, MathAnswer, ScoredAnswer
 from .sandboxed.codec import decode
 
-Scorer = Callable[[dict[str, Any], str], float]
+Scorer = Callable[[ScoredAnswer, str], float]
 
 # reasoning-gym gives 0.01 to 0.05 for wrong but well-formed answers; that is not a share of a correct one.
 _NOISE = 0.1
 
 
-def load(answer: dict[str, Any]) -> Scorer:
+def load(answer: ScoredAnswer) -> Scorer:
     """Imports what scoring answers of this kind needs and returns the scorer: `(answer, text) -> [0, 1]`."""
-    kind = answer.get("kind")
-    if kind == "math":
-        return _math_scorer()
-    if kind == "reasoning_gym":
-        return _reasoning_gym_scorer(answer["dataset"], answer.get("params") or {})
-    raise ValueError(f"answer['kind'] must be 'math' or 'reasoning_gym', got {kind!r}")
+    if isinstance(answer, MathAnswer):
+        return cast(Scorer, _math_scorer())
+    return cast(Scorer, _reasoning_gym_scorer(answer.dataset, answer.params or {}))
 
 
-def load_key(answer: dict[str, Any]) -> str:
+def load_key(answer: ScoredAnswer) -> str:
     """Answers with equal keys share a scorer."""
-    return json.dumps([answer.get("kind"), answer.get("dataset"), answer.get("params")], sort_keys=True)
+    kind = ["math"] if isinstance(answer, MathAnswer) else ["reasoning_gym", answer.dataset, answer.params]
+    return json.dumps(kind, sort_keys=True)
 
 
-def _reasoning_gym_scorer(name: str, params: dict[str, Any]) -> Scorer:
+def _reasoning_gym_scorer(name: str, params: dict[str, Any]) -> Callable[[GymAnswer, str], float]:
     import reasoning_gym
 
     dataset = reasoning_gym.create_dataset(name, seed=0, size=1, **params)
 
-    def score(answer: dict[str, Any], text: str) -> float:
-        entry = decode(answer["entry"])
+    def score(answer: GymAnswer, text: str) -> float:
+        entry = decode(answer.entry)
         text = _unwrap(text)
         return _settle(float(dataset.score_answer(text, entry)), text, entry.get("answer"))
 
@@ -67,22 +66,23 @@ def _unwrap(text: str) -> str:
     return text if match is None else next(g for g in match.groups() if g is not None).strip()
 
 
-def _math_scorer() -> Scorer:
+def _math_scorer() -> Callable[[MathAnswer, str], float]:
     from math_verify import parse, verify
 
     parse("\\boxed{1}", parsing_timeout=None)  # builds the grammar, which the first answer should not pay for
 
-    def score(answer: dict[str, Any], text: str) -> float:
-        gold = answer["answer"]
+    def score(answer: MathAnswer, text: str) -> float:
+        gold = answer.answer
         if plain(gold) == plain(text):
             return 1.0
         based = _BASED.fullmatch(plain(gold)), _BASED.fullmatch(plain(text))
-        if all(based):  # math-verify leaves the base out
+        if based[0] and based[1]:  # math-verify leaves the base out
             return float(based[0].groups() == based[1].groups())
-        if "tolerance" in answer and _NUMBER.fullmatch(plain(text)):
+        numbers = _NUMBER.fullmatch(plain(gold)), _NUMBER.fullmatch(plain(text))
+        if answer.tolerance is not None and numbers[0] and numbers[1]:
             # A hair more: 4.3 - 4.2 is 0.0999.. or 0.1000..1, as floats happen to be.
-            difference = abs(float(_NUMBER.fullmatch(plain(text))[1]) - float(_NUMBER.fullmatch(plain(gold))[1]))
-            return float(difference <= answer["tolerance"] * (1 + 1e-9))
+            difference = abs(float(numbers[1][1]) - float(numbers[0][1]))
+            return float(difference <= answer.tolerance * (1 + 1e-9))
         # No limits inside (they are signals, and C code ignores them): the trainer kills a worker that takes too long.
         parsed = parse(f"\\boxed{{{text}}}", parsing_timeout=None, raise_on_error=True)
         wanted = parse(f"\\boxed{{{gold}}}", parsing_timeout=None, raise_on_error=True)

@@ -1,11 +1,5 @@
 """Scores programs: takes the code out of a response, runs it in a sandbox, and compares what it did out here.
 
-An answer of kind "code" has one of three forms, named by `form`:
-
-- `stdio`: `inputs` and `outputs`, texts; each input is a run of the program of its own, in a fresh process;
-- `calls`: `fn_name`, `inputs` (the arguments of each call) and `outputs`; a method of a class `Solution` counts, too;
-- `asserts`: `setup` and `tests`, trusted Python; `names`, what the tests call; `prelude`, put before the program.
-
 The program's process never holds an expected result: outputs and returned values are plain data that is compared here,
 and assertions run in a second sandbox, which calls the program's functions in the first one.
 """
@@ -17,10 +11,10 @@ import math
 import re
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, Literal
 
+from .answers import AssertTests, CallTests, ProgramTests, StdioTests
 from .sandbox import (
     Confinement,
     Ended,
@@ -57,7 +51,7 @@ class CodeRunner:
         self._lock = threading.Lock()
         self._closed = False
 
-    def submit(self, answer: dict[str, Any], program: str) -> Future[Verdict]:
+    def submit(self, answer: ProgramTests, program: str) -> Future[Verdict]:
         return self._pool.submit(self._score, answer, program)
 
     def close(self) -> None:
@@ -68,17 +62,16 @@ class CodeRunner:
                 session.kill()
         self._pool.shutdown(cancel_futures=True)
 
-    def _score(self, answer: dict[str, Any], program: str) -> Verdict:
+    def _score(self, answer: ProgramTests, program: str) -> Verdict:
         if len(program) > MAX_PROGRAM_CHARS:
             return Verdict(0.0, "too long")
-        mode, judge = _FORMS[answer["form"]]
-        with self._open(mode) as session:
+        with self._open(_mode(answer)) as session:
             with self._lock:
                 if self._closed:
                     return Verdict(0.0, "stopped")
                 self._live.add(session)
             try:
-                passed, total = judge(session, answer, program, self._partial)
+                passed, total = _judge(session, answer, program, self._partial)
             except Expired:
                 return Verdict(0.0, TIME_LIMIT)
             except Ended:
@@ -93,7 +86,7 @@ class CodeRunner:
             return Verdict(passed / total, None)
         return Verdict(float(passed == total), None)
 
-    def _open(self, mode: Any) -> Session:
+    def _open(self, mode: _Mode) -> Session:
         for attempt in range(_START_ATTEMPTS):
             try:
                 return Session(self._confinement, mode, self._limits)
@@ -104,10 +97,28 @@ class CodeRunner:
         raise SandboxError(f"a sandbox that worked before does not start: {failure}")
 
 
-def _judge_runs(session: Session, answer: dict[str, Any], program: str, every: bool) -> tuple[int, int]:
+_Mode = Literal["run", "calls", "tests"]
+
+
+def _mode(answer: ProgramTests) -> _Mode:
+    if isinstance(answer, StdioTests):
+        return "run"
+    return "calls" if isinstance(answer, CallTests) else "tests"
+
+
+def _judge(session: Session, answer: ProgramTests, program: str, every: bool) -> tuple[int, int]:
+    """How many tests passed, and of how many; stops at the first that fails unless `every` one is wanted."""
+    if isinstance(answer, StdioTests):
+        return _judge_runs(session, answer, program, every)
+    if isinstance(answer, CallTests):
+        return _judge_calls(session, answer, program, every)
+    return _judge_asserts(session, answer, program, every)
+
+
+def _judge_runs(session: Session, answer: StdioTests, program: str, every: bool) -> tuple[int, int]:
     session.send({"program": program})
-    passed, total = 0, len(answer["inputs"])
-    for text, expected in zip(answer["inputs"], answer["outputs"], strict=True):
+    passed, total = 0, len(answer.inputs)
+    for text, expected in zip(answer.inputs, answer.outputs, strict=True):
         limit = 2 * len(expected.encode()) + _SPARE
         reply = session.ask({"stdin": text, "limit": limit}, 7 * limit + 1024)  # JSON may need six bytes for one
         right = reply.get("status") == 0 and reply.get("over") is False and isinstance(reply.get("stdout"), str)
@@ -118,13 +129,13 @@ def _judge_runs(session: Session, answer: dict[str, Any], program: str, every: b
     return passed, total
 
 
-def _judge_calls(session: Session, answer: dict[str, Any], program: str, every: bool) -> tuple[int, int]:
-    passed, total = 0, len(answer["inputs"])
+def _judge_calls(session: Session, answer: CallTests, program: str, every: bool) -> tuple[int, int]:
+    passed, total = 0, len(answer.inputs)
     if session.ask({"program": program}, 1 << 12) != {"loaded": True}:
         return 0, total
-    for args, expected in zip(answer["inputs"], answer["outputs"], strict=True):
+    for args, expected in zip(answer.inputs, answer.outputs, strict=True):
         cap = 8 * len(json.dumps(expected)) + _SPARE
-        reply = session.ask({"name": answer["fn_name"], "args": args}, cap)
+        reply = session.ask({"name": answer.fn_name, "args": args}, cap)
         if "value" in reply and same_value(reply["value"], expected):
             passed += 1
         elif not every:
@@ -132,25 +143,16 @@ def _judge_calls(session: Session, answer: dict[str, Any], program: str, every: 
     return passed, total
 
 
-def _judge_asserts(session: Session, answer: dict[str, Any], program: str, every: bool) -> tuple[int, int]:
-    request = {key: answer[key] for key in ("setup", "tests", "names")}
+def _judge_asserts(session: Session, answer: AssertTests, program: str, every: bool) -> tuple[int, int]:
+    request = {"setup": answer.setup, "tests": answer.tests, "names": answer.names}
     reply = session.ask({"program": _complete(answer, program), "every": every, **request}, 1 << 12)
-    return reply["passed"], len(answer["tests"])  # the tests' own sandbox counted them
+    return reply["passed"], len(answer.tests)  # the tests' own sandbox counted them
 
 
-def _complete(answer: dict[str, Any], program: str) -> str:
+def _complete(answer: AssertTests, program: str) -> str:
     """Puts the prompt's code before the program; a bare body continues the prompt's last function."""
-    prelude = answer.get("prelude", "")
-    defines = any(re.search(rf"\bdef\s+{re.escape(name)}\b", program) for name in answer["names"])
-    return f"{prelude}\n\n{program}" if defines else f"{prelude}{program}"
-
-
-_Judge = Callable[[Session, dict[str, Any], str, bool], tuple[int, int]]
-_FORMS: dict[str, tuple[Any, _Judge]] = {
-    "stdio": ("run", _judge_runs),
-    "calls": ("calls", _judge_calls),
-    "asserts": ("tests", _judge_asserts),
-}
+    defines = any(re.search(rf"\bdef\s+{re.escape(name)}\b", program) for name in answer.names)
+    return f"{answer.prelude}\n\n{program}" if defines else f"{answer.prelude}{program}"
 
 
 def same_output(got: str, expected: str) -> bool:

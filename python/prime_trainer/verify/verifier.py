@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .answer_scorers import plain
+from .answers import Answer, MathAnswer, ProgramTests, ScoredAnswer
 from .extract import last_answer, last_boxed
 from .programs import CodeRunner, last_code_block
 from .sandbox import Confinement, Limits, confinement
@@ -57,28 +58,34 @@ class Verifier:
         if runner is not None:
             runner.close()
 
-    def answer(self, answer: dict[str, Any], response: str) -> str | None:
+    def answer(self, answer: Answer, response: str) -> str | None:
         """What of a response is scored: its answer or its program; None where there is none."""
-        if answer["kind"] == "code":
+        if isinstance(answer, ProgramTests):
             return last_code_block(response)
         found = last_boxed(response)
         return last_answer(response) if found is None and self._any_answer else found
 
-    def score(self, items: Sequence[tuple[dict[str, Any], str]]) -> list[Verdict]:
+    def score(self, items: Sequence[tuple[Answer, str]]) -> list[Verdict]:
         """Returns one verdict an item, in order.
 
         Raises VerifierError when no worker starts, and SandboxError when no sandbox works; a batch is scored whole or
         not at all.
         """
         verdicts = [Verdict(0.0, None)] * len(items)
-        texts = [self.answer(answer, response) for answer, response in items]
-        answers = [i for i, (a, _) in enumerate(items) if a["kind"] != "code" and texts[i] is not None]
-        programs = [i for i, (a, _) in enumerate(items) if a["kind"] == "code" and texts[i] is not None]
+        answers: list[tuple[int, ScoredAnswer, str]] = []
+        programs: list[tuple[int, ProgramTests, str]] = []
+        for i, (answer, response) in enumerate(items):
+            text = self.answer(answer, response)
+            if text is None:
+                continue
+            if isinstance(answer, ProgramTests):
+                programs.append((i, answer, text))
+            else:
+                answers.append((i, answer, text))
         try:
-            if programs and self._runner is None:
-                self._runner = self._code.runner()
-            running = {i: self._runner.submit(items[i][0], texts[i]) for i in programs}
-            for i, verdict in zip(answers, self._pool.score([(items[i][0], texts[i]) for i in answers]), strict=True):
+            running = {i: self._programs().submit(answer, text) for i, answer, text in programs}
+            scored = self._pool.score([(answer, text) for _, answer, text in answers])
+            for (i, _, _), verdict in zip(answers, scored, strict=True):
                 verdicts[i] = verdict
             for i, future in running.items():
                 verdicts[i] = future.result()
@@ -87,6 +94,11 @@ class Verifier:
             self.close()
             raise
         return verdicts
+
+    def _programs(self) -> CodeRunner:
+        if self._runner is None:
+            self._runner = self._code.runner()
+        return self._runner
 
     def group(self, problems: Sequence[Sequence[str | None]]) -> list[list[int | None]]:
         """Groups the mathematical answers of each problem by equivalence.
@@ -100,9 +112,8 @@ class Verifier:
         written = [{plain(a): a for a in reversed(answers) if a is not None} for answers in problems]
         rounds = 0
         while any(waiting):
-            first = [answers[0] if answers else None for answers in waiting]
             pairs = [(p, a) for p, answers in enumerate(waiting) for a in answers[1:]]
-            items = [({"kind": "math", "answer": written[p][first[p]]}, written[p][a]) for p, a in pairs]
+            items = [(MathAnswer(written[p][waiting[p][0]]), written[p][a]) for p, a in pairs]
             same = {pair for pair, v in zip(pairs, self._pool.score(items), strict=True) if v.score == 1.0}
             for p, answers in enumerate(waiting):
                 joined = [a for i, a in enumerate(answers) if i == 0 or (p, a) in same]

@@ -17,6 +17,7 @@ import sys
 from typing import IO, Any
 
 from . import answer_scorers
+from .answers import ScoredAnswer, scored_from_json
 from .sandboxed import confine
 
 MEMORY_BYTES = 2 << 30
@@ -69,15 +70,16 @@ def main(seconds: float, confinement: dict[str, Any] | None) -> None:
     loaded: dict[str, answer_scorers.Scorer] = {}
     for line in sys.stdin:
         request = json.loads(line)
+        answer = scored_from_json(request["answer"])
         if request["op"] == "load":
-            _reply(replies, _load(request["answer"], loaded))
+            _reply(replies, _load(answer, loaded))
         else:
             _limit_cpu(seconds)
-            scorer = loaded[answer_scorers.load_key(request["answer"])]
-            _reply(replies, _score(scorer, request["answer"], request["text"], guard))
+            scorer = loaded[answer_scorers.load_key(answer)]
+            _reply(replies, _score(scorer, answer, request["text"], guard))
 
 
-def _load(answer: dict[str, Any], loaded: dict[str, answer_scorers.Scorer]) -> dict[str, Any]:
+def _load(answer: ScoredAnswer, loaded: dict[str, answer_scorers.Scorer]) -> dict[str, Any]:
     try:
         loaded[answer_scorers.load_key(answer)] = answer_scorers.load(answer)
     except Exception as error:
@@ -85,7 +87,7 @@ def _load(answer: dict[str, Any], loaded: dict[str, answer_scorers.Scorer]) -> d
     return {"loaded": True}
 
 
-def _score(scorer: answer_scorers.Scorer, answer: dict[str, Any], text: str, guard: Guard) -> dict[str, Any]:
+def _score(scorer: answer_scorers.Scorer, answer: ScoredAnswer, text: str, guard: Guard) -> dict[str, Any]:
     text = text.strip()
     guard.refused, guard.on = None, True
     try:

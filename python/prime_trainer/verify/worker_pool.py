@@ -19,6 +19,7 @@ from typing import Any
 
 from ..errors import RunError
 from .answer_scorers import load_key
+from .answers import ScoredAnswer
 from .sandbox import DEVICES, library_paths, obstacle
 from .seccomp import program_filter
 from .verdict import TIME_LIMIT, Verdict
@@ -39,7 +40,7 @@ class VerifierError(RunError):
 @dataclass
 class _Job:
     index: int
-    answer: dict[str, Any]
+    answer: ScoredAnswer
     text: str
     key: str
 
@@ -64,7 +65,7 @@ class WorkerPool:
         for worker in workers:
             worker.kill()
 
-    def score(self, items: Sequence[tuple[dict[str, Any], str]]) -> list[Verdict]:
+    def score(self, items: Sequence[tuple[ScoredAnswer, str]]) -> list[Verdict]:
         """Returns one verdict an item, in order. Raises VerifierError when a worker cannot be started at all."""
         verdicts = [Verdict(0.0, None)] * len(items)
         jobs: deque[_Job] = deque()
@@ -189,7 +190,7 @@ class _Worker:
             self._loaded.add(job.key)
         self.job = job
         self.loading = job.key not in self._loaded
-        request = {"op": "load" if self.loading else "score", "answer": job.answer}
+        request = {"op": "load" if self.loading else "score", "answer": job.answer.to_json()}
         if not self.loading:
             request["text"] = job.text
         self.deadline = time.monotonic() + (_START_SECONDS if self.loading else seconds)

@@ -6,6 +6,7 @@ import pytest
 
 from prime_trainer.config.sections import TaskConfig
 from prime_trainer.data.tasks import load_task
+from prime_trainer.verify.answers import CallTests, GymAnswer, MathAnswer, StdioTests, from_json
 from prime_trainer.verify.sandboxed.codec import decode, encode
 
 SMALL = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}  # 200 distinct questions
@@ -64,15 +65,14 @@ def test_held_out_is_the_same_for_all_seeds_and_never_trained_on():
 def test_a_problem_has_the_prompt_and_all_the_verifier_needs():
     cfg = gym(params=SMALL, system_prompt="Be brief.", template="{question} Use \\boxed{}.")
     (problem,) = load_task(cfg, 0).train(0, 1)
-    entry = problem.answer["entry"]
+    entry = problem.answer.entry
     assert problem.messages == [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": f"{entry['question']} Use \\boxed{{}}."},
     ]
     assert problem.reference == entry["answer"]
-    assert problem.answer["kind"] == "reasoning_gym"
-    assert problem.answer["dataset"] == "chain_sum"
-    assert json.loads(json.dumps(problem.answer)) == problem.answer
+    assert isinstance(problem.answer, GymAnswer) and problem.answer.dataset == "chain_sum"
+    assert from_json(json.loads(json.dumps(problem.answer.to_json()))) == problem.answer
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_file_rows_become_problems(tmp_path):
     (held,), (trained,) = task.held_out(), task.train(0, 1)
     assert task.name == "d"
     assert held.messages == [{"role": "user", "content": "a {x}?"}]
-    assert held.answer == {"kind": "math", "answer": "\\frac{1}{2}"}
+    assert held.answer == MathAnswer("\\frac{1}{2}")
     assert (trained.messages[0]["content"], trained.reference) == ("b?", "3")
 
 
@@ -153,11 +153,9 @@ def test_code_rows_are_problems_in_both_forms_beside_mathematics(tmp_path):
     path = write(tmp_path / "d.jsonl", [row("c?"), programs, calls])
     task = load_task(files(path, allow_unsafe=True), 0)
     answers = {p.messages[0]["content"]: p.answer for p in task.held_out() + task.train(0, 2)}
-    assert answers["c?"] == {"kind": "math", "answer": "2"}
-    assert answers["a?"] == {"kind": "code", "form": "stdio", "inputs": ["1\n", "2\n3"], "outputs": ["1\n", "5"]}
-    assert answers["b?"] == {
-        "kind": "code", "form": "calls", "fn_name": "f", "inputs": [[1, [2]], [3, [4]]], "outputs": [[3], 7],
-    }  # fmt: skip
+    assert answers["c?"] == MathAnswer("2")
+    assert answers["a?"] == StdioTests(["1\n", "2\n3"], ["1\n", "5"])
+    assert answers["b?"] == CallTests("f", [[1, [2]], [3, [4]]], [[3], 7])
     assert {p.reference for p in task.train(0, 2)} == {""}
 
 

@@ -13,6 +13,7 @@ import pytest
 from prime_trainer.cli import main
 from prime_trainer.config.sections import BenchConfig
 from prime_trainer.evaluation import benchmark_table, benchmarks, responses
+from prime_trainer.verify.answers import MathAnswer
 
 SHARED = Path(os.environ.get("PRIME_KERNELS_SHARED", Path(__file__).resolve().parents[4] / "shared"))
 AMC = [{"id": i, "question": f"What is {i}+1?", "answer": float(i + 1)} for i in range(3)]
@@ -54,9 +55,10 @@ def test_real_files_have_their_items():
     }  # fmt: skip
     references = {name: found[0].reference for name, found in problems.items()}
     assert references["amc"] == "142" and references["minerva"] == "1.6" and references["olympiad"] == "2"
-    assert [p.answer["tolerance"] for p in problems["olympiad"] if "tolerance" in p.answer] == [0.1]
+    assert {p.answer.tolerance for p in problems["olympiad"]} == {None, 0.1}
+    assert sum(p.answer.tolerance is not None for p in problems["olympiad"]) == 1
     assert problems["math500"][0].messages[0]["content"].endswith("LaTex format: \\boxed{Your answer}")
-    assert problems["mbpp"][0].answer["names"] == ["similar_elements"]
+    assert problems["mbpp"][0].answer.names == ["similar_elements"]
     assert [p.id for p in benchmarks.load("amc", BenchConfig(data=SHARED / "data", limit=2))] == ["amc/0", "amc/1"]
 
 
@@ -66,17 +68,17 @@ def test_rows_in_the_forms_that_are_around(sized, tmp_path):
     assert read("aime24", {"Problem": "p", "Answer": 7, "ID": "2024-I-1"}, sized, tmp_path).reference == "7"
     row = {"question": "q", "context": "c", "final_answer": ["4.2"], "error": "1e-1"}
     problem = read("olympiad", row, sized, tmp_path)
-    assert problem.answer == {"kind": "math", "answer": "4.2", "tolerance": 0.1}
+    assert problem.answer == MathAnswer("4.2", tolerance=0.1)
     assert problem.messages[0]["content"].startswith("c\nq\n\nPresent")
     row = {
         "text": "Write f.", "code": "import math\ndef g(x):\n    return x\ndef f(x):\n    return g(x)",
         "test_list": ["assert math.isclose(f(1), 1)"], "test_setup_code": "import re",
     }  # fmt: skip
     problem = read("mbpp", row, sized, tmp_path)
-    assert problem.answer["names"] == ["f"] and problem.answer["setup"] == "import re\nimport math"
+    assert problem.answer.names == ["f"] and problem.answer.setup == "import re\nimport math"
     assert problem.messages[0]["content"].startswith("Write f.\nassert math.isclose(f(1), 1)\n\nWrite Python code")
     row = {"prompt": "def f(x):\n", "entry_point": "f", "test": "def check(c):\n    assert c(1) == 1"}
-    assert read("humaneval", row, sized, tmp_path).answer["tests"] == [row["test"] + "\ncheck(f)\n"]
+    assert read("humaneval", row, sized, tmp_path).answer.tests == [row["test"] + "\ncheck(f)\n"]
 
 
 def test_folders_of_datasets_and_compressed_files(sized, tmp_path):

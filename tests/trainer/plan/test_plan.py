@@ -9,7 +9,7 @@ from helpers import ranks, stages, tiny
 from helpers.stages import bytes_of
 
 import prime_kernels as pk
-from prime_kernels.ops import _linear_tiles
+from prime_kernels.ops import _tiled_head
 from prime_trainer.cli import main
 from prime_trainer.plan import footprint, plan
 from prime_trainer.train.trainable import Trainable
@@ -98,7 +98,7 @@ def test_peaks_of_two_ranks(run_config, models_by_size, tmp_path, size, dtype, c
 
 
 def test_tiles_are_those_of_the_losses():
-    tiles = _linear_tiles
+    tiles = _tiled_head
     assert (footprint.TILE_TOKENS, footprint.FUSED_TILE_BYTES) == (tiles.TOKENS, tiles.FUSED_BYTES)
     assert (footprint.KEPT_BYTES, footprint.ADDED_ROWS) == (tiles.KEPT_BYTES, tiles.ADDED_ROWS)
     assert (footprint.FORWARD_TILE, footprint.BACKWARD_TILE) == (tiles.FORWARD_ELEMENTS, tiles.BACKWARD_ELEMENTS)
@@ -124,9 +124,9 @@ def test_a_loss_over_tiles(monkeypatch, fused, dtype, tokens):
     }
     ours = {"TOKENS": "TILE_TOKENS", "BACKWARD_ELEMENTS": "BACKWARD_TILE", "FORWARD_ELEMENTS": "FORWARD_TILE"}
     for name, size in sizes.items():
-        monkeypatch.setattr(_linear_tiles, name, {"cpu": size})
+        monkeypatch.setattr(_tiled_head, name, {"cpu": size})
         monkeypatch.setattr(footprint, ours.get(name, name), {"cpu": size})
-    monkeypatch.setattr(_linear_tiles, "FUSED_BYTES", fused_bytes)
+    monkeypatch.setattr(_tiled_head, "FUSED_BYTES", fused_bytes)
     monkeypatch.setattr(footprint, "FUSED_TILE_BYTES", fused_bytes)
     hidden, weight = torch.randn(tokens, width).to(dtype), torch.randn(vocabulary, width).to(dtype)
     leaves, ids = [hidden.requires_grad_(), weight.requires_grad_()], torch.randint(vocabulary, (tokens,))

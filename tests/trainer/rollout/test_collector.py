@@ -10,6 +10,7 @@ from prime_trainer.models.tokenizers import render
 from prime_trainer.rollout import Sample
 from prime_trainer.rollout.collector import Collector, NothingPasses
 from prime_trainer.verify import Verdict
+from prime_trainer.verify.answers import MathAnswer
 
 
 class Task:
@@ -17,7 +18,7 @@ class Task:
 
     def train(self, start, count):
         return [
-            Problem(f"p{i}", [{"role": "user", "content": f"q{i}"}], {"kind": "math", "answer": str(i)})
+            Problem(f"p{i}", [{"role": "user", "content": f"q{i}"}], MathAnswer(str(i)))
             for i in range(start, start + count)
         ]
 
@@ -45,7 +46,7 @@ class Verifier:
     def score(self, items):
         seen, verdicts = {}, []
         for answer, _ in items:
-            i = int(answer["answer"])
+            i = int(answer.answer)
             k = seen[i] = seen.get(i, -1) + 1
             verdicts.append(Verdict(float(k < self.right(i)), "time limit" if k < self.failures else None))
         return verdicts

@@ -21,6 +21,7 @@ from prime_trainer.config.sections import TaskConfig
 from prime_trainer.data.tasks import load_task
 from prime_trainer.verify import SandboxError, Verdict, Verifier
 from prime_trainer.verify import sandbox as sandbox_module
+from prime_trainer.verify.answers import AssertTests, CallTests, MathAnswer, StdioTests
 from prime_trainer.verify.programs import CodeRunner, last_code_block
 from prime_trainer.verify.sandbox import Confinement, Limits, Session, confinement, obstacle
 from prime_trainer.verify.verifier import CodeOptions
@@ -48,15 +49,15 @@ def run(confine, jobs, workers=4, limits=LIMITS, **options):
 
 
 def stdio(inputs, outputs):
-    return {"kind": "code", "form": "stdio", "inputs": inputs, "outputs": outputs}
+    return StdioTests(inputs, outputs)
 
 
 def calls(name, inputs, outputs):
-    return {"kind": "code", "form": "calls", "fn_name": name, "inputs": inputs, "outputs": outputs}
+    return CallTests(name, inputs, outputs)
 
 
 def asserts(tests, names, setup="", prelude=""):
-    return {"kind": "code", "form": "asserts", "setup": setup, "tests": tests, "names": names, "prelude": prelude}
+    return AssertTests(tests, setup, names, prelude)
 
 
 class Watch(threading.Thread):
@@ -325,12 +326,12 @@ def test_all_tests_count_unless_partial_credit_is_wanted(sandbox):
 def test_one_verifier_scores_mathematics_and_code_at_once_and_counts_time_outs(sandbox):
     options = CodeOptions(lambda: sandbox, Limits(1.5), workers=2)
     items = [
-        ({"kind": "math", "answer": "1/2"}, "\\boxed{0.5}"),
+        (MathAnswer("1/2"), "\\boxed{0.5}"),
         (stdio(["1\n"], ["1\n"]), "so\n```python\nprint(input())\n```\ndone"),
         (stdio(["1\n"], ["1\n"]), "first\n```\nprint(1)\n```\nbut\n```python\nwhile True: pass\n```"),
         (stdio(["1\n"], ["1\n"]), "print(1)"),
         (calls("f", [[[1, [2]]]], [[[1, [2]]]]), "```python\ndef f(x):\n    return tuple(x)\n```"),
-        ({"kind": "math", "answer": "3"}, "3"),
+        (MathAnswer("3"), "3"),
     ]
     with Verifier(5.0, 1, code=options) as verifier:
         verdicts = verifier.score(items)
@@ -397,9 +398,9 @@ def test_mathematics_and_code_train_in_one_batch(run_config, tmp_path, monkeypat
     class Watched(Verifier):
         def score(self, items):
             # The tiny model answers nothing: what it might say is put in its place.
-            said = {"math": "\\boxed{0}", "code": "```python\nwhile True: pass\n```"}
-            answered.extend(answer["kind"] for answer, _ in items)
-            return super().score([(answer, said[answer["kind"]]) for answer, _ in items])
+            said = {MathAnswer: "\\boxed{0}", StdioTests: "```python\nwhile True: pass\n```"}
+            answered.extend(type(answer) for answer, _ in items)
+            return super().score([(answer, said[type(answer)]) for answer, _ in items])
 
     cfg = run_config(
         steps=1,
@@ -408,7 +409,7 @@ def test_mathematics_and_code_train_in_one_batch(run_config, tmp_path, monkeypat
     )
     monkeypatch.setattr(loop, "Verifier", Watched)
     loop.run(cfg)
-    assert set(answered) == {"math", "code"}
+    assert set(answered) == {MathAnswer, StdioTests}
     rows = [json.loads(line) for line in (cfg.output / "metrics.jsonl").read_text().splitlines()]
     (step,) = [row for row in rows if row["stage"] == "rl"]
     assert step["verifier_timeouts"] == step["verifier_failures"] == 2 * 3

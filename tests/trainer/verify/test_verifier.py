@@ -16,6 +16,7 @@ from prime_trainer.config.sections import TaskConfig
 from prime_trainer.data.tasks import load_task
 from prime_trainer.verify import Verdict, Verifier, last_boxed
 from prime_trainer.verify.answer_scorers import _settle
+from prime_trainer.verify.answers import GymAnswer, MathAnswer, from_json
 from prime_trainer.verify.extract import WINDOW, last_answer
 
 SHARED = Path(os.environ.get("PRIME_KERNELS_SHARED", Path(__file__).resolve().parents[4] / "shared"))
@@ -23,7 +24,7 @@ RIGHT, WRONG = Verdict(1.0, None), Verdict(0.0, None)
 
 
 def math(answer):
-    return {"kind": "math", "answer": answer}
+    return MathAnswer(answer)
 
 
 def box(text):
@@ -97,7 +98,7 @@ def test_math(verifier, gold, text, verdict):
     [("4.2", RIGHT), ("4.1", RIGHT), ("4.3\\%", RIGHT), ("4.31", WRONG), ("x", WRONG), ("-4.2", WRONG)],
 )
 def test_a_tolerance_holds_for_numbers(verifier, text, verdict):
-    assert verifier.score([({**math("4.2"), "tolerance": 0.1}, box(text))]) == [verdict]
+    assert verifier.score([(MathAnswer("4.2", tolerance=0.1), box(text))]) == [verdict]
 
 
 @pytest.mark.parametrize(
@@ -149,7 +150,9 @@ def test_reference_answers_of_the_benchmarks_are_right_and_wrong_ones_are_not(ve
 @pytest.mark.parametrize("name", ["chain_sum", "arc_agi", "countdown", "knights_knaves", "word_ladder", "mini_sudoku"])
 def test_reference_answers_of_reasoning_gym_score_one_after_json(verifier, name):
     problems = load_task(TaskConfig(name=name, eval_size=3), 0).train(0, 3)
-    items = [(json.loads(json.dumps(problem.answer)), box(problem.reference)) for problem in problems]
+    items = [
+        (from_json(json.loads(json.dumps(problem.answer.to_json()))), box(problem.reference)) for problem in problems
+    ]
     assert verifier.score(items) == [RIGHT] * 3
     assert [v.score for v in verifier.score([(problem.answer, box("nothing")) for problem in problems])] == [0.0] * 3
 
@@ -258,7 +261,7 @@ def test_a_worker_killed_in_the_middle_costs_its_answer_alone():
 
 
 def test_a_stopped_worker_does_not_stop_the_trainer():
-    big = {**math("5"), "padding": "x" * 300_000}  # more than a pipe holds
+    big = math("5" + " " * 300_000)  # more than a pipe holds
     with Verifier(seconds=1.0, workers=1) as verifier:
         assert verifier.score([(big, box("5"))]) == [RIGHT]
         verifier._pool._workers[0].process.send_signal(signal.SIGSTOP)
@@ -291,8 +294,9 @@ def test_a_thousand_easy_answers_take_seconds_and_keep_their_order():
 PARENT = """
 import json, sys
 from prime_trainer.verify import Verifier
+from prime_trainer.verify.answers import MathAnswer
 with Verifier(5.0, 1) as verifier:
-    print(verifier.score([({"kind": "math", "answer": "1/2"}, "\\\\boxed{0.5}")])[0].score)
+    print(verifier.score([(MathAnswer("1/2"), "\\\\boxed{0.5}")])[0].score)
     pid = verifier._pool._workers[0].process.pid
     maps = open(f"/proc/{pid}/maps").read()
     print([m for m in ("math_verify", "sympy", "reasoning_gym", "torch", "transformers") if m in sys.modules])
@@ -326,7 +330,7 @@ def _runs(pid):
 
 def test_a_scorer_that_cannot_load_is_an_error_not_a_zero(verifier):
     with pytest.raises(RuntimeError, match=r"cannot score .*no_such.*not registered"):
-        verifier.score([({"kind": "reasoning_gym", "dataset": "no_such", "entry": {}}, box("5"))])
+        verifier.score([(GymAnswer("no_such", {}), box("5"))])
     with pytest.raises(ValueError, match="seconds must be positive"):
         Verifier(0.0, 1)
     assert verifier.score([(math("5"), box("5"))]) == [RIGHT]

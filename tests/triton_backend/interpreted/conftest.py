@@ -7,7 +7,7 @@ import pytest
 import triton.language as tl
 from triton.runtime import interpreter
 
-from prime_kernels._triton._config import Device, ShareConfig, ShareTuning, choose_shares
+from prime_kernels._triton._launch_config import Device, ShareConfig, ShareTuning, choose_shares
 
 _patch_tensor = interpreter._patch_lang_tensor
 

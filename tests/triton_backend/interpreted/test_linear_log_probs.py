@@ -5,9 +5,9 @@ import torch
 from helpers.support import assert_close
 
 import prime_kernels as pk
-from prime_kernels._triton import _config
+from prime_kernels._triton import _launch_config
 from prime_kernels._triton import linear_log_probs as kernels
-from prime_kernels._triton._config import Device, LinearConfig, choose_linear
+from prime_kernels._triton._launch_config import Device, LinearConfig, choose_linear
 
 
 def small(splits, programs):
@@ -28,17 +28,17 @@ def test_blocks_parts_and_programs(rows, vocabulary, width, splits, programs, dt
     hidden, weight = torch.randn(rows, width).to(dtype), torch.randn(vocabulary, width).to(dtype)
     ids = torch.randint(vocabulary, (rows,))
     for bias in (None, torch.randn(vocabulary).to(dtype)):
-        got = kernels.forward(hidden, weight, bias, ids, 0.7, True, small(splits, programs))
+        got = kernels.linear_token_log_probs(hidden, weight, bias, ids, 0.7, True, small(splits, programs))
         for mine, exact in zip(got, truth(hidden, weight, bias, ids, 0.7), strict=True):
             assert_close("logp", mine, exact, extent=20.0)
-        assert kernels.forward(hidden, weight, bias, ids, 0.7, False, small(splits, programs))[2] is None
+        assert kernels.linear_token_log_probs(hidden, weight, bias, ids, 0.7, False, small(splits, programs))[2] is None
 
 
 def test_impossible_tokens_and_parts():
     hidden, weight, bias = torch.randn(9, 8), torch.randn(64, 8), torch.zeros(64)
     bias[16:48] = -torch.inf
     ids = torch.tensor([0, 15, 16, 47, 48, 63, 20, 1, 2])
-    logp, lse, entropy = kernels.forward(hidden, weight, bias, ids, 1.0, True, small(4, 2))
+    logp, lse, entropy = kernels.linear_token_log_probs(hidden, weight, bias, ids, 1.0, True, small(4, 2))
     exact = truth(hidden, weight, bias, ids, 1.0)
     assert bool((logp[[2, 3, 6]] == -torch.inf).all())
     possible = exact[0] > -torch.inf
@@ -48,10 +48,12 @@ def test_impossible_tokens_and_parts():
 
 
 def test_linear_log_probs_with_it(monkeypatch):
-    monkeypatch.setattr(_config, "FUSED_LINEAR", True)
+    monkeypatch.setattr(_launch_config, "FUSED_LINEAR", True)
     called = []
-    plain = kernels.forward
-    monkeypatch.setattr(kernels, "forward", lambda *a, **k: called.append(1) or plain(*a, small(2, 2), **k))
+    plain = kernels.linear_token_log_probs
+    monkeypatch.setattr(
+        kernels, "linear_token_log_probs", lambda *a, **k: called.append(1) or plain(*a, small(2, 2), **k)
+    )
     hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(40, 8, requires_grad=True)
     ids, upstream = torch.randint(40, (6,)), torch.randn(6)
     logp = pk.linear_log_probs(hidden, weight, ids, backend="triton")
@@ -76,4 +78,4 @@ def test_tiles_fill_the_device(rows):
     row_blocks = -(-rows // config.block_rows)
     assert config.splits & (config.splits - 1) == 0
     assert config.programs == min(132, row_blocks * config.splits)
-    assert row_blocks * config.splits >= 132 or config.splits == _config.MAX_SPLITS
+    assert row_blocks * config.splits >= 132 or config.splits == _launch_config.MAX_SPLITS

@@ -9,8 +9,9 @@ import torch
 from helpers.support import assert_close, gradient_kind
 
 import prime_kernels as pk
-from prime_kernels._triton import log_probs as kernels
-from prime_kernels._triton._config import Config, Tuning
+from prime_kernels._backends import RowGradient
+from prime_kernels._triton import rows as kernels
+from prime_kernels._triton._launch_config import Config, Tuning
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Blocks of 128 columns, so that a few hundred columns are several blocks; whole rows and rows in parts.
@@ -19,6 +20,11 @@ SPLITS = [1, 4, 16]
 
 def small(splits):
     return Config(block=128, num_warps=1, num_stages=1, splits=splits)
+
+
+def backward(logits, ids, mask, lse, entropy, grad_logp, grad_entropy, temperature, out, config=None):
+    gradient = RowGradient(lse, entropy, grad_logp, grad_entropy)
+    kernels.logits_gradient(logits, ids, mask, gradient, temperature, out, config=config)
 
 
 def truth(logits, ids, temperature=1.0):
@@ -46,14 +52,14 @@ def make(rows, columns, dtype=torch.float32, scale=3.0):
 def test_blocks_and_parts(columns, splits, dtype):
     """More parts than blocks leave some of them empty."""
     logits, ids = make(3, columns, dtype)
-    got = kernels.forward([logits], ids, None, [0.7], True, small(splits))
+    got = kernels.token_log_probs([logits], ids, None, [0.7], True, small(splits))
     for value, want in zip(got, truth(logits, ids, 0.7), strict=True):
         assert_close("logp", value[0], want, extent=20.0)
     grads, out = (torch.randn(3), torch.randn(3)), torch.full_like(logits, math.nan)
-    kernels.backward(logits, ids, None, got[1][0], got[2][0], *grads, 0.7, out, small(splits))
+    backward(logits, ids, None, got[1][0], got[2][0], *grads, 0.7, out, small(splits))
     want = gradient(logits, ids, 0.7, *grads)
     assert_close(gradient_kind(dtype), out, want, extent=20.0)
-    kernels.backward(logits, ids, None, got[1][0], got[2][0], *grads, 0.7, logits, small(splits))
+    backward(logits, ids, None, got[1][0], got[2][0], *grads, 0.7, logits, small(splits))
     assert torch.equal(out, logits)
 
 
@@ -61,7 +67,7 @@ def test_blocks_and_parts(columns, splits, dtype):
 def test_vocabularies_of_real_size(columns):
     logits, ids = make(2, columns, torch.bfloat16)
     ids[0] = columns - 1
-    got = [column[0] for column in kernels.forward([logits], ids, None, [1.0], True)]
+    got = [column[0] for column in kernels.token_log_probs([logits], ids, None, [1.0], True)]
     for value, want in zip(got, truth(logits, ids), strict=True):
         assert_close("logp", value, want)
 
@@ -71,7 +77,7 @@ def test_vocabularies_of_real_size(columns):
 def test_sure_tokens_keep_their_digits(dtype, splits):
     logits, ids = make(6, 700, dtype, scale=0.5)
     logits[torch.arange(6), ids] = torch.tensor([5.0, 10.0, 15.0, 20.0, 25.0, 40.0]).to(dtype)
-    got = kernels.forward([logits], ids, None, [1.0], True, small(splits))
+    got = kernels.token_log_probs([logits], ids, None, [1.0], True, small(splits))
     exact = truth(logits, ids)
     # -log p by log1p of the rest of the row: in float64, too, 1 + tail rounds away what is looked for here.
     rest = logits.double().scatter(1, ids[:, None], -math.inf).logsumexp(-1) - logits.double()[torch.arange(6), ids]
@@ -85,7 +91,7 @@ def test_rest_of_the_row_decides_where_the_target_is_unlikely(splits):
     logits, ids = make(4, 500, scale=0.5)
     logits[torch.arange(4), ids] = -30.0
     logits[torch.arange(4), (ids + 1) % 500] = torch.tensor([5.0, 10.0, 20.0, 30.0])
-    got = kernels.forward([logits], ids, None, [1.0], True, small(splits))
+    got = kernels.token_log_probs([logits], ids, None, [1.0], True, small(splits))
     for value, want in zip(got, truth(logits, ids), strict=True):
         torch.testing.assert_close(value[0].double(), want, rtol=1e-6, atol=2e-6)
 
@@ -101,11 +107,11 @@ def test_blocks_of_minus_infinity(dtype, splits):
     logits[4], logits[4, 599] = -math.inf, 2.0  # one token is left
     grads = torch.randn(5), torch.randn(5)
     for ids in (torch.tensor([599, 450, 7, 201, 599]), torch.tensor([0, 0, 599, 2, 3])):
-        got = kernels.forward([logits], ids, None, [0.7], True, small(splits))
+        got = kernels.token_log_probs([logits], ids, None, [0.7], True, small(splits))
         for value, want in zip(got, truth(logits, ids, 0.7), strict=True):
             assert_close("logp", value[0], want, extent=20.0)
         out = torch.empty_like(logits)
-        kernels.backward(logits, ids, None, got[1][0], got[2][0], *grads, 0.7, out, small(splits))
+        backward(logits, ids, None, got[1][0], got[2][0], *grads, 0.7, out, small(splits))
         want = torch.zeros(5, 600, dtype=torch.float64)
         for n in range(5):
             log_p = logits[n].double() / 0.7 - got[1][0, n].double()
@@ -126,12 +132,12 @@ def test_rows_without_a_distribution(splits):
     logits[2, 5] = math.inf
     logits[3, 300] = math.inf  # the target itself
     logits[4, 300] = math.nan
-    logp, lse, entropy = (part[0] for part in kernels.forward([logits], ids, None, [1.0], True, small(splits)))
+    logp, lse, entropy = (part[0] for part in kernels.token_log_probs([logits], ids, None, [1.0], True, small(splits)))
     assert logp.isnan().tolist() == entropy.isnan().tolist() == [True] * 5 + [False]
     assert lse[0] == -math.inf and lse[5].isfinite() and not lse[:5].isfinite().any()
     out = torch.empty_like(logits)
     # A zero upstream gradient must not hide the broken rows either.
-    kernels.backward(logits, ids, None, lse, None, torch.zeros(6), None, 1.0, out)
+    backward(logits, ids, None, lse, None, torch.zeros(6), None, 1.0, out)
     assert out.isnan().any(-1).tolist() == [True] * 5 + [False]
 
 
@@ -141,15 +147,15 @@ def test_masked_rows_are_not_read(dtype, splits):
     logits, ids = make(5, 300, dtype)
     mask = torch.tensor([True, False, True, False, True])
     grads, temperature = (torch.randn(5), torch.randn(5)), 1.3
-    clean = kernels.forward([logits], ids, None, [temperature], True, small(splits))
+    clean = kernels.token_log_probs([logits], ids, None, [temperature], True, small(splits))
     clean_out, out = torch.empty_like(logits), torch.full_like(logits, 3.0)
-    kernels.backward(logits, ids, None, clean[1][0], clean[2][0], *grads, temperature, clean_out)
+    backward(logits, ids, None, clean[1][0], clean[2][0], *grads, temperature, clean_out)
     logits[~mask], ids[~mask] = math.nan, torch.tensor([2**62, -100])
-    got = kernels.forward([logits], ids, mask, [temperature], True, small(splits))
+    got = kernels.token_log_probs([logits], ids, mask, [temperature], True, small(splits))
     for value, want in zip(got, clean, strict=True):
         assert torch.equal(value[0][mask], want[0][mask]) and not value[0][~mask].any()
     broken = [torch.where(mask, grad, math.nan) for grad in grads]
-    kernels.backward(logits, ids, mask, got[1][0], got[2][0], *broken, temperature, out)
+    backward(logits, ids, mask, got[1][0], got[2][0], *broken, temperature, out)
     assert torch.equal(out[mask], clean_out[mask]) and not out[~mask].any()
 
 
@@ -160,9 +166,9 @@ def test_three_models_in_one_launch(splits):
     models = [wide[0, :, :600], wide[1, :, 3:603], wide[2, ::2, :600].repeat_interleave(2, 0)]
     ids, mask = torch.randint(600, (4,)), torch.tensor([True, True, False, True])
     temperatures = [1.0, 1.0, 0.6]
-    logp, lse, _ = kernels.forward(models, ids, mask, temperatures, False, small(splits))
+    logp, lse, _ = kernels.token_log_probs(models, ids, mask, temperatures, False, small(splits))
     for n, (logits, temperature) in enumerate(zip(models, temperatures, strict=True)):
-        alone = kernels.forward([logits], ids, mask, [temperature], False, small(splits))
+        alone = kernels.token_log_probs([logits], ids, mask, [temperature], False, small(splits))
         assert torch.equal(logp[n], alone[0][0]) and torch.equal(lse[n], alone[1][0])
         assert_close("logp", logp[n], truth(logits, ids, temperature)[0].where(mask, 0.0), extent=20.0)
 
@@ -201,7 +207,7 @@ def test_ratios_of_sliced_padded_batches(columns):
 def test_equal_logits_have_a_ratio_of_exactly_zero(dtype, splits):
     logits, ids = make(4, 601, dtype)
     shifted = torch.cat((torch.zeros(4, 3, dtype=dtype), logits), 1)[:, 3:]
-    logp, _, _ = kernels.forward([logits, shifted], ids, None, [1.0, 1.0], False, small(splits))
+    logp, _, _ = kernels.token_log_probs([logits, shifted], ids, None, [1.0, 1.0], False, small(splits))
     assert torch.equal(logp[0], logp[1])
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers.support import assert_close, offsets
 
+from prime_kernels._backends import PPOTokens
 from prime_kernels._triton import losses as kernels
 from prime_kernels._triton.segments import segment_fill
 from prime_kernels.ops import ppo_loss, prm_loss
@@ -50,13 +51,13 @@ def test_ppo(masked, weighted, denominator, cut):
             if each is not None:
                 each[~mask] = math.nan
     config = cut(TOTAL)
-    *got, scale = kernels.ppo_forward(columns, mask, CLIP, denominator, config)
+    *got, scale = kernels.ppo_forward(PPOTokens(*columns, mask), CLIP, denominator, config)
     for value, expected in zip(got, want, strict=True):
         assert value.shape == () and value.dtype == torch.float32
         assert_close("golden", value, expected.detach())
     divisor = (TOTAL if mask is None else int(mask.sum())) if denominator is None else float(denominator)
     assert_close("float64", scale, 1.0 / divisor)
-    got = kernels.ppo_backward(columns, mask, CLIP, scale, torch.tensor(-2.0), config)
+    got = kernels.ppo_backward(PPOTokens(*columns, mask), CLIP, scale, torch.tensor(-2.0), config)
     assert_close("grad.float32", got, -2.0 * gradient)
     if masked:
         assert (got[~mask] == 0.0).all()
@@ -66,19 +67,19 @@ def test_ppo_of_exploded_ratios(cut):
     """Held at e^20, where nothing flows back, and right to the last digits just below."""
     logp = torch.tensor([19.75, 25.0, -12.3, 20.0])
     columns = (logp, torch.zeros(4), torch.full((4,), -1.0), None)
-    loss, clip_fraction, approx_kl, scale = kernels.ppo_forward(columns, None, (0.2, 0.2), 1.0, cut(4))
+    loss, clip_fraction, approx_kl, scale = kernels.ppo_forward(PPOTokens(*columns, None), (0.2, 0.2), 1.0, cut(4))
     assert float(loss) == pytest.approx(math.exp(19.75) + 2 * math.exp(20.0) + 0.8, rel=1e-6)
     assert float(clip_fraction) == 0.25 and float(approx_kl) == pytest.approx(-52.45 / 4, rel=1e-6)
-    got = kernels.ppo_backward(columns, None, (0.2, 0.2), scale, torch.tensor(1.0), cut(4))
+    got = kernels.ppo_backward(PPOTokens(*columns, None), (0.2, 0.2), scale, torch.tensor(1.0), cut(4))
     assert got.tolist() == pytest.approx([math.exp(19.75), 0.0, 0.0, math.exp(20.0)], rel=1e-6)
 
 
 def test_ppo_hands_on_nan(cut):
     columns = [torch.zeros(20) for _ in range(3)]
     columns[0][7] = math.nan
-    loss, _, approx_kl, scale = kernels.ppo_forward((*columns, None), None, CLIP, None, cut(20))
+    loss, _, approx_kl, scale = kernels.ppo_forward(PPOTokens(*columns, None, None), CLIP, None, cut(20))
     assert loss.isnan() and approx_kl.isnan()
-    got = kernels.ppo_backward((*columns, None), None, CLIP, scale, torch.tensor(1.0), cut(20))
+    got = kernels.ppo_backward(PPOTokens(*columns, None, None), CLIP, scale, torch.tensor(1.0), cut(20))
     assert got.isnan().nonzero().tolist() == [[7]]
 
 
@@ -86,9 +87,9 @@ def test_ppo_hands_on_nan(cut):
 def test_ppo_without_valid_tokens(total):
     columns = (*(torch.full((total,), math.nan) for _ in range(3)), None)
     mask = torch.zeros(total, dtype=torch.bool)
-    *results, scale = kernels.ppo_forward(columns, mask, CLIP, None)
+    *results, scale = kernels.ppo_forward(PPOTokens(*columns, mask), CLIP, None)
     assert [float(value) for value in results] == [0.0, 0.0, 0.0] and float(scale) == 1.0
-    assert kernels.ppo_backward(columns, mask, CLIP, scale, torch.tensor(1.0)).tolist() == [0.0] * total
+    assert kernels.ppo_backward(PPOTokens(*columns, mask), CLIP, scale, torch.tensor(1.0)).tolist() == [0.0] * total
 
 
 LENGTHS = [0, 3, 0, 17, 1, 1, 30, 0, 9, 6]
@@ -159,7 +160,7 @@ def test_prm_nan_leaves_slopes_of_others(cut):
 
 def test_bits_do_not_change(cut):
     columns, config = tokens(), cut(TOTAL)
-    first, second = (kernels.ppo_forward(columns, None, CLIP, None, config) for _ in range(2))
+    first, second = (kernels.ppo_forward(PPOTokens(*columns, None), CLIP, None, config) for _ in range(2))
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
     arguments = (
         columns[0],

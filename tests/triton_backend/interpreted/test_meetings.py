@@ -13,7 +13,8 @@ import torch
 from helpers.support import offsets
 from triton.runtime import interpreter
 
-from prime_kernels import _scratch
+from prime_kernels import _launch_counters
+from prime_kernels._backends import PPOTokens, RlooBatch, RlooSettings
 from prime_kernels._triton import _launch, rloo, segments
 from prime_kernels._triton import losses as loss_kernels
 
@@ -27,12 +28,12 @@ PATIENCE = 60
 def returns(config, **options):
     torch.manual_seed(1)
     rewards, mask = torch.randn(TOTAL), torch.rand(TOTAL) < 0.7
-    options = {"normalize_process": True, "process_baseline": "reference", "over_ranks": None} | options
-    options |= {"gamma_process": 0.95, "gamma_outcome": 1.0, "process_coef": 5.0, "outcome_coef": 1.0}
+    over_ranks = options.pop("over_ranks", None)
+    options = {"normalize_process": True, "process_baseline": "reference"} | options
+    settings = RlooSettings(gamma_process=0.95, gamma_outcome=1.0, process_coef=5.0, outcome_coef=1.0, **options)
     outcomes = torch.rand(len(LENGTHS), dtype=torch.float64)
-    return rloo.rloo_returns(
-        rewards, mask, outcomes, offsets(LENGTHS), offsets(GROUPS), TOTAL, config=config, **options
-    )  # fmt: skip
+    batch = RlooBatch(rewards, mask, outcomes, offsets(LENGTHS), offsets(GROUPS), TOTAL)
+    return rloo.rloo_returns(batch, settings, over_ranks, config)
 
 
 def scans(config):
@@ -47,10 +48,10 @@ def sums(config):
 
 def losses(config):
     torch.manual_seed(4)
-    columns = (*(torch.randn(TOTAL) for _ in range(3)), None)
+    tokens = PPOTokens(*(torch.randn(TOTAL) for _ in range(3)), weights=None, mask=None)
     outcomes = torch.rand(len(LENGTHS), dtype=torch.float64)
-    ppo = segments.ppo_forward(columns, None, (0.2, 0.2), None, config)
-    prm = segments.prm_forward(columns[0], outcomes, offsets(LENGTHS), offsets(GROUPS), "dpo", 0.5, config)
+    ppo = loss_kernels.ppo_forward(tokens, (0.2, 0.2), None, config)
+    prm = loss_kernels.prm_forward(tokens.logp, outcomes, offsets(LENGTHS), offsets(GROUPS), "dpo", 0.5, config)
     return [*ppo, *prm]
 
 
@@ -61,7 +62,7 @@ def same_bits(one, other):
 @pytest.fixture
 def counters(monkeypatch) -> Iterator[list[torch.Tensor]]:
     """The counters of all launches, each of which must have left it 0."""
-    made, make = [], _scratch.arrivals
+    made, make = [], _launch_counters.arrivals
 
     def arrivals(device):
         made.append(make(device))

@@ -5,7 +5,7 @@ import torch
 from helpers.support import offsets
 
 from prime_kernels._triton import pack as kernels
-from prime_kernels._triton._config import PackConfig
+from prime_kernels._triton._launch_config import PackConfig
 
 LENGTHS = [0, 3, 0, 11, 1, 12, 0]
 LENGTH, TOTAL = 12, sum(LENGTHS)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers.support import assert_close, offsets
 
+from prime_kernels._backends import RlooBatch, RlooSettings
 from prime_kernels._triton import rloo as kernels
 from prime_kernels.ops import rloo_advantages
 
@@ -44,17 +45,13 @@ def inputs(masked=False):
 
 def truth(rewards, mask, outcomes, lengths=LENGTHS, groups=GROUPS, **options):
     rewards = None if rewards is None else rewards.double().nan_to_num(0.0)
-    settings = rloo_advantages.Settings(**OPTIONS | options)
-    tensors = (rewards, mask, outcomes, offsets(lengths), offsets(groups))
-    return rloo_advantages.reference(*tensors, sum(lengths), settings, whiten=True, process_group=None)
+    batch = RlooBatch(rewards, mask, outcomes, offsets(lengths), offsets(groups), sum(lengths))
+    return rloo_advantages.reference(batch, RlooSettings(**OPTIONS | options), whiten=True, process_group=None)
 
 
 def run(rewards, mask, outcomes, config, lengths=LENGTHS, groups=GROUPS, over_ranks=None, **options):
-    options = OPTIONS | options
-    returns, stats = kernels.rloo_returns(
-        rewards, mask, outcomes, offsets(lengths), offsets(groups), sum(lengths), over_ranks=over_ranks, config=config,
-        **options,
-    )  # fmt: skip
+    batch = RlooBatch(rewards, mask, outcomes, offsets(lengths), offsets(groups), sum(lengths))
+    returns, stats = kernels.rloo_returns(batch, RlooSettings(**OPTIONS | options), over_ranks, config)
     return returns, stats, kernels.whiten(returns, stats, config)
 
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from torch import Tensor
 
 from ...config.run_config import RunConfig
 from ...models.loading import save_config
+from ...models.protocols import CausalLM, Tokenizer
 from ...run.seeds import derive_seed
 from ..sampler import EngineDied, Sample, Sampling, model_shape
 from . import engine
 
 
 class VLLMSampler:
-    def __init__(self, cfg: RunConfig, model: Any, tokenizer: Any) -> None:
+    def __init__(self, cfg: RunConfig, model: CausalLM, tokenizer: Tokenizer) -> None:
         self.shape = model_shape(model, tokenizer, cfg.rollout.vllm.max_model_len)
         self.limit = self.shape.limit
         self.sleeps = cfg.rollout.vllm.sleep

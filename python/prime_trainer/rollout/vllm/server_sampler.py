@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ...config.run_config import RunConfig
 from ...models.loading import save_config
+from ...models.protocols import CausalLM, Tokenizer
 from ...run.seeds import derive_seed
 from ..sampler import EngineDied, Sample, Sampling, model_shape
 from . import engine
@@ -32,7 +33,7 @@ SHARED_MEMORY = Path("/dev/shm")
 class ServerSampler:
     """Servers at `rollout.server.urls`; with none given, one of its own, whose log is in the run's directory."""
 
-    def __init__(self, cfg: RunConfig, model: Any, tokenizer: Any) -> None:
+    def __init__(self, cfg: RunConfig, model: CausalLM, tokenizer: Tokenizer) -> None:
         self.cfg = cfg
         self.shape = model_shape(model, tokenizer, cfg.rollout.vllm.max_model_len)
         self.limit = self.shape.limit

@@ -1,15 +1,16 @@
-"""Token passes on the CUDA C++ kernels, with the functions of cpu.py; nothing waits for the device."""
+"""Token passes on the CUDA C++ kernels, with the functions of packed_cpu.py; nothing waits for the device."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from prime_kernels import _native
+from prime_kernels._backends import PPOResults, PPOTokens, PRMResults, RlooBatch, RlooSettings
+from prime_kernels._launch_counters import arrivals
+from prime_kernels._layout import column, mask_column
 from prime_kernels._native import address
-from prime_kernels._native.cpu import element_bits, offsets_column, ppo_fields, values_column
-from prime_kernels._rows import column, mask_column
-from prime_kernels._scratch import arrivals
+from prime_kernels._native.packed_cpu import element_bits, offsets_column, ppo_fields, values_column
 
 PRM_KINDS = ("ce", "dpo", "kto", "nca")
 
@@ -47,25 +48,15 @@ def segment_fill(values: Tensor, cu_segments: Tensor, total: int, factor: Tensor
 
 
 def rloo_returns(
-    process_rewards: Tensor | None,
-    reward_mask: Tensor | None,
-    outcomes: Tensor,
-    cu_seqlens: Tensor,
-    cu_groups: Tensor,
-    total: int,
-    *,
-    gamma_process: float,
-    gamma_outcome: float,
-    process_coef: float,
-    outcome_coef: float,
-    normalize_process: bool,
-    process_baseline: str,
+    batch: RlooBatch,
+    settings: RlooSettings,
     over_ranks: Callable[[Tensor], None] | None,
 ) -> tuple[Tensor, Tensor]:
     """(returns [T] float32, (count, mean, squares about it) of each block's share [P, 3] float64).
 
     One launch; two if the largest return is needed from other ranks in between.
     """
+    process_rewards, reward_mask, outcomes, cu_seqlens, cu_groups, total = batch
     responses, device = outcomes.numel(), outcomes.device
     outcomes = column(outcomes, torch.float64, responses, device)
     cu_seqlens, cu_groups = offsets_column(cu_seqlens), offsets_column(cu_groups)
@@ -77,10 +68,9 @@ def rloo_returns(
     largest = None
     inputs = (address(each) for each in (rewards, mask, outcomes, cu_seqlens, cu_groups))
     sizes = (responses, cu_groups.numel() - 1, total)
-    factors = (gamma_process, gamma_outcome, process_coef, outcome_coef)
-    fields = (*inputs, *sizes, *factors, normalize_process, process_baseline == "paper")
+    fields = (*inputs, *sizes, *settings[:5], settings.process_baseline == "paper")
     outputs = (moments.data_ptr(), workspace.data_ptr(), out.data_ptr())
-    apart = over_ranks is not None and normalize_process and rewards is not None
+    apart = over_ranks is not None and settings.normalize_process and rewards is not None
     if apart:
         largest = outcomes.new_empty(())
         _run("rloo_returns", outcomes, *fields, True, False, largest.data_ptr(), *outputs)
@@ -99,15 +89,10 @@ def whiten(values: Tensor, moments: Tensor) -> Tensor:
     return out
 
 
-def ppo_forward(
-    columns: Sequence[Tensor | None],
-    mask: Tensor | None,
-    clip: tuple[float, float],
-    denominator: Tensor | float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def ppo_forward(tokens: PPOTokens, clip: tuple[float, float], denominator: Tensor | float | None) -> PPOResults:
     """One launch; (loss, clip fraction, approximate KL) float32 and 1 / denominator float64, scalars."""
-    fields, keep = ppo_fields(columns, mask, clip)
-    logp = columns[0]
+    fields, keep = ppo_fields(tokens, clip)
+    logp = tokens.logp
     results, scale = logp.new_empty(3, dtype=torch.float32), logp.new_empty((), dtype=torch.float64)
     sums, number = _of_blocks(logp, 4), 0.0
     if isinstance(denominator, Tensor):
@@ -117,16 +102,14 @@ def ppo_forward(
     outputs = (results.data_ptr(), scale.data_ptr(), sums.data_ptr(), arrivals(logp.device).data_ptr())
     _run("ppo_loss", logp, *fields, address(denominator), number, *outputs)
     del keep
-    return *results.unbind(), scale
+    return PPOResults(*results.unbind(), scale)
 
 
-def ppo_backward(
-    columns: Sequence[Tensor | None], mask: Tensor | None, clip: tuple[float, float], scale: Tensor, grad: Tensor
-) -> Tensor:
+def ppo_backward(tokens: PPOTokens, clip: tuple[float, float], scale: Tensor, grad: Tensor) -> Tensor:
     """One launch; d loss / d logp * grad, [T] float32."""
-    fields, keep = ppo_fields(columns, mask, clip)
+    fields, keep = ppo_fields(tokens, clip)
     grad = column(grad, torch.float32, 1, scale.device)
-    out = scale.new_empty(columns[0].numel(), dtype=torch.float32)
+    out = scale.new_empty(tokens.logp.numel(), dtype=torch.float32)
     _run("ppo_loss_backward", scale, *fields, scale.data_ptr(), grad.data_ptr(), out.data_ptr())
     del keep
     return out
@@ -134,7 +117,7 @@ def ppo_backward(
 
 def prm_forward(
     log_ratio: Tensor, outcomes: Tensor, cu_seqlens: Tensor, cu_groups: Tensor | None, kind: str, beta: float
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> PRMResults:
     """One launch; (loss, pair accuracy) float32 scalars and d loss / d sum of a response's log-ratios, [B] float64."""
     log_ratio, cu_seqlens = values_column(log_ratio), offsets_column(cu_seqlens)
     outcomes = column(outcomes, torch.float64, cu_seqlens.numel() - 1, log_ratio.device)
@@ -145,7 +128,7 @@ def prm_forward(
     sizes = (log_ratio.numel(), outcomes.numel(), 0 if cu_groups is None else cu_groups.numel() - 1)
     scratch = (each.data_ptr() for each in (delta, slope, left, arrivals(log_ratio.device)))
     _run("prm_loss", log_ratio, *inputs, *sizes, beta, PRM_KINDS.index(kind), *scratch, results.data_ptr())
-    return *results.unbind(), slope
+    return PRMResults(*results.unbind(), slope)
 
 
 def pack(padded: Tensor, cu_seqlens: Tensor, total: int, left: bool) -> Tensor:

@@ -1,14 +1,15 @@
-"""Token passes on the C++ kernels of the CPU. cuda.py and _triton/segments.py have the same functions."""
+"""Token passes on the C++ kernels of the CPU. packed_cuda.py and _triton/segments.py have the same functions."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from prime_kernels._backends import PPOResults, PPOTokens, RlooBatch, RlooSettings
+from prime_kernels._layout import column, mask_column
 from prime_kernels._native import address, run
-from prime_kernels._packed import leave_one_out, merge_moments
-from prime_kernels._rows import column, mask_column
+from prime_kernels._segment_math import leave_one_out, merge_moments
 
 CPU = torch.device("cpu")
 NORMALIZE_EPS, WHITEN_EPS = 1e-6, 1e-8
@@ -43,22 +44,12 @@ def segment_fill(values: Tensor, cu_segments: Tensor, total: int, factor: Tensor
 
 
 def rloo_returns(
-    process_rewards: Tensor | None,
-    reward_mask: Tensor | None,
-    outcomes: Tensor,
-    cu_seqlens: Tensor,
-    cu_groups: Tensor,
-    total: int,
-    *,
-    gamma_process: float,
-    gamma_outcome: float,
-    process_coef: float,
-    outcome_coef: float,
-    normalize_process: bool,
-    process_baseline: str,
+    batch: RlooBatch,
+    settings: RlooSettings,
     over_ranks: Callable[[Tensor], None] | None,
 ) -> tuple[Tensor, Tensor]:
     """(returns [T] float32, their (count, mean, sum of squares about it) [1, 3] float64)."""
+    process_rewards, reward_mask, outcomes, cu_seqlens, cu_groups, total = batch
     cu_seqlens, responses = offsets_column(cu_seqlens), outcomes.numel()
     rewards, mask = 0, None
     centred = outcomes - leave_one_out(outcomes, cu_seqlens.diff() > 0, cu_groups)[0]
@@ -71,15 +62,17 @@ def rloo_returns(
         results = (each.data_ptr() for each in (sums, counts, largest))
         run("rloo_moments", CPU, rewards, address(mask), cu_seqlens.data_ptr(), responses, total, *results)
         unit = 1.0
-        if normalize_process:
+        if settings.normalize_process:
             if over_ranks is not None:
                 over_ranks(largest)
             unit = 1.0 / (float(largest) + NORMALIZE_EPS)
-        scale, shift = _process_terms(sums * unit / counts.clamp(min=1.0), counts > 0, cu_groups, process_baseline)
+        scale, shift = _process_terms(
+            sums * unit / counts.clamp(min=1.0), counts > 0, cu_groups, settings.process_baseline
+        )
         scale = scale * unit
     columns = [column(each, torch.float64, responses, CPU) for each in (scale, shift, centred)]
     out = torch.empty(total, dtype=torch.float32)
-    factors = (gamma_process, gamma_outcome, process_coef, outcome_coef)
+    factors = settings[:4]
     addresses = (each.data_ptr() for each in columns)
     fields = (rewards, address(mask), cu_seqlens.data_ptr(), responses, total, *addresses, *factors, out.data_ptr())
     mean = run("rloo_returns", CPU, *fields) / max(total, 1)
@@ -107,33 +100,26 @@ def whiten(values: Tensor, moments: Tensor) -> Tensor:
     return out
 
 
-def ppo_forward(
-    columns: Sequence[Tensor | None],
-    mask: Tensor | None,
-    clip: tuple[float, float],
-    denominator: Tensor | float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def ppo_forward(tokens: PPOTokens, clip: tuple[float, float], denominator: Tensor | float | None) -> PPOResults:
     """(loss, clip fraction, approximate KL) float32 and 1 / denominator float64, scalars.
 
     ``columns``: logp, old_logp, advantages and weights or None, float32. ``denominator``: None for the tokens that
     count.
     """
     sums = torch.empty(4, dtype=torch.float64)
-    fields, keep = ppo_fields(columns, mask, clip)
+    fields, keep = ppo_fields(tokens, clip)
     run("ppo_loss", CPU, *fields, sums.data_ptr())
     del keep
     loss, clipped, log_rho, count = sums
     count = count.clamp(min=1.0)
     scale = 1.0 / (count if denominator is None else torch.as_tensor(denominator, dtype=torch.float64))
-    return (loss * scale).float(), (clipped / count).float(), (-log_rho / count).float(), scale
+    return PPOResults((loss * scale).float(), (clipped / count).float(), (-log_rho / count).float(), scale)
 
 
-def ppo_backward(
-    columns: Sequence[Tensor | None], mask: Tensor | None, clip: tuple[float, float], scale: Tensor, grad: Tensor
-) -> Tensor:
+def ppo_backward(tokens: PPOTokens, clip: tuple[float, float], scale: Tensor, grad: Tensor) -> Tensor:
     """d loss / d logp * grad, [T] float32."""
-    out = torch.empty(columns[0].numel(), dtype=torch.float32)
-    fields, keep = ppo_fields(columns, mask, clip)
+    out = torch.empty(tokens.logp.numel(), dtype=torch.float32)
+    fields, keep = ppo_fields(tokens, clip)
     run("ppo_loss_backward", CPU, *fields, float(scale * grad), out.data_ptr())
     del keep
     return out
@@ -167,11 +153,11 @@ def _copy(source: Tensor, out: Tensor, cu_seqlens: Tensor) -> tuple[int, int, in
     return source.data_ptr(), out.data_ptr(), cu_seqlens.data_ptr()
 
 
-def ppo_fields(columns: Sequence[Tensor | None], mask: Tensor | None, clip: tuple[float, float]) -> tuple[Any, Any]:
+def ppo_fields(tokens: PPOTokens, clip: tuple[float, float]) -> tuple[Any, Any]:
     """Addresses, and the tensors that they are of."""
-    total, device = columns[0].numel(), columns[0].device
-    tensors = [column(each, torch.float32, total, device) for each in columns]
-    tensors.insert(3, mask_column(mask, total, device))
+    total, device = tokens.logp.numel(), tokens.logp.device
+    logp, old_logp, advantages, weights = (column(each, torch.float32, total, device) for each in tokens[:4])
+    tensors = [logp, old_logp, advantages, mask_column(tokens.mask, total, device), weights]
     return (*map(address, tensors), total, *clip), tensors
 
 

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from prime_kernels.ops.log_probs import kernels
+from prime_kernels import _backends
+from prime_kernels._backends import RowGradient, RowResults
 
 # Tokens of a tile, by device: enough for a product at full speed.
 TOKENS = {"cpu": 1024, "cuda": 8192}
@@ -80,8 +81,13 @@ def can_keep(hidden: Tensor, weight: Tensor, backend: str) -> bool:
     return few and _fused_kernel(hidden, weight, backend) is None
 
 
-def join(parts: Sequence[tuple[Tensor, Tensor, Tensor | None]], owner: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(logp, lse, entropy) of rows from those of the parts of their vocabulary; ``owner`` is the part of the target."""
+def first_model(results: RowResults) -> RowResults:
+    """Results [N] of the only model, from [1, N]."""
+    return RowResults(*(None if column is None else column[0] for column in results))
+
+
+def join(parts: Sequence[RowResults], owner: Tensor) -> RowResults:
+    """Results of whole rows from those of parts of their vocabulary; ``owner`` [N] is the part with the target."""
     if len(parts) == 1:
         return parts[0]
     logp, lse = (torch.stack([part[k] for part in parts]).double() for k in range(2))
@@ -94,16 +100,16 @@ def join(parts: Sequence[tuple[Tensor, Tensor, Tensor | None]], owner: Tensor) -
     impossible = (own_lse == -torch.inf) & (every > -torch.inf)
     joined = joined.masked_fill(impossible, -torch.inf)
     entropy = None
-    if parts[0][2] is not None:
+    if parts[0].entropy is not None:
         log_share = lse - every
         share = log_share.exp()
-        terms = share * (torch.stack([part[2] for part in parts]).double() - log_share)
+        terms = share * (torch.stack([part.entropy for part in parts]).double() - log_share)
         # Where every is NaN or infinite there is no distribution, and 0 * every says so.
         entropy = (terms.where(share > 0, 0.0).sum(0) + 0.0 * every).float()
-    return joined.float(), every.float(), entropy
+    return RowResults(joined.float(), every.float(), entropy)
 
 
-def forward(
+def head_log_probs(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -112,14 +118,14 @@ def forward(
     with_entropy: bool,
     backend: str,
     kept: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(logp, lse, entropy or None) of tokens [N]. Ids may lie outside the head: their logp then means nothing.
+) -> RowResults:
+    """Results [N] of hidden states [N, D]. For ids outside the head logp is meaningless.
 
-    The logits are left in ``kept`` [N, V] if there is one; the results are the same bits with and without it.
+    ``kept`` [N, V] receives the logits if it is given; the results are bitwise the same with and without it.
     """
     if (fused_kernel := _fused_kernel(hidden, weight, backend)) is not None:
         return fused_kernel(hidden, weight, bias, ids.clamp(0, len(weight) - 1), temperature, with_entropy)
-    run = kernels(backend).forward
+    kernels = _backends.rows(backend)
     tiles = Tiles(hidden, weight, bias, FORWARD_ELEMENTS[_kind(hidden)])
     blocks = []
     for tokens in tiles.token_spans():
@@ -127,31 +133,28 @@ def forward(
         for columns in tiles.column_spans():
             z = tiles.logits(tokens, columns, None if kept is None else kept[tokens, columns])
             inside = (ids[tokens] - columns.start).clamp(0, z.shape[1] - 1)
-            parts.append([None if c is None else c[0] for c in run([z], inside, None, [temperature], with_entropy)])
+            parts.append(first_model(kernels.token_log_probs([z], inside, None, [temperature], with_entropy)))
         last = -(-len(weight) // tiles.columns) - 1
         blocks.append(join(parts, (ids[tokens] // tiles.columns).clamp(0, last)))
-    return tuple(None if column[0] is None else torch.cat(column) for column in zip(*blocks, strict=True))
+    return RowResults(*(None if column[0] is None else torch.cat(column) for column in zip(*blocks, strict=True)))
 
 
-def backward(
+def head_gradients(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     ids: Tensor,
     temperature: float,
-    lse: Tensor,
-    entropy: Tensor | None,
-    grad_logp: Tensor | None,
-    grad_entropy: Tensor | None,
+    gradient: RowGradient,
     wanted: Sequence[bool],
     backend: str,
     kept: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of (hidden, weight, bias) where ``wanted``. Ids may lie outside the head.
 
-    ``kept`` holds the logits that :func:`forward` left there; they are lost.
+    ``kept`` holds the logits that :func:`head_log_probs` stored there; they are overwritten.
     """
-    run = kernels(backend).backward
+    kernels = _backends.rows(backend)
     elements = BACKWARD_ELEMENTS[_kind(hidden)]
     if can_keep(hidden, weight, backend):
         elements = len(hidden) * len(weight)
@@ -167,8 +170,8 @@ def backward(
         bias_part = 0.0
         for tokens in tiles.token_spans():
             z = tiles.logits(tokens, columns) if kept is None else kept
-            of_rows = [None if c is None else c[tokens] for c in (lse, entropy, grad_logp, grad_entropy)]
-            run(z, ids[tokens] - columns.start, None, *of_rows, temperature, z, partial=True)
+            of_tokens = RowGradient(*(None if c is None else c[tokens] for c in gradient))
+            kernels.logits_gradient(z, ids[tokens] - columns.start, None, of_tokens, temperature, z, partial=True)
             if grad_hidden is not None:
                 grad_hidden.add(z, weight[columns], tokens)
             if part is not None:
@@ -184,7 +187,7 @@ def backward(
 
 
 def _again(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The logits that :func:`forward` could have kept, by its tiles: the same bits, hence the same gradients."""
+    """The logits that head_log_probs could have kept, by its tiles: the same bits, hence the same gradients."""
     tiles = Tiles(hidden, weight, bias, FORWARD_ELEMENTS[_kind(hidden)])
     logits = all_logits(hidden, weight)
     for tokens in tiles.token_spans():
@@ -193,7 +196,7 @@ def _again(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return logits
 
 
-def fused(
+def loss_gradients(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -207,7 +210,7 @@ def fused(
 
     ``grad_of(logp, tokens)`` is d loss / d logp of a span of tokens.
     """
-    run = kernels(backend)
+    kernels = _backends.rows(backend)
     tiles = Tiles(hidden, weight, bias, FUSED_BYTES // hidden.element_size(), whole_rows=True)
     columns = slice(0, len(weight))
     one = tiles.tokens >= len(hidden)
@@ -217,11 +220,12 @@ def fused(
     parts = []
     for tokens in tiles.token_spans():
         z = tiles.logits(tokens, columns)
-        logp, lse, _ = (None if c is None else c[0] for c in run.forward([z], ids[tokens], None, [temperature], False))
+        logp, lse, _ = first_model(kernels.token_log_probs([z], ids[tokens], None, [temperature], False))
         parts.append(logp)
         if not any(wanted):
             continue
-        run.backward(z, ids[tokens], None, lse, None, grad_of(logp, tokens), None, temperature, z)
+        gradient = RowGradient(lse, None, grad_of(logp, tokens), None)
+        kernels.logits_gradient(z, ids[tokens], None, gradient, temperature, z)
         if grad_hidden is not None:
             grad_hidden.add(z, weight, tokens)
         if grad_weight is not None:
@@ -237,13 +241,13 @@ def _fused_kernel(hidden: Tensor, weight: Tensor, backend: str) -> Callable | No
     """The Triton kernel that makes no tile at all, where it is the faster way and takes these tensors."""
     if backend != "triton":
         return None
-    from prime_kernels._triton import _config
+    from prime_kernels._triton import _launch_config
 
-    if not _config.FUSED_LINEAR:
+    if not _launch_config.FUSED_LINEAR:
         return None
     from prime_kernels._triton import linear_log_probs
 
-    return linear_log_probs.forward if linear_log_probs.supported(hidden, weight) else None
+    return linear_log_probs.linear_token_log_probs if linear_log_probs.supported(hidden, weight) else None
 
 
 def _aligned(columns: int) -> int:

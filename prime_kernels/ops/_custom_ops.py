@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from prime_kernels import _checks, _dispatch
-from prime_kernels._packed import result_dtype
-from prime_kernels.ops import _linear_tiles as tiles
+from prime_kernels._backends import RowGradient
+from prime_kernels._segment_math import result_dtype
+from prime_kernels.ops import _tiled_head as tiles
 from prime_kernels.ops import linear_log_probs as linear
 from prime_kernels.ops import log_probs as rows
 from prime_kernels.ops import log_ratios as ratios
@@ -26,7 +27,7 @@ def _values(
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """(logp, lse, entropy) of each model; entropy is empty where it is not asked for."""
     dense = [z if z.stride(-1) == 1 else z.contiguous() for z in models]
-    logp, lse, entropy = rows.kernel_forward(dense, ids, mask, temperatures, with_entropy, backend)
+    logp, lse, entropy = rows.log_probs_of_views(dense, ids, mask, temperatures, with_entropy, backend)
     columns = [logp, lse, logp.new_empty(len(models), 0) if entropy is None else entropy]
     # Results of an operator must not share memory.
     return [tuple(column[place].clone() for column in columns) for place in range(len(models))]
@@ -66,7 +67,8 @@ def log_probs_backward(
     chosen = _dispatch.resolve("log_probs", logits, backend)
     dense = logits if logits.stride(-1) == 1 else logits.contiguous()
     out = torch.empty_like(dense, memory_format=torch.contiguous_format)
-    rows.kernel_backward(dense, ids, mask, lse, entropy, grad_logp, grad_entropy, temperature, out, chosen)
+    gradient = RowGradient(lse, entropy, grad_logp, grad_entropy)
+    rows.gradient_of_views(dense, ids, mask, gradient, temperature, out, chosen)
     return out
 
 
@@ -158,7 +160,7 @@ def linear_log_probs(
     if not len(flat):
         zeros = _fake_values(hidden, ids, with_entropy)
         return tuple(column.zero_() for column in zeros)
-    columns = tiles.forward(flat, head.weight, head.bias, flat_ids, temperature, with_entropy, chosen)
+    columns = tiles.head_log_probs(flat, head.weight, head.bias, flat_ids, temperature, with_entropy, chosen)
     logp, lse, entropy = (None if column is None else linear.spread(column, valid, ids.shape) for column in columns)
     return logp, lse, logp.new_empty(0) if entropy is None else entropy
 
@@ -193,7 +195,8 @@ def linear_log_probs_backward(
         columns = [None if each is None else each[valid] for each in columns]
     gradients = [each.new_zeros(each.shape) if want else each.new_empty(0) for each, want in _wanted(head, wanted)]
     if len(flat):
-        found = tiles.backward(flat, head.weight, head.bias, flat_ids, temperature, *columns, wanted, chosen)
+        gradient = RowGradient(*columns)
+        found = tiles.head_gradients(flat, head.weight, head.bias, flat_ids, temperature, gradient, wanted, chosen)
         if found[0] is not None:
             rows_of = slice(None) if valid is None else valid
             gradients[0].view(-1, hidden.shape[-1])[rows_of] = found[0]

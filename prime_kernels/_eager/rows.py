@@ -1,17 +1,18 @@
-"""The row kernels in plain PyTorch, with the interface of the others: for operators, where autograd cannot be asked."""
+"""Row kernels in plain PyTorch, for custom operators and ``inplace_backward``, where autograd cannot be used."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from prime_kernels._packed import result_dtype
+from prime_kernels._backends import RowGradient, RowResults
+from prime_kernels._segment_math import result_dtype
 
 
-def forward(
+def token_log_probs(
     models: Sequence[Tensor], ids: Tensor, mask: Tensor | None, temperatures: Sequence[float], with_entropy: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(logp, lse, entropy or None), each [models, N], of the models' [N, V] logits."""
+) -> RowResults:
+    """Results [models, N] of the models' logits [N, V]."""
     dtype = torch.float64 if any(z.dtype == torch.float64 for z in models) else torch.float32
     columns = []
     for logits, temperature in zip(models, temperatures, strict=True):
@@ -23,34 +24,33 @@ def forward(
             found.append(-(log_p.exp() * _finite(log_p)).sum(-1))
         columns.append([(each if mask is None else each.masked_fill(~mask, 0.0)).to(dtype) for each in found])
     logp, lse, *entropy = (torch.stack(column) for column in zip(*columns, strict=True))
-    return logp, lse, entropy[0] if entropy else None
+    return RowResults(logp, lse, entropy[0] if entropy else None)
 
 
-def backward(
+def logits_gradient(
     logits: Tensor,
     ids: Tensor,
     mask: Tensor | None,
-    lse: Tensor,
-    entropy: Tensor | None,
-    grad_logp: Tensor | None,
-    grad_entropy: Tensor | None,
+    gradient: RowGradient,
     temperature: float,
     out: Tensor,
     partial: bool = False,
 ) -> None:
     """Write d loss / d logits [N, V] to ``out``, which may be ``logits`` itself; ``partial`` as in the kernels."""
+    lse, entropy, grad_logp, grad_entropy = gradient
     log_p = logits.to(result_dtype(logits)) / temperature - lse.unsqueeze(-1)
     p = log_p.exp()
-    gradient = torch.zeros_like(p)
+    total = torch.zeros_like(p)
     if grad_logp is not None:
         inside = (ids >= 0) & (ids < logits.shape[-1])
         at = ids.where(inside, 0).unsqueeze(-1)
         own = grad_logp.where(inside, 0.0).to(p.dtype).unsqueeze(-1)
-        gradient = (-grad_logp.unsqueeze(-1) * p).scatter_add(-1, at, own)
+        total = (-grad_logp.unsqueeze(-1) * p).scatter_add(-1, at, own)
     if grad_entropy is not None:
-        gradient = gradient - grad_entropy.unsqueeze(-1) * p * (_finite(log_p) + entropy.unsqueeze(-1))
-    gradient = gradient / temperature
-    out.copy_(gradient if mask is None else gradient.masked_fill(~mask.unsqueeze(-1), 0.0))
+        assert entropy is not None
+        total = total - grad_entropy.unsqueeze(-1) * p * (_finite(log_p) + entropy.unsqueeze(-1))
+    total = total / temperature
+    out.copy_(total if mask is None else total.masked_fill(~mask.unsqueeze(-1), 0.0))
 
 
 def _finite(log_p: Tensor) -> Tensor:

@@ -1,0 +1,92 @@
+"""Every operation on every GPU backend: against eager, captured in a CUDA graph, and on a second stream.
+
+usage: python bench/smoke.py
+
+One line an operation, with the error's own words where it fails; the exit status is 1 if any does. The first thing that
+bench/gpu.sh runs: a minute, before anything is timed. Without a GPU it runs what the CPU backends can.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+
+import prime_kernels as pk
+from prime_kernels import _selftest
+
+# Operations whose documentation says that they read sizes back from the device, which a graph cannot hold.
+WAITS = ("linear_log_probs", "linear_ppo_loss", "linear_nll", "prm_loss")
+
+
+def captured(call: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
+    """The results of a replay of ``call``, whose capture allocates them."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()  # compiles and loads before the capture, which allows neither
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call()
+    for result in results:
+        result.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    return results
+
+
+def on_second_stream(call: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
+    """The results of ``call`` on a stream of its own, while the default one is kept busy."""
+    busy = torch.randn(2048, 2048, device="cuda")
+    stream = torch.cuda.Stream()
+    for _ in range(20):
+        busy = busy @ busy.T / 2048
+    stream.wait_stream(torch.cuda.default_stream())
+    with torch.cuda.stream(stream):
+        results = call()
+    stream.synchronize()
+    return results
+
+
+def checks() -> Iterator[tuple[str, str | None]]:
+    """(what, None or the failure) of every check that can run here."""
+    for outcome in _selftest.run():
+        yield f"{outcome.op} on {outcome.backend}", outcome.failure
+    if not torch.cuda.is_available():
+        return
+    cases = _selftest._cases(torch.Generator().manual_seed(0), "cuda")
+    backends = [name for name in ("triton", "cuda") if pk.available_backends()[name] is None]
+    for name, way in (("in a CUDA graph", captured), ("on a second stream", on_second_stream)):
+        for backend in backends:
+            for op, (call, leaves) in cases.items():
+                if way is captured and op in WAITS:
+                    continue
+                yield f"{op} on {backend} {name}", same(way, call, backend, leaves)
+
+
+def same(way: Callable, call: Callable, backend: str, leaves: list[torch.Tensor]) -> str | None:
+    """What is wrong with ``way`` of a call, if anything; results are compared with those of a plain call."""
+    try:
+        with torch.no_grad():
+            want = call(backend, *leaves)
+            got = way(lambda: call(backend, *leaves))
+        for one, other in zip(got, want, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0)
+    except Exception as error:  # a failed launch may raise anything; its words are what there is to know
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def main() -> int:
+    failed = 0
+    for what, failure in checks():
+        failed += failure is not None
+        print(f"{what}: {'ok' if failure is None else f'FAILED: {failure}'}", flush=True)
+    print(f"{failed} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

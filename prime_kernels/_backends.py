@@ -1,0 +1,222 @@
+"""What a backend has to implement, and where each backend does.
+
+Row kernels take rows of logits, packed kernels take packed tokens. A backend implements each group as a module with
+the functions of the protocol; it is imported when it is first used.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+
+class RowResults(NamedTuple):
+    """Results of rows of logits: float32, or float64 for float64 logits; of one or several models."""
+
+    logp: Tensor
+    """Log-probability of each row's target, in nats."""
+    lse: Tensor
+    """logsumexp of logits / temperature."""
+    entropy: Tensor | None
+    """Entropy of each row's distribution, in nats; None where it was not asked for."""
+
+
+class RowGradient(NamedTuple):
+    """What the gradient of rows of logits [N, V] is computed from, each [N] or None for zero."""
+
+    lse: Tensor
+    """logsumexp of logits / temperature, as in :class:`RowResults`."""
+    entropy: Tensor | None
+    """As in :class:`RowResults`; needed where ``grad_entropy`` is given."""
+    grad_logp: Tensor | None
+    """d loss / d logp."""
+    grad_entropy: Tensor | None
+    """d loss / d entropy."""
+
+
+class RowKernels(Protocol):
+    """Kernels over rows of logits. Shapes, dtypes and ranges have been checked."""
+
+    def token_log_probs(
+        self,
+        models: Sequence[Tensor],
+        ids: Tensor,
+        mask: Tensor | None,
+        temperatures: Sequence[float],
+        with_entropy: bool,
+    ) -> RowResults:
+        """Results [models, N] of one to three models' logits [N, V], which share ids and mask. Masked rows are 0."""
+        ...
+
+    def logits_gradient(
+        self,
+        logits: Tensor,
+        ids: Tensor,
+        mask: Tensor | None,
+        gradient: RowGradient,
+        temperature: float,
+        out: Tensor,
+        partial: bool = False,
+    ) -> None:
+        """Write d loss / d logits [N, V] to ``out``, which may be ``logits`` itself.
+
+        With ``partial`` these are some columns of longer rows: lse and entropy are those of the whole row, and ids may
+        lie outside the columns.
+        """
+        ...
+
+
+class RlooBatch(NamedTuple):
+    """Packed rewards and outcomes of a batch."""
+
+    process_rewards: Tensor | None
+    """[T] float32, or None for outcomes alone."""
+    reward_mask: Tensor | None
+    """[T] bool: the tokens that have a process reward; None for all."""
+    outcomes: Tensor
+    """[B] float64."""
+    cu_seqlens: Tensor
+    """[B + 1] int64."""
+    cu_groups: Tensor
+    """[G + 1] int64, counted in responses."""
+    total: int
+    """T."""
+
+
+class RlooSettings(NamedTuple):
+    """The options of :func:`prime_kernels.rloo_advantages` that kernels take as they are."""
+
+    gamma_process: float
+    gamma_outcome: float
+    process_coef: float
+    outcome_coef: float
+    normalize_process: bool
+    process_baseline: str
+
+
+class PPOTokens(NamedTuple):
+    """Tokens of a PPO loss, each [T]: float32, the mask bool."""
+
+    logp: Tensor
+    old_logp: Tensor
+    advantages: Tensor
+    weights: Tensor | None
+    mask: Tensor | None
+
+
+class PPOResults(NamedTuple):
+    """Scalars: float32, ``scale`` float64."""
+
+    loss: Tensor
+    clip_fraction: Tensor
+    approx_kl: Tensor
+    scale: Tensor
+    """1 / denominator."""
+
+
+class PRMResults(NamedTuple):
+    """Two float32 scalars and the slope of each response."""
+
+    loss: Tensor
+    pair_accuracy: Tensor
+    slope: Tensor
+    """d loss / d (sum of a response's log-ratios), [B] float64."""
+
+
+class PackedKernels(Protocol):
+    """Kernels over packed tokens. Shapes, dtypes and ranges have been checked; offsets are int64."""
+
+    def segment_scan(self, values: Tensor, cu_seqlens: Tensor, gamma: float, reverse: bool) -> Tensor:
+        """y_t = x_t + gamma * y_{t-1}, or y_{t+1} with ``reverse``, in each segment; float32 or float64 [T]."""
+        ...
+
+    def segment_sum(self, values: Tensor, cu_segments: Tensor) -> Tensor:
+        """The sum of each segment of float32 values [T]: [S] float64."""
+        ...
+
+    def segment_fill(self, values: Tensor, cu_segments: Tensor, total: int, factor: Tensor | None = None) -> Tensor:
+        """[total] float32: each token gets its segment's value of [S] float64 times ``factor``, a float32 scalar."""
+        ...
+
+    def rloo_returns(
+        self, batch: RlooBatch, settings: RlooSettings, over_ranks: Callable[[Tensor], None] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Returns [T] float32, and moments [P, 3] float64 of P parts of them: count, mean, sum of squares about it.
+
+        ``over_ranks`` replaces the largest suffix sum of this rank, a float64 scalar, by that of all ranks. It is
+        called if process rewards are normalised, whether there are tokens here or not.
+        """
+        ...
+
+    def whiten(self, values: Tensor, moments: Tensor) -> Tensor:
+        """(value - mean) * rsqrt(unbiased variance + WHITEN_EPS) of the values of which these are the moments."""
+        ...
+
+    def ppo_forward(
+        self, tokens: PPOTokens, clip: tuple[float, float], denominator: Tensor | float | None
+    ) -> PPOResults:
+        """The loss and its statistics. ``clip`` is (clip_low, clip_high); denominator None means the valid tokens."""
+        ...
+
+    def ppo_backward(self, tokens: PPOTokens, clip: tuple[float, float], scale: Tensor, grad: Tensor) -> Tensor:
+        """d loss / d logp * ``grad``, [T] float32; ``scale`` is that of the forward pass."""
+        ...
+
+    def pack(self, padded: Tensor, cu_seqlens: Tensor, total: int, left: bool) -> Tensor:
+        """Tokens [total, W] of padded rows [B, L, W]; with ``left`` the padding comes first."""
+        ...
+
+    def unpack(self, values: Tensor, cu_seqlens: Tensor, length: int, left: bool, fill: float) -> Tensor:
+        """Padded rows [B, length, W] of tokens [N, W]."""
+        ...
+
+
+class GpuPackedKernels(PackedKernels, Protocol):
+    """What a GPU backend has besides: on CPUs the loss of a few responses is plain PyTorch."""
+
+    def prm_forward(
+        self,
+        log_ratio: Tensor,
+        outcomes: Tensor,
+        cu_seqlens: Tensor,
+        cu_groups: Tensor | None,
+        kind: str,
+        beta: float,
+    ) -> PRMResults:
+        """The loss of float32 log-ratios [T] and float64 outcomes [B]. Without groups the pair accuracy is NaN."""
+        ...
+
+
+def rows(backend: str) -> RowKernels:
+    """The row kernels of a resolved backend."""
+    if backend == "triton":
+        from prime_kernels._triton import rows as triton_rows
+
+        return triton_rows
+    if backend == "eager":
+        from prime_kernels._eager import rows as eager_rows
+
+        return eager_rows
+    from prime_kernels._native import rows as native_rows
+
+    return native_rows
+
+
+def packed(backend: str) -> PackedKernels:
+    """The packed kernels of a resolved backend other than "eager", which is plain PyTorch in ops/."""
+    if backend == "cpu":
+        from prime_kernels._native import packed_cpu
+
+        return packed_cpu
+    return packed_on_gpu(backend)
+
+
+def packed_on_gpu(backend: str) -> GpuPackedKernels:
+    """The packed kernels of "triton" or "cuda"."""
+    if backend == "triton":
+        from prime_kernels._triton import packed as triton_packed
+
+        return triton_packed
+    from prime_kernels._native import packed_cuda
+
+    return packed_cuda

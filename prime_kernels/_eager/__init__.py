@@ -1,0 +1,1 @@
+"""The backend "eager": row kernels in plain PyTorch. References of the operations stand in ops/."""

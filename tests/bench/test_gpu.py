@@ -1,0 +1,108 @@
+"""bench/gpu.sh without a GPU: its order, what it keeps when it is cut short, and the smoke test on CPU backends."""
+
+import os
+import stat
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Stands in for Python: answers what the script asks of torch, writes the JSON of a benchmark, notes its arguments.
+STAND_IN = """#!/usr/bin/env bash
+echo "$*" >>"$CALLS"
+case "$*" in
+  *get_device_capability*) echo 90 ;;
+  *xdist*) exit 1 ;;
+  *"import sys, torch"*) echo 3.12 2.11 13.0 ;;
+  *pip*) exit "${BUILD_STATUS:-0}" ;;
+  *smoke.py*) echo "0 failed"; exit "${SMOKE_STATUS:-0}" ;;
+esac
+for word in "$@"; do
+  case $word in --benchmark-json=*) echo '{"benchmarks": []}' >"${word#--benchmark-json=}" ;; esac
+done
+case "$*" in *--benchmark-json*) sleep "${SLOW:-0}" ;; esac
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    """`run("measure", SMOKE_STATUS="1")`: exit status, output, calls of Python and names in the archive."""
+    checkout = tmp_path / "checkout"
+    (checkout / "bench").mkdir(parents=True)
+    (checkout / "bench" / "gpu.sh").write_text((ROOT / "bench" / "gpu.sh").read_text())
+    python = tmp_path / "python"
+    python.write_text(STAND_IN)
+    python.chmod(python.stat().st_mode | stat.S_IXUSR)
+
+    def go(*phases, **variables):
+        calls = tmp_path / "calls"
+        calls.write_text("")
+        environment = {"PATH": os.environ["PATH"], "PYTHON": str(python), "OUT": str(tmp_path / "out")}
+        done = subprocess.run(
+            ["bash", "bench/gpu.sh", *phases],
+            cwd=checkout, env=environment | {"CALLS": str(calls)} | variables, capture_output=True, text=True,
+            timeout=120,
+        )  # fmt: skip
+        with tarfile.open(tmp_path / "out" / "gpu.tar") as archive:
+            names = archive.getnames()
+        return done.returncode, done.stdout + done.stderr, calls.read_text().splitlines(), names
+
+    return go
+
+
+def place(calls, word):
+    return next(i for i, call in enumerate(calls) if word in call)
+
+
+def test_measures_before_it_tests_and_tunes_last(run):
+    status, said, calls, names = run()
+    assert status == 0, said
+    order = [
+        "pip install",
+        "smoke.py",
+        "test_ceiling",
+        "test_log_probs.py",
+        "-k compile",
+        "-m gpu tests/ops",
+        "tune.py",
+    ]
+    assert [place(calls, word) for word in order] == sorted(place(calls, word) for word in order)
+    # A table after every part that measures, of everything until then.
+    tables = [call for call in calls if "table.py" in call]
+    assert len(tables) == sum("--benchmark-json" in call for call in calls) and len(tables[-1]) > len(tables[0])
+    assert {"gpu/device.txt", "gpu/build.log", "gpu/measure_linear.json", "gpu/tests_fuzz.log"} <= set(names)
+
+
+def test_a_phase_alone(run):
+    _, _, calls, _ = run("tune")
+    assert any("tune.py" in call for call in calls) and not any("--benchmark-json" in call for call in calls)
+
+
+def test_what_fails_does_not_stop_the_rest_and_is_the_status(run):
+    status, said, calls, _ = run("smoke", "measure", SMOKE_STATUS="3")
+    assert status == 3 and "smoke: exit 3" in said and any("test_segments" in call for call in calls)
+
+
+def test_a_failed_build_ends_the_call_and_keeps_its_log(run):
+    status, said, calls, names = run(BUILD_STATUS="1")
+    assert status == 1 and "cannot be built" in said and "gpu/build.log" in names
+    assert not any("smoke.py" in call for call in calls)
+
+
+def test_the_limit_skips_what_would_be_cut_and_keeps_what_was_measured(run):
+    _, said, calls, names = run("measure", "tests", LIMIT="25", SLOW="8")
+    assert "skipped" in said and "gpu/skipped.txt" in names and "gpu/measure_ceiling.json" in names
+    assert not any("test_fuzz" in call for call in calls)
+
+
+def test_smoke_passes_on_the_backends_that_run_here():
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "bench/smoke.py"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "log_probs on cpu: ok" in done.stdout and done.stdout.endswith("0 failed\n")
