@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "pk/abi.h"
-#include "cpu/row_kernels.h"
+#include "cpu/isa.h"
 
 #ifdef PK_HAS_CUDA
 #define PK_ON_CUDA(function) (&function)
@@ -107,6 +107,40 @@ void bind_rows(py::module_& m, const std::string& name, Args (*build)(Fields...)
     raise_on(call(on_cuda, &args, pointer<void>(stream)));
   });
 #endif
+}
+
+void bind_head(py::module_& m) {
+  py::class_<pk_head>(m, "Head")
+      .def(py::init([](uintptr_t hidden, int64_t hidden_stride, uintptr_t weight, int64_t weight_stride, uintptr_t bias,
+                       int dtype, bool round, int64_t n_tokens, int64_t n_vocabulary, int64_t depth, double temperature,
+                       uintptr_t ids, uintptr_t kept) {
+             return pk_head{pointer<const void>(hidden), hidden_stride, pointer<const void>(weight), weight_stride,
+                            pointer<const void>(bias), dtype, round ? 1 : 0, n_tokens, n_vocabulary, depth, temperature,
+                            pointer<const int64_t>(ids), pointer<float>(kept), 1};
+           }),
+           py::kw_only(), py::arg("hidden"), py::arg("hidden_stride"), py::arg("weight"), py::arg("weight_stride"),
+           py::arg("bias"), py::arg("dtype"), py::arg("round"), py::arg("n_tokens"), py::arg("n_vocabulary"),
+           py::arg("depth"), py::arg("temperature"), py::arg("ids"), py::arg("kept"));
+  m.def("head_kept_floats", &pk_cpu_head_kept_floats, py::arg("n_tokens"), py::arg("n_vocabulary"), py::arg("depth"),
+        py::arg("dtype"));
+  m.def("head_forward", [](pk_head head, uintptr_t logp, uintptr_t lse, uintptr_t entropy, int n_threads) {
+    head.n_threads = n_threads;
+    const pk_head_forward_args args{head, pointer<float>(logp), pointer<float>(lse), pointer<float>(entropy)};
+    raise_on(call(pk_cpu_head_forward, &args));
+  });
+  m.def("head_backward", [](pk_head head, uintptr_t lse, uintptr_t entropy, uintptr_t grad_logp, uintptr_t grad_entropy,
+                            uintptr_t grad_hidden, uintptr_t grad_weight, uintptr_t grad_bias, int n_threads) {
+    head.n_threads = n_threads;
+    const pk_head_backward_args args{head,
+                                     pointer<const float>(lse),
+                                     pointer<const float>(entropy),
+                                     pointer<const float>(grad_logp),
+                                     pointer<const float>(grad_entropy),
+                                     pointer<void>(grad_hidden),
+                                     pointer<void>(grad_weight),
+                                     pointer<void>(grad_bias)};
+    raise_on(call(pk_cpu_head_backward, &args));
+  });
 }
 
 pk_rloo_args rloo_args(uintptr_t rewards, uintptr_t mask, uintptr_t cu_seqlens, int64_t n_responses, int64_t n_tokens) {
@@ -335,7 +369,7 @@ py::dict build_info() {
   py::dict info;
   info["compiler"] = PK_BUILD_COMPILER;
   info["flags"] = PK_BUILD_FLAGS;
-  info["cpu"] = pk::row_kernels().name;
+  info["cpu"] = pk::isa_name(pk::cpu_isa());
 #ifdef _OPENMP
   info["openmp"] = true;
 #else
@@ -357,11 +391,12 @@ PYBIND11_MODULE(_C, m) {
   m.attr("FLOAT32") = static_cast<int>(PK_FLOAT32);
   m.attr("BFLOAT16") = static_cast<int>(PK_BFLOAT16);
   m.attr("FLOAT16") = static_cast<int>(PK_FLOAT16);
-  pk::row_kernels();  // an instruction set that is not there stops the import, not the first kernel
+  pk::cpu_isa();  // an instruction set that is not there stops the import, not the first kernel
   m.def("build_info", &build_info);
   bind_rows(m, "log_probs_forward", &forward_args, &pk_cpu_log_probs_forward, PK_ON_CUDA(pk_cuda_log_probs_forward));
   bind_rows(m, "log_probs_backward", &backward_args, &pk_cpu_log_probs_backward,
             PK_ON_CUDA(pk_cuda_log_probs_backward));
+  bind_head(m);
   bind_segments(m);
   bind_rloo(m);
   bind_ppo(m);

@@ -34,6 +34,22 @@ class RowGradient(NamedTuple):
     """d loss / d entropy."""
 
 
+class LinearHead(NamedTuple):
+    """Tokens and the output layer that makes their logits: hidden @ weight.T + bias, divided by the temperature."""
+
+    hidden: Tensor
+    """[N, D]."""
+    weight: Tensor
+    """[V, D], the dtype of ``hidden``."""
+    bias: Tensor | None
+    """[V], the dtype of ``hidden``."""
+    ids: Tensor
+    """[N] int64. Of one outside [0, V) the log-probability is meaningless."""
+    temperature: float
+    rounded: bool
+    """Whether logits are rounded to the dtype of ``hidden``, as the model's own layer does; else they are float32."""
+
+
 class RowKernels(Protocol):
     """Kernels over rows of logits. Shapes, dtypes and ranges have been checked."""
 
@@ -63,6 +79,24 @@ class RowKernels(Protocol):
         With ``partial`` these are some columns of longer rows: lse and entropy are those of the whole row, and ids may
         lie outside the columns.
         """
+        ...
+
+
+class HeadKernels(Protocol):
+    """Kernels over tokens and an output layer. Shapes, dtypes and ranges have been checked."""
+
+    def kept_logits(self, head: LinearHead) -> Tensor:
+        """Room for the logits of a call."""
+        ...
+
+    def token_log_probs(self, head: LinearHead, with_entropy: bool, kept: Tensor | None = None) -> RowResults:
+        """Results [N]; the logits are left in ``kept``. Their bits depend on neither option, nor on other tokens."""
+        ...
+
+    def gradients(
+        self, head: LinearHead, gradient: RowGradient, wanted: Sequence[bool], kept: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of (hidden, weight, bias) where ``wanted``; ``kept`` as the forward left it, or None."""
         ...
 
 
@@ -200,6 +234,14 @@ def rows(backend: str) -> RowKernels:
     from prime_kernels._native import rows as native_rows
 
     return native_rows
+
+
+def head(backend: str) -> HeadKernels:
+    """The kernels for whole heads; "cpu" alone has them, the others go by tiles (ops/_tiled_head.py)."""
+    assert backend == "cpu"
+    from prime_kernels._native import head as native_head
+
+    return native_head
 
 
 def packed(backend: str) -> PackedKernels:

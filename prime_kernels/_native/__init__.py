@@ -1,6 +1,6 @@
 """The compiled extension: whether it is there, how it was built, and the call of one of its kernels.
 
-rows.py, packed_cpu.py and packed_cuda.py turn tensors into addresses, sizes and strides; nothing else does.
+rows.py, head.py, packed_cpu.py and packed_cuda.py turn tensors into addresses, sizes and strides; nothing else does.
 """
 
 from typing import Any
@@ -38,13 +38,18 @@ def cuda_unavailable_reason() -> str | None:
 
 def build_info() -> dict[str, str | bool]:
     """How the extension was built, and what runs: compiler, flags, openmp, cuda, cuda_detail (architectures, or why
-    without) and cpu (the instruction set of the CPU kernels: avx512, avx2 or portable)."""
+    without) and cpu (the instruction set of the CPU kernels: amx, avx512_bf16, avx512, avx2 or portable)."""
     return _C.build_info()
 
 
 def constant(name: str) -> int:
     """A number that the extension was built with."""
     return getattr(_C, name)
+
+
+def call(name: str, **fields: Any) -> Any:
+    """A function of the extension that is no kernel."""
+    return getattr(_C, name)(**fields)
 
 
 def run(name: str, device: torch.device, *fields: Any) -> Any:

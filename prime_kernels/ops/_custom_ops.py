@@ -152,21 +152,24 @@ def linear_log_probs(
     mask: Tensor | None,
     temperature: float,
     with_entropy: bool,
+    logits_dtype: str,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    head, ids, temperature, chosen = linear.check(hidden, weight, ids, bias, mask, temperature, with_entropy, backend)
-    head = _as_computed(head, chosen)
+    arguments = (hidden, weight, ids, bias, mask, temperature, with_entropy, logits_dtype, backend)
+    head, ids, settings = linear.check(*arguments)
+    head = _as_computed(head, settings)
     flat, flat_ids, valid = linear.compact(head.hidden, ids, mask)
     if not len(flat):
         zeros = _fake_values(hidden, ids, with_entropy)
         return tuple(column.zero_() for column in zeros)
-    columns = tiles.head_log_probs(flat, head.weight, head.bias, flat_ids, temperature, with_entropy, chosen)
+    of = tiles.LinearHead(flat, head.weight, head.bias, flat_ids, settings.temperature, settings.rounded)
+    columns = tiles.head_log_probs(of, with_entropy, settings.backend)
     logp, lse, entropy = (None if column is None else linear.spread(column, valid, ids.shape) for column in columns)
     return logp, lse, logp.new_empty(0) if entropy is None else entropy
 
 
 @linear_log_probs.register_fake
-def _(hidden, weight, ids, bias, mask, temperature, with_entropy, backend):
+def _(hidden, weight, ids, bias, mask, temperature, with_entropy, logits_dtype, backend):
     return _fake_values(hidden, ids, with_entropy)
 
 
@@ -183,12 +186,14 @@ def linear_log_probs_backward(
     grad_entropy: Tensor | None,
     temperature: float,
     wanted: list[bool],
+    logits_dtype: str,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias; empty where they are not wanted."""
     ids = _checks.labels("ids", ids, mask, weight.shape[0])
     chosen = _dispatch.resolve("linear_log_probs", hidden, backend)
-    head = _as_computed(linear.Head(hidden, weight, bias), chosen)
+    settings = linear.Settings(temperature, entropy is not None, linear.check_logits_dtype(logits_dtype), chosen)
+    head = _as_computed(linear.Head(hidden, weight, bias), settings)
     flat, flat_ids, valid = linear.compact(head.hidden, ids, mask)
     columns = [None if each is None else each.reshape(-1) for each in (lse, entropy, grad_logp, grad_entropy)]
     if valid is not None:
@@ -196,7 +201,8 @@ def linear_log_probs_backward(
     gradients = [each.new_zeros(each.shape) if want else each.new_empty(0) for each, want in _wanted(head, wanted)]
     if len(flat):
         gradient = RowGradient(*columns)
-        found = tiles.head_gradients(flat, head.weight, head.bias, flat_ids, temperature, gradient, wanted, chosen)
+        of = tiles.LinearHead(flat, head.weight, head.bias, flat_ids, temperature, settings.rounded)
+        found = tiles.head_gradients(of, gradient, wanted, chosen)
         if found[0] is not None:
             rows_of = slice(None) if valid is None else valid
             gradients[0].view(-1, hidden.shape[-1])[rows_of] = found[0]
@@ -205,7 +211,7 @@ def linear_log_probs_backward(
 
 
 @linear_log_probs_backward.register_fake
-def _(hidden, weight, ids, bias, mask, lse, entropy, grad_logp, grad_entropy, temperature, wanted, backend):
+def _(hidden, weight, ids, bias, mask, lse, entropy, grad_logp, grad_entropy, temperature, wanted, logits_dtype, backend):
     each_wanted = _wanted(linear.Head(hidden, weight, bias), wanted)
     return tuple(each.new_empty(each.shape if want else (0,)) for each, want in each_wanted)
 
@@ -216,16 +222,16 @@ def _wanted(head: linear.Head, wanted: list[bool]) -> list[tuple[Tensor, bool]]:
     return [(head.hidden, wanted[0]), (head.weight, wanted[1]), (bias, wanted[2] and head.bias is not None)]
 
 
-def _as_computed(head: linear.Head, backend: str) -> linear.Head:
-    """The eager product is float32 whatever the inputs."""
-    if backend != "eager":
+def _as_computed(head: linear.Head, settings: linear.Settings) -> linear.Head:
+    """The eager product is float32 whatever the inputs, unless logits are to be rounded."""
+    if settings.backend != "eager" or settings.rounded:
         return head
     dtype = result_dtype(head.hidden)
     return linear.Head(*(None if each is None else each.to(dtype) for each in head))
 
 
 def _keep_linear(ctx, inputs, output):
-    hidden, weight, ids, bias, mask, ctx.temperature, ctx.with_entropy, ctx.backend = inputs
+    hidden, weight, ids, bias, mask, ctx.temperature, ctx.with_entropy, ctx.logits_dtype, ctx.backend = inputs
     ctx.save_for_backward(hidden, weight, ids, bias, mask, *output[1:])
 
 
@@ -235,9 +241,10 @@ def _linear_gradient(ctx, grad_logp, _grad_lse, grad_entropy):
         entropy = grad_entropy = None
     wanted = [ctx.needs_input_grad[place] for place in (0, 1, 3)]
     columns = (lse, entropy, grad_logp, grad_entropy)
-    found = linear_log_probs_backward(hidden, weight, ids, bias, mask, *columns, ctx.temperature, wanted, ctx.backend)
+    options = (ctx.temperature, wanted, ctx.logits_dtype, ctx.backend)
+    found = linear_log_probs_backward(hidden, weight, ids, bias, mask, *columns, *options)
     of_hidden, of_weight, of_bias = (each if want else None for each, want in zip(found, wanted, strict=True))
-    return of_hidden, of_weight, None, of_bias, None, None, None, None
+    return of_hidden, of_weight, None, of_bias, None, None, None, None, None
 
 
 linear_log_probs.register_autograd(_linear_gradient, setup_context=_keep_linear)

@@ -1,8 +1,11 @@
-"""Logits that exist one tile at a time: a library product into a buffer, the row kernels on it while it is in cache.
+"""Log-probs of an output layer without all of its logits at once, and their gradients.
 
-A tile is some tokens by some of the vocabulary. Forward joins the softmax of a token's tiles; backward computes a tile
-again and turns it into its own gradient in place. Scratch memory is one tile, whatever the tokens and the vocabulary;
-logits that are few enough in all are kept instead, which saves one of four products.
+On CPUs by kernels of their own (_native/head.py). Elsewhere by tiles, some tokens by some of the vocabulary: a library
+product into a buffer, then the row kernels on it while it is in cache. Forward joins the softmax of a token's tiles;
+backward computes a tile again and turns it into its own gradient in place. Scratch memory is one tile, whatever the
+tokens and the vocabulary; logits that are few enough in all are kept instead, which saves one of four products.
+
+Logits are float32, from a product of 16-bit operands too, unless the head wants them rounded as its own layer does.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -11,8 +14,10 @@ import torch
 from torch import Tensor
 
 from prime_kernels import _backends
-from prime_kernels._backends import RowGradient, RowResults
+from prime_kernels._backends import LinearHead, RowGradient, RowResults
 
+# Backends with kernels for a whole head. They make float32 logits in cache, whatever the sizes below.
+HEAD_KERNELS = frozenset({"cpu"})
 # Tokens of a tile, by device: enough for a product at full speed.
 TOKENS = {"cpu": 1024, "cuda": 8192}
 # Logits alive at once, by device. Forward wants them in cache; in backward fewer, larger tiles mean fewer roundings of
@@ -20,7 +25,7 @@ TOKENS = {"cpu": 1024, "cuda": 8192}
 FORWARD_ELEMENTS = {"cpu": 2**22, "cuda": 2**27}
 BACKWARD_ELEMENTS = {"cpu": 2**24, "cuda": 2**28}
 # The logits of a call that are kept from forward to backward, in bytes, by device.
-KEPT_BYTES = {"cpu": 2**27, "cuda": 2**29}
+KEPT_BYTES = {"cpu": 2**28, "cuda": 2**29}
 # Rows of logits start at multiples of 16 bytes: loads are wide for any vocabulary, and a tile gives the same bits
 # wherever it lies.
 ALIGNED_COLUMNS = 8
@@ -39,46 +44,69 @@ def spans(total: int, size: int) -> Iterator[slice]:
 class Tiles:
     """Products of tokens [N, D] with parts of a head [V, D], all in one buffer of bounded size."""
 
-    def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, elements: int, *, whole_rows: bool = False
-    ) -> None:
-        self.hidden, self.weight, self.bias = hidden, weight, bias
-        self.tokens = max(1, min(len(hidden), TOKENS[_kind(hidden)]))
-        self.columns = len(weight) if whole_rows else max(1, min(len(weight), elements // self.tokens))
-        if ALIGNED_COLUMNS < self.columns < len(weight):
+    def __init__(self, head: LinearHead, elements: int, *, whole_rows: bool = False) -> None:
+        self.head, self.dtype = head, logits_dtype(head)
+        n_tokens, vocabulary = len(head.hidden), len(head.weight)
+        self.tokens = max(1, min(n_tokens, TOKENS[_kind(head.hidden)]))
+        self.columns = vocabulary if whole_rows else max(1, min(vocabulary, elements // self.tokens))
+        if ALIGNED_COLUMNS < self.columns < vocabulary:
             self.columns -= self.columns % ALIGNED_COLUMNS
-        if self.columns == len(weight):
-            self.tokens = max(1, min(len(hidden), elements // self.columns))
+        if self.columns == vocabulary:
+            self.tokens = max(1, min(n_tokens, elements // self.columns))
         self.buffer: Tensor | None = None
 
     def token_spans(self) -> Iterator[slice]:
-        return spans(len(self.hidden), self.tokens)
+        return spans(len(self.head.hidden), self.tokens)
 
     def column_spans(self) -> Iterator[slice]:
-        return spans(len(self.weight), self.columns)
+        return spans(len(self.head.weight), self.columns)
 
     def logits(self, tokens: slice, columns: slice, out: Tensor | None = None) -> Tensor:
-        """The tile [tokens, columns], in the dtype of the inputs, as the model's own forward pass has it."""
-        hidden, weight = self.hidden[tokens], self.weight[columns]
+        """The tile [tokens, columns], in the dtype of the head's logits."""
+        hidden, weight, bias = self.head.hidden[tokens], self.head.weight[columns], self.head.bias
         if out is None:
             if self.buffer is None:
-                self.buffer = hidden.new_empty(self.tokens * _aligned(self.columns))
+                self.buffer = hidden.new_empty(self.tokens * _aligned(self.columns), dtype=self.dtype)
             width = _aligned(len(weight))
             out = self.buffer[: len(hidden) * width].view(len(hidden), width)[:, : len(weight)]
-        if self.bias is None:
-            return torch.mm(hidden, weight.T, out=out)
-        return torch.addmm(self.bias[columns], hidden, weight.T, out=out)
+        if self.dtype == hidden.dtype and bias is not None:
+            return torch.addmm(bias[columns], hidden, weight.T, out=out)
+        _product(hidden, weight.T, out)
+        return out if bias is None else out.add_(bias[columns])
 
 
-def all_logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """Room for all logits [N, V] of tokens [N, D] and a head [V, D]."""
-    return hidden.new_empty(len(hidden), _aligned(len(weight)))[:, : len(weight)]
+def logits_dtype(head: LinearHead) -> torch.dtype:
+    return head.hidden.dtype if head.rounded else torch.float32
 
 
-def can_keep(hidden: Tensor, weight: Tensor, backend: str) -> bool:
-    """Whether forward makes all logits of tokens [N, D] and a head [V, D], and they are few enough to stay alive."""
-    few = len(hidden) * len(weight) * hidden.element_size() <= KEPT_BYTES[_kind(hidden)]
-    return few and _fused_kernel(hidden, weight, backend) is None
+def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """``a @ b`` to ``out``, of their dtype or float32. On GPUs the accumulators of a 16-bit product are not rounded."""
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    elif a.is_cuda:
+        torch.mm(a, b, out_dtype=torch.float32, out=out)
+    else:
+        torch.mm(a.float(), b.float(), out=out)
+
+
+def kept_logits(head: LinearHead, backend: str) -> Tensor | None:
+    """Room for all logits from forward to backward, or None where they are too many or no kernel can use them."""
+    if len(head.hidden) * len(head.weight) * _itemsize(head, backend) > KEPT_BYTES[_kind(head.hidden)]:
+        return None
+    if backend in HEAD_KERNELS:
+        return _backends.head(backend).kept_logits(head)
+    return None if _fused_kernel(head, backend) else _all_logits(head)
+
+
+def _itemsize(head: LinearHead, backend: str) -> int:
+    """Bytes of a logit that is kept."""
+    return 4 if backend in HEAD_KERNELS else logits_dtype(head).itemsize
+
+
+def _all_logits(head: LinearHead) -> Tensor:
+    """Room for all logits [N, V]."""
+    n_tokens, vocabulary = len(head.hidden), len(head.weight)
+    return head.hidden.new_empty(n_tokens, _aligned(vocabulary), dtype=logits_dtype(head))[:, :vocabulary]
 
 
 def first_model(results: RowResults) -> RowResults:
@@ -109,58 +137,52 @@ def join(parts: Sequence[RowResults], owner: Tensor) -> RowResults:
     return RowResults(joined.float(), every.float(), entropy)
 
 
-def head_log_probs(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    ids: Tensor,
-    temperature: float,
-    with_entropy: bool,
-    backend: str,
-    kept: Tensor | None = None,
-) -> RowResults:
-    """Results [N] of hidden states [N, D]. For ids outside the head logp is meaningless.
+def head_log_probs(head: LinearHead, with_entropy: bool, backend: str, kept: Tensor | None = None) -> RowResults:
+    """Results [N]. For ids outside the head logp is meaningless.
 
-    ``kept`` [N, V] receives the logits if it is given; the results are bitwise the same with and without it.
+    ``kept``, of :func:`kept_logits`, receives the logits if it is given; the results are bitwise the same with and
+    without it.
     """
-    if (fused_kernel := _fused_kernel(hidden, weight, backend)) is not None:
-        return fused_kernel(hidden, weight, bias, ids.clamp(0, len(weight) - 1), temperature, with_entropy)
+    if backend in HEAD_KERNELS:
+        return _backends.head(backend).token_log_probs(head, with_entropy, kept)
+    if (fused_kernel := _fused_kernel(head, backend)) is not None:
+        ids = head.ids.clamp(0, len(head.weight) - 1)
+        return fused_kernel(head.hidden, head.weight, head.bias, ids, head.temperature, with_entropy)
     kernels = _backends.rows(backend)
-    tiles = Tiles(hidden, weight, bias, FORWARD_ELEMENTS[_kind(hidden)])
+    tiles = Tiles(head, FORWARD_ELEMENTS[_kind(head.hidden)])
     blocks = []
     for tokens in tiles.token_spans():
         parts = []
         for columns in tiles.column_spans():
             z = tiles.logits(tokens, columns, None if kept is None else kept[tokens, columns])
-            inside = (ids[tokens] - columns.start).clamp(0, z.shape[1] - 1)
-            parts.append(first_model(kernels.token_log_probs([z], inside, None, [temperature], with_entropy)))
-        last = -(-len(weight) // tiles.columns) - 1
-        blocks.append(join(parts, (ids[tokens] // tiles.columns).clamp(0, last)))
+            inside = (head.ids[tokens] - columns.start).clamp(0, z.shape[1] - 1)
+            parts.append(first_model(kernels.token_log_probs([z], inside, None, [head.temperature], with_entropy)))
+        last = -(-len(head.weight) // tiles.columns) - 1
+        blocks.append(join(parts, (head.ids[tokens] // tiles.columns).clamp(0, last)))
     return RowResults(*(None if column[0] is None else torch.cat(column) for column in zip(*blocks, strict=True)))
 
 
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""Of (hidden, weight, bias), each where it is wanted."""
+
+
 def head_gradients(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    ids: Tensor,
-    temperature: float,
-    gradient: RowGradient,
-    wanted: Sequence[bool],
-    backend: str,
-    kept: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    head: LinearHead, gradient: RowGradient, wanted: Sequence[bool], backend: str, kept: Tensor | None = None
+) -> Gradients:
     """Gradients of (hidden, weight, bias) where ``wanted``. Ids may lie outside the head.
 
-    ``kept`` holds the logits that :func:`head_log_probs` stored there; they are overwritten.
+    ``kept`` holds the logits that :func:`head_log_probs` stored there; they may be overwritten.
     """
+    if backend in HEAD_KERNELS:
+        return _backends.head(backend).gradients(head, gradient, wanted, kept)
+    hidden, weight, bias = head.hidden, head.weight, head.bias
     kernels = _backends.rows(backend)
-    elements = BACKWARD_ELEMENTS[_kind(hidden)]
-    if can_keep(hidden, weight, backend):
+    elements = BACKWARD_ELEMENTS[_kind(hidden)] * hidden.element_size() // logits_dtype(head).itemsize
+    if kept is None and (kept := kept_logits(head, backend)) is not None:
+        _make_again(head, kept)
+    if kept is not None:
         elements = len(hidden) * len(weight)
-        if kept is None:
-            kept = _again(hidden, weight, bias)
-    tiles = Tiles(hidden, weight, bias, elements)
+    tiles = Tiles(head, elements)
     one_column_span, one_token_span = tiles.columns >= len(weight), tiles.tokens >= len(hidden)
     grad_hidden = Sum(hidden, once=one_column_span) if wanted[0] else None
     grad_weight = torch.empty_like(weight) if wanted[1] else None
@@ -171,13 +193,16 @@ def head_gradients(
         for tokens in tiles.token_spans():
             z = tiles.logits(tokens, columns) if kept is None else kept
             of_tokens = RowGradient(*(None if c is None else c[tokens] for c in gradient))
-            kernels.logits_gradient(z, ids[tokens] - columns.start, None, of_tokens, temperature, z, partial=True)
+            kernels.logits_gradient(
+                z, head.ids[tokens] - columns.start, None, of_tokens, head.temperature, z, partial=True
+            )
+            if grad_bias is not None:
+                bias_part = bias_part + z.sum(0, dtype=torch.float32)
+            z = z.to(hidden.dtype)
             if grad_hidden is not None:
                 grad_hidden.add(z, weight[columns], tokens)
             if part is not None:
                 part.add(z.T, hidden[tokens])
-            if grad_bias is not None:
-                bias_part = bias_part + z.sum(0, dtype=torch.float32)
         if part is not None and not part.once:
             grad_weight[columns] = part.total
         part = None  # before the next one is made
@@ -186,32 +211,32 @@ def head_gradients(
     return None if grad_hidden is None else grad_hidden.total.to(hidden.dtype), grad_weight, grad_bias
 
 
-def _again(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _make_again(head: LinearHead, logits: Tensor) -> None:
     """The logits that head_log_probs could have kept, by its tiles: the same bits, hence the same gradients."""
-    tiles = Tiles(hidden, weight, bias, FORWARD_ELEMENTS[_kind(hidden)])
-    logits = all_logits(hidden, weight)
+    tiles = Tiles(head, FORWARD_ELEMENTS[_kind(head.hidden)])
     for tokens in tiles.token_spans():
         for columns in tiles.column_spans():
             tiles.logits(tokens, columns, logits[tokens, columns])
-    return logits
 
 
 def loss_gradients(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    ids: Tensor,
-    temperature: float,
-    grad_of: Callable[[Tensor, slice], Tensor],
-    wanted: Sequence[bool],
-    backend: str,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """(logp, gradients of hidden, weight, bias): both from one product, where a token's gradient follows from its logp.
+    head: LinearHead, grad_of: Callable[[Tensor, slice], Tensor], wanted: Sequence[bool], backend: str
+) -> tuple[Tensor, Gradients]:
+    """(logp, gradients): both from one product, where a token's gradient follows from its logp.
 
-    ``grad_of(logp, tokens)`` is d loss / d logp of a span of tokens.
+    ``grad_of(logp, tokens)`` is d loss / d logp of a span of tokens. Kernels of a whole head make more logits than they
+    can keep twice.
     """
+    if backend in HEAD_KERNELS:
+        kept = kept_logits(head, backend) if any(wanted) else None
+        logp, lse, _ = head_log_probs(head, False, backend, kept)
+        if not any(wanted):
+            return logp, (None, None, None)
+        gradient = RowGradient(lse, None, grad_of(logp, slice(0, len(logp))), None)
+        return logp, head_gradients(head, gradient, wanted, backend, kept)
+    hidden, weight, bias = head.hidden, head.weight, head.bias
     kernels = _backends.rows(backend)
-    tiles = Tiles(hidden, weight, bias, FUSED_BYTES // hidden.element_size(), whole_rows=True)
+    tiles = Tiles(head, FUSED_BYTES // logits_dtype(head).itemsize, whole_rows=True)
     columns = slice(0, len(weight))
     one = tiles.tokens >= len(hidden)
     grad_hidden = Sum(hidden, once=True) if wanted[0] else None
@@ -220,26 +245,31 @@ def loss_gradients(
     parts = []
     for tokens in tiles.token_spans():
         z = tiles.logits(tokens, columns)
-        logp, lse, _ = first_model(kernels.token_log_probs([z], ids[tokens], None, [temperature], False))
+        found = kernels.token_log_probs([z], head.ids[tokens], None, [head.temperature], False)
+        logp, lse, _ = first_model(found)
         parts.append(logp)
         if not any(wanted):
             continue
         gradient = RowGradient(lse, None, grad_of(logp, tokens), None)
-        kernels.logits_gradient(z, ids[tokens], None, gradient, temperature, z)
+        kernels.logits_gradient(z, head.ids[tokens], None, gradient, head.temperature, z)
+        if grad_bias is not None:
+            grad_bias += z.sum(0, dtype=torch.float32)
+        z = z.to(hidden.dtype)
         if grad_hidden is not None:
             grad_hidden.add(z, weight, tokens)
         if grad_weight is not None:
             grad_weight.add(z.T, hidden[tokens])
-        if grad_bias is not None:
-            grad_bias += z.sum(0, dtype=torch.float32)
     del tiles, z  # before the sums are rounded, which takes memory too
     totals = [None if each is None else each.total.to(hidden.dtype) for each in (grad_hidden, grad_weight)]
-    return torch.cat(parts), *totals, None if grad_bias is None else grad_bias.to(bias.dtype)
+    return torch.cat(parts), (totals[0], totals[1], None if grad_bias is None else grad_bias.to(bias.dtype))
 
 
-def _fused_kernel(hidden: Tensor, weight: Tensor, backend: str) -> Callable | None:
-    """The Triton kernel that makes no tile at all, where it is the faster way and takes these tensors."""
-    if backend != "triton":
+def _fused_kernel(head: LinearHead, backend: str) -> Callable | None:
+    """The Triton kernel that makes no tile at all, where it is the faster way and takes these tensors.
+
+    Its logits are never rounded.
+    """
+    if backend != "triton" or (head.rounded and head.hidden.dtype != torch.float32):
         return None
     from prime_kernels._triton import _launch_config
 
@@ -247,7 +277,7 @@ def _fused_kernel(hidden: Tensor, weight: Tensor, backend: str) -> Callable | No
         return None
     from prime_kernels._triton import linear_log_probs
 
-    return linear_log_probs.linear_token_log_probs if linear_log_probs.supported(hidden, weight) else None
+    return linear_log_probs.linear_token_log_probs if linear_log_probs.supported(head.hidden, head.weight) else None
 
 
 def _aligned(columns: int) -> int:

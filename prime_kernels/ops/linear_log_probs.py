@@ -1,6 +1,6 @@
 """Log-probabilities straight from hidden states: the logits of all tokens never exist at once.
 
-z = (hidden @ weight.T + bias) / temperature, then as in log_probs. Kernels go by the tiles of _tiled_head. In the
+z = (hidden @ weight.T + bias) / temperature, then as in log_probs. Kernels go by _tiled_head. In the
 reference tokens go through in chunks; backward computes the logits of a chunk again instead of keeping them, so memory
 is one chunk of float32 logits, the head in float32 and its gradient.
 """
@@ -32,12 +32,25 @@ class Head(NamedTuple):
     bias: Tensor | None = None
 
 
-def reference(head: Head, ids: Tensor, mask: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
+class Settings(NamedTuple):
+    """How log-probs are made: checked options and a resolved backend."""
+
+    temperature: float
+    with_entropy: bool
+    rounded: bool
+    """logits_dtype "input"."""
+    backend: str
+
+
+def reference(
+    head: Head, ids: Tensor, mask: Tensor | None, temperature: float, rounded: bool = False
+) -> tuple[Tensor, Tensor]:
     """(logp, entropy) of each token, by chunks of valid tokens.
 
-    Products are float32 even for bfloat16 inputs: logits rounded to 16 bits would drown the ratio of two close models.
+    Products are float32 even for bfloat16 inputs, unless logits are to be ``rounded`` as a layer of that dtype leaves
+    them: rounding to 16 bits drowns the ratio of two close models.
     """
-    dtype = result_dtype(head.hidden)
+    dtype = head.hidden.dtype if rounded else result_dtype(head.hidden)
     # Converted once, outside the chunks, so that the gradient of the head is also summed in this dtype.
     weight, bias = head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)
 
@@ -64,41 +77,41 @@ class _Tiled(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         ids: Tensor,
-        temperature: float,
-        with_entropy: bool,
-        backend: str,
+        settings: "Settings",
         group: dist.ProcessGroup | None,
         with_gradient: bool,
     ) -> tuple[Tensor, Tensor | None]:
         first = 0 if group is None else dist.get_rank(group) * len(weight)
-        keeps = with_gradient and any(ctx.needs_input_grad) and tiles.can_keep(hidden, weight, backend)
-        kept = tiles.all_logits(hidden, weight) if keeps else None
-        results = tiles.head_log_probs(hidden, weight, bias, ids - first, temperature, with_entropy, backend, kept)
+        head = tiles.LinearHead(hidden, weight, bias, ids - first, settings.temperature, settings.rounded)
+        keeps = with_gradient and any(ctx.needs_input_grad)
+        kept = tiles.kept_logits(head, settings.backend) if keeps else None
+        results = tiles.head_log_probs(head, settings.with_entropy, settings.backend, kept)
         if group is not None:
             results = _join_shares(results, ids // len(weight), group)
         logp, lse, entropy = results
-        ctx.save_for_backward(hidden, weight, bias, ids, lse, entropy, kept)
-        ctx.temperature, ctx.backend, ctx.group, ctx.first, ctx.spent = temperature, backend, group, first, False
+        ctx.save_for_backward(hidden, weight, bias, head.ids, lse, entropy, kept)
+        ctx.settings, ctx.group, ctx.spent = settings, group, False
         ctx.set_materialize_grads(False)
         return logp, entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, ids, lse, entropy, kept = ctx.saved_tensors
+        *tensors, lse, entropy, kept = ctx.saved_tensors
         if grad_logp is None and grad_entropy is None:
-            return (None,) * 9
-        # The first pass overwrites the logits that were kept, out of autograd's sight; another makes them again.
+            return (None,) * 7
+        # The first pass may overwrite the logits that were kept, out of autograd's sight; another makes them again.
         kept, ctx.spent = None if kept is None or ctx.spent else kept.data, True
         upstream = [None if grad is None else grad.contiguous() for grad in (grad_logp, grad_entropy)]
         gradient = RowGradient(lse, None if grad_entropy is None else entropy, *upstream)
-        arguments = (ids - ctx.first, ctx.temperature, gradient, ctx.needs_input_grad[:3], ctx.backend, kept)
-        gradients = tiles.head_gradients(hidden, weight, bias, *arguments)
+        settings = ctx.settings
+        head = tiles.LinearHead(*tensors, settings.temperature, settings.rounded)
+        gradients = tiles.head_gradients(head, gradient, ctx.needs_input_grad[:3], settings.backend, kept)
         if ctx.group is not None and gradients[0] is not None:
             total = gradients[0].float()
             dist.all_reduce(total, group=ctx.group)
-            gradients = (total.to(hidden.dtype), *gradients[1:])
-        return *gradients, None, None, None, None, None, None
+            gradients = (total.to(head.hidden.dtype), *gradients[1:])
+        return *gradients, None, None, None, None
 
 
 def _join_shares(results: RowResults, owner: Tensor, group: dist.ProcessGroup) -> RowResults:
@@ -113,19 +126,16 @@ def run(
     head: Head,
     ids: Tensor,
     mask: Tensor | None,
-    temperature: float,
-    with_entropy: bool,
-    backend: str,
+    settings: "Settings",
     group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """(logp, entropy or None) of checked arguments on a resolved backend."""
-    if ids.numel() == 0 or (backend == "eager" and group is None):
-        return reference(head, ids, mask, temperature)
+    if ids.numel() == 0 or (settings.backend == "eager" and group is None):
+        return reference(head, ids, mask, settings.temperature, settings.rounded)
     hidden, flat_ids, valid = compact(head.hidden, ids, mask)
     if not len(hidden):
-        return reference(head, ids, mask, temperature)
-    arguments = (flat_ids, temperature, with_entropy, backend, group, torch.is_grad_enabled())
-    columns = _Tiled.apply(hidden, head.weight, head.bias, *arguments)
+        return reference(head, ids, mask, settings.temperature, settings.rounded)
+    columns = _Tiled.apply(hidden, head.weight, head.bias, flat_ids, settings, group, torch.is_grad_enabled())
     return tuple(None if column is None else spread(column, valid, ids.shape) for column in columns)
 
 
@@ -176,6 +186,7 @@ def linear_log_probs(
     temperature: float = ...,
     with_entropy: Literal[False] = ...,
     process_group: dist.ProcessGroup | None = ...,
+    logits_dtype: str = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
 
@@ -191,6 +202,7 @@ def linear_log_probs(
     temperature: float = ...,
     with_entropy: Literal[True],
     process_group: dist.ProcessGroup | None = ...,
+    logits_dtype: str = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -206,6 +218,7 @@ def linear_log_probs(
     temperature: float = ...,
     with_entropy: bool,
     process_group: dist.ProcessGroup | None = ...,
+    logits_dtype: str = ...,
     backend: str | None = ...,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 
@@ -220,15 +233,21 @@ def linear_log_probs(
     temperature: float = 1.0,
     with_entropy: bool = False,
     process_group: dist.ProcessGroup | None = None,
+    logits_dtype: str = "float32",
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of each token from hidden states and an output layer, without ever holding all logits.
 
-    As ``log_probs(hidden @ weight.T + bias, ids, ...)``. "eager" keeps the product in float32 whatever the inputs;
-    kernels have it in their dtype, as the model's own forward pass does, and the softmax in float32. Scratch memory is
-    one tile of logits, whatever N and V (on CPUs 64 MB at most, without gradients 16); where a gradient is wanted and
-    all logits take no more than 128 MB (GPUs: 512), they are kept for it instead of made twice.
-    Differentiable in ``hidden``, ``weight`` and ``bias``.
+    As ``log_probs(hidden @ weight.T + bias, ids, ...)`` with the product in float32: operands are multiplied in their
+    own dtype, what they are summed in is never rounded to it. Scratch memory does not grow with N and V (on CPUs 16 MiB
+    without gradients, elsewhere one tile of logits); where a gradient is wanted and all float32 logits take no more
+    than 256 MiB (GPUs: 512), they are kept for it instead of made twice. Differentiable in ``hidden``, ``weight`` and
+    ``bias``.
+
+    On backend "cpu" the log-prob and the entropy of a token have the same bits whatever else is in the call: other
+    tokens, their number and order, padding, the number of threads, whether a gradient or an entropy is wanted. They
+    depend on the processor's instruction set. Elsewhere the products are a library's, whose rounding may change with
+    the number of tokens in a call; equal calls give equal bits there.
 
     Args:
         hidden: [..., D], float32, bfloat16 or float16 (float64 on "eager").
@@ -242,6 +261,9 @@ def linear_log_probs(
         process_group: the processes that share the head, each with V / size rows of it in the order of their ranks
             (``weight`` and ``bias`` are this process's; pad with a bias of -inf). Every process passes the same tokens
             and gets the same results and the same gradient of ``hidden``; that of ``weight`` is its own.
+        logits_dtype: "float32", or "input" to round logits to the dtype of ``hidden`` before the softmax, as the
+            model's own output layer does. For comparisons with such a model: a bfloat16 logit is off by up to 2^-9 of
+            itself.
         backend: see :mod:`prime_kernels`.
 
     Returns:
@@ -249,20 +271,20 @@ def linear_log_probs(
 
     Raises:
         TypeError: a wrong type or dtype.
-        ValueError: a wrong shape, device or temperature.
+        ValueError: a wrong shape, device, temperature or logits_dtype.
         IndexError: a label outside [0, V) where the mask is True.
         BackendUnavailable: the backend asked for cannot run this.
 
     Source: arXiv 2502.01456, section 2; logits by chunks as in arXiv 2411.09009.
     """
     if torch.compiler.is_compiling() and process_group is None:
-        arguments = (hidden, weight, ids, bias, mask, temperature, with_entropy, backend)
+        arguments = (hidden, weight, ids, bias, mask, temperature, with_entropy, logits_dtype, backend)
         logp, _, entropy = torch.ops.prime_kernels.linear_log_probs(*arguments)
         return (logp, entropy) if with_entropy else logp
-    head, ids, temperature, chosen = check(
-        hidden, weight, ids, bias, mask, temperature, with_entropy, backend, process_group
+    head, ids, settings = check(
+        hidden, weight, ids, bias, mask, temperature, with_entropy, logits_dtype, backend, process_group
     )
-    logp, entropy = run(head, ids, mask, temperature, with_entropy, chosen, process_group)
+    logp, entropy = run(head, ids, mask, settings, process_group)
     return (logp, entropy) if with_entropy else logp
 
 
@@ -274,17 +296,26 @@ def check(
     mask: Tensor | None,
     temperature: float,
     with_entropy: bool,
+    logits_dtype: str,
     backend: str | None,
     process_group: dist.ProcessGroup | None = None,
-) -> tuple[Head, Tensor, float, str]:
-    """(head, ids, temperature, backend) of arguments that have passed every check."""
+    operation: str = "linear_log_probs",
+) -> tuple[Head, Tensor, Settings]:
+    """(head, ids, settings) of arguments that have passed every check."""
     head = Head(hidden, whole(weight), whole(bias))
     shares = 1 if process_group is None else dist.get_world_size(process_group)
     ids = check_head(head, ids, mask, "", shares)
     temperature = rows.check_temperature("temperature", temperature)
     _checks.flag("with_entropy", with_entropy)
-    chosen = _dispatch.resolve("linear_log_probs", hidden, backend)
-    return head, ids, temperature, chosen
+    rounded = check_logits_dtype(logits_dtype)
+    return head, ids, Settings(temperature, with_entropy, rounded, _dispatch.resolve(operation, hidden, backend))
+
+
+def check_logits_dtype(logits_dtype: str) -> bool:
+    """Whether logits are rounded to the dtype of the inputs."""
+    if logits_dtype not in ("float32", "input"):
+        raise ValueError(f'logits_dtype: expected "float32" or "input", got {logits_dtype!r}')
+    return logits_dtype == "input"
 
 
 def whole(parameter: Tensor | None) -> Tensor | None:
@@ -308,6 +339,7 @@ def linear_log_ratios(
     policy: Head | None = None,
     mask: Tensor | None = None,
     policy_temperature: float = 1.0,
+    logits_dtype: str = "float32",
     backend: str | None = None,
 ) -> LogRatios:
     """:func:`prime_kernels.log_ratios` from hidden states and output layers, without ever holding all logits.
@@ -322,6 +354,7 @@ def linear_log_ratios(
         policy: Head of the policy, or None.
         mask: [...], bool, or None for all. Where False every result is exactly 0 and nothing is read.
         policy_temperature: above 0, divides the logits of the policy alone.
+        logits_dtype: of every head, as in :func:`linear_log_probs`.
         backend: see :mod:`prime_kernels`.
 
     Returns:
@@ -329,7 +362,7 @@ def linear_log_ratios(
 
     Raises:
         TypeError: a wrong type or dtype.
-        ValueError: a wrong shape, device or temperature.
+        ValueError: a wrong shape, device, temperature or logits_dtype.
         IndexError: a label outside [0, V) where the mask is True.
         BackendUnavailable: the backend asked for cannot run this.
 
@@ -344,18 +377,25 @@ def linear_log_ratios(
 
         def logp(name: str, temperature: float) -> Tensor:
             return linear_log_probs(
-                *heads[name][:2], ids, bias=heads[name].bias, mask=mask, temperature=temperature, backend=backend
+                *heads[name][:2],
+                ids,
+                bias=heads[name].bias,
+                mask=mask,
+                temperature=temperature,
+                logits_dtype=logits_dtype,
+                backend=backend,
             )
 
     else:
         heads = {name: Head(head.hidden, whole(head.weight), whole(head.bias)) for name, head in heads.items()}
         checked = {name: check_head(head, ids, mask, f"{name}.") for name, head in heads.items()}
         policy_temperature = rows.check_temperature("policy_temperature", policy_temperature)
+        rounded = check_logits_dtype(logits_dtype)
 
         def logp(name: str, temperature: float) -> Tensor:
             # Each head resolves for itself: they may differ in dtype, and float64 runs on "eager" alone.
             runs_on = _dispatch.resolve("linear_log_ratios", heads[name].hidden, backend)
-            return run(heads[name], checked[name], mask, temperature, False, runs_on)[0]
+            return run(heads[name], checked[name], mask, Settings(temperature, False, rounded, runs_on))[0]
 
     prm_logp = logp("prm", 1.0)
     with torch.no_grad():

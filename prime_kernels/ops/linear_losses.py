@@ -2,8 +2,8 @@
 
 Where the loss of a token follows from its log-probability alone, d loss / d logp is known as soon as the token's logits
 are: one product serves the loss and its gradient, where linear_log_probs makes more than a few logits twice. The price
-is that the gradients of ``hidden`` and of the head are held from forward to backward, and that a tile is whole rows of
-logits, up to 128 MB of them.
+is that the gradients of ``hidden`` and of the head are held from forward to backward, and that on GPUs a tile is whole
+rows of logits, up to 128 MB of them. On CPUs the logits are kept where linear_log_probs would keep them.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from prime_kernels import _checks, _dispatch
+from prime_kernels import _checks
 from prime_kernels.ops import _tiled_head as tiles
 from prime_kernels.ops import linear_log_probs as linear
 from prime_kernels.ops.ppo_loss import PPOLoss, check_denominator, ppo_loss
@@ -32,18 +32,16 @@ class _Fused(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         ids: Tensor,
-        temperature: float,
+        settings: linear.Settings,
         loss_of: LossOf,
-        backend: str,
     ) -> tuple[Tensor, ...]:
         def grad_of(logp: Tensor, tokens: slice) -> Tensor:
             with torch.enable_grad():
                 leaf = logp.detach().requires_grad_()
                 return torch.autograd.grad(loss_of(leaf, tokens)[0], leaf)[0]
 
-        logp, *gradients = tiles.loss_gradients(
-            hidden, weight, bias, ids, temperature, grad_of, ctx.needs_input_grad[:3], backend
-        )
+        head = tiles.LinearHead(hidden, weight, bias, ids, settings.temperature, settings.rounded)
+        logp, gradients = tiles.loss_gradients(head, grad_of, ctx.needs_input_grad[:3], settings.backend)
         ctx.save_for_backward(*gradients)
         loss, *statistics = loss_of(logp, slice(0, len(logp)))
         ctx.mark_non_differentiable(*statistics)
@@ -56,17 +54,16 @@ class _Fused(torch.autograd.Function):
         # On a GPU looking at the factor would wait for it.
         if grad.device.type != "cpu" or grad != 1.0:
             gradients = [None if each is None else each * grad.to(each.dtype) for each in gradients]
-        return *gradients, None, None, None, None
+        return *gradients, None, None, None
 
 
 def _fused_loss(
     head: linear.Head,
     ids: Tensor,
     mask: Tensor | None,
-    temperature: float,
+    settings: linear.Settings,
     columns: list[Tensor | None],
     loss_of: Callable[..., tuple[Tensor, ...]],
-    backend: str,
 ) -> tuple[Tensor, ...]:
     """``loss_of(logp, *columns)`` of the tokens that count: the loss, and statistics without gradient."""
     hidden, flat_ids, valid = linear.compact(head.hidden, ids, mask)
@@ -77,10 +74,11 @@ def _fused_loss(
     def of_span(logp: Tensor, tokens: slice) -> tuple[Tensor, ...]:
         return loss_of(logp, *(None if column is None else column[tokens] for column in flat))
 
-    if backend == "eager" or not len(hidden):
-        logp, _ = linear.reference(linear.Head(hidden, head.weight, head.bias), flat_ids, None, temperature)
+    if settings.backend == "eager" or not len(hidden):
+        compacted = linear.Head(hidden, head.weight, head.bias)
+        logp, _ = linear.reference(compacted, flat_ids, None, settings.temperature, settings.rounded)
         return of_span(logp, slice(0, len(logp)))
-    return _Fused.apply(hidden, head.weight, head.bias, flat_ids, temperature, of_span, backend)
+    return _Fused.apply(hidden, head.weight, head.bias, flat_ids, settings, of_span)
 
 
 def _count(ids: Tensor, mask: Tensor | None) -> Tensor:
@@ -103,6 +101,7 @@ def linear_nll(
     weights: Tensor | None = None,
     temperature: float = 1.0,
     denominator: Tensor | float | None = None,
+    logits_dtype: str = "float32",
     backend: str | None = None,
 ) -> Tensor:
     """Negative log-likelihood (cross-entropy) of tokens from hidden states, gradients made in the forward pass.
@@ -120,6 +119,7 @@ def linear_nll(
         temperature: above 0, divides the logits.
         denominator: what to divide by: a number or a tensor of one element above 0. Give the token count of the whole
             batch so that micro-batch losses add up. None: the valid tokens given here.
+        logits_dtype: "float32" or "input", as in :func:`prime_kernels.linear_log_probs`.
         backend: see :mod:`prime_kernels`.
 
     Returns:
@@ -132,18 +132,25 @@ def linear_nll(
     """
     if torch.compiler.is_compiling():
         logp = linear.linear_log_probs(
-            hidden, weight, ids, bias=bias, mask=mask, temperature=temperature, backend=backend
+            hidden,
+            weight,
+            ids,
+            bias=bias,
+            mask=mask,
+            temperature=temperature,
+            logits_dtype=logits_dtype,
+            backend=backend,
         )
         return _nll(logp, weights, _count(ids, mask) if denominator is None else denominator)
-    head, ids, temperature, _ = linear.check(hidden, weight, ids, bias, mask, temperature, False, None)
+    arguments = (hidden, weight, ids, bias, mask, temperature, False, logits_dtype, backend)
+    head, ids, settings = linear.check(*arguments, operation="linear_nll")
     weights = None if weights is None else _column("weights", weights, ids)
     denominator = _count(ids, mask) if denominator is None else check_denominator(denominator, ids, "ids")
-    chosen = _dispatch.resolve("linear_nll", hidden, backend)
 
     def loss_of(logp: Tensor, weights: Tensor | None) -> tuple[Tensor]:
         return (_nll(logp, weights, denominator),)
 
-    return _fused_loss(head, ids, mask, temperature, [weights], loss_of, chosen)[0]
+    return _fused_loss(head, ids, mask, settings, [weights], loss_of)[0]
 
 
 def _nll(logp: Tensor, weights: Tensor | None, denominator: Tensor | float) -> Tensor:
@@ -165,6 +172,7 @@ def linear_ppo_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     denominator: Tensor | float | None = None,
+    logits_dtype: str = "float32",
     backend: str | None = None,
 ) -> PPOLoss:
     """Clipped PPO loss from hidden states, gradients made in the forward pass.
@@ -186,6 +194,7 @@ def linear_ppo_loss(
         clip_low: in [0, 1].
         clip_high: at least 0.
         denominator: a number or a tensor of one element above 0, or None for the valid tokens given here.
+        logits_dtype: "float32" or "input", as in :func:`prime_kernels.linear_log_probs`.
         backend: see :mod:`prime_kernels`.
 
     Returns:
@@ -199,20 +208,27 @@ def linear_ppo_loss(
     clip = {"clip_low": clip_low, "clip_high": clip_high}
     if torch.compiler.is_compiling():
         logp = linear.linear_log_probs(
-            hidden, weight, ids, bias=bias, mask=mask, temperature=temperature, backend=backend
+            hidden,
+            weight,
+            ids,
+            bias=bias,
+            mask=mask,
+            temperature=temperature,
+            logits_dtype=logits_dtype,
+            backend=backend,
         )
         old_logp = logp if old_logp is None else old_logp
         return ppo_loss(logp, old_logp, advantages, mask=mask, weights=weights, denominator=denominator, **clip)
-    head, ids, temperature, _ = linear.check(hidden, weight, ids, bias, mask, temperature, False, None)
+    arguments = (hidden, weight, ids, bias, mask, temperature, False, logits_dtype, backend)
+    head, ids, settings = linear.check(*arguments, operation="linear_ppo_loss")
     columns = [
         None if value is None and name != "advantages" else _column(name, value, ids)
         for name, value in (("old_logp", old_logp), ("advantages", advantages), ("weights", weights))
     ]
     denominator = _count(ids, mask) if denominator is None else check_denominator(denominator, ids, "ids")
-    chosen = _dispatch.resolve("linear_ppo_loss", hidden, backend)
 
     def loss_of(logp: Tensor, old_logp: Tensor | None, advantages: Tensor, weights: Tensor | None) -> PPOLoss:
         old_logp = logp if old_logp is None else old_logp
         return ppo_loss(logp, old_logp, advantages, weights=weights, denominator=denominator, **clip)
 
-    return PPOLoss(*_fused_loss(head, ids, mask, temperature, columns, loss_of, chosen))
+    return PPOLoss(*_fused_loss(head, ids, mask, settings, columns, loss_of))

@@ -21,8 +21,12 @@ SOURCES = [
     ROOT / "csrc" / "bind.cpp",
     EMULATOR / "rest.cpp",
 ]
-WIDE = {"row_kernels_avx2": ["-mavx2", "-mfma", "-mf16c"]}
-WIDE["row_kernels_avx512"] = [*WIDE["row_kernels_avx2"], *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl"))]
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl"))]
+WIDE = {f"{kernels}_avx2": AVX2 for kernels in ("row_kernels", "head_kernels")}
+WIDE |= {f"{kernels}_avx512": AVX512 for kernels in ("row_kernels", "head_kernels")}
+WIDE["head_kernels_avx512_bf16"] = [*AVX512, "-mavx512bf16"]
+WIDE["head_kernels_amx"] = [*WIDE["head_kernels_avx512_bf16"], "-mamx-tile", "-mamx-bf16"]
 
 
 def build(folder: Path) -> Path:
