@@ -1,8 +1,8 @@
-"""Output layers on CPUs in C++: log-probs of hidden states and their gradients, from float32 logits that stay in cache.
+"""Output layers on CPUs in C++: log-probs of hidden states, and gradients, from float32 logits that stay in cache.
 
-The microkernels multiply packed operands with float32 accumulators and take the softmax of a tile from there. Each logit
-is summed over the width in one fixed order, each token's softmax over the vocabulary in another, neither of which depends
-on the other tokens or on the number of threads: log-probs and entropies have the same bits whatever else is in the call.
+The microkernels multiply packed operands with float32 accumulators and take the softmax of a tile from there. Each
+logit is summed over the width in one fixed order, each token's softmax over the vocabulary in another; neither depends
+on other tokens or on the number of threads. Log-probs and entropies have the same bits whatever else is in the call.
 
 Callers have checked shapes, dtypes and ranges; the assertions only guard memory.
 """

@@ -211,7 +211,9 @@ def linear_log_probs_backward(
 
 
 @linear_log_probs_backward.register_fake
-def _(hidden, weight, ids, bias, mask, lse, entropy, grad_logp, grad_entropy, temperature, wanted, logits_dtype, backend):
+def _(
+    hidden, weight, ids, bias, mask, lse, entropy, grad_logp, grad_entropy, temperature, wanted, logits_dtype, backend
+):
     each_wanted = _wanted(linear.Head(hidden, weight, bias), wanted)
     return tuple(each.new_empty(each.shape if want else (0,)) for each, want in each_wanted)
 
