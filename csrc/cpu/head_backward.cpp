@@ -11,6 +11,7 @@
 
 #include "half.h"
 #include "head_layout.h"
+#include "pages.h"
 #include "threads.h"
 
 namespace pk {
@@ -90,6 +91,9 @@ class Backward {
         of_hidden_(args.grad_hidden == nullptr ? 0 : n_panels_ * depth_strips_ * kernels_.rows * lanes_ * 4),
         of_weight_(args.grad_weight == nullptr ? 0 : part_ * depth_panels_ * lanes_ * 4),
         of_bias_(part_ * 4) {
+    if (args.grad_weight != nullptr) {
+      ask_for_huge_pages(args.grad_weight, head_.n_vocabulary * head_.depth * (head_.dtype == PK_FLOAT32 ? 4 : 2));
+    }
     const int64_t scratch = std::max(layout_.tile_floats() * 4, kStripsOfTask * kernels_.rows * kMaxDepth * size_);
     for (int thread = 0; thread < threads_; ++thread) {
       blocks_.push_back(std::make_unique<BlockLogits>(head_, layout_));

@@ -45,13 +45,15 @@ struct HeadLayout {
   int64_t block;        // rows of the vocabulary, whole strips
   int64_t n_blocks;
   int64_t n_segments;
+  int64_t padded_vocabulary;  // whole strips
 
   HeadLayout(int64_t n_vocabulary, int64_t width, int32_t dtype) : kernels(head_kernels(dtype)) {
     depth = rounded_up(width, kernels.depth_unit);
     step = even_step(depth);
     const int64_t row_bytes = depth * kernels.operand_bytes;
     const int64_t most = std::min(kMostRows, std::max<int64_t>(kPackedBytes / row_bytes, kernels.rows));
-    block = std::min(most / kernels.rows * kernels.rows, rounded_up(n_vocabulary, kernels.rows));
+    padded_vocabulary = rounded_up(n_vocabulary, kernels.rows);
+    block = std::min(most / kernels.rows * kernels.rows, padded_vocabulary);
     n_blocks = blocks_of(n_vocabulary, block);
     n_segments = std::min(n_blocks, kSegments);
   }
@@ -67,7 +69,7 @@ struct HeadLayout {
   int64_t block_bytes() const { return block / kernels.rows * strip_bytes(); }
   int64_t tile_floats() const { return block * kernels.lanes; }
   // Kept logits: one panel after the other, all of the vocabulary in each.
-  int64_t kept_floats() const { return n_blocks * tile_floats(); }
+  int64_t kept_floats() const { return padded_vocabulary * kernels.lanes; }
   int64_t chunk_panels() const { return std::max<int64_t>(1, kTokenBytes / std::max<int64_t>(panel_bytes(), 2048)); }
 };
 

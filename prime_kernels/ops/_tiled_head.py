@@ -203,6 +203,7 @@ def head_gradients(
                 grad_hidden.add(z, weight[columns], tokens)
             if part is not None:
                 part.add(z.T, hidden[tokens])
+            del z  # the rounded one, before the next product
         if part is not None and not part.once:
             grad_weight[columns] = part.total
         part = None  # before the next one is made
@@ -259,7 +260,8 @@ def loss_gradients(
             grad_hidden.add(z, weight, tokens)
         if grad_weight is not None:
             grad_weight.add(z.T, hidden[tokens])
-    del tiles, z  # before the sums are rounded, which takes memory too
+        del z  # the rounded one, before the next product
+    del tiles  # before the sums are rounded, which takes memory too
     totals = [None if each is None else each.total.to(hidden.dtype) for each in (grad_hidden, grad_weight)]
     return torch.cat(parts), (totals[0], totals[1], None if grad_bias is None else grad_bias.to(bias.dtype))
 

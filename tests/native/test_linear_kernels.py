@@ -27,8 +27,8 @@ SHAPES = [
     (2, 3, 151936),
     (65, 577, 301),
 ]
-# Relative error of a gradient: of 16-bit inputs the gradient of a logit and the result are rounded, half a unit each.
-GRADIENT = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+# Relative error of a gradient. Of 16-bit inputs the gradients of logits and the result are rounded; sums of them cancel.
+GRADIENT = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 
 @pytest.fixture(autouse=True)

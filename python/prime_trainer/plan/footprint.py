@@ -18,13 +18,16 @@ from ..scale import sharding
 
 # The logits in prime_kernels' linear losses: bytes that are kept for their gradient, then tiles: tokens, elements where
 # they are made again for it, elements without a gradient, and bytes where loss and gradient come from one product.
-KEPT_BYTES = {"cpu": 2**27, "cuda": 2**29}
+KEPT_BYTES = {"cpu": 2**28, "cuda": 2**29}
 TILE_TOKENS = {"cpu": 1024, "cuda": 8192}
 BACKWARD_TILE = {"cpu": 2**24, "cuda": 2**28}
 FORWARD_TILE = {"cpu": 2**22, "cuda": 2**27}
 FUSED_TILE_BYTES = 2**27
 # Rows of a 16-bit product that is added to a float32 sum over tiles.
 ADDED_ROWS = {"cpu": 2**12, "cuda": 2**14}
+# Devices whose kernels need no tiles: beside logits that are kept, their scratch memory is some MiB.
+HEAD_KERNELS = frozenset({"cpu"})
+LOGIT = 4  # bytes: float32 whatever the inputs
 
 
 @dataclass(frozen=True)
@@ -131,12 +134,16 @@ def _tile(elements: int, tokens: int, vocabulary: int, device: str) -> tuple[int
 def head_bytes(shape: Shape, tokens: int, compute: int, device: str, fused: bool) -> dict[str, float]:
     """What the loss of `tokens` response tokens takes while it makes the gradients of hidden states and head."""
     hidden = compute * tokens * shape.width
+    few = LOGIT * tokens * shape.vocabulary <= KEPT_BYTES[device]
+    if device in HEAD_KERNELS:
+        logits = LOGIT * tokens * shape.vocabulary * few
+        return {"logits": float(logits), "hidden states, head": float(2 * hidden + compute * shape.head)}
     if fused:
-        rows, columns = max(1, min(tokens, FUSED_TILE_BYTES // compute // shape.vocabulary)), shape.vocabulary
-    elif compute * tokens * shape.vocabulary <= KEPT_BYTES[device]:
+        rows, columns = max(1, min(tokens, FUSED_TILE_BYTES // LOGIT // shape.vocabulary)), shape.vocabulary
+    elif few:
         rows, columns = tokens, shape.vocabulary
     else:
-        rows, columns = _tile(BACKWARD_TILE[device], tokens, shape.vocabulary, device)
+        rows, columns = _tile(BACKWARD_TILE[device] * compute // LOGIT, tokens, shape.vocabulary, device)
     of_hidden = hidden if columns == shape.vocabulary else 4 * tokens * shape.width
     once, low = rows >= tokens, compute < 4
     # One product is written where it stays. A sum over tiles is float32; CPUs add to it through float32 copies of what
@@ -144,7 +151,10 @@ def head_bytes(shape: Shape, tokens: int, compute: int, device: str, fused: bool
     block = low * min(ADDED_ROWS[device], max(rows, columns)) * shape.width * (compute + 4 * (device == "cpu"))
     total = 0 if once else 4 * columns * shape.width + block
     held = 0 if fused and not once else compute * shape.head
-    moments = [(compute * rows * columns, held + total)]
+    # The gradient of 16-bit inputs' logits is rounded beside them; CPUs multiply float32 copies of such inputs.
+    moments = [((LOGIT + low * compute) * rows * columns, held + total)]
+    if low and device == "cpu":
+        moments.append((LOGIT * rows * columns, held + total - block * (not once) + LOGIT * (rows + columns) * shape.width))
     if fused and not once:  # the sum is rounded when the logits are gone
         moments.append((0, (4 + compute * low) * shape.head))
     if fused and device != "cpu":  # gradients times that of the loss, which a CPU leaves out where it is 1
@@ -155,8 +165,10 @@ def head_bytes(shape: Shape, tokens: int, compute: int, device: str, fused: bool
 
 def score_tile_bytes(shape: Shape, tokens: int, compute: int, device: str) -> float:
     """The logits that are alive while log-probs are made without gradients."""
+    if device in HEAD_KERNELS:
+        return 0.0
     rows, columns = _tile(FORWARD_TILE[device], tokens, shape.vocabulary, device)
-    return float(compute * rows * columns)
+    return float(LOGIT * rows * columns)
 
 
 def drawing_bytes(shape: Shape, compute: int, device: str) -> int:

@@ -101,10 +101,12 @@ def test_tiles_are_those_of_the_losses():
     tiles = _tiled_head
     assert (footprint.TILE_TOKENS, footprint.FUSED_TILE_BYTES) == (tiles.TOKENS, tiles.FUSED_BYTES)
     assert (footprint.KEPT_BYTES, footprint.ADDED_ROWS) == (tiles.KEPT_BYTES, tiles.ADDED_ROWS)
+    assert footprint.HEAD_KERNELS == tiles.HEAD_KERNELS
     assert (footprint.FORWARD_TILE, footprint.BACKWARD_TILE) == (tiles.FORWARD_ELEMENTS, tiles.BACKWARD_ELEMENTS)
     for tokens, vocabulary in ((100, 1000), (5000, 1000), (8192, 151936), (20000, 40000), (1500, 300000)):
-        head = torch.empty(vocabulary, 1, device="meta"), None
-        made = tiles.Tiles(torch.empty(tokens, 1, device="meta"), *head, tiles.BACKWARD_ELEMENTS["cuda"])
+        sizes = torch.empty(tokens, 1, device="meta"), torch.empty(vocabulary, 1, device="meta")
+        head = tiles.LinearHead(*sizes, None, torch.empty(tokens, device="meta"), 1.0, False)
+        made = tiles.Tiles(head, tiles.BACKWARD_ELEMENTS["cuda"])
         found = footprint._tile(footprint.BACKWARD_TILE["cuda"], tokens, vocabulary, "cuda")
         assert found == (made.tokens, made.columns)
 
@@ -126,6 +128,8 @@ def test_a_loss_over_tiles(monkeypatch, fused, dtype, tokens):
     for name, size in sizes.items():
         monkeypatch.setattr(_tiled_head, name, {"cpu": size})
         monkeypatch.setattr(footprint, ours.get(name, name), {"cpu": size})
+    for module in (_tiled_head, footprint):
+        monkeypatch.setattr(module, "HEAD_KERNELS", frozenset())
     monkeypatch.setattr(_tiled_head, "FUSED_BYTES", fused_bytes)
     monkeypatch.setattr(footprint, "FUSED_TILE_BYTES", fused_bytes)
     hidden, weight = torch.randn(tokens, width).to(dtype), torch.randn(vocabulary, width).to(dtype)
