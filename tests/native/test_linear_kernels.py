@@ -27,7 +27,7 @@ SHAPES = [
     (2, 3, 151936),
     (65, 577, 301),
 ]
-# Relative error of a gradient. Of 16-bit inputs the gradients of logits and the result are rounded; sums of them cancel.
+# Relative error of a gradient. Of 16-bit inputs the gradients of logits and the result are rounded, and sums cancel.
 GRADIENT = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 

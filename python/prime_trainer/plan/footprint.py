@@ -154,7 +154,10 @@ def head_bytes(shape: Shape, tokens: int, compute: int, device: str, fused: bool
     # The gradient of 16-bit inputs' logits is rounded beside them; CPUs multiply float32 copies of such inputs.
     moments = [((LOGIT + low * compute) * rows * columns, held + total)]
     if low and device == "cpu":
-        moments.append((LOGIT * rows * columns, held + total - block * (not once) + LOGIT * (rows + columns) * shape.width))
+        copies = LOGIT * (rows + columns) * shape.width
+        moments.append((LOGIT * rows * columns, held + (0 if once else total - block) + copies))
+    if low and columns < shape.vocabulary:  # the sum of the hidden states' gradient is rounded at the end
+        moments.append((0, held + hidden))
     if fused and not once:  # the sum is rounded when the logits are gone
         moments.append((0, (4 + compute * low) * shape.head))
     if fused and device != "cpu":  # gradients times that of the loss, which a CPU leaves out where it is 1
