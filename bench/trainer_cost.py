@@ -20,22 +20,22 @@ import prime_kernels as pk
 from prime_trainer.config.load import load
 from prime_trainer.config.run_config import RunConfig
 from prime_trainer.data.tasks import load_task
-from prime_trainer.loop import Clock
+from prime_trainer.loop import StageClock
 from prime_trainer.models import loading, tokenizers
 from prime_trainer.rollout import TransformersSampler
 from prime_trainer.rollout.collector import Collector
 from prime_trainer.train import batch as batch_module
 from prime_trainer.train.batch import Batch
 from prime_trainer.train.forward import log_probs
-from prime_trainer.train.policy_step import needs_old_logp, policy_update
-from prime_trainer.train.prm_step import Rewards, Scorer, process_rewards
+from prime_trainer.train.policy_step import Targets, policy_update
+from prime_trainer.train.prm_step import PRMScorer, Rewards, Scorer, process_rewards
 from prime_trainer.train.trainable import Trainable
 from prime_trainer.verify import Verifier
 
 LAYOUTS = {
     "a padded row a response": (0, False),
     "a row a group, the prompt once (the trainer's)": (batch_module.SHARED_ROW_LIMIT, False),
-    "one stream, block mask": (0, True),
+    "varlen, block mask": (0, True),
 }
 
 
@@ -63,16 +63,17 @@ class Setting:
         self.ref = loading.frozen(loading.load_model(cfg.model))
         sampler = TransformersSampler(model, tokenizer, batch_size=cfg.rollout.batch_size)
         with Verifier(cfg.task.verify_seconds, cfg.task.verify_workers) as verifier:
-            collector = Collector(cfg, load_task(cfg.task, cfg.seed), tokenizer, sampler, verifier)
-            clock = Clock()
+            task = load_task(cfg.task, cfg.seed)
+            collector = Collector(cfg.rollout, cfg.filter, cfg.seed, task, tokenizer, sampler, verifier)
+            clock = StageClock()
             self.groups, _ = collector.collect(1, clock)
         self.rollout = clock.spent["rollout"] + clock.spent["verify"]
         self.batch = Batch(self.groups, loading.device(cfg.model))
 
     def forward(self, layout: str) -> Callable[[], None]:
         """A forward pass of the policy over the batch."""
-        limit, stream = LAYOUTS[layout]
-        batch = Batch(self.groups, self.batch.device, stream=stream)
+        limit, varlen = LAYOUTS[layout]
+        batch = Batch(self.groups, self.batch.device, layout="varlen" if varlen else "shared")
 
         @torch.no_grad()
         def work() -> None:
@@ -88,25 +89,28 @@ class Setting:
     def prm_stage(self, ref_type: str) -> Callable[[], object]:
         """The PRM's scoring and update; with `policy` the policy's own log-probs, at hand or not, are the reference."""
         scorer = Scorer(
-            self.policy.model if ref_type == "policy" or needs_old_logp(self.cfg.policy) else None,
-            self.ref if ref_type == "freeze" else None, self.prm, self.cfg.prm, self.cfg.micro_batch_tokens,
+            self.policy.model if ref_type == "policy" or self.cfg.needs.ppo_ratio else None,
+            self.ref if ref_type == "freeze" else None, self.cfg.micro_batch_tokens,
         )  # fmt: skip
-        return lambda: scorer.score(self.batch)
+        with_prm = PRMScorer(scorer, self.prm, self.cfg.prm)
+        return lambda: with_prm.score(self.batch)
 
     def outcome_stage(self) -> Callable[[], object]:
         """What outcome-only RLOO does in its place: the policy's own log-probs where its update needs them."""
-        wanted = self.policy.model if needs_old_logp(self.cfg.policy) else None
-        return lambda: Scorer(wanted, None, None, self.cfg.prm, self.cfg.micro_batch_tokens).score(self.batch)
+        wanted = self.policy.model if self.cfg.needs.ppo_ratio else None
+        return lambda: Scorer(wanted, None, self.cfg.micro_batch_tokens).score(self.batch)
 
     def update(self) -> Callable[[], object]:
         """The policy's update: forward and backward of every token, and the optimizer steps."""
         cfg, batch = self.cfg, self.batch
         advantages = torch.randn(batch.num_tokens)
-        old = torch.zeros(batch.num_tokens) if needs_old_logp(cfg.policy) else None
+        targets = Targets(advantages, torch.zeros(batch.num_tokens) if cfg.needs.ppo_ratio else None)
 
         def work() -> None:
             shuffle = torch.Generator().manual_seed(0)
-            policy_update(self.policy, batch, advantages, old, None, cfg.policy, cfg.micro_batch_tokens, shuffle)
+            policy_update(
+                self.policy, batch, targets, cfg.policy, micro_batch_tokens=cfg.micro_batch_tokens, generator=shuffle
+            )
 
         return work
 

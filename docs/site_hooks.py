@@ -82,15 +82,15 @@ def configuration() -> str:
 
     lines = ["# Configuration keys", "", "`--section.key value` on the command line overrides the TOML file."]
     for title, model, prefix in _sections(RunConfig, ""):
-        lines += ["", f"## {title}", "", "| key | type | default | |", "|---|---|---|---|"]
+        lines += ["", f"## {title}", ""]
         for name, field in model.model_fields.items():
             if not hasattr(field.annotation, "model_fields"):
                 default = field.get_default(call_default_factory=True)
                 plain = isinstance(field.annotation, type) and "[" not in str(field.annotation)
                 kind = field.annotation.__name__ if plain else re.sub(r"typing\.|pathlib\.", "", str(field.annotation))
                 about = " ".join((field.description or "").split())
-                cells = (f"`{prefix}{name}`", f"`{kind}`", f"`{default}`", about)
-                lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+                # A list and no table: on a phone the descriptions would be off the screen.
+                lines.append(f"* `{prefix}{name}` ({kind}) = `{default}`" + (f"<br>{about}" if about else ""))
     return "\n".join(lines) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""``python -m prime_kernels``: what is installed, what can run here and why the rest cannot, and a self-test.
+"""``python -m prime_kernels``: versions, build, available backends with reasons for the others, and a self-test.
 
 The exit status is 1 if an operation disagrees with its reference on a backend that says it can run.
 """

@@ -1,12 +1,13 @@
 """What a backend has to implement, and where each backend does.
 
-Row kernels take rows of logits, packed kernels take packed tokens. A backend implements each group as a module with
-the functions of the protocol; it is imported when it is first used.
+Row kernels take rows of logits, packed kernels take packed tokens. A backend implements each group as a module or
+an object with the functions of the protocol, imported on first use.
 """
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -20,6 +21,20 @@ class RowResults(NamedTuple):
     entropy: Tensor | None
     """Entropy of each row's distribution, in nats; None where it was not asked for."""
 
+    def only_model(self) -> "RowResults":
+        """Results [N] of the only model of [1, N]."""
+        return RowResults(self.logp[0], self.lse[0], None if self.entropy is None else self.entropy[0])
+
+    @staticmethod
+    def cat(parts: "Sequence[RowResults]", dim: int) -> "RowResults":
+        """Results of consecutive rows or models as one."""
+        entropies = [part.entropy for part in parts if part.entropy is not None]
+        return RowResults(
+            torch.cat([part.logp for part in parts], dim),
+            torch.cat([part.lse for part in parts], dim),
+            torch.cat(entropies, dim) if entropies else None,
+        )
+
 
 class RowGradient(NamedTuple):
     """What the gradient of rows of logits [N, V] is computed from, each [N] or None for zero."""
@@ -32,6 +47,17 @@ class RowGradient(NamedTuple):
     """d loss / d logp."""
     grad_entropy: Tensor | None
     """d loss / d entropy."""
+
+    def rows(self, at: slice | Tensor) -> "RowGradient":
+        """That of some of the rows."""
+        entropy, grad_logp, grad_entropy = (None if column is None else column[at] for column in self[1:])
+        return RowGradient(self.lse[at], entropy, grad_logp, grad_entropy)
+
+    def flat(self) -> "RowGradient":
+        """In one dimension; without the entropy if it is not needed."""
+        grad_logp, grad_entropy = (None if column is None else column.reshape(-1) for column in self[2:])
+        entropy = None if self.entropy is None or grad_entropy is None else self.entropy.reshape(-1)
+        return RowGradient(self.lse.reshape(-1), entropy, grad_logp, grad_entropy)
 
 
 class LinearHead(NamedTuple):
@@ -48,6 +74,17 @@ class LinearHead(NamedTuple):
     temperature: float
     rounded: bool
     """Whether logits are rounded to the dtype of ``hidden``, as the model's own layer does; else they are float32."""
+
+
+class HeadGradients(NamedTuple):
+    """Gradients of an output layer and its input; None where not wanted."""
+
+    hidden: Tensor | None
+    """[N, D]."""
+    weight: Tensor | None
+    """[V, D]."""
+    bias: Tensor | None
+    """[V]."""
 
 
 class RowKernels(Protocol):
@@ -95,8 +132,8 @@ class HeadKernels(Protocol):
 
     def gradients(
         self, head: LinearHead, gradient: RowGradient, wanted: Sequence[bool], kept: Tensor | None = None
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Gradients of (hidden, weight, bias) where ``wanted``; ``kept`` as the forward left it, or None."""
+    ) -> HeadGradients:
+        """Gradients where ``wanted``, in the order of the results; ``kept`` as the forward left it, or None."""
         ...
 
 
@@ -160,15 +197,15 @@ class PRMResults(NamedTuple):
 class PackedKernels(Protocol):
     """Kernels over packed tokens. Shapes, dtypes and ranges have been checked; offsets are int64."""
 
-    def segment_scan(self, values: Tensor, cu_seqlens: Tensor, gamma: float, reverse: bool) -> Tensor:
+    def scan_segments(self, values: Tensor, cu_seqlens: Tensor, gamma: float, reverse: bool) -> Tensor:
         """y_t = x_t + gamma * y_{t-1}, or y_{t+1} with ``reverse``, in each segment; float32 or float64 [T]."""
         ...
 
-    def segment_sum(self, values: Tensor, cu_segments: Tensor) -> Tensor:
+    def sum_segments(self, values: Tensor, cu_segments: Tensor) -> Tensor:
         """The sum of each segment of float32 values [T]: [S] float64."""
         ...
 
-    def segment_fill(self, values: Tensor, cu_segments: Tensor, total: int, factor: Tensor | None = None) -> Tensor:
+    def fill_segments(self, values: Tensor, cu_segments: Tensor, total: int, factor: Tensor | None = None) -> Tensor:
         """[total] float32: each token gets its segment's value of [S] float64 times ``factor``, a float32 scalar."""
         ...
 
@@ -186,21 +223,21 @@ class PackedKernels(Protocol):
         """(value - mean) * rsqrt(unbiased variance + WHITEN_EPS) of the values of which these are the moments."""
         ...
 
-    def ppo_forward(
+    def ppo_loss_and_scale(
         self, tokens: PPOTokens, clip: tuple[float, float], denominator: Tensor | float | None
     ) -> PPOResults:
         """The loss and its statistics. ``clip`` is (clip_low, clip_high); denominator None means the valid tokens."""
         ...
 
-    def ppo_backward(self, tokens: PPOTokens, clip: tuple[float, float], scale: Tensor, grad: Tensor) -> Tensor:
+    def ppo_gradient(self, tokens: PPOTokens, clip: tuple[float, float], scale: Tensor, grad: Tensor) -> Tensor:
         """d loss / d logp * ``grad``, [T] float32; ``scale`` is that of the forward pass."""
         ...
 
-    def pack(self, padded: Tensor, cu_seqlens: Tensor, total: int, left: bool) -> Tensor:
-        """Tokens [total, W] of padded rows [B, L, W]; with ``left`` the padding comes first."""
+    def pack_tokens(self, padded: Tensor, cu_seqlens: Tensor, total: int, pad_left: bool) -> Tensor:
+        """Tokens [total, W] of padded rows [B, L, W]; with ``pad_left`` the padding comes first."""
         ...
 
-    def unpack(self, values: Tensor, cu_seqlens: Tensor, length: int, left: bool, fill: float) -> Tensor:
+    def unpack_tokens(self, values: Tensor, cu_seqlens: Tensor, length: int, pad_left: bool, fill: float) -> Tensor:
         """Padded rows [B, length, W] of tokens [N, W]."""
         ...
 
@@ -208,7 +245,7 @@ class PackedKernels(Protocol):
 class GpuPackedKernels(PackedKernels, Protocol):
     """What a GPU backend has besides: on CPUs the loss of a few responses is plain PyTorch."""
 
-    def prm_forward(
+    def prm_loss_and_slope(
         self,
         log_ratio: Tensor,
         outcomes: Tensor,
@@ -247,9 +284,9 @@ def head(backend: str) -> HeadKernels:
 def packed(backend: str) -> PackedKernels:
     """The packed kernels of a resolved backend other than "eager", which is plain PyTorch in ops/."""
     if backend == "cpu":
-        from prime_kernels._native import packed_cpu
+        from prime_kernels._native import packed as native_packed
 
-        return packed_cpu
+        return native_packed.CPU
     return packed_on_gpu(backend)
 
 
@@ -259,6 +296,6 @@ def packed_on_gpu(backend: str) -> GpuPackedKernels:
         from prime_kernels._triton import packed as triton_packed
 
         return triton_packed
-    from prime_kernels._native import packed_cuda
+    from prime_kernels._native import packed as native_packed
 
-    return packed_cuda
+    return native_packed.CUDA

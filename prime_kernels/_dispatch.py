@@ -3,11 +3,9 @@
 Selection: the ``backend`` argument, then :func:`use_backend`, then the environment variable ``PRIME_KERNELS_BACKEND``,
 then the fastest backend for the device of the tensors.
 
-* The argument is strict: a backend that is unavailable, or has no kernel for this operation, raises
-  :class:`BackendUnavailable`; nothing falls back.
-* ``use_backend`` and the environment variable speak for many operations at once. They are strict about the backend
-  being available at all, but an operation that it does not implement, or whose tensors it cannot take (other device,
-  float64), runs on the fastest of the rest.
+* The argument is strict: a backend that is unavailable or cannot take the tensors is an error; nothing falls back.
+* ``use_backend`` and the environment variable apply to many operations. The backend must be available, but an operation
+  whose tensors it cannot take (other device, float64) runs on the fastest of the others.
 """
 
 import os
@@ -21,25 +19,27 @@ import torch
 BACKENDS = ("eager", "cpu", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "PRIME_KERNELS_BACKEND"
 
-# What each operation runs on besides eager, which implements all of them.
-_KERNELS: dict[str, tuple[str, ...]] = {
-    "linear_log_probs": ("cpu", "triton", "cuda"),
-    "linear_log_ratios": ("cpu", "triton", "cuda"),
-    "linear_nll": ("cpu", "triton", "cuda"),
-    "linear_ppo_loss": ("cpu", "triton", "cuda"),
-    "log_probs": ("cpu", "triton", "cuda"),
-    "log_ratios": ("cpu", "triton", "cuda"),
-    "pack": ("cpu", "triton", "cuda"),
-    "ppo_loss": ("cpu", "triton", "cuda"),
-    "prm_loss": ("cpu", "triton", "cuda"),
-    "rloo_advantages": ("cpu", "triton", "cuda"),
-    "segment_scan": ("cpu", "triton", "cuda"),
-    "segment_sum": ("cpu", "triton", "cuda"),
-    "step_rewards": ("cpu", "triton", "cuda"),
-    "unpack": ("cpu", "triton", "cuda"),
-}
+# Every operation; each runs on every backend.
+OPERATIONS = frozenset(
+    {
+        "linear_log_probs",
+        "linear_log_ratios",
+        "linear_nll",
+        "linear_ppo_loss",
+        "log_probs",
+        "log_ratios",
+        "pack",
+        "ppo_loss",
+        "prm_loss",
+        "rloo_advantages",
+        "segment_scan",
+        "segment_sum",
+        "step_rewards",
+        "unpack",
+    }
+)
 
-# These copy elements and look at none: any dtype will do.
+# These copy elements without reading them, so they take any dtype.
 _COPIES = ("pack", "unpack")
 
 # Fastest first; eager comes after all of these.
@@ -62,8 +62,8 @@ def available_backends() -> dict[str, str | None]:
 def use_backend(name: str) -> Iterator[None]:
     """Prefer a backend for every operation called inside the ``with`` block (this thread or task only).
 
-    Operations that the backend does not implement, or whose tensors it cannot take, run on the fastest of the rest;
-    an explicit ``backend=`` argument still wins.
+    Operations whose tensors it cannot take run on the fastest of the others; an explicit ``backend=`` argument takes
+    precedence.
 
     Args:
         name: "eager", "cpu", "triton" or "cuda".
@@ -83,8 +83,8 @@ def use_backend(name: str) -> Iterator[None]:
 def resolve(op: str, tensor: torch.Tensor, backend: str | None) -> str:
     """The backend that runs ``op`` on ``tensor``, by the rules above.
 
-    While torch.compile traces it is always "eager": what is no operator of its own is plain PyTorch, which the compiler
-    may fuse.
+    While torch.compile traces it is always "eager": operations without a custom op stay plain PyTorch, so the compiler
+    can fuse them.
     """
     if torch.compiler.is_compiling():
         return "eager"
@@ -112,25 +112,20 @@ def resolve(op: str, tensor: torch.Tensor, backend: str | None) -> str:
 def _strict(op: str, tensor: torch.Tensor, backend: str) -> str:
     if backend == "eager":
         return backend
-    implemented = ("eager", *_KERNELS[op])
-    if backend not in implemented:
-        names = ", ".join(repr(name) for name in implemented)
-        raise BackendUnavailable(
-            f"backend: {op} has no {backend!r} kernel; it runs on {names}. Pass one of these or None"
-        )
     expected = _device_types(backend)
     if tensor.device.type not in expected:
         raise ValueError(f"backend: expected {' or '.join(expected)} tensors for {backend!r}, got {tensor.device}")
-    if tensor.dtype == torch.float64 and op not in _COPIES:
+    if not _takes_dtype(op, tensor):
         raise TypeError(f"backend: expected float32, bfloat16 or float16 tensors for {backend!r}, got torch.float64")
     return backend
 
 
 def _can_run(op: str, tensor: torch.Tensor, backend: str) -> bool:
-    if backend == "eager":
-        return True
-    implemented = backend in _KERNELS[op] and (tensor.dtype != torch.float64 or op in _COPIES)
-    return implemented and tensor.device.type in _device_types(backend)
+    return backend == "eager" or (_takes_dtype(op, tensor) and tensor.device.type in _device_types(backend))
+
+
+def _takes_dtype(op: str, tensor: torch.Tensor) -> bool:
+    return tensor.dtype != torch.float64 or op in _COPIES
 
 
 def _device_types(backend: str) -> tuple[str, ...]:

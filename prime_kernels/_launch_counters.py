@@ -1,4 +1,4 @@
-"""Counters that kernels share: how many programs of a launch are done, so that the last one can finish the work."""
+"""Counters of the programs of a launch that are done, so that the last one can finish the work."""
 
 import torch
 from torch import Tensor
@@ -7,9 +7,10 @@ _counters: dict[tuple[torch.device, int], Tensor] = {}
 
 
 def arrivals(device: torch.device) -> Tensor:
-    """[1] int32, zero before and after every launch. Launches on one stream follow each other, so each stream has one.
+    """A counter [1] int32 that is 0 before and after every launch.
 
-    While a CUDA graph is captured a new one is made: the graph may later run beside others of its stream.
+    Launches on one stream run one after another, so each stream has one counter. During CUDA graph capture a new one is
+    made, as the graph may later run beside other work of its stream.
     """
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return torch.zeros(1, dtype=torch.int32, device=device)

@@ -1,4 +1,4 @@
-"""Packed tokens in plain PyTorch: what references and kernels share that is no operation of its own."""
+"""Sums, means and indices of packed segments in plain PyTorch, for references and kernels."""
 
 import torch
 from torch import Tensor
@@ -6,14 +6,19 @@ from torch import Tensor
 
 def segment_index(offsets: Tensor, total: int) -> Tensor:
     """The segment of each element, [total] int64, from checked offsets [S + 1]. Never waits for the device."""
-    segments = torch.arange(offsets.numel() - 1, device=offsets.device)
+    segments = torch.arange(offsets.numel() - 1, dtype=torch.int64, device=offsets.device)
     return torch.repeat_interleave(segments, offsets.diff(), output_size=total)
 
 
-def segment_total(values: Tensor, index: Tensor, segments: int) -> Tensor:
-    """Sum of each segment, [segments] float64: long sums keep every digit of their float32 terms."""
+def indexed_total(values: Tensor, index: Tensor, segments: int) -> Tensor:
+    """The sum of the values of each segment, [segments] float64: long sums keep the digits of their float32 terms."""
     total = torch.zeros(segments, dtype=torch.float64, device=values.device)
     return total.index_add(0, index, values.double())
+
+
+def segment_total(values: Tensor, offsets: Tensor) -> Tensor:
+    """The sum of each segment of packed values, [S] float64, from checked offsets [S + 1]."""
+    return indexed_total(values, segment_index(offsets, values.numel()), offsets.numel() - 1)
 
 
 def result_dtype(values: Tensor) -> torch.dtype:
@@ -22,19 +27,21 @@ def result_dtype(values: Tensor) -> torch.dtype:
 
 
 def leave_one_out(values: Tensor, counted: Tensor, cu_groups: Tensor) -> tuple[Tensor, Tensor]:
-    """For each response: (mean of the other counted responses of its group, how many these are), float64.
+    """For each response, the mean over the other counted responses of its group and their number, float64.
 
-    The mean is 0 where there are none: a group of one has baseline 0.
+    Without others the mean is 0: a group of one has baseline 0.
     """
     group, groups = segment_index(cu_groups, values.numel()), cu_groups.numel() - 1
     values = values.where(counted, 0.0)
-    others = (segment_total(counted, group, groups)[group] - counted.double()).clamp(min=0.0)
-    return (segment_total(values, group, groups)[group] - values) / others.clamp(min=1.0), others
+    others = (indexed_total(counted, group, groups)[group] - counted.double()).clamp(min=0.0)
+    return (indexed_total(values, group, groups)[group] - values) / others.clamp(min=1.0), others
 
 
 def merge_moments(moments: Tensor) -> Tensor:
-    """[3] of [P, 3] float64: (count, mean, sum of squares about the mean) of all from those of parts, without the
-    cancellation of a sum of squares less a square."""
+    """[3] from [P, 3] float64: count, mean and sum of squares about the mean of a whole, from those of its parts.
+
+    Without the cancellation of (sum of squares) - (square of the sum).
+    """
     count, mean, squares = moments.unbind(1)
     total = count.sum()
     merged = (count * mean).sum() / total.clamp(min=1.0)

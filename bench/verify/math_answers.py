@@ -1,10 +1,10 @@
 """Every reference answer of the mathematics benchmarks against itself and against wrong ones; writes a Markdown table.
 
-    python bench/verify/math_answers.py DATA_FOLDER [--output bench/results/verify/math.md]
+    python -m bench.verify.math_answers DATA_FOLDER [--output bench/results/verify/math.md]
 
 Each reference answer is scored, in a box: as it stands; written in another way (other spacing, `\\dfrac`, a sentence
 around it), so that the comparison itself is used; plus one (numbers and formulas); and the answer of the item before it
-where that is written differently.
+where that is written differently. Then both in every form of `forms.FORMS` that applies.
 """
 
 import argparse
@@ -13,12 +13,13 @@ import re
 import time
 from pathlib import Path
 
+from bench.verify.forms import FORMS, written
 from prime_trainer.config.sections import BenchConfig
 from prime_trainer.data.problems import Problem
 from prime_trainer.evaluation import benchmarks
 from prime_trainer.report import markdown
 from prime_trainer.verify import Verifier
-from prime_trainer.verify.answer_scorers import plain
+from prime_trainer.verify.extract import plain
 
 MATH = [name for name, benchmark in benchmarks.BENCHMARKS.items() if benchmark.ability == "math"]
 CATEGORIES = ("itself", "rewritten", "plus one", "neighbour's")
@@ -53,6 +54,19 @@ def cases(data: Path, every: int = 1) -> list[tuple[str, str, Problem, str]]:
     return jobs
 
 
+def form_cases(data: Path, every: int = 1, first: int = 0) -> list[tuple[str, bool, Problem, str]]:
+    """`(form, whether it is right, problem, answer to judge)`: the reference and its neighbour's in every form."""
+    jobs = []
+    for name in MATH:
+        problems = benchmarks.load(name, BenchConfig(data=data))
+        for i, problem in list(enumerate(problems))[first::every]:
+            before = problems[i - 1].reference
+            jobs += [(form, True, problem, text) for form, text in written(problem.reference).items()]
+            if plain(before) != plain(problem.reference):
+                jobs += [(form, False, problem, text) for form, text in written(before).items()]
+    return jobs
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
@@ -65,7 +79,11 @@ def main() -> None:
         begin = time.perf_counter()
         verdicts = verifier.score([(problem.answer, f"so \\boxed{{{text}}}.") for _, _, problem, text in jobs])
         seconds = time.perf_counter() - begin
-    report = render(jobs, verdicts, seconds)
+        forms = form_cases(args.data, args.every)
+        begin = time.perf_counter()
+        judged = verifier.score([(problem.answer, f"so \\boxed{{{text}}}.") for _, _, problem, text in forms])
+        form_seconds = time.perf_counter() - begin
+    report = render(jobs, verdicts, seconds) + render_forms(forms, judged, form_seconds)
     if args.output:
         args.output.write_text(report, encoding="utf-8")
     print(report)
@@ -96,6 +114,32 @@ def render(jobs, verdicts, seconds: float) -> str:
         "Answers judged as they should be: in the first two columns accepted, in the others rejected.\n\n"
         f"{markdown.table(cells)}\n{len(jobs)} answers in {seconds:.1f} s with two workers: {rate:.0f} a minute.\n"
         + (f"\nThe others:\n\n{markdown.table(others)}" if others else "")
+    )
+
+
+def render_forms(jobs, verdicts, seconds: float) -> str:
+    counts, odd = collections.Counter(), []
+    for (form, right, problem, text), verdict in zip(jobs, verdicts, strict=True):
+        counts[form, right, "items"] += 1
+        counts[form, right, "judged so"] += verdict.score == right
+        if verdict.score != right:
+            said = verdict.failure or f"score {verdict.score:g}"
+            odd.append({
+                "item": problem.id, "form": form, "reference": f"`{problem.reference}`", "answer": f"`{text}`",
+                "verdict": said,
+            })  # fmt: skip
+    rows = []
+    for form in [*FORMS, None]:
+        row = {"form": form or "all"}
+        for title, right in (("accepted", True), ("neighbour's refused", False)):
+            names = [form] if form else list(FORMS)
+            n, k = (sum(counts[f, right, what] for f in names) for what in ("items", "judged so"))
+            row[title] = f"{k} of {n}"
+        rows.append(row)
+    return (
+        "\nEvery reference in every form that applies to it (accepted), and the answer of the item before in the same "
+        f"forms (refused).\n\n{markdown.table(rows)}\n{len(jobs)} answers in {seconds:.1f} s with two workers: "
+        f"{60 * len(jobs) / seconds:.0f} a minute.\n" + (f"\nThe others:\n\n{markdown.table(odd)}" if odd else "")
     )
 
 

@@ -202,7 +202,7 @@ void BlockLogits::logits(const char* panel, float* tile) const {
       kernels.product(strip, panel + k * kernels.lanes * size, depth, tile + row * kernels.lanes, kernels.lanes, k > 0);
     }
   }
-  const bool rounds = head_.round != 0 && head_.dtype != PK_FLOAT32;
+  const bool rounds = head_.rounded != 0 && head_.dtype != PK_FLOAT32;
   if (head_.bias == nullptr && !rounds) return;
   kernels.finish(tile, n_rows_, head_.bias == nullptr ? nullptr : bias_.floats(), rounds ? head_.dtype : PK_FLOAT32);
 }

@@ -107,6 +107,8 @@ RowResult forward_row(const void* z, int64_t n, int64_t id, int32_t dtype, doubl
   const RowSoftmax nothing{static_cast<float>(log2_scale), -infinity, 0.0, 0.0, 0.0};
   RowSoftmax rest = nothing;
   const double target = value_at(z, id, dtype);
+  // A target of +inf has no log-probability: the double path gives NaN, as for +inf anywhere else in the row.
+  if (target == kInf) return forward_in_double(z, n, id, dtype, temperature);
   if (!take_rest(z, n, id, dtype, target, false, rest)) return forward_in_double(z, n, id, dtype, temperature);
   if (rest.highest == -infinity) {
     // Nothing but -inf (or NaN, which is in the sum): no distribution.

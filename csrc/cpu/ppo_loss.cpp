@@ -10,10 +10,10 @@
 namespace pk {
 namespace {
 
-constexpr float kMaxLogRho = 20.0f;  // e^20: beyond it the ratio stays and passes no gradient
+constexpr float kMaxLogRho = static_cast<float>(PK_MAX_LOG_RHO);
 
-// e^x for x of at most kMaxLogRho, relative error below 2^-22; 0 where it would be subnormal, NaN for NaN. Free of
-// branches, so that loops over it vectorise.
+// e^x for x of at most kMaxLogRho, relative error below 2^-22; 0 instead of subnormals, NaN for NaN. Without branches, so
+// that loops over it vectorise.
 PK_INLINE float exp_of(float x) {
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it leaves round(t) in the low mantissa bits
   const float low = x < -87.0f ? -87.0f : x;
@@ -49,8 +49,6 @@ PK_INLINE Token token_of(float logp, float old_logp, float advantage, float low,
   return {log_rho, clipped > free ? clipped : free, clipped > free ? 0.0f : moving, clipped > free ? 1.0f : 0.0f};
 }
 
-bool valid(const pk_ppo_args* args) { return args != nullptr && args->n_tokens >= 0; }
-
 struct Sums {
   double loss;
   double clipping;
@@ -58,12 +56,12 @@ struct Sums {
   double count;
 };
 
-// Masked tokens are cut out bit by bit, not multiplied by 0: what they hold, NaN included, has no effect.
+// Masked values are zeroed by a bit mask, not multiplied by 0: NaN in a masked token has no effect.
 PK_INLINE uint32_t bits_if(uint8_t flag) { return 0u - static_cast<uint32_t>(flag != 0); }
 PK_INLINE float kept(float x, uint32_t keep) { return float_of(bits_of(x) & keep); }
 
-// Whether there is a mask and whether there are weights is settled outside the loops, and the columns come as pointers
-// of their own: a branch inside, or a store that might move them, would keep the loops from vectorising.
+// Templates on whether there are a mask and weights, with each column as a separate pointer: a branch inside the loop, or
+// a store that may alias the struct, would prevent vectorisation.
 template <bool kMask, bool kWeights>
 PK_INLINE Sums sums_of(const float* logp, const float* old_logp, const float* advantages, const uint8_t* mask,
              const float* weights, int64_t n, float low, float high, float, float*) {
@@ -100,7 +98,7 @@ PK_INLINE Sums gradient_of(const float* __restrict logp, const float* __restrict
 using Loop = Sums (*)(const float*, const float*, const float*, const uint8_t*, const float*, int64_t, float, float,
                       float, float*);
 
-// One binary for every x86-64: the loader picks the widest clone that the processor has. Needs ifunc, hence glibc.
+// One clone per x86-64 level; the loader picks the widest that the processor supports. Needs ifunc, hence glibc.
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
 #define PK_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
@@ -123,8 +121,8 @@ PK_LOOP(gradient_masked_weighted, gradient_of, true, true)
 constexpr Loop kSums[2][2] = {{sums, sums_weighted}, {sums_masked, sums_masked_weighted}};
 constexpr Loop kGradient[2][2] = {{gradient, gradient_weighted}, {gradient_masked, gradient_masked_weighted}};
 
-// The loop over every block of tokens, on as many threads as are worth it; the sums of the blocks in their order.
-Sums run(const pk_ppo_args& args, const Loop (&loops)[2][2], float factor, float* out) {
+// Runs the loop on every block of tokens, in parallel if there are enough; adds up the blocks' sums in order.
+Sums over_blocks(const pk_ppo_tokens& args, const Loop (&loops)[2][2], float factor, float* out) {
   const Loop loop = loops[args.mask != nullptr][args.weights != nullptr];
   const float low = static_cast<float>(1.0 - args.clip_low);
   const float high = static_cast<float>(1.0 + args.clip_high);
@@ -154,20 +152,25 @@ Sums run(const pk_ppo_args& args, const Loop (&loops)[2][2], float factor, float
 }  // namespace
 }  // namespace pk
 
-extern "C" int pk_cpu_ppo_loss(const pk_ppo_args* args, double* totals) {
+extern "C" int pk_cpu_ppo_loss(const pk_ppo_args* args) {
   using namespace pk;
-  if (!valid(args)) return PK_BAD_ARGUMENT;
-  const Sums total = run(*args, kSums, 0.0f, nullptr);
-  totals[0] = total.loss;
-  totals[1] = total.clipping;
-  totals[2] = total.log_rho;
-  totals[3] = total.count;
+  if (args == nullptr || args->tokens.n_tokens < 0) return PK_BAD_ARGUMENT;
+  const Sums total = over_blocks(args->tokens, kSums, 0.0f, nullptr);
+  const double count = std::max(total.count, 1.0);
+  double denominator = args->denominator != nullptr ? *args->denominator : args->denominator_value;
+  if (args->denominator == nullptr && denominator <= 0.0) denominator = count;
+  const double scale = 1.0 / denominator;
+  *args->scale = scale;
+  args->results[0] = static_cast<float>(total.loss * scale);
+  args->results[1] = static_cast<float>(total.clipping / count);
+  args->results[2] = static_cast<float>(-total.log_rho / count);
   return PK_OK;
 }
 
-extern "C" int pk_cpu_ppo_loss_backward(const pk_ppo_args* args, double factor, float* out) {
+extern "C" int pk_cpu_ppo_loss_backward(const pk_ppo_grad_args* args) {
   using namespace pk;
-  if (!valid(args)) return PK_BAD_ARGUMENT;
-  run(*args, kGradient, static_cast<float>(factor), out);
+  if (args == nullptr || args->tokens.n_tokens < 0) return PK_BAD_ARGUMENT;
+  const double factor = *args->scale * static_cast<double>(*args->grad);
+  over_blocks(args->tokens, kGradient, static_cast<float>(factor), args->out);
   return PK_OK;
 }

@@ -1,4 +1,4 @@
-// Scans and sums of packed segments, accumulated in double, and padded rows to packed tokens and back.
+// Scans and sums over packed segments, accumulated in double; pack and unpack.
 
 #include <algorithm>
 #include <cstring>
@@ -9,7 +9,7 @@
 namespace pk {
 namespace {
 
-// y_t = x_t + gamma * y_{t-1} inside each segment (y_{t+1} in reverse).
+// y_t = x_t + gamma * y_{t-1} in each segment (y_{t+1} in reverse).
 template <typename T>
 void scan(const pk_segment_scan_args& args) {
   const T* values = static_cast<const T*>(args.values);
@@ -31,7 +31,7 @@ void scan(const pk_segment_scan_args& args) {
                    });
 }
 
-// body(row, columns before its tokens, first token, tokens) for every row.
+// Calls body(row, padding columns before its tokens, first token, number of tokens) for every row.
 template <typename Body>
 int for_each_row(const pk_pack_args* args, Body body) {
   if (args == nullptr || args->n_rows < 0 || args->length < 0 || args->width < 1) return PK_BAD_ARGUMENT;
@@ -44,7 +44,7 @@ int for_each_row(const pk_pack_args* args, Body body) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t r = 0; r < args->n_rows; ++r) {
     const int64_t tokens = args->cu_seqlens[r + 1] - args->cu_seqlens[r];
-    body(r, args->left ? args->length - tokens : 0, args->cu_seqlens[r], tokens);
+    body(r, args->pad_left ? args->length - tokens : 0, args->cu_seqlens[r], tokens);
   }
   return PK_OK;
 }
@@ -78,7 +78,7 @@ extern "C" int pk_cpu_unpack(const pk_pack_args* args) {
     if (args->fill == 0) {
       std::memset(to, 0, tokens * token);
     } else {
-      // Little-endian, as every processor that this builds for: an element's bits are the low bytes.
+      // All supported processors are little-endian: an element's bits are the low bytes.
       for (int64_t i = 0; i < tokens * args->width; ++i) std::memcpy(to + i * args->itemsize, &args->fill, args->itemsize);
     }
   };
@@ -90,26 +90,30 @@ extern "C" int pk_cpu_unpack(const pk_pack_args* args) {
   });
 }
 
-extern "C" int pk_cpu_segment_sum(const float* values, const int64_t* cu, int64_t n_segments, int64_t n_tokens,
-                                  int n_threads, double* out) {
+extern "C" int pk_cpu_segment_sum(const pk_segment_sum_args* args) {
   using namespace pk;
-  if (n_segments < 0 || n_tokens < 0 || !valid_offsets(cu, n_segments, n_tokens)) return PK_BAD_ARGUMENT;
-  for_each_segment(cu, n_segments, n_tokens, n_threads, [=](int64_t segment, int64_t begin, int64_t end) {
-    double sum = 0.0;
+  if (args == nullptr || args->n_segments < 0 || args->n_tokens < 0) return PK_BAD_ARGUMENT;
+  if (!valid_offsets(args->cu_seqlens, args->n_segments, args->n_tokens)) return PK_BAD_ARGUMENT;
+  const float* values = args->values;
+  double* out = args->out;
+  for_each_segment(args->cu_seqlens, args->n_segments, args->n_tokens, args->n_threads,
+                   [=](int64_t segment, int64_t begin, int64_t end) {
+                     double sum = 0.0;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t t = begin; t < end; ++t) sum += values[t];
-    out[segment] = sum;
-  });
+                     for (int64_t t = begin; t < end; ++t) sum += values[t];
+                     out[segment] = sum;
+                   });
   return PK_OK;
 }
 
-// The gradient of a sum: each token gets its segment's.
-extern "C" int pk_cpu_segment_fill(const double* values, const int64_t* cu, int64_t n_segments, int64_t n_tokens,
-                                   int n_threads, float* out) {
+extern "C" int pk_cpu_segment_fill(const pk_segment_fill_args* args) {
   using namespace pk;
-  if (n_segments < 0 || n_tokens < 0 || !valid_offsets(cu, n_segments, n_tokens)) return PK_BAD_ARGUMENT;
-  for_each_segment(cu, n_segments, n_tokens, n_threads, [=](int64_t segment, int64_t begin, int64_t end) {
-    std::fill(out + begin, out + end, static_cast<float>(values[segment]));
-  });
+  if (args == nullptr || args->n_segments < 0 || args->n_tokens < 0) return PK_BAD_ARGUMENT;
+  if (!valid_offsets(args->cu_seqlens, args->n_segments, args->n_tokens)) return PK_BAD_ARGUMENT;
+  const double factor = args->factor == nullptr ? 1.0 : static_cast<double>(*args->factor);
+  for_each_segment(args->cu_seqlens, args->n_segments, args->n_tokens, args->n_threads,
+                   [=](int64_t segment, int64_t begin, int64_t end) {
+                     std::fill(args->out + begin, args->out + end, static_cast<float>(args->values[segment] * factor));
+                   });
   return PK_OK;
 }

@@ -1,5 +1,5 @@
-// One block a row and model: each thread keeps an online softmax of its own over 16-byte loads, then the block combines
-// them. The target is left out of the pass and joined at the end in double, as in the CPU kernels: beside a 1 the tail
+// One block per row and model. Each thread keeps an online softmax over 16-byte loads, and the block combines them. The
+// target is excluded from that pass and added at the end in double, as in the CPU kernels: in a float sum near 1 the tail
 // of a peaked row would be rounded away.
 
 #include <cuda_bf16.h>
@@ -7,15 +7,16 @@
 #include <cuda_runtime.h>
 
 #include "pk/abi.h"
+#include "status.cuh"
 
 namespace {
 
 constexpr int kWarp = 32;
 constexpr int kThreads = 256;
-// Where there are fewer rows than it takes to fill the device, more threads share one.
+// Threads per row where there are too few rows to fill the device.
 constexpr int kManyThreads = 1024;
 constexpr int64_t kFewRows = 512;
-// Loads of a thread that are under way together: latency times bandwidth asks for some 40 KiB a multiprocessor.
+// Outstanding loads per thread: latency times bandwidth requires about 40 KiB in flight per multiprocessor.
 constexpr int kUnroll = 4;
 constexpr double kLn2 = 0.693147180559945309;
 constexpr double kLog2e = 1.44269504088896340736;
@@ -46,7 +47,7 @@ struct alignas(16) Pack {
   T value[kSize];
 };
 
-// Elements of a row before its first 16-byte boundary: rows of V = 151937 or of a sliced tensor start anywhere.
+// Elements of a row before its first 16-byte boundary: rows of odd length or of a slice start at any element.
 template <typename T>
 __device__ __forceinline__ int64_t head_of(const T* row, int64_t n_cols) {
   const int64_t misaligned = static_cast<int64_t>((reinterpret_cast<uintptr_t>(row) & 15) / sizeof(T));
@@ -54,7 +55,7 @@ __device__ __forceinline__ int64_t head_of(const T* row, int64_t n_cols) {
   return head < n_cols ? head : n_cols;
 }
 
-// NaN passes, as a clamp must not hide it; where 2^t vanishes the factor beside it stays finite (0 * -inf is NaN).
+// Keeps the factor of a vanished 2^t finite (0 * -inf is NaN); NaN stays NaN.
 __device__ __forceinline__ float clamp_exponent(float t) { return t < kLowest ? kLowest : t; }
 
 // sum of 2^t and of t * 2^t, with t = (z - highest) * scale.
@@ -101,7 +102,7 @@ __device__ __forceinline__ Softmax warp_combine(Softmax mine, float scale) {
   return mine;
 }
 
-// `z` but for the target, which reads as -inf.
+// Adds a pack of logits, with the target replaced by -inf.
 template <typename T, bool kEntropy>
 __device__ __forceinline__ void take_pack(Softmax& softmax, const Pack<T>& pack, int64_t column, int64_t id,
                                           float scale) {
@@ -161,7 +162,7 @@ __global__ void __launch_bounds__(kBlock) forward_kernel(pk_log_probs_args args,
     }
   }
   for (; i < packs; i += kBlock) {
-    const Pack<T> pack = body[i];  // whole, not element by element
+    const Pack<T> pack = body[i];  // one 16-byte load
     take_pack<T, kEntropy>(softmax, pack, head + i * Pack<T>::kSize, id, scale);
   }
   for (int64_t c = head + packs * Pack<T>::kSize + threadIdx.x; c < args.n_cols; c += kBlock) take_one(c);
@@ -185,7 +186,7 @@ __global__ void __launch_bounds__(kBlock) forward_kernel(pk_log_probs_args args,
   const double p = exp2(t);
   const double sum = rest + p;
   const double log_sum = log(sum);
-  // log1p, because beside a 1 the rest would lose its digits; where the target vanishes there is nothing to lose.
+  // log1p keeps the digits of `rest` if p is near 1; if p vanishes, the direct formula is exact enough.
   const double logp = p > 1e-280 ? -log1p(rest / p) : kLn2 * t - log_sum;
   const double weighted = factor == 0.0 ? 0.0 : factor * (softmax.weighted + step * softmax.sum);
   const double entropy = log_sum - kLn2 * (weighted + (p == 0.0 ? 0.0 : p * t)) / sum;
@@ -203,7 +204,7 @@ __global__ void __launch_bounds__(kBlock) backward_kernel(pk_log_probs_grad_args
   const double lse = args.lse[row];
   const bool has_target = id >= 0 && id < args.n_cols;
   const bool valid = has_target || args.partial != 0;
-  // A finite lse vouches for the row: no NaN and no infinity hides behind the zero gradient.
+  // With a finite lse the row has no NaN and no +inf that a zero gradient could hide.
   const bool nothing = masked || (valid && grad_logp == 0.0 && grad_entropy == 0.0 && isfinite(lse));
   const T* z = static_cast<const T*>(args.logits) + row * args.logits_stride;
   const bool packable = ((reinterpret_cast<uintptr_t>(z) ^ reinterpret_cast<uintptr_t>(out)) & 15) == 0;
@@ -223,8 +224,8 @@ __global__ void __launch_bounds__(kBlock) backward_kernel(pk_log_probs_grad_args
     return;
   }
 
-  // p_j * (a + b * t) with log p_j = t * ln 2 + residue, as in the CPU kernel. Every thread works out the target's own
-  // gradient before any of them writes: in place, its logit is gone after that.
+  // p_j * (a + b * t) with log p_j = t * ln 2 + residue, as in the CPU kernel. Every thread computes the target's gradient
+  // before any thread writes, as in place its logit is then overwritten.
   const double inverse_temperature = 1.0 / args.temperature;
   const double entropy = args.grad_entropy == nullptr ? 0.0 : args.entropy[row];
   const float scale = static_cast<float>(inverse_temperature * kLog2e);
@@ -269,8 +270,6 @@ __global__ void __launch_bounds__(kBlock) backward_kernel(pk_log_probs_grad_args
   }
 }
 
-int launch_status() { return cudaGetLastError() == cudaSuccess ? PK_OK : PK_CUDA_ERROR; }
-
 template <typename T>
 void launch_forward(const pk_log_probs_args& args, int first_model, int n_models, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(args.n_rows), static_cast<unsigned>(n_models));
@@ -311,7 +310,7 @@ extern "C" int pk_cuda_log_probs_forward(const pk_log_probs_args* args, void* st
   }
   if (args->n_rows == 0) return PK_OK;
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
-  // One launch for neighbours of one dtype, that is for all models as a rule.
+  // One launch per run of models with the same dtype: usually one in all.
   for (int first = 0; first < args->n_models;) {
     int next = first + 1;
     while (next < args->n_models && args->models[next].dtype == args->models[first].dtype) ++next;
@@ -327,7 +326,7 @@ extern "C" int pk_cuda_log_probs_forward(const pk_log_probs_args* args, void* st
     }
     first = next;
   }
-  return launch_status();
+  return pk::launch_status("forward_kernel");
 }
 
 extern "C" int pk_cuda_log_probs_backward(const pk_log_probs_grad_args* args, void* stream) {
@@ -346,5 +345,5 @@ extern "C" int pk_cuda_log_probs_backward(const pk_log_probs_grad_args* args, vo
     default:
       launch_backward<__half>(*args, on);
   }
-  return launch_status();
+  return pk::launch_status("backward_kernel");
 }

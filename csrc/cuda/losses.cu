@@ -1,23 +1,23 @@
-// PPO and PRM losses, one launch each way: the last block to arrive turns the blocks' sums into the results, so that
-// nothing comes back to the host in between.
+// PPO and PRM losses, one launch per direction: the last block to arrive computes the results from the blocks' sums,
+// without a host synchronisation.
 
 #include "segment_sums.cuh"
 
 namespace pk {
 namespace {
 
-constexpr float kMaxLogRho = 20.0f;  // e^20: beyond it the ratio stays and passes no gradient
+constexpr float kMaxLogRho = static_cast<float>(PK_MAX_LOG_RHO);
 
 struct Token {
   float log_rho;
-  float loss;      // before its weight
-  float gradient;  // d loss / d logp, before its weight
+  float loss;      // unweighted
+  float gradient;  // d loss / d logp, unweighted
   bool clipping;
 };
 
-__device__ bool counts(const pk_ppo_args& args, int64_t t) { return args.mask == nullptr || args.mask[t] != 0; }
+__device__ bool is_valid(const pk_ppo_tokens& args, int64_t t) { return args.mask == nullptr || args.mask[t] != 0; }
 
-__device__ Token token_at(const pk_ppo_args& args, int64_t t) {
+__device__ Token token_at(const pk_ppo_tokens& args, int64_t t) {
   const float advantage = args.advantages[t];
   const float log_rho = args.logp[t] - args.old_logp[t];
   const float rho = expf(log_rho > kMaxLogRho ? kMaxLogRho : log_rho);
@@ -30,14 +30,15 @@ __device__ Token token_at(const pk_ppo_args& args, int64_t t) {
   return {log_rho, clipping ? clipped : free, clipping || log_rho > kMaxLogRho ? 0.0f : free, clipping};
 }
 
-__global__ void __launch_bounds__(kThreads) ppo_kernel(pk_ppo_args args, pk_ppo_results results) {
+__global__ void __launch_bounds__(kThreads) ppo_kernel(pk_ppo_args results) {
+  const pk_ppo_tokens& args = results.tokens;
   double loss = 0.0;
   double clipping = 0.0;
   double log_rho = 0.0;
   double count = 0.0;
-  const Share share(args.n_tokens, blockIdx.x, gridDim.x);
-  for (int64_t t = share.begin + threadIdx.x; t < share.end; t += kThreads) {
-    if (!counts(args, t)) continue;
+  const BlockRange range(args.n_tokens, blockIdx.x, gridDim.x);
+  for (int64_t t = range.begin + threadIdx.x; t < range.end; t += kThreads) {
+    if (!is_valid(args, t)) continue;
     const Token token = token_at(args, t);
     loss += args.weights == nullptr ? token.loss : token.loss * args.weights[t];
     clipping += token.clipping ? 1.0 : 0.0;
@@ -67,30 +68,30 @@ __global__ void __launch_bounds__(kThreads) ppo_kernel(pk_ppo_args args, pk_ppo_
     double denominator = results.denominator != nullptr ? *results.denominator : results.denominator_value;
     if (denominator <= 0.0) denominator = tokens;
     *results.scale = 1.0 / denominator;
-    *results.loss = static_cast<float>(totals[0] / denominator);
-    *results.clip_fraction = static_cast<float>(totals[1] / tokens);
-    *results.approx_kl = static_cast<float>(-totals[2] / tokens);
+    results.results[0] = static_cast<float>(totals[0] / denominator);
+    results.results[1] = static_cast<float>(totals[1] / tokens);
+    results.results[2] = static_cast<float>(-totals[2] / tokens);
   }
 }
 
-__global__ void __launch_bounds__(kThreads) ppo_gradient_kernel(pk_ppo_args args, const double* scale, const float* grad,
-                                                                float* out) {
-  const float factor = static_cast<float>(*scale * static_cast<double>(*grad));
+__global__ void __launch_bounds__(kThreads) ppo_gradient_kernel(pk_ppo_grad_args to) {
+  const pk_ppo_tokens& args = to.tokens;
+  const float factor = static_cast<float>(*to.scale * static_cast<double>(*to.grad));
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t t = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x; t < args.n_tokens; t += step) {
     float gradient = 0.0f;
-    if (counts(args, t)) {
+    if (is_valid(args, t)) {
       gradient = token_at(args, t).gradient * factor;
       if (args.weights != nullptr) gradient *= args.weights[t];
     }
-    out[t] = gradient;
+    to.out[t] = gradient;
   }
 }
 
 __device__ double softplus(double x) { return fmax(x, 0.0) + log1p(exp(-fabs(x))); }
 __device__ double sigmoid(double x) { return x >= 0.0 ? 1.0 / (1.0 + exp(-x)) : exp(x) / (1.0 + exp(x)); }
 
-// The losses of one response and d (sum of losses) / d Delta of it, both before the mean is taken over `terms`.
+// The losses of a response and d (sum of losses) / d Delta, both before the division by the number of `terms`.
 struct Terms {
   double loss;
   double slope;
@@ -109,7 +110,8 @@ __device__ Terms response_terms(const pk_prm_args& args, int64_t r, double kl) {
   return {p, sign * args.beta * p * (1.0 - p), 1.0};
 }
 
-// Each response with all of its group that it makes a pair with. A pair's loss is counted once, with its better one.
+// A response with all responses of its group that it forms a pair with. A pair's loss is counted once, with its better
+// response.
 __device__ Terms pair_terms(const pk_prm_args& args, int64_t r, const Segment& group) {
   const int64_t* cu = args.cu_seqlens;
   const bool wanted = args.outcomes[r] > 0.5;
@@ -134,29 +136,29 @@ __device__ Terms pair_terms(const pk_prm_args& args, int64_t r, const Segment& g
   return all;
 }
 
-// The mean over groups of the share of pairs in the right order, weighted by how far their outcomes lie apart.
+// The mean over groups of the share of pairs in the right order, weighted by the difference of their outcomes.
 __device__ double pair_accuracy(const pk_prm_args& args) {
   const int64_t* cu = args.cu_seqlens;
   double shares = 0.0;
   for (int64_t g = threadIdx.x; g < args.n_groups; g += kThreads) {
-    double apart = 0.0;
+    double gaps = 0.0;
     double agreeing = 0.0;
     for (int64_t i = args.cu_groups[g]; i < args.cu_groups[g + 1]; ++i) {
       if (cu[i] == cu[i + 1]) continue;
       for (int64_t j = i + 1; j < args.cu_groups[g + 1]; ++j) {
         if (cu[j] == cu[j + 1]) continue;
         const double gap = fabs(args.outcomes[i] - args.outcomes[j]);
-        apart += gap;
+        gaps += gap;
         if ((args.delta[i] > args.delta[j]) == (args.outcomes[i] > args.outcomes[j])) agreeing += gap;
       }
     }
-    shares += apart > 0.0 ? agreeing / apart : 0.5;
+    shares += gaps > 0.0 ? agreeing / gaps : 0.5;
   }
   shares = block_sum(shares);
   return args.n_groups > 0 ? shares / static_cast<double>(args.n_groups) : 0.5;
 }
 
-// By one block, when the sums of all responses are there.
+// For one block, after the sums of all responses.
 __device__ void response_losses(const pk_prm_args& args) {
   const int64_t* cu = args.cu_seqlens;
   const bool pairs = args.kind == PK_PRM_DPO || args.kind == PK_PRM_NCA;
@@ -188,16 +190,16 @@ __device__ void response_losses(const pk_prm_args& args) {
   for (int64_t r = threadIdx.x; r < args.n_responses; r += kThreads) args.slope[r] /= terms;
   const double accuracy = args.cu_groups == nullptr ? nan("") : pair_accuracy(args);
   if (threadIdx.x == 0) {
-    *args.loss = static_cast<float>(loss / terms);
-    *args.accuracy = static_cast<float>(accuracy);
+    args.results[0] = static_cast<float>(loss / terms);
+    args.results[1] = static_cast<float>(accuracy);
   }
 }
 
 __global__ void __launch_bounds__(kThreads, 2) prm_kernel(pk_prm_args args) {
   const Packed packed{args.cu_seqlens, args.n_responses, args.n_tokens, true};
-  sum_segments(args.log_ratio, packed, args.delta, args.left);
+  sum_segments(args.log_ratio, packed, args.delta, args.published);
   if (!arrives_last(args.arrived)) return;
-  join_segments(packed, args.delta, args.left);
+  join_segments(packed, args.delta, args.published);
   __syncthreads();
   response_losses(args);
 }
@@ -205,23 +207,23 @@ __global__ void __launch_bounds__(kThreads, 2) prm_kernel(pk_prm_args args) {
 }  // namespace
 }  // namespace pk
 
-extern "C" int pk_cuda_ppo_loss(const pk_ppo_args* args, const pk_ppo_results* results, void* stream) {
+extern "C" int pk_cuda_ppo_loss(const pk_ppo_args* args, void* stream) {
   using namespace pk;
-  if (args == nullptr || results == nullptr || args->n_tokens < 0) return PK_BAD_ARGUMENT;
-  return launch(ppo_kernel, blocks_for(args->n_tokens), false, stream, *args, *results);
+  if (args == nullptr || args->tokens.n_tokens < 0) return PK_BAD_ARGUMENT;
+  return launch("ppo_kernel", ppo_kernel, blocks_for(args->tokens.n_tokens), false, stream, *args);
 }
 
-extern "C" int pk_cuda_ppo_loss_backward(const pk_ppo_args* args, const double* scale, const float* grad, float* out,
-                                         void* stream) {
+extern "C" int pk_cuda_ppo_loss_backward(const pk_ppo_grad_args* args, void* stream) {
   using namespace pk;
-  if (args == nullptr || args->n_tokens < 0) return PK_BAD_ARGUMENT;
-  if (args->n_tokens == 0) return PK_OK;
-  return launch(ppo_gradient_kernel, blocks_over(args->n_tokens, 8), false, stream, *args, scale, grad, out);
+  if (args == nullptr || args->tokens.n_tokens < 0) return PK_BAD_ARGUMENT;
+  if (args->tokens.n_tokens == 0) return PK_OK;
+  const unsigned blocks = blocks_over(args->tokens.n_tokens, 8);
+  return launch("ppo_gradient_kernel", ppo_gradient_kernel, blocks, false, stream, *args);
 }
 
 extern "C" int pk_cuda_prm_loss(const pk_prm_args* args, void* stream) {
   using namespace pk;
   if (args == nullptr || args->n_responses < 0 || args->n_tokens < 0) return PK_BAD_ARGUMENT;
   if (args->n_responses == 0 && args->n_tokens > 0) return PK_BAD_ARGUMENT;
-  return launch(prm_kernel, blocks_for(args->n_tokens), false, stream, *args);
+  return launch("prm_kernel", prm_kernel, blocks_for(args->n_tokens), false, stream, *args);
 }

@@ -1,6 +1,6 @@
-// RLOO returns in one launch with three barriers over the grid, and their whitening in a second.
+// RLOO returns in one launch with three grid-wide barriers, and their whitening in another.
 //
-// Where every rank's largest return is needed first, the launch ends before the responses and a second one goes on.
+// If the largest return is combined over ranks, the sums and the returns are separate launches.
 
 #include <cooperative_groups.h>
 
@@ -9,161 +9,160 @@
 namespace pk {
 namespace {
 
-// What a block leaves to the next of the response that is open at its end.
-struct Open {
-  double weight;   // 1, or 0 where a response begins (from its last token on) in the block
-  double fading;   // the same for rewards discounted by gamma_process: gamma^tokens or 0
-  double sum;      // of the rewards
-  double count;    // of the tokens that carry one
-  double rewards;  // discounted
-  double carried;  // ones, discounted
+// What a block publishes of the response that is open at the end of its range: two affine maps, of undiscounted and of
+// discounted sums, of the process rewards and of their number.
+struct OpenResponse {
+  double weight;             // 1, or 0 if the response begins in this block (it is read from its last token)
+  double discounted_weight;  // gamma_process^tokens, or 0
+  double sum;
+  double count;
+  double discounted_sum;
+  double discounted_count;
 };
-static_assert(sizeof(Open) * PK_MAX_BLOCKS <= PK_RLOO_WORKSPACE, "the workspace holds what the blocks leave");
+static_assert(sizeof(OpenResponse) * PK_MAX_BLOCKS <= PK_RLOO_WORKSPACE, "workspace too small for the open responses");
 
 struct Rloo {
-  pk_rloo_args args;
-  const double* outcomes;
-  const int64_t* cu_groups;
-  int64_t groups;
-  bool normalize;
-  bool paper;
-  Open* open;
-  double* top;      // [blocks]
-  double* largest;  // or null: taken from `top`
-  double* sums;     // [responses] and below
-  double* counts;
-  double* scale;
+  pk_cuda_rloo_args args;
+  OpenResponse* published;  // [blocks]
+  double* block_largest;    // [blocks]: the largest |suffix sum|
+  double* sums;             // [responses], as all below: of process rewards
+  double* counts;           // tokens with a process reward
+  double* scale;            // the process return of a response is that of scale * reward + shift
   double* shift;
-  double* centred;
-  double* stats;  // [blocks, 3]
-  bool moments;   // what this launch does
-  bool returns;
+  double* centred;  // outcome less its baseline
 };
 
-__device__ bool carries(const Rloo& rloo, int64_t token) { return rloo.args.mask == nullptr || rloo.args.mask[token] != 0; }
+__device__ bool has_reward(const Rloo& rloo, int64_t token) {
+  return rloo.args.mask == nullptr || rloo.args.mask[token] != 0;
+}
 
 __device__ Packed packed_of(const Rloo& rloo) {
   return {rloo.args.cu_seqlens, rloo.args.n_responses, rloo.args.n_tokens, true};
 }
 
-__device__ void leave_open(const Rloo& rloo, const Share& share) {
+__device__ void publish_open_response(const Rloo& rloo, const BlockRange& range) {
   const Packed packed = packed_of(rloo);
-  Open open{1.0, 1.0, 0.0, 0.0, 0.0, 0.0};
-  if (!share.empty()) {
+  OpenResponse open{1.0, 1.0, 0.0, 0.0, 0.0, 0.0};
+  if (!range.empty()) {
     Segment response;
-    response.seek(packed.cu, packed.segments, packed.token(share.end - 1));
-    const bool begins = packed.first(response) >= share.begin;
-    const int64_t from = begins ? packed.first(response) : share.begin;
-    for (int64_t p = from + threadIdx.x; p < share.end; p += kThreads) {
+    response.seek(packed.cu, packed.segments, packed.token(range.end - 1));
+    const bool begins = packed.first(response) >= range.begin;
+    const int64_t from = begins ? packed.first(response) : range.begin;
+    for (int64_t p = from + threadIdx.x; p < range.end; p += kThreads) {
       const int64_t token = packed.token(p);
-      if (!carries(rloo, token)) continue;
+      if (!has_reward(rloo, token)) continue;
       const double reward = rloo.args.rewards[token];
-      const double discount = power(rloo.args.gamma_process, share.end - 1 - p);
+      const double discount = power(rloo.args.gamma_process, range.end - 1 - p);
       open.sum += reward;
       open.count += 1.0;
-      open.rewards += discount * reward;
-      open.carried += discount;
+      open.discounted_sum += discount * reward;
+      open.discounted_count += discount;
     }
     open.weight = begins ? 0.0 : 1.0;
-    open.fading = begins ? 0.0 : power(rloo.args.gamma_process, share.end - share.begin);
+    open.discounted_weight = begins ? 0.0 : power(rloo.args.gamma_process, range.end - range.begin);
   }
   open.sum = block_sum(open.sum);
   open.count = block_sum(open.count);
-  open.rewards = block_sum(open.rewards);
-  open.carried = block_sum(open.carried);
-  if (threadIdx.x == 0) rloo.open[blockIdx.x] = open;
+  open.discounted_sum = block_sum(open.discounted_sum);
+  open.discounted_count = block_sum(open.discounted_count);
+  if (threadIdx.x == 0) rloo.published[blockIdx.x] = open;
 }
 
-// Sum and count of each response, and the largest |sum of a response's rewards from a token on| of the share.
-__device__ void moments(const Rloo& rloo, const Share& share) {
+// Sum and count of each response's process rewards, and the largest |suffix sum| in the block's range.
+__device__ void response_sums(const Rloo& rloo, const BlockRange& range) {
   const Packed packed = packed_of(rloo);
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t r = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x; r < packed.segments; r += step) {
     if (packed.cu[r] == packed.cu[r + 1]) rloo.sums[r] = rloo.counts[r] = 0.0;
   }
-  const Link<2> carry = carried_into<2>(blockIdx.x, [&](int64_t block) {
-    const Open& open = rloo.open[block];
-    return Link<2>{open.weight, {open.sum, open.count}};
+  const Affine<2> carry = carry_into<2>(blockIdx.x, [&](int64_t block) {
+    const OpenResponse& open = rloo.published[block];
+    return Affine<2>{open.weight, {open.sum, open.count}};
   });
-  double top = 0.0;
+  double largest = 0.0;
   const auto input = [&](int64_t token, const Segment&) {
-    const bool carried = carries(rloo, token);
-    return Link<2>{1.0, {carried ? static_cast<double>(rloo.args.rewards[token]) : 0.0, carried ? 1.0 : 0.0}};
+    const bool counted = has_reward(rloo, token);
+    return Affine<2>{1.0, {counted ? static_cast<double>(rloo.args.rewards[token]) : 0.0, counted ? 1.0 : 0.0}};
   };
   const auto visit = [&](int64_t token, const Segment& response, const double* y) {
-    top = fmax(top, fabs(y[0]));
+    largest = fmax(largest, fabs(y[0]));
     if (token == response.begin) {
       rloo.sums[response.index] = y[0];
       rloo.counts[response.index] = y[1];
     }
   };
-  scan_share<2>(packed, share, Link<2>{0.0, {carry.value[0], carry.value[1]}}, input, visit);
-  top = block_max(top);
-  if (threadIdx.x == 0) rloo.top[blockIdx.x] = top;
+  scan_block<2>(packed, range, Affine<2>{0.0, {carry.value[0], carry.value[1]}}, input, visit);
+  largest = block_max(largest);
+  if (threadIdx.x == 0) rloo.block_largest[blockIdx.x] = largest;
 }
 
-__device__ double highest(const double* top, int64_t count) {
-  double value = 0.0;
-  for (int64_t i = threadIdx.x; i < count; i += kThreads) value = fmax(value, top[i]);
-  return block_max(value);
+__device__ double max_of(const double* values, int64_t count) {
+  double largest = 0.0;
+  for (int64_t i = threadIdx.x; i < count; i += kThreads) largest = fmax(largest, values[i]);
+  return block_max(largest);
 }
 
-// The process return of a response is that of scale * reward + shift: baselines and normalisation are linear in it.
-__device__ void responses(const Rloo& rloo) {
-  double unit = 1.0;
-  if (rloo.args.rewards != nullptr && rloo.normalize) {
-    unit = 1.0 / ((rloo.largest != nullptr ? *rloo.largest : highest(rloo.top, gridDim.x)) + 1e-6);
+// Leave-one-out baselines. The process reward less its baseline is scale * reward + shift, with one scale and shift per
+// response, as normalisation and baselines are linear in the rewards.
+__device__ void leave_one_out(const Rloo& rloo) {
+  const pk_cuda_rloo_args& args = rloo.args;
+  double factor = 1.0;
+  if (args.rewards != nullptr && args.normalize_process != 0) {
+    const double largest = args.largest != nullptr ? *args.largest : max_of(rloo.block_largest, gridDim.x);
+    factor = 1.0 / (largest + PK_NORMALIZE_EPS);
   }
-  const int64_t* cu = rloo.args.cu_seqlens;
+  const int64_t* cu = args.cu_seqlens;
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
   Segment group;
-  for (int64_t r = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x; r < rloo.args.n_responses; r += step) {
-    group.seek(rloo.cu_groups, rloo.groups, r);
+  for (int64_t r = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x; r < args.n_responses; r += step) {
+    group.seek(args.cu_groups, args.n_groups, r);
     double outcomes = 0.0;
     double others = 0.0;
     double means = 0.0;
-    double carrying = 0.0;
+    double others_with_rewards = 0.0;
     for (int64_t j = group.begin; j < group.end; ++j) {
       if (j == r) continue;
       if (cu[j + 1] > cu[j]) {
-        outcomes += rloo.outcomes[j];
+        outcomes += args.outcomes[j];
         others += 1.0;
       }
-      if (rloo.args.rewards != nullptr && rloo.counts[j] > 0.0) {
-        means += rloo.sums[j] * unit / rloo.counts[j];
-        carrying += 1.0;
+      if (args.rewards != nullptr && rloo.counts[j] > 0.0) {
+        means += rloo.sums[j] * factor / rloo.counts[j];
+        others_with_rewards += 1.0;
       }
     }
-    rloo.centred[r] = rloo.outcomes[r] - outcomes / fmax(others, 1.0);
-    if (rloo.args.rewards == nullptr) continue;
-    const double mean = rloo.sums[r] * unit / fmax(rloo.counts[r], 1.0);
-    const double share = rloo.paper || carrying == 0.0 ? 0.0 : 1.0 / carrying;
-    rloo.scale[r] = unit * (1.0 + share);
-    rloo.shift[r] = -share * mean - means / fmax(carrying, 1.0);
+    rloo.centred[r] = args.outcomes[r] - outcomes / fmax(others, 1.0);
+    if (args.rewards == nullptr) continue;
+    const double mean = rloo.sums[r] * factor / fmax(rloo.counts[r], 1.0);
+    // The "reference" baseline adds (reward - mean) / (n - 1).
+    const bool paper = args.paper_baseline != 0 || others_with_rewards == 0.0;
+    const double weight = paper ? 0.0 : 1.0 / others_with_rewards;
+    rloo.scale[r] = factor * (1.0 + weight);
+    rloo.shift[r] = -weight * mean - means / fmax(others_with_rewards, 1.0);
   }
 }
 
-__device__ void returns(const Rloo& rloo, const Share& share) {
-  const pk_rloo_args& args = rloo.args;
+__device__ void returns(const Rloo& rloo, const BlockRange& range) {
+  const pk_cuda_rloo_args& args = rloo.args;
   const Packed packed = packed_of(rloo);
   const bool process = args.rewards != nullptr;
-  Link<1> carry{0.0, {}};
-  if (process && !share.empty()) {
+  Affine<1> carry{0.0, {}};
+  if (process && !range.empty()) {
     Segment response;
-    response.seek(packed.cu, packed.segments, packed.token(share.begin));
-    const Link<2> open = carried_into<2>(blockIdx.x, [&](int64_t block) {
-      const Open& left = rloo.open[block];
-      return Link<2>{left.fading, {left.rewards, left.carried}};
+    response.seek(packed.cu, packed.segments, packed.token(range.begin));
+    const Affine<2> open = carry_into<2>(blockIdx.x, [&](int64_t block) {
+      const OpenResponse& before = rloo.published[block];
+      return Affine<2>{before.discounted_weight, {before.discounted_sum, before.discounted_count}};
     });
     carry.value[0] = rloo.scale[response.index] * open.value[0] + rloo.shift[response.index] * open.value[1];
   }
   double sum = 0.0;
   const auto input = [&](int64_t token, const Segment& response) {
     double reward = 0.0;
-    if (process && carries(rloo, token)) {
+    if (process && has_reward(rloo, token)) {
       reward = rloo.scale[response.index] * static_cast<double>(args.rewards[token]) + rloo.shift[response.index];
     }
-    return Link<1>{args.gamma_process, {reward}};
+    return Affine<1>{args.gamma_process, {reward}};
   };
   const auto store = [&](int64_t token, const Segment& response, const double* y) {
     const double outcome = rloo.centred[response.index] * power(args.gamma_outcome, response.end - 1 - token);
@@ -171,100 +170,89 @@ __device__ void returns(const Rloo& rloo, const Share& share) {
     args.out[token] = value;
     sum += value;
   };
-  scan_share<1>(packed, share, carry, input, store);
-  const double count = static_cast<double>(share.end - share.begin);
+  scan_block<1>(packed, range, carry, input, store);
+  const double count = static_cast<double>(range.end - range.begin);
   const double mean = block_sum(sum) / fmax(count, 1.0);
   double squares = 0.0;
-  for (int64_t p = share.begin + threadIdx.x; p < share.end; p += kThreads) {
+  for (int64_t p = range.begin + threadIdx.x; p < range.end; p += kThreads) {
     const double centred = args.out[packed.token(p)] - mean;
     squares += centred * centred;
   }
   squares = block_sum(squares);
   if (threadIdx.x == 0) {
-    double* stats = rloo.stats + 3 * blockIdx.x;
-    stats[0] = count;
-    stats[1] = mean;
-    stats[2] = squares;
+    double* moments = args.moments + 3 * blockIdx.x;
+    moments[0] = count;
+    moments[1] = mean;
+    moments[2] = squares;
   }
 }
 
 __global__ void __launch_bounds__(kThreads) rloo_kernel(Rloo rloo) {
-  const Share share(rloo.args.n_tokens, blockIdx.x, gridDim.x);
-  if (rloo.moments) {
-    leave_open(rloo, share);
+  const BlockRange range(rloo.args.n_tokens, blockIdx.x, gridDim.x);
+  if (rloo.args.with_sums != 0) {
+    publish_open_response(rloo, range);
     cooperative_groups::this_grid().sync();
-    moments(rloo, share);
+    response_sums(rloo, range);
     cooperative_groups::this_grid().sync();
-    if (!rloo.returns && blockIdx.x == 0) {
-      const double largest = highest(rloo.top, gridDim.x);
-      if (threadIdx.x == 0) *rloo.largest = largest;
+    if (rloo.args.with_returns == 0 && blockIdx.x == 0) {
+      const double largest = max_of(rloo.block_largest, gridDim.x);
+      if (threadIdx.x == 0) *rloo.args.largest = largest;
     }
   }
-  if (!rloo.returns) return;
-  responses(rloo);
+  if (rloo.args.with_returns == 0) return;
+  leave_one_out(rloo);
   cooperative_groups::this_grid().sync();
-  returns(rloo, share);
+  returns(rloo, range);
 }
 
-// The shares' statistics are merged by every block, in one order.
-__global__ void __launch_bounds__(kThreads) whiten_kernel(const float* values, int64_t n, const double* stats,
-                                                          int64_t rows, float* out) {
+// Every block merges the moments of all parts, in the same order.
+__global__ void __launch_bounds__(kThreads) whiten_kernel(pk_whiten_args args) {
   double count = 0.0;
   double sum = 0.0;
-  for (int64_t i = threadIdx.x; i < rows; i += kThreads) {
-    count += stats[3 * i];
-    sum += stats[3 * i] * stats[3 * i + 1];
+  for (int64_t i = threadIdx.x; i < args.n_parts; i += kThreads) {
+    count += args.moments[3 * i];
+    sum += args.moments[3 * i] * args.moments[3 * i + 1];
   }
   count = block_sum(count);
   const double mean = block_sum(sum) / fmax(count, 1.0);
   double squares = 0.0;
-  for (int64_t i = threadIdx.x; i < rows; i += kThreads) {
-    const double apart = stats[3 * i + 1] - mean;
-    squares += stats[3 * i + 2] + stats[3 * i] * apart * apart;
+  for (int64_t i = threadIdx.x; i < args.n_parts; i += kThreads) {
+    const double deviation = args.moments[3 * i + 1] - mean;
+    squares += args.moments[3 * i + 2] + args.moments[3 * i] * deviation * deviation;
   }
-  const double factor = rsqrt(block_sum(squares) / fmax(count - 1.0, 1.0) + 1e-8);
+  const double factor = rsqrt(block_sum(squares) / fmax(count - 1.0, 1.0) + PK_WHITEN_EPS);
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
-  for (int64_t t = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x; t < n; t += step) {
-    out[t] = static_cast<float>((values[t] - mean) * factor);
+  for (int64_t t = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x; t < args.n_tokens; t += step) {
+    args.out[t] = static_cast<float>((args.values[t] - mean) * factor);
   }
 }
 
 }  // namespace
 }  // namespace pk
 
-extern "C" int pk_cuda_rloo_returns(const pk_cuda_rloo_args* args, void* stream, int64_t* blocks) {
+extern "C" int pk_cuda_rloo_returns(const pk_cuda_rloo_args* args, void* stream) {
   using namespace pk;
-  if (args == nullptr || args->tokens.n_responses < 0 || args->tokens.n_tokens < 0) return PK_BAD_ARGUMENT;
-  if (args->tokens.n_responses == 0 && args->tokens.n_tokens > 0) return PK_BAD_ARGUMENT;
-  const int64_t n = args->tokens.n_responses;
+  if (args == nullptr || args->n_responses < 0 || args->n_tokens < 0) return PK_BAD_ARGUMENT;
+  if (args->n_responses == 0 && args->n_tokens > 0) return PK_BAD_ARGUMENT;
+  const int64_t n = args->n_responses;
   double* of_blocks = static_cast<double*>(args->workspace);
   double* of_responses = of_blocks + PK_RLOO_WORKSPACE / sizeof(double) + PK_MAX_BLOCKS;
-  Rloo rloo{args->tokens,
-            args->outcomes,
-            args->cu_groups,
-            args->n_groups,
-            args->normalize_process != 0,
-            args->paper_baseline != 0,
-            reinterpret_cast<Open*>(of_blocks),
+  Rloo rloo{*args,
+            reinterpret_cast<OpenResponse*>(of_blocks),
             of_blocks + PK_RLOO_WORKSPACE / sizeof(double),
-            args->largest,
             of_responses,
             of_responses + n,
             of_responses + 2 * n,
             of_responses + 3 * n,
-            of_responses + 4 * n,
-            args->stats,
-            args->moments != 0,
-            args->returns != 0};
-  const unsigned grid = blocks_for(args->tokens.n_tokens);
-  *blocks = grid;
-  return launch(rloo_kernel, grid, true, stream, rloo);
+            of_responses + 4 * n};
+  const unsigned grid = blocks_for(args->n_tokens);
+  *args->n_blocks = grid;
+  return launch("rloo_kernel", rloo_kernel, grid, true, stream, rloo);
 }
 
-extern "C" int pk_cuda_whiten(const float* values, int64_t n, const double* stats, int64_t rows, float* out,
-                              void* stream) {
+extern "C" int pk_cuda_whiten(const pk_whiten_args* args, void* stream) {
   using namespace pk;
-  if (n < 0 || rows < 0) return PK_BAD_ARGUMENT;
-  if (n == 0) return PK_OK;
-  return launch(whiten_kernel, blocks_over(n, 8), false, stream, values, n, stats, rows, out);
+  if (args == nullptr || args->n_tokens < 0 || args->n_parts < 0) return PK_BAD_ARGUMENT;
+  if (args->n_tokens == 0) return PK_OK;
+  return launch("whiten_kernel", whiten_kernel, blocks_over(args->n_tokens, 8), false, stream, *args);
 }

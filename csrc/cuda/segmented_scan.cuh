@@ -1,9 +1,9 @@
-// What the token passes share: the tokens of all segments are split evenly over the blocks, whatever the lengths of the
-// segments, and what a segment brings into a block is composed from what the blocks before it published.
+// Segmented scan over packed tokens. Blocks get equal numbers of tokens, independent of segment lengths; each block
+// publishes an affine map, and the maps of the blocks before it give the value that a block starts from.
 //
-// Positions p count tokens in the order in which a recurrence y_p = x_p + w_p * y_{p-1} reads them: from the last token
-// on if it runs in reverse. w_p is 0 where a segment begins in that order. Everything is float64, and sums are taken in
-// an order that depends on nothing but the sizes and the number of blocks: equal bits from run to run.
+// Positions p count tokens in the order in which the recurrence y_p = x_p + w_p * y_{p-1} reads them: from the last token
+// to the first if it runs in reverse. w_p is 0 where a segment begins in that order. All arithmetic is float64, and the
+// order of every sum depends on the sizes and the number of blocks alone: results are bitwise reproducible.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -11,16 +11,17 @@
 #include <cstdint>
 
 #include "pk/abi.h"
+#include "status.cuh"
 
 namespace pk {
 
 constexpr int kWarp = 32;
-#ifdef PK_SMALL_TILES  // for tests: few tokens make many blocks
+#ifdef PK_SMALL_TILES  // for tests: a few tokens are several blocks
 constexpr int kWarps = 2;
 constexpr int kItems = 2;
 #else
 constexpr int kWarps = 8;
-constexpr int kItems = 4;  // consecutive tokens of a thread
+constexpr int kItems = 4;  // consecutive tokens per thread
 #endif
 constexpr int kThreads = kWarp * kWarps;
 constexpr int kTile = kThreads * kItems;
@@ -31,13 +32,13 @@ __device__ inline double power(double gamma, int64_t k) {
   return gamma == 0.0 ? 0.0 : exp2(static_cast<double>(k) * log2(gamma));
 }
 
-// The tokens [begin, end) of the segment that holds a token.
+// A segment and its tokens [begin, end).
 struct Segment {
   int64_t index = 0;
   int64_t begin = 0;
   int64_t end = 0;
 
-  // Empty segments hold no token, so the last one that begins at or before it is the one.
+  // Finds the segment of a token: the last one that begins at or before it, as empty segments have no tokens.
   __device__ void seek(const int64_t* cu, int64_t segments, int64_t token) {
     if (token >= begin && token < end) return;
     int64_t low = 0;
@@ -67,12 +68,12 @@ struct Packed {
   __device__ int64_t first(const Segment& segment) const { return reverse ? tokens - segment.end : segment.begin; }
 };
 
-// The positions of a block: whole tiles, as even as that allows.
-struct Share {
+// The positions [begin, end) of a block: whole tiles, as evenly as possible.
+struct BlockRange {
   int64_t begin;
   int64_t end;
 
-  __device__ Share(int64_t tokens, int64_t block, int64_t blocks) {
+  __device__ BlockRange(int64_t tokens, int64_t block, int64_t blocks) {
     const int64_t tiles = (tokens + kTile - 1) / kTile;
     const int64_t size = (tiles + blocks - 1) / blocks * kTile;
     begin = min(tokens, block * size);
@@ -81,89 +82,88 @@ struct Share {
   __device__ bool empty() const { return begin == end; }
 };
 
-// y -> value + weight * y, for K recurrences with one weight.
+// The affine map y -> value + weight * y, for K recurrences that share a weight.
 template <int K>
-struct Link {
+struct Affine {
   double weight;
   double value[K];
 };
 
 template <int K>
-__device__ Link<K> identity() {
-  Link<K> link{1.0, {}};
-  return link;
+__device__ Affine<K> identity() {
+  return Affine<K>{1.0, {}};
 }
 
-// First `a`, then `b`. A weight of 0 cuts: what lies before, NaN included, does not pass.
+// The map that applies `first`, then `second`. A weight of 0 drops what came before, NaN included.
 template <int K>
-__device__ Link<K> then(const Link<K>& a, const Link<K>& b) {
-  if (b.weight == 0.0) return b;
-  Link<K> link{a.weight * b.weight, {}};
+__device__ Affine<K> compose(const Affine<K>& first, const Affine<K>& second) {
+  if (second.weight == 0.0) return second;
+  Affine<K> map{first.weight * second.weight, {}};
 #pragma unroll
-  for (int k = 0; k < K; ++k) link.value[k] = b.value[k] + b.weight * a.value[k];
-  return link;
+  for (int k = 0; k < K; ++k) map.value[k] = second.value[k] + second.weight * first.value[k];
+  return map;
 }
 
 template <int K>
-__device__ Link<K> shuffle_up(const Link<K>& link, int distance) {
-  Link<K> other{__shfl_up_sync(~0u, link.weight, distance), {}};
+__device__ Affine<K> shuffle_up(const Affine<K>& map, int distance) {
+  Affine<K> other{__shfl_up_sync(~0u, map.weight, distance), {}};
 #pragma unroll
-  for (int k = 0; k < K; ++k) other.value[k] = __shfl_up_sync(~0u, link.value[k], distance);
+  for (int k = 0; k < K; ++k) other.value[k] = __shfl_up_sync(~0u, map.value[k], distance);
   return other;
 }
 
-// Composes the links of all threads before this one onto `carry`; afterwards `carry` holds all of them.
+// `carry` composed with the maps of all threads before this one; afterwards `carry` is composed with all of them.
 template <int K>
-__device__ Link<K> exclusive_scan(Link<K> link, Link<K>& carry) {
-  __shared__ Link<K> of_warps[kWarps];
+__device__ Affine<K> exclusive_scan(Affine<K> map, Affine<K>& carry) {
+  __shared__ Affine<K> warp_results[kWarps];
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
 #pragma unroll
   for (int distance = 1; distance < kWarp; distance *= 2) {
-    const Link<K> before = shuffle_up(link, distance);
-    if (lane >= distance) link = then(before, link);
+    const Affine<K> before = shuffle_up(map, distance);
+    if (lane >= distance) map = compose(before, map);
   }
-  Link<K> exclusive = shuffle_up(link, 1);
+  Affine<K> exclusive = shuffle_up(map, 1);
   if (lane == 0) exclusive = identity<K>();
-  if (lane == kWarp - 1) of_warps[warp] = link;
+  if (lane == kWarp - 1) warp_results[warp] = map;
   __syncthreads();
-  Link<K> before = carry;
+  Affine<K> before = carry;
 #pragma unroll
   for (int w = 0; w < kWarps; ++w) {
-    if (w == warp) exclusive = then(before, exclusive);
-    before = then(before, of_warps[w]);
+    if (w == warp) exclusive = compose(before, exclusive);
+    before = compose(before, warp_results[w]);
   }
   carry = before;
   __syncthreads();
   return exclusive;
 }
 
-// visit(token, segment, y) for every token of the share. input(token, segment) gives a token's link with the weight that
-// holds inside a segment. Starts from `carry` and returns what the share leaves.
+// Scans the tokens of a block and calls visit(token, segment, y) for each. input(token, segment) is the map of a token
+// inside a segment. Starts from `carry`; returns `carry` composed with the maps of all tokens of the block.
 template <int K, typename Input, typename Visit>
-__device__ Link<K> scan_share(const Packed& packed, const Share& share, Link<K> carry, Input input, Visit visit) {
+__device__ Affine<K> scan_block(const Packed& packed, const BlockRange& range, Affine<K> carry, Input input, Visit visit) {
   Segment segment;
-  for (int64_t tile = share.begin; tile < share.end; tile += kTile) {
+  for (int64_t tile = range.begin; tile < range.end; tile += kTile) {
     const int64_t start = tile + static_cast<int64_t>(threadIdx.x) * kItems;
-    Link<K> links[kItems];
-    Link<K> all = identity<K>();
+    Affine<K> maps[kItems];
+    Affine<K> all = identity<K>();
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
-      if (start + i < share.end) {
+      if (start + i < range.end) {
         const int64_t token = packed.token(start + i);
         segment.seek(packed.cu, packed.segments, token);
-        links[i] = input(token, segment);
-        if (start + i == packed.first(segment)) links[i].weight = 0.0;
+        maps[i] = input(token, segment);
+        if (start + i == packed.first(segment)) maps[i].weight = 0.0;
       } else {
-        links[i] = identity<K>();
+        maps[i] = identity<K>();
       }
-      all = then(all, links[i]);
+      all = compose(all, maps[i]);
     }
-    Link<K> y = exclusive_scan(all, carry);
+    Affine<K> y = exclusive_scan(all, carry);
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
-      if (start + i >= share.end) break;
-      y = then(y, links[i]);
+      if (start + i >= range.end) break;
+      y = compose(y, maps[i]);
       const int64_t token = packed.token(start + i);
       segment.seek(packed.cu, packed.segments, token);
       visit(token, segment, y.value);
@@ -172,51 +172,52 @@ __device__ Link<K> scan_share(const Packed& packed, const Share& share, Link<K> 
   return carry;
 }
 
-// What comes into a block from the links that the blocks before it left: back to the first that cuts.
-template <int K, typename Left>
-__device__ Link<K> carried_into(int64_t block, Left left) {
-  Link<K> carry{0.0, {}};
+// The value that a block starts from: the maps that the blocks before it published, composed back to the first map
+// with weight 0.
+template <int K, typename Published>
+__device__ Affine<K> carry_into(int64_t block, Published published) {
+  Affine<K> carry{0.0, {}};
   double weight = 1.0;
   while (block-- > 0 && weight != 0.0) {
-    const Link<K> link = left(block);
+    const Affine<K> map = published(block);
 #pragma unroll
-    for (int k = 0; k < K; ++k) carry.value[k] += weight * link.value[k];
-    weight *= link.weight;
+    for (int k = 0; k < K; ++k) carry.value[k] += weight * map.value[k];
+    weight *= map.weight;
   }
   return carry;
 }
 
-// The sum over the threads of a block, in each of them, always in the same order.
+// The sum over the threads of a block, returned to each of them, always in the same order.
 __device__ inline double block_sum(double value) {
-  __shared__ double of_warps[kWarps];
+  __shared__ double warp_results[kWarps];
 #pragma unroll
   for (int distance = kWarp / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(~0u, value, distance);
-  if (threadIdx.x % kWarp == 0) of_warps[threadIdx.x / kWarp] = value;
+  if (threadIdx.x % kWarp == 0) warp_results[threadIdx.x / kWarp] = value;
   __syncthreads();
   double sum = 0.0;
 #pragma unroll
-  for (int w = 0; w < kWarps; ++w) sum += of_warps[w];
+  for (int w = 0; w < kWarps; ++w) sum += warp_results[w];
   __syncthreads();
   return sum;
 }
 
 __device__ inline double block_max(double value) {
-  __shared__ double of_warps[kWarps];
+  __shared__ double warp_results[kWarps];
 #pragma unroll
   for (int distance = kWarp / 2; distance > 0; distance /= 2) {
     value = fmax(value, __shfl_xor_sync(~0u, value, distance));
   }
-  if (threadIdx.x % kWarp == 0) of_warps[threadIdx.x / kWarp] = value;
+  if (threadIdx.x % kWarp == 0) warp_results[threadIdx.x / kWarp] = value;
   __syncthreads();
-  double highest = of_warps[0];
+  double highest = warp_results[0];
 #pragma unroll
-  for (int w = 1; w < kWarps; ++w) highest = fmax(highest, of_warps[w]);
+  for (int w = 1; w < kWarps; ++w) highest = fmax(highest, warp_results[w]);
   __syncthreads();
   return highest;
 }
 
-// True in the threads of the block that comes here last, which sees what the others wrote before they came. Leaves the
-// counter at 0 for the next launch.
+// True in the last block to arrive, which sees what the others wrote before they arrived. Resets the counter to 0 for the
+// next launch.
 __device__ inline bool arrives_last(uint32_t* arrived) {
   __shared__ bool last;
   __threadfence();
@@ -238,33 +239,36 @@ inline int multiprocessors() {
   return count < 1 ? 1 : count;
 }
 
-// One block a multiprocessor at most: all of them are resident together, as barriers over the grid need.
+// At most one block per multiprocessor: all are resident at once, as grid-wide barriers require.
 inline unsigned blocks_for(int64_t tokens) {
   const int64_t tiles = (tokens + kTile - 1) / kTile;
   const int64_t most = multiprocessors() < PK_MAX_BLOCKS ? multiprocessors() : PK_MAX_BLOCKS;
   return static_cast<unsigned>(tiles < 1 ? 1 : (tiles < most ? tiles : most));
 }
 
+// Keeps the arguments of `launch` from taking part in template deduction (std::type_identity_t of C++20).
 template <typename T>
-struct Same {
+struct identity_type {
   using type = T;
 };
+template <typename T>
+using identity_t = typename identity_type<T>::type;
 
-// One launch; `resident` for kernels with a barrier over the grid.
+// Launches a kernel; cooperatively for kernels with a grid-wide barrier. `name` is for the error message.
 template <typename... Parameters>
-int launch(void (*kernel)(Parameters...), unsigned blocks, bool resident, void* stream,
-           typename Same<Parameters>::type... arguments) {
+int launch(const char* name, void (*kernel)(Parameters...), unsigned blocks, bool cooperative, void* stream,
+           identity_t<Parameters>... arguments) {
   void* addresses[] = {&arguments...};
   const auto on = static_cast<cudaStream_t>(stream);
-  if (resident) {
+  if (cooperative) {
     cudaLaunchCooperativeKernel(kernel, dim3(blocks), dim3(kThreads), addresses, 0, on);
   } else {
     cudaLaunchKernel(kernel, dim3(blocks), dim3(kThreads), addresses, 0, on);
   }
-  return cudaGetLastError() == cudaSuccess ? PK_OK : PK_CUDA_ERROR;
+  return launch_status(name);
 }
 
-// Blocks of a kernel that needs no share: one an `elements` / kThreads, at most `each` a multiprocessor.
+// Blocks for a grid-stride loop over elements: at most `each` per multiprocessor.
 inline unsigned blocks_over(int64_t elements, int64_t each) {
   const int64_t blocks = (elements + kThreads - 1) / kThreads;
   const int64_t most = each * multiprocessors();

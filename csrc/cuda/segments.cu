@@ -1,4 +1,4 @@
-// Scans and sums of packed segments, and padded rows to packed tokens and back.
+// Scans and sums over packed segments; pack and unpack.
 
 #include <cooperative_groups.h>
 
@@ -14,66 +14,66 @@ struct Scan {
   T* out;
   Packed packed;
   double gamma;
-  Link<1>* left;
+  Affine<1>* published;
 };
 
-// First what each block leaves to the next: only the segment that is open at its end matters. Then the scan itself.
+// Publishes each block's map, for which only the segment that is open at the end of its range matters; then scans.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) scan_kernel(Scan<T> scan) {
   const Packed& packed = scan.packed;
-  const Share share(packed.tokens, blockIdx.x, gridDim.x);
-  Link<1> carry{0.0, {}};
+  const BlockRange range(packed.tokens, blockIdx.x, gridDim.x);
+  Affine<1> carry{0.0, {}};
   if (gridDim.x > 1) {
     double sum = 0.0;
     double weight = 1.0;
-    if (!share.empty()) {
+    if (!range.empty()) {
       Segment open;
-      open.seek(packed.cu, packed.segments, packed.token(share.end - 1));
-      const bool begins = packed.first(open) >= share.begin;
-      const int64_t from = begins ? packed.first(open) : share.begin;
-      for (int64_t p = from + threadIdx.x; p < share.end; p += kThreads) {
-        sum += power(scan.gamma, share.end - 1 - p) * static_cast<double>(scan.values[packed.token(p)]);
+      open.seek(packed.cu, packed.segments, packed.token(range.end - 1));
+      const bool begins = packed.first(open) >= range.begin;
+      const int64_t from = begins ? packed.first(open) : range.begin;
+      for (int64_t p = from + threadIdx.x; p < range.end; p += kThreads) {
+        sum += power(scan.gamma, range.end - 1 - p) * static_cast<double>(scan.values[packed.token(p)]);
       }
-      weight = begins ? 0.0 : power(scan.gamma, share.end - share.begin);
+      weight = begins ? 0.0 : power(scan.gamma, range.end - range.begin);
     }
     sum = block_sum(sum);
-    if (threadIdx.x == 0) scan.left[blockIdx.x] = {weight, {sum}};
+    if (threadIdx.x == 0) scan.published[blockIdx.x] = {weight, {sum}};
     cooperative_groups::this_grid().sync();
-    carry = carried_into<1>(blockIdx.x, [&](int64_t block) { return scan.left[block]; });
+    carry = carry_into<1>(blockIdx.x, [&](int64_t block) { return scan.published[block]; });
   }
   const auto input = [&](int64_t token, const Segment&) {
-    return Link<1>{scan.gamma, {static_cast<double>(scan.values[token])}};
+    return Affine<1>{scan.gamma, {static_cast<double>(scan.values[token])}};
   };
   const auto store = [&](int64_t token, const Segment&, const double* y) { scan.out[token] = static_cast<T>(y[0]); };
-  scan_share<1>(packed, share, carry, input, store);
+  scan_block<1>(packed, range, carry, input, store);
 }
 
 template <typename T>
 int launch_scan(const pk_segment_scan_args& args, void* stream) {
   const Packed packed{args.cu_seqlens, args.n_segments, args.n_tokens, args.reverse != 0};
-  auto* left = static_cast<Link<1>*>(args.workspace);
-  const Scan<T> scan{static_cast<const T*>(args.values), static_cast<T*>(args.out), packed, args.gamma, left};
-  return launch(scan_kernel<T>, blocks_for(args.n_tokens), true, stream, scan);
+  static_assert(sizeof(Affine<1>) == sizeof(pk_affine));
+  auto* published = reinterpret_cast<Affine<1>*>(args.published);
+  const Scan<T> scan{static_cast<const T*>(args.values), static_cast<T*>(args.out), packed, args.gamma, published};
+  return launch("scan_kernel", scan_kernel<T>, blocks_for(args.n_tokens), true, stream, scan);
 }
 
 __global__ void __launch_bounds__(kThreads) sum_kernel(const float* values, Packed packed, double* out,
-                                                       pk_block_left* left, uint32_t* arrived) {
-  sum_segments(values, packed, out, left);
-  if (arrives_last(arrived)) join_segments(packed, out, left);
+                                                       pk_affine* published, uint32_t* arrived) {
+  sum_segments(values, packed, out, published);
+  if (arrives_last(arrived)) join_segments(packed, out, published);
 }
 
 __global__ void __launch_bounds__(kThreads) fill_kernel(const double* values, const float* factor, Packed packed,
                                                         float* out) {
   const double scale = factor == nullptr ? 1.0 : static_cast<double>(*factor);
-  const Share share(packed.tokens, blockIdx.x, gridDim.x);
+  const BlockRange range(packed.tokens, blockIdx.x, gridDim.x);
   Segment segment;
-  for (int64_t t = share.begin + threadIdx.x; t < share.end; t += kThreads) {
+  for (int64_t t = range.begin + threadIdx.x; t < range.end; t += kThreads) {
     segment.seek(packed.cu, packed.segments, t);
     out[t] = static_cast<float>(values[segment.index] * scale);
   }
 }
 
-// Padded columns are found from the row, packed tokens from the offsets.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) pack_kernel(pk_pack_args args) {
   const T* in = static_cast<const T*>(args.in);
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(pk_pack_args args) {
   for (int64_t i = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x; i < args.n_tokens * args.width; i += step) {
     const int64_t token = i / args.width;
     row.seek(packed.cu, packed.segments, token);
-    const int64_t skipped = args.left != 0 ? args.length - (row.end - row.begin) : 0;
+    const int64_t skipped = args.pad_left != 0 ? args.length - (row.end - row.begin) : 0;
     out[i] = in[(row.index * args.length + skipped + token - row.begin) * args.width + i % args.width];
   }
 }
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kThreads) unpack_kernel(pk_pack_args args) {
     const int64_t row = i / (args.length * args.width);
     const int64_t begin = args.cu_seqlens[row];
     const int64_t tokens = args.cu_seqlens[row + 1] - begin;
-    const int64_t column = i / args.width % args.length - (args.left != 0 ? args.length - tokens : 0);
+    const int64_t column = i / args.width % args.length - (args.pad_left != 0 ? args.length - tokens : 0);
     out[i] = column >= 0 && column < tokens ? in[(begin + column) * args.width + i % args.width] : fill;
   }
 }
@@ -109,7 +109,7 @@ template <typename T>
 int launch_pack(const pk_pack_args& args, bool unpack, void* stream) {
   const int64_t elements = (unpack ? args.n_rows * args.length : args.n_tokens) * args.width;
   if (elements == 0) return PK_OK;
-  return launch(unpack ? unpack_kernel<T> : pack_kernel<T>, blocks_over(elements, 32), false, stream, args);
+  return launch(unpack ? "unpack_kernel" : "pack_kernel", unpack ? unpack_kernel<T> : pack_kernel<T>, blocks_over(elements, 32), false, stream, args);
 }
 
 int pack_or_unpack(const pk_pack_args* args, bool unpack, void* stream) {
@@ -130,27 +130,28 @@ extern "C" int pk_cuda_segment_scan(const pk_segment_scan_args* args, void* stre
   using namespace pk;
   if (args == nullptr || args->n_segments < 0 || args->n_tokens < 0) return PK_BAD_ARGUMENT;
   if (args->n_tokens == 0) return PK_OK;
-  if (args->n_segments == 0 || args->workspace == nullptr) return PK_BAD_ARGUMENT;
+  if (args->n_segments == 0 || args->published == nullptr) return PK_BAD_ARGUMENT;
   if (args->dtype == PK_FLOAT64) return launch_scan<double>(*args, stream);
   return args->dtype == PK_FLOAT32 ? launch_scan<float>(*args, stream) : PK_BAD_ARGUMENT;
 }
 
-extern "C" int pk_cuda_segment_sum(const float* values, const int64_t* cu, int64_t n_segments, int64_t n_tokens,
-                                   double* out, pk_block_left* left, uint32_t* arrived, void* stream) {
+extern "C" int pk_cuda_segment_sum(const pk_segment_sum_args* args, void* stream) {
   using namespace pk;
-  if (n_segments < 0 || n_tokens < 0 || (n_segments == 0 && n_tokens > 0)) return PK_BAD_ARGUMENT;
-  if (n_segments == 0) return PK_OK;
-  const Packed packed{cu, n_segments, n_tokens, true};
-  return launch(sum_kernel, blocks_for(n_tokens), false, stream, values, packed, out, left, arrived);
+  if (args == nullptr || args->n_segments < 0 || args->n_tokens < 0) return PK_BAD_ARGUMENT;
+  if (args->n_segments == 0) return args->n_tokens > 0 ? PK_BAD_ARGUMENT : PK_OK;
+  const Packed packed{args->cu_seqlens, args->n_segments, args->n_tokens, true};
+  return launch("sum_kernel", sum_kernel, blocks_for(args->n_tokens), false, stream, args->values, packed, args->out,
+                args->published, args->arrived);
 }
 
-extern "C" int pk_cuda_segment_fill(const double* values, const float* factor, const int64_t* cu, int64_t n_segments,
-                                    int64_t n_tokens, float* out, void* stream) {
+extern "C" int pk_cuda_segment_fill(const pk_segment_fill_args* args, void* stream) {
   using namespace pk;
-  if (n_segments < 0 || n_tokens < 0 || (n_segments == 0 && n_tokens > 0)) return PK_BAD_ARGUMENT;
-  if (n_tokens == 0) return PK_OK;
-  const Packed packed{cu, n_segments, n_tokens, false};
-  return launch(fill_kernel, blocks_for(n_tokens), false, stream, values, factor, packed, out);
+  if (args == nullptr || args->n_segments < 0 || args->n_tokens < 0) return PK_BAD_ARGUMENT;
+  if (args->n_tokens == 0) return PK_OK;
+  if (args->n_segments == 0) return PK_BAD_ARGUMENT;
+  const Packed packed{args->cu_seqlens, args->n_segments, args->n_tokens, false};
+  return launch("fill_kernel", fill_kernel, blocks_for(args->n_tokens), false, stream, args->values, args->factor,
+                packed, args->out);
 }
 
 extern "C" int pk_cuda_pack(const pk_pack_args* args, void* stream) { return pk::pack_or_unpack(args, false, stream); }

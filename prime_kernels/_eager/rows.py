@@ -18,6 +18,7 @@ def token_log_probs(
     for logits, temperature in zip(models, temperatures, strict=True):
         z = logits.to(result_dtype(logits)) / temperature
         lse = z.logsumexp(-1)
+        lse = lse.masked_fill(lse == torch.inf, torch.nan)
         log_p = z - lse.unsqueeze(-1)
         found = [log_p.gather(-1, ids.unsqueeze(-1)).squeeze(-1), lse]
         if with_entropy:

@@ -1,21 +1,24 @@
-"""The compiled extension: whether it is there, how it was built, and the call of one of its kernels.
+"""The compiled extension: whether it is available and how it was built.
 
-rows.py, head.py, packed_cpu.py and packed_cuda.py turn tensors into addresses, sizes and strides; nothing else does.
+rows.py, head.py and packed.py turn tensors into addresses, sizes and strides and call its kernels; nothing else does.
 """
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
 try:
-    from prime_kernels import _C
+    from prime_kernels import _C  # type: ignore[attr-defined]  # compiled, has no stubs
 except ImportError as error:  # a source tree that was never built, or a build for another Python
     _C = None
-    _reason = f"the extension prime_kernels._C cannot be imported ({error}); build it with: pip install ."
+    _reason: str | None = f"the extension prime_kernels._C cannot be imported ({error}); build it with: pip install ."
 else:
     _reason = None
-    DTYPES = {torch.float32: _C.FLOAT32, torch.bfloat16: _C.BFLOAT16, torch.float16: _C.FLOAT16}
+    DTYPES: dict[torch.dtype, int] = {
+        torch.float32: _C.FLOAT32,
+        torch.bfloat16: _C.BFLOAT16,
+        torch.float16: _C.FLOAT16,
+        torch.float64: _C.FLOAT64,
+    }
 
 
 def unavailable_reason() -> str | None:
@@ -37,29 +40,15 @@ def cuda_unavailable_reason() -> str | None:
 
 
 def build_info() -> dict[str, str | bool]:
-    """How the extension was built, and what runs: compiler, flags, openmp, cuda, cuda_detail (architectures, or why
-    without) and cpu (the instruction set of the CPU kernels: amx, avx512_bf16, avx512, avx2 or portable)."""
-    return _C.build_info()
+    """The build and what runs.
 
-
-def constant(name: str) -> int:
-    """A number that the extension was built with."""
-    return getattr(_C, name)
-
-
-def call(name: str, **fields: Any) -> Any:
-    """A function of the extension that is no kernel."""
-    return getattr(_C, name)(**fields)
-
-
-def run(name: str, device: torch.device, *fields: Any) -> Any:
-    """Calls the kernel of that name for the device."""
-    if device.type == "cpu":
-        return getattr(_C, name)(*fields, torch.get_num_threads())
-    # A launch goes to the current device, which need not be that of the tensors.
-    with torch.cuda.device(device):
-        return getattr(_C, f"cuda_{name}")(*fields, torch.cuda.current_stream(device).cuda_stream)
+    Keys: compiler, flags, openmp, cuda, cuda_detail (the architectures, or why there are none) and cpu (the instruction
+    set of the CPU kernels in use: amx, avx512_bf16, avx512, avx2 or portable).
+    """
+    info: dict[str, str | bool] = _C.build_info()
+    return info
 
 
 def address(tensor: Tensor | None) -> int:
+    """The address of the first element; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()

@@ -12,46 +12,55 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from prime_kernels import _native
-from prime_kernels._backends import LinearHead, RowGradient, RowResults
+from prime_kernels._backends import HeadGradients, LinearHead, RowGradient, RowResults
 from prime_kernels._layout import column
-from prime_kernels._native import DTYPES, address, run
+from prime_kernels._native import _C, DTYPES, address
 
 CPU = torch.device("cpu")
 
 
 def kept_logits(head: LinearHead) -> Tensor:
     """Room for the float32 logits of all tokens, in the order that suits the kernels."""
-    tokens, depth = head.hidden.shape
-    sizes = {"n_tokens": tokens, "n_vocabulary": len(head.weight), "depth": depth, "dtype": DTYPES[head.hidden.dtype]}
-    return torch.empty(_native.call("head_kept_floats", **sizes), dtype=torch.float32)
+    n_tokens, depth = head.hidden.shape
+    sizes = {"n_tokens": n_tokens, "n_vocabulary": len(head.weight), "depth": depth, "dtype": DTYPES[head.hidden.dtype]}
+    return torch.empty(_C.head_kept_floats(**sizes), dtype=torch.float32, device=CPU)
 
 
 def token_log_probs(head: LinearHead, with_entropy: bool, kept: Tensor | None = None) -> RowResults:
     """Results [N]; ``kept``, of :func:`kept_logits`, receives the logits. The bits do not depend on either option."""
-    logp, lse = (torch.empty(len(head.hidden), dtype=torch.float32) for _ in range(2))
-    entropy = torch.empty_like(lse) if with_entropy else None
-    holder = _Addresses(head, kept)
-    run("head_forward", CPU, holder.head, *map(address, (logp, lse, entropy)))
+    arguments = _Arguments(head, kept)
+    logp = torch.empty(len(head.hidden), dtype=torch.float32, device=CPU)
+    lse, entropy = torch.empty_like(logp), torch.empty_like(logp) if with_entropy else None
+    _C.head_forward(**arguments.fields, logp=logp.data_ptr(), lse=lse.data_ptr(), entropy=address(entropy))
     return RowResults(logp, lse, entropy)
 
 
 def gradients(
     head: LinearHead, gradient: RowGradient, wanted: Sequence[bool], kept: Tensor | None = None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of (hidden, weight, bias) where ``wanted``; ``kept`` as :func:`token_log_probs` left it."""
-    holder = _Addresses(head, kept)
-    columns = [column(each, torch.float32, len(head.hidden), CPU) for each in gradient]
-    parts = (head.hidden, head.weight, head.bias)
-    results = [
-        None if part is None or not want else torch.empty(part.shape, dtype=part.dtype)
-        for part, want in zip(parts, wanted, strict=True)
-    ]
-    run("head_backward", CPU, holder.head, *map(address, columns), *map(address, results))
-    return results[0], results[1], results[2]
+) -> HeadGradients:
+    """Gradients of hidden, weight and bias where ``wanted``; ``kept`` as :func:`token_log_probs` left it."""
+    arguments = _Arguments(head, kept)
+    lse, entropy, grad_logp, grad_entropy = (column(each, torch.float32, len(head.hidden), CPU) for each in gradient)
+    results = HeadGradients(
+        *(
+            None if part is None or not want else torch.empty(part.shape, dtype=part.dtype, device=CPU)
+            for part, want in zip((head.hidden, head.weight, head.bias), wanted, strict=True)
+        )
+    )
+    _C.head_backward(
+        **arguments.fields,
+        lse=address(lse),
+        entropy=address(entropy),
+        grad_logp=address(grad_logp),
+        grad_entropy=address(grad_entropy),
+        grad_hidden=address(results.hidden),
+        grad_weight=address(results.weight),
+        grad_bias=address(results.bias),
+    )
+    return results
 
 
-class _Addresses:
+class _Arguments:
     """The arguments of one call, and the tensors that they point into for as long as it runs."""
 
     def __init__(self, head: LinearHead, kept: Tensor | None) -> None:
@@ -61,22 +70,22 @@ class _Addresses:
         ids = column(head.ids, torch.int64, len(hidden), CPU)
         bias = column(head.bias, hidden.dtype, len(weight), CPU)
         self.tensors = (hidden, weight, ids, bias, kept)
-        self.head = _native.call(
-            "Head",
-            hidden=hidden.data_ptr(),
-            hidden_stride=hidden.stride(0),
-            weight=weight.data_ptr(),
-            weight_stride=weight.stride(0),
-            bias=address(bias),
-            dtype=DTYPES[hidden.dtype],
-            round=head.rounded,
-            n_tokens=len(hidden),
-            n_vocabulary=len(weight),
-            depth=hidden.shape[1],
-            temperature=head.temperature,
-            ids=address(ids),
-            kept=address(kept),
-        )
+        self.fields: dict[str, int | float] = {
+            "hidden": hidden.data_ptr(),
+            "hidden_stride": hidden.stride(0),
+            "weight": weight.data_ptr(),
+            "weight_stride": weight.stride(0),
+            "bias": address(bias),
+            "dtype": DTYPES[hidden.dtype],
+            "rounded": head.rounded,
+            "n_tokens": len(hidden),
+            "n_vocabulary": len(weight),
+            "depth": hidden.shape[1],
+            "temperature": head.temperature,
+            "ids": address(ids),
+            "kept": address(kept),
+            "n_threads": torch.get_num_threads(),
+        }
 
 
 def _rows(matrix: Tensor) -> Tensor:

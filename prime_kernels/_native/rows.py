@@ -1,4 +1,4 @@
-"""Row kernels of log-probs in C++: CPU tensors on as many threads as torch has, CUDA tensors on their current stream.
+"""Row kernels in C++: CPU tensors on as many threads as torch has, CUDA tensors on the current stream of their device.
 
 Callers have checked shapes, dtypes and ranges; the assertions only guard memory.
 """
@@ -10,29 +10,44 @@ from torch import Tensor
 
 from prime_kernels._backends import RowGradient, RowResults
 from prime_kernels._layout import column, is_rows, mask_column, row_stride
-from prime_kernels._native import DTYPES, address, run
+from prime_kernels._native import _C, DTYPES, address
+
+FLOAT32_BYTES = 4
 
 
 def token_log_probs(
-    models: Sequence[Tensor],
-    ids: Tensor,
-    mask: Tensor | None,
-    temperatures: Sequence[float],
-    with_entropy: bool,
+    models: Sequence[Tensor], ids: Tensor, mask: Tensor | None, temperatures: Sequence[float], with_entropy: bool
 ) -> RowResults:
     """Results [models, N] of one to three models in one pass; they may differ in dtype and row stride."""
     first, count = models[0], len(models)
-    rows, vocabulary = first.shape
-    assert all(is_rows(z) and z.shape == first.shape and z.device == first.device for z in models)
-    ids, mask = column(ids, torch.int64, rows, first.device), mask_column(mask, rows, first.device)
-    logp, lse = (torch.empty(count, rows, dtype=torch.float32, device=first.device) for _ in range(2))
-    entropy = torch.empty_like(lse) if with_entropy else None
-    results = zip(logp, lse, [None] * count if entropy is None else entropy, strict=True)
-    fields = [
-        (z.data_ptr(), row_stride(z), DTYPES[z.dtype], temperature, *map(address, result))
-        for z, temperature, result in zip(models, temperatures, results, strict=True)
-    ]
-    run("log_probs_forward", first.device, fields, ids.data_ptr(), address(mask), rows, vocabulary)
+    (rows, vocabulary), device = first.shape, first.device
+    assert all(is_rows(z) and z.shape == first.shape and z.device == device for z in models)
+    ids, mask = column(ids, torch.int64, rows, device), mask_column(mask, rows, device)
+    logp = torch.empty(count, rows, dtype=torch.float32, device=device)
+    lse = torch.empty_like(logp)
+    entropy = torch.empty_like(logp) if with_entropy else None
+    addresses = logp.data_ptr(), lse.data_ptr(), address(entropy)
+    fields = []
+    for place, (z, temperature) in enumerate(zip(models, temperatures, strict=True)):
+        skip = place * rows * FLOAT32_BYTES
+        fields.append(
+            {
+                "logits": z.data_ptr(),
+                "stride": row_stride(z),
+                "dtype": DTYPES[z.dtype],
+                "temperature": temperature,
+                "logp": addresses[0] + skip,
+                "lse": addresses[1] + skip,
+                "entropy": addresses[2] + skip if with_entropy else 0,
+            }
+        )
+    common = {"models": fields, "ids": ids.data_ptr(), "mask": address(mask), "n_rows": rows, "n_cols": vocabulary}
+    if device.type == "cpu":
+        _C.log_probs_forward(**common, n_threads=torch.get_num_threads())
+    else:
+        # A launch goes to the current device, which need not be that of the tensors.
+        with torch.cuda.device(device):
+            _C.cuda_log_probs_forward(**common, stream=torch.cuda.current_stream(device).cuda_stream)
     return RowResults(logp, lse, entropy)
 
 
@@ -46,12 +61,30 @@ def logits_gradient(
     partial: bool = False,
 ) -> None:
     """Write d loss / d logits [N, V] to ``out``."""
-    rows, vocabulary = logits.shape
-    device = logits.device
+    (rows, vocabulary), device = logits.shape, logits.device
     assert is_rows(logits) and is_rows(out) and out.device == device
     assert out.dtype == logits.dtype and out.shape == logits.shape
     ids, mask = column(ids, torch.int64, rows, device), mask_column(mask, rows, device)
-    columns = [column(each, torch.float32, rows, device) for each in gradient]
-    fields = (logits.data_ptr(), row_stride(logits), DTYPES[logits.dtype], temperature, ids.data_ptr(), address(mask))
-    addresses = [address(each) for each in columns]
-    run("log_probs_backward", device, *fields, rows, vocabulary, *addresses, out.data_ptr(), row_stride(out), partial)
+    lse, entropy, grad_logp, grad_entropy = (column(each, torch.float32, rows, device) for each in gradient)
+    fields = {
+        "logits": logits.data_ptr(),
+        "logits_stride": row_stride(logits),
+        "dtype": DTYPES[logits.dtype],
+        "temperature": temperature,
+        "ids": ids.data_ptr(),
+        "mask": address(mask),
+        "n_rows": rows,
+        "n_cols": vocabulary,
+        "lse": address(lse),
+        "entropy": address(entropy),
+        "grad_logp": address(grad_logp),
+        "grad_entropy": address(grad_entropy),
+        "out": out.data_ptr(),
+        "out_stride": row_stride(out),
+        "partial": partial,
+    }
+    if device.type == "cpu":
+        _C.log_probs_backward(**fields, n_threads=torch.get_num_threads())
+    else:
+        with torch.cuda.device(device):
+            _C.cuda_log_probs_backward(**fields, stream=torch.cuda.current_stream(device).cuda_stream)

@@ -30,7 +30,9 @@ def options(config: ShareConfig) -> dict[str, int]:
     }
 
 
-def launch_phases(kernel: Any, config: ShareConfig, arguments: tuple, first: int, last: int, **constants: Any) -> None:
+def launch_phases(
+    kernel: Any, config: ShareConfig, arguments: tuple[Any, ...], first: int, last: int, **constants: Any
+) -> None:
     """Phases ``first`` to ``last`` of a kernel whose programs wait for each other between them: one launch.
 
     The interpreter runs programs one after another, where waiting would never end: there each phase is a launch.
@@ -54,7 +56,7 @@ def log2(gamma: float) -> float:
     return math.log2(gamma) if gamma > 0.0 else -math.inf
 
 
-def on_device(device: torch.device) -> contextlib.AbstractContextManager:
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """Launches go to the current device, which need not be that of the tensors."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 

@@ -3,12 +3,11 @@
 import triton
 import triton.language as tl
 
+from prime_kernels import _constants
+from prime_kernels._triton._log_probs_kernels import LN2, LOG2E
 from prime_kernels._triton._segmented_scan import arrives_last, share_of
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-# As in ops/ppo_loss.py: the ratio is held at e^20.
-MAX_LOG_RHO = tl.constexpr(20.0)
+MAX_LOG_RHO = tl.constexpr(_constants.MAX_LOG_RHO)
 
 
 @triton.jit

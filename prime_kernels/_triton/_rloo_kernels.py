@@ -8,6 +8,7 @@ before any scale is known. "Carried" are the tokens that have a process reward; 
 import triton
 import triton.language as tl
 
+from prime_kernels import _constants
 from prime_kernels._triton._segmented_scan import (
     arrives_last,
     begins,
@@ -25,8 +26,8 @@ from prime_kernels._triton._segmented_scan import (
     weights_to_end,
 )
 
-NORMALIZE_EPS = tl.constexpr(1e-6)
-WHITEN_EPS = tl.constexpr(1e-8)
+NORMALIZE_EPS = tl.constexpr(_constants.NORMALIZE_EPS)
+WHITEN_EPS = tl.constexpr(_constants.WHITEN_EPS)
 
 
 @triton.jit

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from prime_kernels._backends import PPOResults, PPOTokens, PRMResults
+from prime_kernels._constants import PRM_PAIR_KINDS
 from prime_kernels._launch_counters import arrivals
 from prime_kernels._layout import column, mask_column
 from prime_kernels._triton._launch import offsets, on_device, options, shares
@@ -15,7 +16,7 @@ from prime_kernels._triton._prm_kernels import prm_kernel
 PPO_SUMS, RESPONSES, RESPONSE_COLUMNS = 4, 512, 3
 
 
-def ppo_forward(
+def ppo_loss_and_scale(
     tokens: PPOTokens,
     clip: tuple[float, float],
     denominator: Tensor | float | None,
@@ -28,23 +29,26 @@ def ppo_forward(
     logp, old_logp, advantages, weights, mask = _checked(tokens)
     total, device = logp.numel(), logp.device
     config = config or shares(total, device)
-    results = [logp.new_empty(()) for _ in range(3)]
+    loss, clip_fraction, approx_kl = (logp.new_empty(()) for _ in range(3))
     scale = logp.new_empty((), dtype=torch.float64)
     published = logp.new_empty(PPO_SUMS, config.slots, dtype=torch.float64)
-    kind = "number"
-    if denominator is None or isinstance(denominator, Tensor):
-        kind = "count" if denominator is None else "tensor"
-    by = column(denominator, torch.float64, 1, device) if kind == "tensor" else scale
+    # Unused places repeat a tensor that is there: a kernel never touches them.
+    kind, number, by = "count", 1.0, scale
+    if isinstance(denominator, Tensor):
+        kind, by = "tensor", column(denominator, torch.float64, 1, device)
+    elif denominator is not None:
+        kind, number = "number", float(denominator)
     with on_device(device):
         ppo_forward_kernel[(config.programs,)](
             logp,
             old_logp,
             advantages,
-            # Unused places repeat a tensor that is there: a kernel never touches them.
             logp if weights is None else weights,
             logp if mask is None else mask,
             by,
-            *results,
+            loss,
+            clip_fraction,
+            approx_kl,
             scale,
             published,
             arrivals(device),
@@ -52,16 +56,16 @@ def ppo_forward(
             config.tiles,
             1.0 - clip[0],
             1.0 + clip[1],
-            denominator if kind == "number" else 1.0,
+            number,
             MASKED=mask is not None,
             WEIGHTED=weights is not None,
             DENOMINATOR=kind,
             **options(config),
         )
-    return PPOResults(*results, scale)
+    return PPOResults(loss, clip_fraction, approx_kl, scale)
 
 
-def ppo_backward(
+def ppo_gradient(
     tokens: PPOTokens,
     clip: tuple[float, float],
     scale: Tensor,
@@ -96,7 +100,7 @@ def ppo_backward(
     return out
 
 
-def prm_forward(
+def prm_loss_and_slope(
     log_ratio: Tensor,
     outcomes: Tensor,
     cu_seqlens: Tensor,
@@ -110,12 +114,11 @@ def prm_forward(
     Two float32 scalars, and d loss / d Delta of each response, [B] float64. Without groups the accuracy is NaN.
     """
     total, device = log_ratio.numel(), log_ratio.device
-    assert cu_groups is not None or kind in ("ce", "kto")
+    assert cu_groups is not None or kind not in PRM_PAIR_KINDS
     log_ratio, (cu_seqlens, responses) = column(log_ratio, torch.float32, total, device), offsets(cu_seqlens, device)
     outcomes = column(outcomes, torch.float64, responses, device)
     grouped = cu_groups is not None
-    # Unused places repeat a tensor that is there: a kernel never touches them.
-    cu_groups, groups = offsets(cu_groups, device) if grouped else (cu_seqlens, 0)
+    cu_groups, groups = (cu_seqlens, 0) if cu_groups is None else offsets(cu_groups, device)
     config = config or shares(total, device)
     loss, accuracy, slope = log_ratio.new_empty(()), log_ratio.new_empty(()), torch.empty_like(outcomes)
     deltas = outcomes.new_empty(RESPONSE_COLUMNS, responses)
@@ -147,5 +150,6 @@ def prm_forward(
 
 def _checked(tokens: PPOTokens) -> PPOTokens:
     total, device = tokens.logp.numel(), tokens.logp.device
-    columns = (column(each, torch.float32, total, device) for each in tokens[:4])
-    return PPOTokens(*columns, mask_column(tokens.mask, total, device))
+    logp, old_logp, advantages = (column(each, torch.float32, total, device) for each in tokens[:3])
+    weights = column(tokens.weights, torch.float32, total, device)
+    return PPOTokens(logp, old_logp, advantages, weights, mask_column(tokens.mask, total, device))

@@ -11,8 +11,10 @@ from prime_kernels._triton._pack_kernels import pack_kernel, unpack_kernel
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def pack(padded: Tensor, cu_seqlens: Tensor, total: int, left: bool, config: PackConfig | None = None) -> Tensor:
-    """[total, W] of [B, L, W] padded on the right, or with ``left`` on the left, in one launch."""
+def pack_tokens(
+    padded: Tensor, cu_seqlens: Tensor, total: int, pad_left: bool, config: PackConfig | None = None
+) -> Tensor:
+    """[total, W] of [B, L, W] padded on the right, or with ``pad_left`` on the left, in one launch."""
     rows, length, width = padded.shape
     device = padded.device
     cu_seqlens, _ = offsets(cu_seqlens, device)
@@ -29,7 +31,7 @@ def pack(padded: Tensor, cu_seqlens: Tensor, total: int, left: bool, config: Pac
             rows,
             length,
             width,
-            LEFT=left,
+            LEFT=pad_left,
             TOKENS=config.tokens,
             WIDTH=config.width,
             num_warps=config.num_warps,
@@ -37,15 +39,15 @@ def pack(padded: Tensor, cu_seqlens: Tensor, total: int, left: bool, config: Pac
     return out
 
 
-def unpack(
+def unpack_tokens(
     values: Tensor,
     cu_seqlens: Tensor,
     length: int,
-    left: bool,
+    pad_left: bool,
     fill: bool | int | float,
     config: PackConfig | None = None,
 ) -> Tensor:
-    """[B, length, W] of [N, W], padded with ``fill`` on the right, or with ``left`` on the left, in one launch."""
+    """[B, length, W] of [N, W], padded with ``fill`` on the right, or with ``pad_left`` on the left, in one launch."""
     width, device = values.shape[1], values.device
     cu_seqlens, rows = offsets(cu_seqlens, device)
     out = values.new_empty(rows, length, width)
@@ -53,7 +55,7 @@ def unpack(
         return out
     config = config or choose_pack(width)
     # Its bits are made on the CPU: nothing waits for the device.
-    bits = _integers(torch.tensor(fill, dtype=values.dtype)).item()
+    bits = _integers(torch.tensor(fill, dtype=values.dtype, device="cpu")).item()
     with on_device(device):
         unpack_kernel[_grid(rows * length, width, config)](
             _integers(values.contiguous()),
@@ -63,7 +65,7 @@ def unpack(
             length,
             width,
             bits,
-            LEFT=left,
+            LEFT=pad_left,
             TOKENS=config.tokens,
             WIDTH=config.width,
             num_warps=config.num_warps,

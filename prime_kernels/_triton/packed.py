@@ -1,19 +1,19 @@
 """The Triton kernels over packed tokens, as :class:`prime_kernels._backends.GpuPackedKernels` names them."""
 
-from prime_kernels._triton.losses import ppo_backward, ppo_forward, prm_forward
-from prime_kernels._triton.pack import pack, unpack
+from prime_kernels._triton.losses import ppo_gradient, ppo_loss_and_scale, prm_loss_and_slope
+from prime_kernels._triton.pack import pack_tokens, unpack_tokens
 from prime_kernels._triton.rloo import rloo_returns, whiten
-from prime_kernels._triton.segments import segment_fill, segment_scan, segment_sum
+from prime_kernels._triton.segments import fill_segments, scan_segments, sum_segments
 
 __all__ = [
-    "pack",
-    "ppo_backward",
-    "ppo_forward",
-    "prm_forward",
+    "fill_segments",
+    "pack_tokens",
+    "ppo_gradient",
+    "ppo_loss_and_scale",
+    "prm_loss_and_slope",
     "rloo_returns",
-    "segment_fill",
-    "segment_scan",
-    "segment_sum",
-    "unpack",
+    "scan_segments",
+    "sum_segments",
+    "unpack_tokens",
     "whiten",
 ]

@@ -37,11 +37,12 @@ def rloo_returns(
     process_rewards = column(process_rewards, torch.float32, total, device)
     mask = mask_column(reward_mask, total, device)
     with_process = process_rewards is not None
-    across = with_process and settings.normalize_process and over_ranks is not None
+    # Combines the largest return over ranks between two launches; None for one launch.
+    across = over_ranks if with_process and settings.normalize_process else None
     returns = outcomes.new_empty(total, dtype=torch.float32)
     if total == 0:
-        if across:
-            over_ranks(outcomes.new_zeros(()))
+        if across is not None:
+            across(outcomes.new_zeros(()))
         return returns, outcomes.new_zeros(1, 3)
     config = config or shares(total, device)
     stats = outcomes.new_empty(config.programs, 3)
@@ -76,13 +77,13 @@ def rloo_returns(
             "PROCESS": with_process,
             "MASKED": with_process and mask is not None,
             "NORMALIZE": with_process and settings.normalize_process,
-            "ACROSS": across,
+            "ACROSS": across is not None,
             "PAPER": settings.process_baseline == "paper",
             "RESPONSES": RESPONSES,
         }
-        if across:
+        if across is not None:
             launch_phases(rloo_kernel, config, arguments, 0, 1, **options)
-            over_ranks(largest)
+            across(largest)
             launch_phases(rloo_kernel, config, arguments, 2, 3, **options)
         else:
             launch_phases(rloo_kernel, config, arguments, 0 if with_process else 2, 3, **options)

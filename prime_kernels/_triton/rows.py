@@ -30,7 +30,7 @@ def token_log_probs(
     if any(z.dtype != first.dtype for z in models):
         each = zip(models, temperatures, strict=True)
         parts = [token_log_probs([z], ids, mask, [temperature], with_entropy, config) for z, temperature in each]
-        return RowResults(*(None if part[0] is None else torch.cat(part) for part in zip(*parts, strict=True)))
+        return RowResults.cat(parts, 0)
     rows, vocabulary = first.shape
     assert all(is_rows(z) and z.shape == first.shape for z in models) and vocabulary < 2**31
     ids, mask = column(ids, torch.int64, rows, first.device), mask_column(mask, rows, first.device)
@@ -91,7 +91,8 @@ def logits_gradient(
     if rows == 0:
         return
     ids, mask = column(ids, torch.int64, rows, device), mask_column(mask, rows, device)
-    lse, entropy, grad_logp, grad_entropy = (column(each, torch.float32, rows, device) for each in gradient)
+    lse = column(gradient.lse, torch.float32, rows, device)
+    entropy, grad_logp, grad_entropy = (column(each, torch.float32, rows, device) for each in gradient[1:])
     grad_logp = torch.zeros_like(lse) if grad_logp is None else grad_logp
     with_entropy = grad_entropy is not None
     config = config or choose(rows, vocabulary, logits.element_size(), device_of(device))

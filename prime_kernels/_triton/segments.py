@@ -10,7 +10,7 @@ from prime_kernels._triton._launch_config import ShareConfig
 from prime_kernels._triton._segments_kernels import fill_kernel, scan_kernel, sum_kernel
 
 
-def segment_scan(
+def scan_segments(
     values: Tensor, cu_seqlens: Tensor, gamma: float, reverse: bool, config: ShareConfig | None = None
 ) -> Tensor:
     """[T] in the dtype of ``values``, float32 or float64: y = x + gamma * y_before in each segment, in one launch."""
@@ -29,7 +29,7 @@ def segment_scan(
     return out
 
 
-def segment_sum(values: Tensor, cu_segments: Tensor, config: ShareConfig | None = None) -> Tensor:
+def sum_segments(values: Tensor, cu_segments: Tensor, config: ShareConfig | None = None) -> Tensor:
     """[S] float64: the sum of each segment of [T] float32, 0 where it is empty, in one launch."""
     total, device = values.numel(), values.device
     values, (cu_segments, segments) = column(values, torch.float32, total, device), offsets(cu_segments, device)
@@ -53,7 +53,7 @@ def segment_sum(values: Tensor, cu_segments: Tensor, config: ShareConfig | None 
     return sums
 
 
-def segment_fill(
+def fill_segments(
     values: Tensor, cu_segments: Tensor, total: int, factor: Tensor | None = None, config: ShareConfig | None = None
 ) -> Tensor:
     """[total] float32: each token its segment's value of [S] float64 times ``factor``, a scalar, in one launch."""

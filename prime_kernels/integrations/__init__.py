@@ -3,12 +3,13 @@
 ``prime_kernels.integrations.trl.patch()``, and the same of ``verl`` and ``openrlhf``, replaces the log-prob, entropy
 and advantage functions of that trainer; ``unpatch()`` puts them back. Each module also has these functions under the
 names and signatures of that trainer, to import instead of its own. :class:`LogProbHead` scores tokens with any Hugging
-Face model without making its logits.
+Face model without making its logits; :func:`causal_head` says how its logits follow from its last hidden states.
 
 The trainers are imported when ``patch()`` is called, never before.
 """
 
 from prime_kernels.integrations._patching import IntegrationError
+from prime_kernels.integrations.causal_head import CausalHead, causal_head, output_layer
 from prime_kernels.integrations.log_prob_head import LogProbHead
 
-__all__ = ["IntegrationError", "LogProbHead"]
+__all__ = ["CausalHead", "IntegrationError", "LogProbHead", "causal_head", "output_layer"]

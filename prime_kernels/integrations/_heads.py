@@ -1,11 +1,11 @@
-"""Hidden states and an output layer as trainers hold them, brought to what linear_log_probs takes."""
-
-from typing import Any
+"""linear_log_probs of hidden states and an output layer in the dtypes that trainers keep them in."""
 
 import torch
 from torch import Tensor
 
-from prime_kernels.ops.linear_log_probs import linear_log_probs
+from prime_kernels.integrations.causal_head import CausalHead
+
+PLAIN = CausalHead()
 
 
 def head_log_probs(
@@ -17,16 +17,18 @@ def head_log_probs(
     mask: Tensor | None = None,
     temperature: float,
     with_entropy: bool,
-) -> Any:
-    """:func:`prime_kernels.linear_log_probs` in the dtype of autocast, or of ``hidden``.
+    head: CausalHead = PLAIN,
+) -> tuple[Tensor, Tensor | None]:
+    """(logp, entropy or None) of :func:`prime_kernels.linear_log_probs` in the dtype of autocast, or of ``hidden``.
 
     As in any layer under autocast, the gradient of a float32 ``weight`` is rounded to the lower dtype once.
     """
     device = hidden.device.type
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast and hidden.dtype != torch.float64 else hidden.dtype
-    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     with torch.autocast(device, enabled=False):
-        return linear_log_probs(
-            hidden.to(dtype), weight, ids, bias=bias, mask=mask, temperature=temperature, with_entropy=with_entropy
+        found = head.log_probs(
+            hidden, weight, ids, bias=bias, mask=mask, temperature=temperature, with_entropy=with_entropy
         )
+    return (found, None) if isinstance(found, Tensor) else found

@@ -6,11 +6,10 @@ from torch import Tensor, nn
 
 from prime_kernels import _checks
 from prime_kernels.integrations._heads import head_log_probs
+from prime_kernels.integrations.causal_head import causal_head, output_layer
 from prime_kernels.ops.log_probs import check_temperature
 
 IGNORED = -100
-# What models multiply their logits by, or divide them by.
-FACTORS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 
 
 class LogProbHead(nn.Module):
@@ -27,25 +26,17 @@ class LogProbHead(nn.Module):
 
     Raises:
         TypeError: the model has no backbone or no output layer.
-        ValueError: the model caps its logits (``final_logit_softcapping``), or a temperature that is not above 0.
+        ValueError: logits that follow from more than the last hidden states, the output layer, a factor and a cap
+            (:class:`prime_kernels.integrations.CausalHead`), as a probe of two short forward passes finds; a
+            temperature that is not above 0.
     """
 
     def __init__(self, model: nn.Module, *, temperature: float = 1.0, with_entropy: bool = False) -> None:
         super().__init__()
-        getter: Any = getattr(model, "get_output_embeddings", lambda: None)
-        backbone = getattr(model, "base_model", model)
-        if backbone is model or getattr(getter(), "weight", None) is None:
-            raise TypeError(
-                f"model: expected a Hugging Face causal language model with a backbone (base_model) and an output "
-                f"layer (get_output_embeddings), got {type(model).__name__}"
-            )
-        config: Any = getattr(model, "config", None)
-        config = config.get_text_config() if hasattr(config, "get_text_config") else config
-        if getattr(config, "final_logit_softcapping", None) is not None:
-            raise ValueError("model: expected logits linear in the hidden states, got final_logit_softcapping")
         _checks.flag("with_entropy", with_entropy)
         self.model, self.with_entropy = model, with_entropy
-        self.temperature = check_temperature("temperature", temperature) / _factor(config)
+        self.temperature = check_temperature("temperature", temperature)
+        self.head = causal_head(model)
 
     def forward(
         self,
@@ -59,7 +50,8 @@ class LogProbHead(nn.Module):
 
         Args:
             input_ids: [B, L], int64.
-            attention_mask: [B, L], 0 at padding, or None. Goes to the model; padding is not scored.
+            attention_mask: [B, L], 0 at padding, or None. Goes to the model; padding is not scored, nor is a token
+                that follows padding.
             labels: [B, L], the tokens to score, -100 where none; None scores ``input_ids``.
             model_inputs: what else the model's backbone takes, such as position_ids.
 
@@ -74,27 +66,17 @@ class LogProbHead(nn.Module):
         targets = (input_ids if labels is None else labels)[:, 1:]
         scored = targets != IGNORED
         if attention_mask is not None:
-            scored = scored & attention_mask[:, 1:].bool()
-        layer: Any = self.model.get_output_embeddings()  # type: ignore[operator]
-        return head_log_probs(
+            # Of two real tokens: the first one after padding on the left has nothing that predicts it.
+            scored = scored & attention_mask[:, 1:].bool() & attention_mask[:, :-1].bool()
+        layer = output_layer(self.model)
+        logp, entropy = head_log_probs(
             output.last_hidden_state[:, :-1],
             layer.weight,
-            getattr(layer, "bias", None),
+            layer.bias,
             targets,
             mask=scored,
             temperature=self.temperature,
             with_entropy=self.with_entropy,
+            head=self.head,
         )
-
-
-def _factor(config: Any) -> float:
-    """What the model multiplies its logits by."""
-    factor = next((value for name in FACTORS if (value := getattr(config, name, None)) is not None), None)
-    if factor is None:
-        scaling = getattr(config, "logits_scaling", None)
-        # Granite and MiniCPM3 divide by it, HyperCLOVA X multiplies.
-        multiplies = getattr(config, "model_type", None) == "hyperclovax"
-        factor = 1.0 if scaling is None else scaling if multiplies else 1.0 / scaling
-    if not factor > 0:
-        raise ValueError(f"model: expected logits scaled by a factor above 0, got {factor}")
-    return float(factor)
+        return logp if entropy is None else (logp, entropy)

@@ -3,9 +3,9 @@
     from prime_kernels.integrations import trl
     trl.patch()
 
-Models whose logits are capped (``final_logit_softcapping``), ZeRO-3, devices other than CPU and CUDA, and the outputs
-that only SFT asks for stay on TRL's own code. Results are float32 also for 16-bit logits, where TRL's eager code rounds
-them to 16 bits. TRL 1.14 and older have no fused LM head; there the functions on logits are replaced.
+ZeRO-3, devices other than CPU and CUDA, and the outputs that only SFT asks for stay on TRL's own code. Results are
+float32 also for 16-bit logits, where TRL's eager code rounds them to 16 bits. TRL 1.14 and older have no fused LM head;
+there the functions on logits are replaced.
 """
 
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor
 from prime_kernels.integrations import _logits
 from prime_kernels.integrations._heads import head_log_probs
 from prime_kernels.integrations._patching import Integration, Target, function_target
+from prime_kernels.integrations.causal_head import CausalHead
 from prime_kernels.ops.log_probs import log_probs
 
 __all__ = ["entropy_from_logits", "patch", "selective_log_softmax", "selective_log_softmax_and_entropy", "unpatch"]
@@ -82,18 +83,18 @@ def _chunked_log_prob(original: Any) -> Any:
             extra = set(outputs) - {"log_probs", "entropy"}
             # ZeRO-3 gathers the weight around TRL's forward and backward alone.
             elsewhere = hidden.device.type not in ("cpu", "cuda") or hasattr(weight, "ds_id")
-            if extra or final_logit_softcapping is not None or elsewhere or not logit_scale > 0:
+            if extra or elsewhere or not logit_scale > 0:
                 arguments = (hidden, weight, bias, targets, temperature, chunk_size)
                 return original.apply(*arguments, final_logit_softcapping, logit_scale, outputs)
-            result = head_log_probs(
+            logp, entropy = head_log_probs(
                 hidden,
                 weight,
                 bias,
                 targets,
-                temperature=temperature / logit_scale,
+                temperature=temperature,
                 with_entropy="entropy" in outputs,
+                head=CausalHead(logit_scale, final_logit_softcapping),
             )
-            logp, entropy = result if "entropy" in outputs else (result, None)
             return logp, entropy, None, None, None
 
     return ChunkedLogProbFunction

@@ -106,10 +106,11 @@ def _leave_one_out(token_level_rewards: Tensor, index: Any) -> tuple[Tensor, Ten
     scores = token_level_rewards.sum(-1)
     numbers: dict[Any, int] = {}
     keys = index.tolist() if hasattr(index, "tolist") else index
-    group = torch.tensor([numbers.setdefault(key, len(numbers)) for key in keys], device=scores.device)
+    found = [numbers.setdefault(key, len(numbers)) for key in keys]
+    group = torch.tensor(found, dtype=torch.int64, device=scores.device)
     order, counts = group.argsort(stable=True), torch.bincount(group)
     # Every response as one token: leave-one-out knows nothing of lengths.
-    responses = torch.arange(len(scores) + 1, device=scores.device)
+    responses = torch.arange(len(scores) + 1, dtype=torch.int64, device=scores.device)
     cu_groups = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
     centred = rloo_advantages(None, scores[order], responses, cu_groups, whiten=False).returns
     return torch.empty_like(centred).index_copy_(0, order, centred), (counts == 1)[group]
@@ -182,7 +183,7 @@ def _offsets(lengths: Tensor) -> Tensor:
 
 
 def _even_groups(responses: Tensor, n_samples: int) -> Tensor:
-    return torch.arange(0, len(responses) + 1, n_samples, device=responses.device)
+    return torch.arange(0, len(responses) + 1, n_samples, dtype=torch.int64, device=responses.device)
 
 
 _LOGITS, _ALGORITHMS = "verl.utils.torch_functional", "verl.trainer.ppo.core_algos"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from prime_kernels import _backends
-from prime_kernels._backends import LinearHead, RowGradient, RowResults
+from prime_kernels._backends import HeadGradients, LinearHead, RowGradient, RowResults
 
 # Backends with kernels for a whole head. They make float32 logits in cache, whatever the sizes below.
 HEAD_KERNELS = frozenset({"cpu"})
@@ -109,32 +109,28 @@ def _all_logits(head: LinearHead) -> Tensor:
     return head.hidden.new_empty(n_tokens, _aligned(vocabulary), dtype=logits_dtype(head))[:, :vocabulary]
 
 
-def first_model(results: RowResults) -> RowResults:
-    """Results [N] of the only model, from [1, N]."""
-    return RowResults(*(None if column is None else column[0] for column in results))
-
-
 def join(parts: Sequence[RowResults], owner: Tensor) -> RowResults:
     """Results of whole rows from those of parts of their vocabulary; ``owner`` [N] is the part with the target."""
     if len(parts) == 1:
         return parts[0]
-    logp, lse = (torch.stack([part[k] for part in parts]).double() for k in range(2))
-    every = lse.logsumexp(0)
+    logp, lse = (torch.stack(columns).double() for columns in zip(*(part[:2] for part in parts), strict=True))
+    total = lse.logsumexp(0)
     own_logp, own_lse = (column.gather(0, owner.unsqueeze(0)).squeeze(0) for column in (logp, lse))
     others = lse.scatter(0, owner.unsqueeze(0), -torch.inf).logsumexp(0)
-    # Relative to the target's own part, so that a log-probability near 0 keeps its digits. A part of nothing but -inf
-    # has no distribution of its own, and its tokens probability 0.
+    # Relative to the target's own part, so that a log-probability near 0 keeps its digits. In a part with nothing but
+    # -inf, logp is NaN and the tokens have probability 0.
     joined = own_logp - torch.nn.functional.softplus(others - own_lse)
-    impossible = (own_lse == -torch.inf) & (every > -torch.inf)
+    impossible = (own_lse == -torch.inf) & (total > -torch.inf)
     joined = joined.masked_fill(impossible, -torch.inf)
+    entropies = [part.entropy for part in parts if part.entropy is not None]
     entropy = None
-    if parts[0].entropy is not None:
-        log_share = lse - every
+    if entropies:
+        log_share = lse - total
         share = log_share.exp()
-        terms = share * (torch.stack([part.entropy for part in parts]).double() - log_share)
-        # Where every is NaN or infinite there is no distribution, and 0 * every says so.
-        entropy = (terms.where(share > 0, 0.0).sum(0) + 0.0 * every).float()
-    return RowResults(joined.float(), every.float(), entropy)
+        terms = share * (torch.stack(entropies).double() - log_share)
+        # 0 * total is NaN where total is NaN or infinite and the row has no distribution.
+        entropy = (terms.where(share > 0, 0.0).sum(0) + 0.0 * total).float()
+    return RowResults(joined.float(), total.float(), entropy)
 
 
 def head_log_probs(head: LinearHead, with_entropy: bool, backend: str, kept: Tensor | None = None) -> RowResults:
@@ -156,20 +152,17 @@ def head_log_probs(head: LinearHead, with_entropy: bool, backend: str, kept: Ten
         for columns in tiles.column_spans():
             z = tiles.logits(tokens, columns, None if kept is None else kept[tokens, columns])
             inside = (head.ids[tokens] - columns.start).clamp(0, z.shape[1] - 1)
-            parts.append(first_model(kernels.token_log_probs([z], inside, None, [head.temperature], with_entropy)))
+            found = kernels.token_log_probs([z], inside, None, [head.temperature], with_entropy)
+            parts.append(found.only_model())
         last = -(-len(head.weight) // tiles.columns) - 1
         blocks.append(join(parts, (head.ids[tokens] // tiles.columns).clamp(0, last)))
-    return RowResults(*(None if column[0] is None else torch.cat(column) for column in zip(*blocks, strict=True)))
-
-
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
-"""Of (hidden, weight, bias), each where it is wanted."""
+    return RowResults.cat(blocks, 0)
 
 
 def head_gradients(
     head: LinearHead, gradient: RowGradient, wanted: Sequence[bool], backend: str, kept: Tensor | None = None
-) -> Gradients:
-    """Gradients of (hidden, weight, bias) where ``wanted``. Ids may lie outside the head.
+) -> HeadGradients:
+    """Gradients of hidden, weight and bias where ``wanted``. Ids may lie outside the head.
 
     ``kept`` holds the logits that :func:`head_log_probs` stored there; they may be overwritten.
     """
@@ -189,27 +182,27 @@ def head_gradients(
     grad_bias = torch.empty_like(bias) if bias is not None and wanted[2] else None
     for columns in tiles.column_spans():
         part = None if grad_weight is None else Sum(grad_weight[columns], once=one_token_span, into=True)
-        bias_part = 0.0
+        bias_part: Tensor | None = None
         for tokens in tiles.token_spans():
             z = tiles.logits(tokens, columns) if kept is None else kept
-            of_tokens = RowGradient(*(None if c is None else c[tokens] for c in gradient))
-            kernels.logits_gradient(
-                z, head.ids[tokens] - columns.start, None, of_tokens, head.temperature, z, partial=True
-            )
+            of_rows, inside = gradient.rows(tokens), head.ids[tokens] - columns.start
+            kernels.logits_gradient(z, inside, None, of_rows, head.temperature, z, partial=True)
             if grad_bias is not None:
-                bias_part = bias_part + z.sum(0, dtype=torch.float32)
+                of_tokens = z.sum(0, dtype=torch.float32)
+                bias_part = of_tokens if bias_part is None else bias_part + of_tokens
             z = z.to(hidden.dtype)
             if grad_hidden is not None:
                 grad_hidden.add(z, weight[columns], tokens)
             if part is not None:
                 part.add(z.T, hidden[tokens])
             del z  # the rounded one, before the next product
-        if part is not None and not part.once:
+        if grad_weight is not None and part is not None and not part.once:
             grad_weight[columns] = part.total
         part = None  # before the next one is made
-        if grad_bias is not None:
-            grad_bias[columns] = bias_part.to(bias.dtype)
-    return None if grad_hidden is None else grad_hidden.total.to(hidden.dtype), grad_weight, grad_bias
+        if grad_bias is not None and bias_part is not None:
+            grad_bias[columns] = bias_part.to(grad_bias.dtype)
+    of_hidden = None if grad_hidden is None else grad_hidden.total.to(hidden.dtype)
+    return HeadGradients(of_hidden, grad_weight, grad_bias)
 
 
 def _make_again(head: LinearHead, logits: Tensor) -> None:
@@ -222,7 +215,7 @@ def _make_again(head: LinearHead, logits: Tensor) -> None:
 
 def loss_gradients(
     head: LinearHead, grad_of: Callable[[Tensor, slice], Tensor], wanted: Sequence[bool], backend: str
-) -> tuple[Tensor, Gradients]:
+) -> tuple[Tensor, HeadGradients]:
     """(logp, gradients): both from one product, where a token's gradient follows from its logp.
 
     ``grad_of(logp, tokens)`` is d loss / d logp of a span of tokens. Kernels of a whole head make more logits than they
@@ -232,7 +225,7 @@ def loss_gradients(
         kept = kept_logits(head, backend) if any(wanted) else None
         logp, lse, _ = head_log_probs(head, False, backend, kept)
         if not any(wanted):
-            return logp, (None, None, None)
+            return logp, HeadGradients(None, None, None)
         gradient = RowGradient(lse, None, grad_of(logp, slice(0, len(logp))), None)
         return logp, head_gradients(head, gradient, wanted, backend, kept)
     hidden, weight, bias = head.hidden, head.weight, head.bias
@@ -242,12 +235,14 @@ def loss_gradients(
     one = tiles.tokens >= len(hidden)
     grad_hidden = Sum(hidden, once=True) if wanted[0] else None
     grad_weight = Sum(weight, once=one) if wanted[1] else None
-    grad_bias = torch.zeros(len(weight), device=hidden.device) if bias is not None and wanted[2] else None
+    grad_bias = (
+        torch.zeros(len(weight), dtype=torch.float32, device=hidden.device) if bias is not None and wanted[2] else None
+    )
     parts = []
     for tokens in tiles.token_spans():
         z = tiles.logits(tokens, columns)
         found = kernels.token_log_probs([z], head.ids[tokens], None, [head.temperature], False)
-        logp, lse, _ = first_model(found)
+        logp, lse, _ = found.only_model()
         parts.append(logp)
         if not any(wanted):
             continue
@@ -262,11 +257,14 @@ def loss_gradients(
             grad_weight.add(z.T, hidden[tokens])
         del z  # the rounded one, before the next product
     del tiles  # before the sums are rounded, which takes memory too
-    totals = [None if each is None else each.total.to(hidden.dtype) for each in (grad_hidden, grad_weight)]
-    return torch.cat(parts), (totals[0], totals[1], None if grad_bias is None else grad_bias.to(bias.dtype))
+    of_hidden, of_weight = (
+        None if sums is None else sums.total.to(hidden.dtype) for sums in (grad_hidden, grad_weight)
+    )
+    of_bias = None if grad_bias is None else grad_bias.to(hidden.dtype)
+    return torch.cat(parts), HeadGradients(of_hidden, of_weight, of_bias)
 
 
-def _fused_kernel(head: LinearHead, backend: str) -> Callable | None:
+def _fused_kernel(head: LinearHead, backend: str) -> Callable[..., RowResults] | None:
     """The Triton kernel that makes no tile at all, where it is the faster way and takes these tensors.
 
     Its logits are never rounded.

@@ -1,8 +1,8 @@
 """Log-probabilities straight from hidden states: the logits of all tokens never exist at once.
 
-z = (hidden @ weight.T + bias) / temperature, then as in log_probs. Kernels go by _tiled_head. In the
-reference tokens go through in chunks; backward computes the logits of a chunk again instead of keeping them, so memory
-is one chunk of float32 logits, the head in float32 and its gradient.
+z = (hidden @ weight.T + bias) / temperature, then as in log_probs. Kernels work as in _tiled_head. The
+reference works on chunks of tokens and recomputes the logits of a chunk in backward: its memory is one chunk of float32
+logits, the head in float32 and its gradient.
 """
 
 from typing import Any, Literal, NamedTuple, overload
@@ -10,10 +10,10 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from prime_kernels import _checks, _dispatch
+from prime_kernels._autograd import Gradients, first_derivative_only
 from prime_kernels._backends import RowGradient, RowResults
 from prime_kernels._segment_math import result_dtype
 from prime_kernels.ops import _tiled_head as tiles
@@ -33,7 +33,7 @@ class Head(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """How log-probs are made: checked options and a resolved backend."""
+    """How log-probs are made: checked options and the backend that runs them."""
 
     temperature: float
     with_entropy: bool
@@ -51,24 +51,24 @@ def reference(
     them: rounding to 16 bits drowns the ratio of two close models.
     """
     dtype = head.hidden.dtype if rounded else result_dtype(head.hidden)
-    # Converted once, outside the chunks, so that the gradient of the head is also summed in this dtype.
+    # Converted once, outside the chunks: the gradient of the head is then also summed in this dtype.
     weight, bias = head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)
 
     def chunk_log_probs(hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         return rows.reference(torch.nn.functional.linear(hidden.to(dtype), weight, bias), ids, None, temperature)
 
-    hidden, flat_ids, valid = compact(head.hidden, ids, mask)
+    tokens = compact(head.hidden, ids, mask)
     size = max(1, CHUNK_ELEMENTS // weight.shape[0])
     pieces = [
         checkpoint(chunk_log_probs, *piece, use_reentrant=False, preserve_rng_state=False)
-        for piece in zip(hidden.split(size), flat_ids.split(size), strict=True)
+        for piece in zip(tokens.hidden.split(size), tokens.ids.split(size), strict=True)
     ]
-    logp, entropy = (spread(torch.cat(column), valid, ids.shape) for column in zip(*pieces, strict=True))
+    logp, entropy = (spread(torch.cat(column), tokens.places, ids.shape) for column in zip(*pieces, strict=True))
     return logp, entropy
 
 
-class _Tiled(torch.autograd.Function):
-    """The tiles of _tiled_head, on the vocabulary of this process or on its share of one."""
+class TiledLogProbs(torch.autograd.Function):
+    """Log-probabilities by the tiles of _tiled_head, over the whole vocabulary or this process's shard of it."""
 
     @staticmethod
     def forward(
@@ -77,7 +77,7 @@ class _Tiled(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         ids: Tensor,
-        settings: "Settings",
+        settings: Settings,
         group: dist.ProcessGroup | None,
         with_gradient: bool,
     ) -> tuple[Tensor, Tensor | None]:
@@ -87,76 +87,70 @@ class _Tiled(torch.autograd.Function):
         kept = tiles.kept_logits(head, settings.backend) if keeps else None
         results = tiles.head_log_probs(head, settings.with_entropy, settings.backend, kept)
         if group is not None:
-            results = _join_shares(results, ids // len(weight), group)
-        logp, lse, entropy = results
-        ctx.save_for_backward(hidden, weight, bias, head.ids, lse, entropy, kept)
+            results = _join_shards(results, ids // len(weight), group)
+        ctx.save_for_backward(hidden, weight, bias, head.ids, results.lse, results.entropy, kept)
         ctx.settings, ctx.group, ctx.spent = settings, group, False
         ctx.set_materialize_grads(False)
-        return logp, entropy
+        return results.logp, results.entropy
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
-        *tensors, lse, entropy, kept = ctx.saved_tensors
+    @first_derivative_only("linear_log_probs")
+    def backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None) -> Gradients:
+        hidden, weight, bias, ids, lse, entropy, kept = ctx.saved_tensors
         if grad_logp is None and grad_entropy is None:
             return (None,) * 7
-        # The first pass may overwrite the logits that were kept, out of autograd's sight; another makes them again.
+        # The first backward pass may overwrite the kept logits, unseen by autograd; a second one recomputes them.
         kept, ctx.spent = None if kept is None or ctx.spent else kept.data, True
-        upstream = [None if grad is None else grad.contiguous() for grad in (grad_logp, grad_entropy)]
+        upstream = (None if grad is None else grad.contiguous() for grad in (grad_logp, grad_entropy))
         gradient = RowGradient(lse, None if grad_entropy is None else entropy, *upstream)
         settings = ctx.settings
-        head = tiles.LinearHead(*tensors, settings.temperature, settings.rounded)
+        head = tiles.LinearHead(hidden, weight, bias, ids, settings.temperature, settings.rounded)
         gradients = tiles.head_gradients(head, gradient, ctx.needs_input_grad[:3], settings.backend, kept)
-        if ctx.group is not None and gradients[0] is not None:
-            total = gradients[0].float()
+        grad_hidden = gradients.hidden
+        if ctx.group is not None and grad_hidden is not None:
+            total = grad_hidden.float()
             dist.all_reduce(total, group=ctx.group)
-            gradients = (total.to(head.hidden.dtype), *gradients[1:])
-        return *gradients, None, None, None, None
+            grad_hidden = total.to(hidden.dtype)
+        return grad_hidden, gradients.weight, gradients.bias, None, None, None, None
 
 
-def _join_shares(results: RowResults, owner: Tensor, group: dist.ProcessGroup) -> RowResults:
+def _join_shards(results: RowResults, owner: Tensor, group: dist.ProcessGroup) -> RowResults:
     """The softmax over all processes from that of each over its own rows of the head: one collective."""
     mine = torch.stack([column for column in results if column is not None])
-    shares = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(shares, mine, group=group)
-    return tiles.join([RowResults(part[0], part[1], part[2] if len(part) > 2 else None) for part in shares], owner)
+    shards = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(shards, mine, group=group)
+    return tiles.join([RowResults(part[0], part[1], part[2] if len(part) > 2 else None) for part in shards], owner)
 
 
-def run(
-    head: Head,
-    ids: Tensor,
-    mask: Tensor | None,
-    settings: "Settings",
-    group: dist.ProcessGroup | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """(logp, entropy or None) of checked arguments on a resolved backend."""
-    if ids.numel() == 0 or (settings.backend == "eager" and group is None):
-        return reference(head, ids, mask, settings.temperature, settings.rounded)
-    hidden, flat_ids, valid = compact(head.hidden, ids, mask)
-    if not len(hidden):
-        return reference(head, ids, mask, settings.temperature, settings.rounded)
-    columns = _Tiled.apply(hidden, head.weight, head.bias, flat_ids, settings, group, torch.is_grad_enabled())
-    return tuple(None if column is None else spread(column, valid, ids.shape) for column in columns)
+class ValidTokens(NamedTuple):
+    """The tokens of a batch where the mask is True."""
+
+    hidden: Tensor
+    """[N, D]."""
+    ids: Tensor
+    """[N]."""
+    places: Tensor | None
+    """[N], positions in the flattened batch, or None if all tokens are valid."""
 
 
-def compact(hidden: Tensor, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(hidden [N, D], ids [N], places) of the tokens that count; places is None where all do."""
+def compact(hidden: Tensor, ids: Tensor, mask: Tensor | None) -> ValidTokens:
+    """The valid tokens of a batch [...]."""
     hidden, flat_ids = hidden.reshape(-1, hidden.shape[-1]), ids.reshape(-1)
     if mask is None:
-        return hidden, flat_ids, None
+        return ValidTokens(hidden, flat_ids, None)
     valid = mask.reshape(-1).nonzero().squeeze(-1)
-    return hidden[valid], flat_ids[valid], valid
+    return ValidTokens(hidden[valid], flat_ids[valid], valid)
 
 
-def spread(column: Tensor, valid: Tensor | None, shape: torch.Size) -> Tensor:
-    """Values of the tokens that count back in their places, 0 elsewhere."""
-    if valid is not None:
-        column = column.new_zeros(shape.numel()).index_put((valid,), column)
+def spread(column: Tensor, places: Tensor | None, shape: torch.Size) -> Tensor:
+    """Values of the valid tokens at their positions in a batch of this shape, 0 elsewhere."""
+    if places is not None:
+        column = column.new_zeros(shape.numel()).index_put((places,), column)
     return column.view(shape)
 
 
-def check_head(head: Head, ids: Tensor, mask: Tensor | None, prefix: str, shares: int = 1) -> Tensor:
-    """Check one head, or one of the equal shares of it, against the tokens; the labels as log_probs wants them."""
+def check_head(head: Head, ids: Tensor, mask: Tensor | None, prefix: str, shards: int = 1) -> Tensor:
+    """Check a head, or one of its equal shards, against the tokens. Returns the labels as log_probs wants them."""
     hidden, weight, bias = f"{prefix}hidden", f"{prefix}weight", f"{prefix}bias"
     _checks.floating(hidden, head.hidden)
     if head.hidden.ndim == 0 or head.hidden.shape[-1] == 0:
@@ -172,7 +166,7 @@ def check_head(head: Head, ids: Tensor, mask: Tensor | None, prefix: str, shares
         _checks.tensor(bias, head.bias, (head.hidden.dtype,), ndim=1)
         _checks.shape(bias, head.bias, (vocabulary,), f"[V] with the V of {weight}")
         _checks.device(bias, head.bias, head.hidden, hidden)
-    return rows.check_arguments(head.hidden, ids, mask, name=hidden, vocabulary=vocabulary * shares)
+    return rows.check_arguments(head.hidden, ids, mask, name=hidden, vocabulary=vocabulary * shards)
 
 
 @overload
@@ -239,14 +233,13 @@ def linear_log_probs(
     """Log-probability of each token from hidden states and an output layer, without ever holding all logits.
 
     As ``log_probs(hidden @ weight.T + bias, ids, ...)`` with the product in float32: operands are multiplied in their
-    own dtype, what they are summed in is never rounded to it. Scratch memory does not grow with N and V (on CPUs 16 MiB
-    without gradients, elsewhere one tile of logits); where a gradient is wanted and all float32 logits take no more
-    than 256 MiB (GPUs: 512), they are kept for it instead of made twice. Differentiable in ``hidden``, ``weight`` and
-    ``bias``.
+    own dtype, their sums are never rounded to it. Scratch memory does not grow with N and V (on CPUs 16 MiB without
+    gradients, elsewhere one tile of logits). If a gradient is wanted and all float32 logits take at most 256 MiB (on
+    GPUs 512), they are kept for it instead of recomputed. Differentiable in ``hidden``, ``weight`` and ``bias``.
 
-    On backend "cpu" the log-prob and the entropy of a token have the same bits whatever else is in the call: other
-    tokens, their number and order, padding, the number of threads, whether a gradient or an entropy is wanted. They
-    depend on the processor's instruction set. Elsewhere the products are a library's, whose rounding may change with
+    On "cpu" the log-prob and the entropy of a token have the same bits whatever else is in the call: other tokens,
+    their number and order, padding, the number of threads, whether a gradient or an entropy is wanted. The bits depend
+    on the processor's instruction set. On other backends the products are a library's, whose rounding may change with
     the number of tokens in a call; equal calls give equal bits there.
 
     Args:
@@ -281,11 +274,24 @@ def linear_log_probs(
         arguments = (hidden, weight, ids, bias, mask, temperature, with_entropy, logits_dtype, backend)
         logp, _, entropy = torch.ops.prime_kernels.linear_log_probs(*arguments)
         return (logp, entropy) if with_entropy else logp
-    head, ids, settings = check(
-        hidden, weight, ids, bias, mask, temperature, with_entropy, logits_dtype, backend, process_group
-    )
-    logp, entropy = run(head, ids, mask, settings, process_group)
-    return (logp, entropy) if with_entropy else logp
+    arguments = (hidden, weight, ids, bias, mask, temperature, with_entropy, logits_dtype, backend)
+    head, ids, settings = check(*arguments, process_group)
+    tokens = None if settings.backend == "eager" and process_group is None else compact(head.hidden, ids, mask)
+    if tokens is None or not len(tokens.hidden):
+        logp, entropy = reference(head, ids, mask, settings.temperature, settings.rounded)
+        return (logp, entropy) if with_entropy else logp
+    options = (settings, process_group, torch.is_grad_enabled())
+    logp, entropy = TiledLogProbs.apply(tokens.hidden, head.weight, head.bias, tokens.ids, *options)
+    logp = spread(logp, tokens.places, ids.shape)
+    return (logp, spread(entropy, tokens.places, ids.shape)) if with_entropy else logp
+
+
+class Checked(NamedTuple):
+    """Arguments that have passed every check."""
+
+    head: Head
+    ids: Tensor
+    settings: Settings
 
 
 def check(
@@ -300,15 +306,17 @@ def check(
     backend: str | None,
     process_group: dist.ProcessGroup | None = None,
     operation: str = "linear_log_probs",
-) -> tuple[Head, Tensor, Settings]:
-    """(head, ids, settings) of arguments that have passed every check."""
-    head = Head(hidden, whole(weight), whole(bias))
-    shares = 1 if process_group is None else dist.get_world_size(process_group)
-    ids = check_head(head, ids, mask, "", shares)
+) -> Checked:
+    """Check the arguments of :func:`linear_log_probs`; parameters in shards are gathered."""
+    head = whole_head(Head(hidden, weight, bias))
+    shards = 1 if process_group is None else dist.get_world_size(process_group)
+    ids = check_head(head, ids, mask, "", shards)
     temperature = rows.check_temperature("temperature", temperature)
     _checks.flag("with_entropy", with_entropy)
     rounded = check_logits_dtype(logits_dtype)
-    return head, ids, Settings(temperature, with_entropy, rounded, _dispatch.resolve(operation, hidden, backend))
+    return Checked(
+        head, ids, Settings(temperature, with_entropy, rounded, _dispatch.resolve(operation, hidden, backend))
+    )
 
 
 def check_logits_dtype(logits_dtype: str) -> bool:
@@ -318,15 +326,21 @@ def check_logits_dtype(logits_dtype: str) -> bool:
     return logits_dtype == "input"
 
 
-def whole(parameter: Tensor | None) -> Tensor | None:
-    """The full tensor of a parameter that FSDP2 keeps in shards (a DTensor); any other as it is.
+def whole_head(head: Head) -> Head:
+    """The head with full parameters, where FSDP2 keeps them in shards."""
+    return Head(head.hidden, whole(head.weight), None if head.bias is None else whole(head.bias))
 
-    As in FSDP2, the gradient of a process's own tokens is averaged over the processes and goes back in shards.
+
+def whole(parameter: Tensor) -> Tensor:
+    """The full tensor of a parameter in shards (a DTensor); other tensors unchanged.
+
+    As in FSDP2, the gradient of a process's own tokens is averaged over the processes and is sharded again.
     """
     if not hasattr(parameter, "full_tensor"):
         return parameter
-    from torch.distributed.tensor import Partial
+    from torch.distributed.tensor import DTensor, Partial
 
+    assert isinstance(parameter, DTensor)
     placements = [Partial("avg") if placement.is_shard() else placement for placement in parameter.placements]
     return parameter.full_tensor(grad_placements=placements)
 
@@ -374,31 +388,41 @@ def linear_log_ratios(
             raise TypeError(f"{name}: expected a Head, got {type(head).__name__}")
 
     if torch.compiler.is_compiling():
-
-        def logp(name: str, temperature: float) -> Tensor:
-            return linear_log_probs(
-                *heads[name][:2],
+        prm_logp = linear_log_probs(
+            prm.hidden, prm.weight, ids, bias=prm.bias, mask=mask, logits_dtype=logits_dtype, backend=backend
+        )
+        with torch.no_grad():
+            ref_logp = linear_log_probs(
+                ref.hidden, ref.weight, ids, bias=ref.bias, mask=mask, logits_dtype=logits_dtype, backend=backend
+            )
+        policy_logp = None
+        if policy is not None:
+            policy_logp = linear_log_probs(
+                policy.hidden,
+                policy.weight,
                 ids,
-                bias=heads[name].bias,
+                bias=policy.bias,
                 mask=mask,
-                temperature=temperature,
+                temperature=policy_temperature,
                 logits_dtype=logits_dtype,
                 backend=backend,
             )
-
-    else:
-        heads = {name: Head(head.hidden, whole(head.weight), whole(head.bias)) for name, head in heads.items()}
-        checked = {name: check_head(head, ids, mask, f"{name}.") for name, head in heads.items()}
-        policy_temperature = rows.check_temperature("policy_temperature", policy_temperature)
-        rounded = check_logits_dtype(logits_dtype)
-
-        def logp(name: str, temperature: float) -> Tensor:
-            # Each head resolves for itself: they may differ in dtype, and float64 runs on "eager" alone.
-            runs_on = _dispatch.resolve("linear_log_ratios", heads[name].hidden, backend)
-            return run(heads[name], checked[name], mask, Settings(temperature, False, rounded, runs_on))[0]
-
-    prm_logp = logp("prm", 1.0)
-    with torch.no_grad():
-        ref_logp = logp("ref", 1.0)
-    policy_logp = None if policy is None else logp("policy", policy_temperature)
-    return LogRatios(prm_logp - ref_logp, prm_logp, ref_logp, policy_logp)
+        return LogRatios(prm_logp - ref_logp, prm_logp, ref_logp, policy_logp)
+    heads = {name: whole_head(head) for name, head in heads.items()}
+    checked = {name: check_head(head, ids, mask, f"{name}.") for name, head in heads.items()}
+    policy_temperature = rows.check_temperature("policy_temperature", policy_temperature)
+    rounded = check_logits_dtype(logits_dtype)
+    logp = {}
+    for name, head in heads.items():
+        temperature = policy_temperature if name == "policy" else 1.0
+        # Each head has its own backend: they may differ in dtype, and float64 runs on "eager" alone.
+        chosen = _dispatch.resolve("linear_log_ratios", head.hidden, backend)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and name != "ref"):
+            tokens = compact(head.hidden, checked[name], mask)
+            if chosen == "eager" or not len(tokens.hidden):
+                logp[name] = reference(head, checked[name], mask, temperature, rounded)[0]
+                continue
+            options = (Settings(temperature, False, rounded, chosen), None, torch.is_grad_enabled())
+            found, _ = TiledLogProbs.apply(tokens.hidden, head.weight, head.bias, tokens.ids, *options)
+            logp[name] = spread(found, tokens.places, ids.shape)
+    return LogRatios(logp["prm"] - logp["ref"], logp["prm"], logp["ref"], logp.get("policy"))

@@ -1,9 +1,9 @@
 """Token losses straight from hidden states, with gradients made in the forward pass.
 
-Where the loss of a token follows from its log-probability alone, d loss / d logp is known as soon as the token's logits
-are: one product serves the loss and its gradient, where linear_log_probs makes more than a few logits twice. The price
-is that the gradients of ``hidden`` and of the head are held from forward to backward, and that on GPUs a tile is whole
-rows of logits, up to 128 MB of them. On CPUs the logits are kept where linear_log_probs would keep them.
+If the loss of a token depends on its log-probability alone, d loss / d logp is known as soon as the token's logits are:
+one product gives the loss and its gradient, while linear_log_probs recomputes the logits in backward. In return, the
+gradients of ``hidden`` and of the head are kept from forward to backward, and on GPUs a tile holds whole rows of
+logits, up to 128 MB. On CPUs all logits are kept where linear_log_probs would keep them.
 """
 
 from collections.abc import Callable
@@ -11,19 +11,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from prime_kernels import _checks
+from prime_kernels._autograd import Gradients, first_derivative_only
 from prime_kernels.ops import _tiled_head as tiles
 from prime_kernels.ops import linear_log_probs as linear
 from prime_kernels.ops.ppo_loss import PPOLoss, check_denominator, ppo_loss
 
-# The loss of a span of tokens from their logp [n], and whatever statistics come with it.
+# The loss of a span of tokens from their logp [n], followed by its statistics.
 LossOf = Callable[[Tensor, slice], tuple[Tensor, ...]]
 
 
-class _Fused(torch.autograd.Function):
-    """The loss of all tokens and its statistics, which carry no gradient."""
+class FusedLoss(torch.autograd.Function):
+    """The loss of all tokens and its statistics, which have no gradient."""
 
     @staticmethod
     def forward(
@@ -40,49 +40,64 @@ class _Fused(torch.autograd.Function):
                 leaf = logp.detach().requires_grad_()
                 return torch.autograd.grad(loss_of(leaf, tokens)[0], leaf)[0]
 
+        wanted = ctx.needs_input_grad[:3]
         head = tiles.LinearHead(hidden, weight, bias, ids, settings.temperature, settings.rounded)
-        logp, gradients = tiles.loss_gradients(head, grad_of, ctx.needs_input_grad[:3], settings.backend)
+        logp, gradients = tiles.loss_gradients(head, grad_of, wanted, settings.backend)
         ctx.save_for_backward(*gradients)
         loss, *statistics = loss_of(logp, slice(0, len(logp)))
         ctx.mark_non_differentiable(*statistics)
         return loss, *statistics
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_of_statistics: Tensor) -> tuple[Tensor | None, ...]:
+    @first_derivative_only("linear_nll and linear_ppo_loss")
+    def backward(ctx: Any, grad: Tensor, *_statistics: Tensor) -> Gradients:
         gradients = ctx.saved_tensors
-        # On a GPU looking at the factor would wait for it.
+        # On a GPU, reading the factor would wait for it.
         if grad.device.type != "cpu" or grad != 1.0:
             gradients = [None if each is None else each * grad.to(each.dtype) for each in gradients]
         return *gradients, None, None, None
 
 
-def _fused_loss(
+class EagerLoss:
+    """The same in plain PyTorch."""
+
+    @staticmethod
+    def apply(
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        ids: Tensor,
+        settings: linear.Settings,
+        loss_of: LossOf,
+    ) -> tuple[Tensor, ...]:
+        head = linear.Head(hidden, weight, bias)
+        logp, _ = linear.reference(head, ids, None, settings.temperature, settings.rounded)
+        return loss_of(logp, slice(0, len(logp)))
+
+
+def _loss_arguments(
     head: linear.Head,
     ids: Tensor,
     mask: Tensor | None,
     settings: linear.Settings,
     columns: list[Tensor | None],
     loss_of: Callable[..., tuple[Tensor, ...]],
-) -> tuple[Tensor, ...]:
-    """``loss_of(logp, *columns)`` of the tokens that count: the loss, and statistics without gradient."""
-    hidden, flat_ids, valid = linear.compact(head.hidden, ids, mask)
+) -> tuple[type[FusedLoss] | type[EagerLoss], tuple[Any, ...]]:
+    """The function that computes ``loss_of(logp, *columns)`` of the valid tokens, and its arguments."""
+    tokens = linear.compact(head.hidden, ids, mask)
     flat = [None if column is None else column.detach().reshape(-1) for column in columns]
-    if valid is not None:
-        flat = [None if column is None else column[valid] for column in flat]
+    if tokens.places is not None:
+        flat = [None if column is None else column[tokens.places] for column in flat]
 
-    def of_span(logp: Tensor, tokens: slice) -> tuple[Tensor, ...]:
-        return loss_of(logp, *(None if column is None else column[tokens] for column in flat))
+    def of_span(logp: Tensor, span: slice) -> tuple[Tensor, ...]:
+        return loss_of(logp, *(None if column is None else column[span] for column in flat))
 
-    if settings.backend == "eager" or not len(hidden):
-        compacted = linear.Head(hidden, head.weight, head.bias)
-        logp, _ = linear.reference(compacted, flat_ids, None, settings.temperature, settings.rounded)
-        return of_span(logp, slice(0, len(logp)))
-    return _Fused.apply(hidden, head.weight, head.bias, flat_ids, settings, of_span)
+    function = EagerLoss if settings.backend == "eager" or not len(tokens.hidden) else FusedLoss
+    return function, (tokens.hidden, head.weight, head.bias, tokens.ids, settings, of_span)
 
 
 def _count(ids: Tensor, mask: Tensor | None) -> Tensor:
-    count = torch.full((), ids.numel(), device=ids.device) if mask is None else mask.sum()
+    count = torch.full((), ids.numel(), dtype=torch.int64, device=ids.device) if mask is None else mask.sum()
     return count.clamp(min=1)
 
 
@@ -142,15 +157,16 @@ def linear_nll(
             backend=backend,
         )
         return _nll(logp, weights, _count(ids, mask) if denominator is None else denominator)
-    arguments = (hidden, weight, ids, bias, mask, temperature, False, logits_dtype, backend)
-    head, ids, settings = linear.check(*arguments, operation="linear_nll")
+    given = (hidden, weight, ids, bias, mask, temperature, False, logits_dtype, backend)
+    head, ids, settings = linear.check(*given, operation="linear_nll")
     weights = None if weights is None else _column("weights", weights, ids)
     denominator = _count(ids, mask) if denominator is None else check_denominator(denominator, ids, "ids")
 
     def loss_of(logp: Tensor, weights: Tensor | None) -> tuple[Tensor]:
         return (_nll(logp, weights, denominator),)
 
-    return _fused_loss(head, ids, mask, settings, [weights], loss_of)[0]
+    function, arguments = _loss_arguments(head, ids, mask, settings, [weights], loss_of)
+    return function.apply(*arguments)[0]
 
 
 def _nll(logp: Tensor, weights: Tensor | None, denominator: Tensor | float) -> Tensor:
@@ -205,7 +221,6 @@ def linear_ppo_loss(
 
     Source: arXiv 1707.06347, equation 7; gradients in the forward pass as in arXiv 2410.10989, section 3.
     """
-    clip = {"clip_low": clip_low, "clip_high": clip_high}
     if torch.compiler.is_compiling():
         logp = linear.linear_log_probs(
             hidden,
@@ -218,17 +233,36 @@ def linear_ppo_loss(
             backend=backend,
         )
         old_logp = logp if old_logp is None else old_logp
-        return ppo_loss(logp, old_logp, advantages, mask=mask, weights=weights, denominator=denominator, **clip)
-    arguments = (hidden, weight, ids, bias, mask, temperature, False, logits_dtype, backend)
-    head, ids, settings = linear.check(*arguments, operation="linear_ppo_loss")
+        return ppo_loss(
+            logp,
+            old_logp,
+            advantages,
+            mask=mask,
+            weights=weights,
+            clip_low=clip_low,
+            clip_high=clip_high,
+            denominator=denominator,
+        )
+    given = (hidden, weight, ids, bias, mask, temperature, False, logits_dtype, backend)
+    head, ids, settings = linear.check(*given, operation="linear_ppo_loss")
     columns = [
-        None if value is None and name != "advantages" else _column(name, value, ids)
-        for name, value in (("old_logp", old_logp), ("advantages", advantages), ("weights", weights))
+        None if old_logp is None else _column("old_logp", old_logp, ids),
+        _column("advantages", advantages, ids),
+        None if weights is None else _column("weights", weights, ids),
     ]
     denominator = _count(ids, mask) if denominator is None else check_denominator(denominator, ids, "ids")
 
     def loss_of(logp: Tensor, old_logp: Tensor | None, advantages: Tensor, weights: Tensor | None) -> PPOLoss:
         old_logp = logp if old_logp is None else old_logp
-        return ppo_loss(logp, old_logp, advantages, weights=weights, denominator=denominator, **clip)
+        return ppo_loss(
+            logp,
+            old_logp,
+            advantages,
+            weights=weights,
+            clip_low=clip_low,
+            clip_high=clip_high,
+            denominator=denominator,
+        )
 
-    return PPOLoss(*_fused_loss(head, ids, mask, settings, columns, loss_of))
+    function, arguments = _loss_arguments(head, ids, mask, settings, columns, loss_of)
+    return PPOLoss(*function.apply(*arguments))

@@ -12,9 +12,9 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from prime_kernels import _backends, _checks, _dispatch
+from prime_kernels._autograd import Gradients, first_derivative_only
 from prime_kernels._backends import RowGradient, RowResults
 from prime_kernels._segment_math import result_dtype
 
@@ -24,9 +24,11 @@ def reference(logits: Tensor, ids: Tensor, mask: Tensor | None, temperature: flo
     scaled = logits.to(result_dtype(logits)) / temperature
     if mask is not None:
         scaled = scaled.masked_fill(~mask.unsqueeze(-1), 0.0)
-    # Not log_softmax: its sum over a large vocabulary drifts. This one is pairwise, and its backward is faster.
-    log_p = scaled - scaled.logsumexp(-1, keepdim=True)
-    # The sum of one term, not its squeeze: a view made without gradients could not be changed in place later.
+    # Not log_softmax, whose sum over a large vocabulary drifts; logsumexp sums pairwise and its backward is faster.
+    lse = scaled.logsumexp(-1, keepdim=True)
+    # A row with a logit of +inf has no distribution: NaN everywhere, as the kernels have it.
+    log_p = scaled - lse.masked_fill(lse == torch.inf, torch.nan)
+    # sum(-1) of one term rather than squeeze: a view made under no_grad could not be changed in place later.
     logp = log_p.gather(-1, ids.unsqueeze(-1)).sum(-1)
     # An impossible token has p = 0 and log p = -inf; filling before the product keeps 0 * -inf out of the gradient too.
     entropy = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum(-1)
@@ -36,7 +38,7 @@ def reference(logits: Tensor, ids: Tensor, mask: Tensor | None, temperature: flo
 
 
 def row_views(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """2-D views that cover the rows of the tensors, alike in shape, in order: no copy, whatever the leading strides."""
+    """2-D views that together cover the rows of the tensors, which have one shape, in order and without a copy."""
     try:
         views = tuple(tensor.view(-1, tensor.shape[-1]) for tensor in tensors)
     except RuntimeError:
@@ -46,8 +48,8 @@ def row_views(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         yield views
 
 
-class _LogProbs(torch.autograd.Function):
-    """Kernels on [rows, V] views; the eager ones where only its gradient is to go into the logits' storage."""
+class LogProbs(torch.autograd.Function):
+    """Row kernels on views [N, V] of the logits. "eager" comes here only for ``inplace_backward``."""
 
     @staticmethod
     def forward(
@@ -61,30 +63,29 @@ class _LogProbs(torch.autograd.Function):
         backend: str,
     ) -> tuple[Tensor, Tensor | None]:
         results = log_probs_of_views([logits], ids, mask, [temperature], with_entropy, backend)
-        # Copies of a few bytes a token: a view of one tensor made here could not be changed in place by the caller.
-        logp, lse, entropy = (None if column is None else column[0].clone() for column in results)
+        logp, lse, entropy = as_one(results, ids.shape)
         ctx.save_for_backward(logits, ids, mask, lse, entropy)
         ctx.temperature, ctx.inplace, ctx.backend, ctx.overwritten = temperature, inplace, backend, False
         ctx.set_materialize_grads(False)
         return logp, entropy
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+    @first_derivative_only("log_probs")
+    def backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None) -> Gradients:
         if ctx.overwritten:
             raise RuntimeError(
                 "inplace_backward: the first backward wrote the gradient over the logits, so there can be no second; "
                 "expected inplace_backward=False for a graph that is kept with retain_graph=True"
             )
         logits, ids, mask, lse, entropy = ctx.saved_tensors
-        out = logits.detach() if ctx.inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
         if grad_logp is None and grad_entropy is None:
             return (None,) * 7
+        out = logits.detach() if ctx.inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
         gradient = RowGradient(lse, entropy, grad_logp, grad_entropy)
         gradient_of_views(logits, ids, mask, gradient, ctx.temperature, out, ctx.backend)
         if ctx.inplace:
             ctx.overwritten = True
-            # Whoever else saved these logits for backward now gets an error from autograd, not a wrong gradient.
+            # Others that saved these logits for backward now get an error from autograd, not a wrong gradient.
             torch.autograd.graph.increment_version(logits)
         return out, None, None, None, None, None, None
 
@@ -97,20 +98,31 @@ def log_probs_of_views(
     with_entropy: bool,
     backend: str,
 ) -> RowResults:
-    """Results [models, ...] of the models' logits [..., V], of any leading strides, in one pass."""
+    """Results [models, N] of the N rows of the models' logits [..., V], of any leading strides, in one pass."""
     kernels = _backends.rows(backend)
-    parts, start = [], 0
     flat_ids, flat_mask = ids.reshape(-1), None if mask is None else mask.reshape(-1)
+    parts: list[RowResults] = []
+    start = 0
     for views in row_views(*models):
         piece = slice(start, start + views[0].shape[0])
-        row_mask = None if flat_mask is None else flat_mask[piece]
-        parts.append(kernels.token_log_probs(views, flat_ids[piece], row_mask, temperatures, with_entropy))
+        row_ids, row_mask = flat_ids[piece], None if flat_mask is None else flat_mask[piece]
+        parts.append(kernels.token_log_probs(views, row_ids, row_mask, temperatures, with_entropy))
         start = piece.stop
-    columns = (
-        column[0] if len(column) == 1 or column[0] is None else torch.cat(column, 1)
-        for column in zip(*parts, strict=True)
+    return parts[0] if len(parts) == 1 else RowResults.cat(parts, 1)
+
+
+def as_one(results: RowResults, shape: torch.Size) -> RowResults:
+    """Results [1, N] of one model in another shape, in place: a view could not be changed in place by the caller."""
+    return RowResults(
+        results.logp.resize_(shape),
+        results.lse.resize_(shape),
+        None if results.entropy is None else results.entropy.resize_(shape),
     )
-    return RowResults(*(None if column is None else column.view(len(models), *ids.shape) for column in columns))
+
+
+def of_model(column: Tensor, place: int, shape: torch.Size) -> Tensor:
+    """A copy of one model's part of a column [models, N]: a view could not be changed in place by the caller."""
+    return column[place].view(shape).clone()
 
 
 def gradient_of_views(
@@ -124,18 +136,15 @@ def gradient_of_views(
 ) -> None:
     """Write the gradient of the logits [..., V] to ``out``: dense, or the logits themselves."""
     kernels = _backends.rows(backend)
-    if gradient.grad_entropy is None:
-        gradient = gradient._replace(entropy=None)
-    flat_ids, flat_mask, *flat = (None if column is None else column.reshape(-1) for column in (ids, mask, *gradient))
+    flat_ids, flat_mask, flat = ids.reshape(-1), None if mask is None else mask.reshape(-1), gradient.flat()
     start = 0
-    # Written in place, the logits and the gradient are walked by the same views; otherwise both in row order.
+    # In place, the logits and the gradient are walked by the same views; otherwise both in row order.
     out_rows = None if out.data_ptr() == logits.data_ptr() else out.view(-1, out.shape[-1])
     for (rows,) in row_views(logits.detach()):
         piece = slice(start, start + rows.shape[0])
         target = rows if out_rows is None else out_rows[piece]
-        of_rows = RowGradient(*(None if column is None else column[piece] for column in flat))
         row_mask = None if flat_mask is None else flat_mask[piece]
-        kernels.logits_gradient(rows, flat_ids[piece], row_mask, of_rows, temperature, target)
+        kernels.logits_gradient(rows, flat_ids[piece], row_mask, flat.rows(piece), temperature, target)
         start = piece.stop
 
 
@@ -169,28 +178,6 @@ def check(
     temperature = check_temperature("temperature", temperature)
     _checks.flag("with_entropy", with_entropy)
     return ids, temperature, _dispatch.resolve("log_probs", logits, backend)
-
-
-def run(
-    logits: Tensor,
-    ids: Tensor,
-    mask: Tensor | None,
-    temperature: float,
-    *,
-    with_entropy: bool,
-    inplace_backward: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor | None]:
-    """(logp, entropy or None) of checked arguments on a resolved backend."""
-    if backend == "eager" and not inplace_backward:
-        logp, entropy = reference(logits, ids, mask, temperature)
-        return logp, entropy if with_entropy else None
-    if logits.stride(-1) != 1 and not inplace_backward:
-        logits = logits.contiguous()
-    if backend != "eager" and not (logits.requires_grad and torch.is_grad_enabled()):
-        logp, _, entropy = log_probs_of_views([logits], ids, mask, [temperature], with_entropy, backend)
-        return logp[0].clone(), None if entropy is None else entropy[0].clone()
-    return _LogProbs.apply(logits, ids, mask, temperature, with_entropy, inplace_backward, backend)
 
 
 @overload
@@ -245,19 +232,19 @@ def log_probs(
     """Log-probability of each token, and optionally the entropy of its distribution, in nats.
 
     logp = z[id] - logsumexp(z) and entropy = -sum p log p, with z = logits / temperature. Differentiable in ``logits``,
-    which are not changed. A logit of -inf is a token of probability 0, also in the gradient. A row of nothing but -inf
-    is no distribution: its results are NaN.
+    which are not changed. A logit of -inf is a token of probability 0, also in the gradient. A row with a NaN or a
+    logit of +inf, the target's included, or with nothing but -inf has no distribution: its results are NaN.
 
     Args:
         logits: [..., V], any strides; float32, bfloat16 or float16 (float64 on "eager"). Computed in float32.
             Logits whose last stride is not 1 are copied, others are not.
         ids: [...], int32 or int64, in [0, V).
-        mask: [...], bool, or None for all. Where False, the results are exactly 0 and the gradient is 0; neither the
-            logits nor the label matter there.
+        mask: [...], bool, or None for all. Where False, the results are exactly 0 and the gradient is 0; logits
+            and label are not read.
         temperature: above 0.
         with_entropy: also return the entropy.
         inplace_backward: let backward write the gradient over the storage of ``logits``, which saves their size in
-            memory. The logits are lost then: a second backward (retain_graph) raises RuntimeError. Of no effect inside
+            memory. The logits are lost: a second backward (retain_graph) raises RuntimeError. No effect inside
             torch.compile.
         backend: see :mod:`prime_kernels`.
 
@@ -269,12 +256,13 @@ def log_probs(
         ValueError: a wrong shape, device or temperature; inplace_backward with rows that are not dense or overlap.
         IndexError: a label outside [0, V) where the mask is True.
         BackendUnavailable: the backend asked for cannot run this.
+        RuntimeError, in a backward pass: a second derivative through a kernel ("eager" has it).
 
     Source: the token log-probabilities of arXiv 2502.01456, section 2.
     """
     if torch.compiler.is_compiling():
-        # One node of the graph, which checks its arguments and chooses its backend when it runs. Memory is the
-        # compiler's to plan, so the gradient has its own.
+        # One node of the graph, which checks its arguments and selects its backend at run time. The compiler plans
+        # memory, so the gradient is not written in place.
         arguments = (logits, ids, mask, temperature, with_entropy, backend)
         logp, _, entropy = torch.ops.prime_kernels.log_probs(*arguments)
         return (logp, entropy) if with_entropy else logp
@@ -287,7 +275,14 @@ def log_probs(
                 f"inplace_backward: expected logits with a last stride of 1 and no expanded dimension, "
                 f"got strides {list(logits.stride())}"
             )
-    logp, entropy = run(
-        logits, ids, mask, temperature, with_entropy=with_entropy, inplace_backward=inplace_backward, backend=chosen
-    )
-    return (logp, entropy) if entropy is not None else logp
+    if chosen == "eager" and not inplace_backward:
+        logp, entropy = reference(logits, ids, mask, temperature)
+        return (logp, entropy) if with_entropy else logp
+    if logits.stride(-1) != 1 and not inplace_backward:
+        logits = logits.contiguous()
+    if chosen != "eager" and not (logits.requires_grad and torch.is_grad_enabled()):
+        results = log_probs_of_views([logits], ids, mask, [temperature], with_entropy, chosen)
+        logp, _, entropy = as_one(results, ids.shape)
+    else:
+        logp, entropy = LogProbs.apply(logits, ids, mask, temperature, with_entropy, inplace_backward, chosen)
+    return (logp, entropy) if with_entropy else logp

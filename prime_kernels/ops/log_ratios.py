@@ -5,13 +5,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from prime_kernels import _checks, _dispatch
+from prime_kernels._autograd import Gradients, first_derivative_only
 from prime_kernels._backends import RowGradient
 from prime_kernels.ops import log_probs as rows
 
-# The order of the models wherever they come as a list.
+# The order of the models in lists.
 PRM, REF, POLICY = 0, 1, 2
 
 
@@ -27,11 +27,11 @@ class LogRatios(NamedTuple):
 def reference(
     models: Sequence[Tensor], ids: Tensor, mask: Tensor | None, temperatures: Sequence[float]
 ) -> list[Tensor]:
-    """Each model by itself, in float32 or float64: equal logits give equal numbers."""
+    """Each model separately, in float32 or float64: equal logits give equal numbers."""
     return [rows.reference(z, ids, mask, temperature)[0] for z, temperature in zip(models, temperatures, strict=True)]
 
 
-class _OnePass(torch.autograd.Function):
+class LogRatiosOnePass(torch.autograd.Function):
     """Log-probabilities of two or three models in one pass over their rows; the reference model gets no gradient."""
 
     @staticmethod
@@ -43,19 +43,18 @@ class _OnePass(torch.autograd.Function):
         backend: str,
         *models: Tensor,
     ) -> tuple[Tensor, ...]:
-        logp, lse, _ = rows.log_probs_of_views(models, ids, mask, temperatures, False, backend)
+        results = rows.log_probs_of_views(models, ids, mask, temperatures, False, backend)
         wanted = [z if need else None for z, need in zip(models, ctx.needs_input_grad[4:], strict=True)]
-        ctx.save_for_backward(ids, mask, lse, *wanted)
+        ctx.save_for_backward(ids, mask, results.lse, *wanted)
         ctx.temperatures, ctx.backend = temperatures, backend
         ctx.set_materialize_grads(False)
-        # Copies, because a view of one tensor made here could not be changed in place by the caller.
-        outputs = [column.clone() for column in logp]
+        outputs = [rows.of_model(results.logp, place, ids.shape) for place in range(len(models))]
         ctx.mark_non_differentiable(outputs[REF])
         return tuple(outputs)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    @first_derivative_only("log_ratios")
+    def backward(ctx: Any, *grads: Tensor | None) -> Gradients:
         ids, mask, lse, *models = ctx.saved_tensors
         gradients: list[Tensor | None] = [None] * len(models)
         for place, (z, grad) in enumerate(zip(models, grads, strict=True)):
@@ -78,10 +77,10 @@ def check(
 ) -> tuple[list[Tensor], Tensor, list[float], str]:
     """(models, ids, temperatures, backend) of arguments that have passed every check."""
     rows.check_logits("prm_logits", prm_logits)
-    for name, logits in (("ref_logits", ref_logits), ("policy_logits", policy_logits)):
-        if logits is not None or name == "ref_logits":
-            rows.check_logits(name, logits)
-            _checks.like(name, logits, prm_logits, "prm_logits")
+    others = {"ref_logits": ref_logits} | ({} if policy_logits is None else {"policy_logits": policy_logits})
+    for name, logits in others.items():
+        rows.check_logits(name, logits)
+        _checks.like(name, logits, prm_logits, "prm_logits")
     ids = rows.check_arguments(prm_logits, ids, mask, name="prm_logits", vocabulary=prm_logits.shape[-1])
     policy_temperature = rows.check_temperature("policy_temperature", policy_temperature)
     models = [logits for logits in (prm_logits, ref_logits, policy_logits) if logits is not None]
@@ -126,7 +125,7 @@ def log_ratios(
     Source: arXiv 2412.01981 (the implicit reward) and arXiv 2502.01456, section 2.
     """
     if torch.compiler.is_compiling():
-        # One node of the graph, which checks its arguments and chooses its backend when it runs.
+        # One node of the graph, which checks its arguments and selects its backend at run time.
         arguments = (prm_logits, ref_logits, ids, policy_logits, mask, policy_temperature, backend)
         prm_logp, ref_logp, policy_logp, *_ = torch.ops.prime_kernels.log_ratios(*arguments)
         ref_logp = ref_logp.detach()
@@ -139,10 +138,9 @@ def log_ratios(
         logp = reference(models, ids, mask, temperatures)
     else:
         dense = [z if z.stride(-1) == 1 else z.contiguous() for z in models]
-        if not (torch.is_grad_enabled() and any(z.requires_grad for z in models)):
-            logp = [
-                column.clone() for column in rows.log_probs_of_views(dense, ids, mask, temperatures, False, chosen)[0]
-            ]
+        if torch.is_grad_enabled() and any(z.requires_grad for z in models):
+            logp = LogRatiosOnePass.apply(ids, mask, temperatures, chosen, *dense)
         else:
-            logp = _OnePass.apply(ids, mask, temperatures, chosen, *dense)
+            results = rows.log_probs_of_views(dense, ids, mask, temperatures, False, chosen)
+            logp = [rows.of_model(results.logp, place, ids.shape) for place in range(len(models))]
     return LogRatios(logp[PRM] - logp[REF], logp[PRM], logp[REF], logp[POLICY] if len(logp) > POLICY else None)

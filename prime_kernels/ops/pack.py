@@ -1,7 +1,7 @@
 """Padded rows to packed tokens and back.
 
-pack:    y_t = x[r, c] where token t is the (t - cu_seqlens_r)-th of row r, c counted from the row's first token
-unpack:  x[r, c] = y_t at the same places, and the fill elsewhere
+pack:    y_t = x[r, c], where token t is token t - cu_seqlens[r] of row r and c counts from the row's first token
+unpack:  x[r, c] = y_t at the same positions, and the fill elsewhere
 
 Each is the gradient of the other.
 """
@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from prime_kernels import _backends, _checks, _dispatch
 from prime_kernels._segment_math import segment_index
@@ -19,57 +18,61 @@ from prime_kernels._segment_math import segment_index
 PADDINGS = ("right", "left")
 
 
-def reference_pack(padded: Tensor, cu_seqlens: Tensor, total: int, left: bool) -> Tensor:
+def reference_pack(padded: Tensor, cu_seqlens: Tensor, total: int, pad_left: bool) -> Tensor:
     """[total, ...] from [B, L, ...]."""
     row = segment_index(cu_seqlens, total)
-    column = torch.arange(total, device=padded.device) - cu_seqlens[row]
-    if left:
+    column = torch.arange(total, dtype=torch.int64, device=padded.device) - cu_seqlens[row]
+    if pad_left:
         column = column + padded.shape[1] - cu_seqlens.diff()[row]
     return padded[row, column]
 
 
-def reference_unpack(values: Tensor, cu_seqlens: Tensor, length: int, left: bool, fill: float) -> Tensor:
+def reference_unpack(values: Tensor, cu_seqlens: Tensor, length: int, pad_left: bool, fill: float) -> Tensor:
     """[B, length, ...] from [N, ...]."""
     lengths = cu_seqlens.diff()[:, None]
-    column = torch.arange(length, device=values.device)[None]
-    column = column - (length - lengths) if left else column.expand(lengths.shape[0], length)
+    column = torch.arange(length, dtype=torch.int64, device=values.device)[None]
+    column = column - (length - lengths) if pad_left else column.expand(lengths.shape[0], length)
     inside = (column >= 0) & (column < lengths)
     shape = (*inside.shape, *values.shape[1:])
-    blank = torch.tensor(fill, dtype=values.dtype).to(values.device)  # rounded to the dtype, infinite beyond it
+    # Made on the CPU, where a fill beyond the range of the dtype becomes infinite.
+    blank = torch.tensor(fill, dtype=values.dtype, device="cpu").to(values.device)
     if values.shape[0] == 0:
         return blank.expand(shape).clone()
     found = values[(cu_seqlens[:-1, None] + column).clamp(0, values.shape[0] - 1)]
     return found.where(inside.reshape(*inside.shape, *[1] * (values.ndim - 1)), blank)
 
 
-class _Pack(torch.autograd.Function):
+class PackRows(torch.autograd.Function):
+    """Packed tokens [total, W] of padded rows [B, L, W] on a backend."""
+
     @staticmethod
-    def forward(ctx: Any, padded: Tensor, cu_seqlens: Tensor, total: int, left: bool, backend: str) -> Tensor:
+    def forward(ctx: Any, padded: Tensor, cu_seqlens: Tensor, total: int, pad_left: bool, backend: str) -> Tensor:
         ctx.save_for_backward(cu_seqlens)
-        ctx.length, ctx.left, ctx.backend = padded.shape[1], left, backend
-        return _backends.packed(backend).pack(padded, cu_seqlens, total, left)
+        ctx.length, ctx.pad_left, ctx.backend = padded.shape[1], pad_left, backend
+        return _backends.packed(backend).pack_tokens(padded, cu_seqlens, total, pad_left)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        passes = _backends.packed(ctx.backend)
-        return passes.unpack(grad, *ctx.saved_tensors, ctx.length, ctx.left, 0), None, None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (cu_seqlens,) = ctx.saved_tensors
+        padded = UnpackTokens.apply(grad, cu_seqlens, ctx.length, ctx.pad_left, 0, ctx.backend)
+        return padded, None, None, None, None
 
 
-class _Unpack(torch.autograd.Function):
+class UnpackTokens(torch.autograd.Function):
+    """Padded rows [B, length, W] of packed tokens [N, W] on a backend."""
+
     @staticmethod
     def forward(
-        ctx: Any, values: Tensor, cu_seqlens: Tensor, length: int, left: bool, fill: float, backend: str
+        ctx: Any, values: Tensor, cu_seqlens: Tensor, length: int, pad_left: bool, fill: float, backend: str
     ) -> Tensor:
         ctx.save_for_backward(cu_seqlens)
-        ctx.total, ctx.left, ctx.backend = values.shape[0], left, backend
-        return _backends.packed(backend).unpack(values, cu_seqlens, length, left, fill)
+        ctx.total, ctx.pad_left, ctx.backend = values.shape[0], pad_left, backend
+        return _backends.packed(backend).unpack_tokens(values, cu_seqlens, length, pad_left, fill)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        passes = _backends.packed(ctx.backend)
-        return passes.pack(grad, *ctx.saved_tensors, ctx.total, ctx.left), None, None, None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        (cu_seqlens,) = ctx.saved_tensors
+        return PackRows.apply(grad, cu_seqlens, ctx.total, ctx.pad_left, ctx.backend), None, None, None, None, None
 
 
 def pack(
@@ -83,7 +86,7 @@ def pack(
     """The tokens of padded rows, end to end. Differentiable in ``padded``.
 
     Args:
-        padded: [B, L] or [B, L, ...], any dtype of at most 8 bytes an element.
+        padded: [B, L] or [B, L, ...], any dtype of at most 8 bytes per element.
         cu_seqlens: [B + 1], int32 or int64: where rows start when packed, from 0, non-decreasing, with no row longer
             than L. Of a mask [B, L]: ``torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))``.
         total: the number of tokens, which ``cu_seqlens`` ends at; None reads it, waiting for the device once.
@@ -100,18 +103,18 @@ def pack(
 
     Source: the packed layout of flash-attn's variable-length attention.
     """
-    _copied("padded", padded, 2)
-    cu_seqlens = _checks.offsets("cu_seqlens", cu_seqlens, _size("total", total), "tokens", padded, "padded")
+    _check_copied("padded", padded, 2)
+    cu_seqlens = _checks.offsets("cu_seqlens", cu_seqlens, _check_size("total", total), "tokens", padded, "padded")
     _checks.shape("padded", padded, (cu_seqlens.numel() - 1, *padded.shape[1:]), "the rows of cu_seqlens")
     _checks.choice("padding", padding, PADDINGS)
     _checks.longest("cu_seqlens", cu_seqlens, padded.shape[1], "the columns of padded")
     total = int(cu_seqlens[-1]) if total is None else total
-    chosen, left = _dispatch.resolve("pack", padded, backend), padding == "left"
+    chosen, pad_left = _dispatch.resolve("pack", padded, backend), padding == "left"
     if chosen == "eager" or 0 in padded.shape[2:]:
-        return reference_pack(padded, cu_seqlens, total, left)
+        return reference_pack(padded, cu_seqlens, total, pad_left)
     rows, length = padded.shape[:2]
     flat = padded.reshape(rows, length, math.prod(padded.shape[2:]))
-    return _Pack.apply(flat, cu_seqlens, total, left, chosen).reshape(total, *padded.shape[2:])
+    return PackRows.apply(flat, cu_seqlens, total, pad_left, chosen).reshape(total, *padded.shape[2:])
 
 
 def unpack(
@@ -144,7 +147,7 @@ def unpack(
 
     Source: the packed layout of flash-attn's variable-length attention.
     """
-    _copied("values", values, 1)
+    _check_copied("values", values, 1)
     cu_seqlens = _checks.offsets("cu_seqlens", cu_seqlens, values.shape[0], "tokens", values, "values")
     _checks.choice("padding", padding, PADDINGS)
     if isinstance(fill, Tensor) or not isinstance(fill, (int, float)):
@@ -157,19 +160,20 @@ def unpack(
         )
         if not low <= fill <= high:
             raise ValueError(f"fill: expected a value of {values.dtype}, in [{low}, {high}], got {fill}")
-    if _size("length", length) is None:
+    length = _check_size("length", length)
+    if length is None:
         length = int(cu_seqlens.diff().max()) if cu_seqlens.numel() > 1 else 0
     else:
         _checks.longest("cu_seqlens", cu_seqlens, length, "length")
-    chosen, left = _dispatch.resolve("unpack", values, backend), padding == "left"
+    chosen, pad_left = _dispatch.resolve("unpack", values, backend), padding == "left"
     if chosen == "eager" or 0 in values.shape[1:]:
-        return reference_unpack(values, cu_seqlens, length, left, fill)
+        return reference_unpack(values, cu_seqlens, length, pad_left, fill)
     flat = values.reshape(values.shape[0], math.prod(values.shape[1:]))
-    padded = _Unpack.apply(flat, cu_seqlens, length, left, fill, chosen)
+    padded = UnpackTokens.apply(flat, cu_seqlens, length, pad_left, fill, chosen)
     return padded.reshape(cu_seqlens.numel() - 1, length, *values.shape[1:])
 
 
-def _copied(name: str, value: object, dimensions: int) -> None:
+def _check_copied(name: str, value: object, dimensions: int) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
     if value.element_size() > 8:
@@ -178,7 +182,7 @@ def _copied(name: str, value: object, dimensions: int) -> None:
         raise ValueError(f"{name}: expected at least {dimensions} dimensions, got shape {list(value.shape)}")
 
 
-def _size(name: str, value: object) -> int | None:
+def _check_size(name: str, value: object) -> int | None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
         raise TypeError(f"{name}: expected a whole number or None, got {type(value).__name__}")
     if value is not None and value < 0:

@@ -10,18 +10,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from prime_kernels import _backends, _checks, _dispatch
+from prime_kernels._autograd import Gradients, first_derivative_only
 from prime_kernels._backends import PPOTokens
+from prime_kernels._constants import MAX_LOG_RHO
 from prime_kernels._segment_math import result_dtype
-
-# The ratio is held at e^20 for a token whose probability exploded, where float32 would overflow to inf and NaN.
-MAX_LOG_RHO = 20.0
 
 
 class PPOLoss(NamedTuple):
-    """Scalars on the device: the loss, the share of tokens where clipping won, and the mean of old_logp - logp."""
+    """Scalars on the device: the loss, the fraction of clipped tokens, and the mean of old_logp - logp."""
 
     loss: Tensor
     clip_fraction: Tensor
@@ -42,7 +40,7 @@ def reference(
     dtype = result_dtype(logp)
 
     def valid(values: Tensor) -> Tensor:
-        # Filling the inputs, not the losses: 0 * NaN in a masked position would still reach the gradient.
+        # Fills the inputs, not the losses: 0 * NaN at a masked position would still reach the gradient.
         return values.to(dtype) if mask is None else values.to(dtype).masked_fill(~mask, 0.0)
 
     log_rho = valid(logp) - valid(old_logp.detach())
@@ -54,7 +52,7 @@ def reference(
     losses = torch.where(clipping, clipped, free)
     if weights is not None:
         losses = losses * valid(weights.detach())
-    count = torch.full((), logp.numel(), device=logp.device) if mask is None else mask.sum()
+    count = torch.full((), logp.numel(), dtype=torch.int64, device=logp.device) if mask is None else mask.sum()
     count = count.clamp(min=1)
     loss = losses.double().sum() / (count if denominator is None else denominator)
     clip_fraction = clipping.double().sum() / count
@@ -62,8 +60,8 @@ def reference(
     return PPOLoss(loss.to(dtype), clip_fraction.to(dtype), approx_kl.to(dtype))
 
 
-class _Fused(torch.autograd.Function):
-    """A backend's two passes: sums, and the gradient of one of them."""
+class TokenLoss(torch.autograd.Function):
+    """The loss and its statistics on a backend."""
 
     @staticmethod
     def forward(
@@ -75,31 +73,18 @@ class _Fused(torch.autograd.Function):
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
         tokens = PPOTokens(logp, *constants)
-        loss, clip_fraction, approx_kl, scale = _backends.packed(backend).ppo_forward(tokens, clip, denominator)
-        ctx.save_for_backward(*tokens, scale)
+        results = _backends.packed(backend).ppo_loss_and_scale(tokens, clip, denominator)
+        ctx.save_for_backward(*tokens, results.scale)
         ctx.clip, ctx.backend = clip, backend
-        ctx.mark_non_differentiable(clip_fraction, approx_kl)
-        return loss, clip_fraction, approx_kl
+        ctx.mark_non_differentiable(results.clip_fraction, results.approx_kl)
+        return results.loss, results.clip_fraction, results.approx_kl
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_others: Tensor) -> tuple[Tensor | None, ...]:
+    @first_derivative_only("ppo_loss")
+    def backward(ctx: Any, grad: Tensor, *_statistics: Tensor) -> Gradients:
         *tokens, scale = ctx.saved_tensors
-        kernels = _backends.packed(ctx.backend)
-        return kernels.ppo_backward(PPOTokens(*tokens), ctx.clip, scale, grad), None, None, None, None
-
-
-def _run_fused(
-    backend: str,
-    logp: Tensor,
-    constants: tuple[Tensor | None, ...],
-    mask: Tensor | None,
-    clip: tuple[float, float],
-    denominator: Tensor | float | None,
-) -> PPOLoss:
-    flat = [None if each is None else each.detach().reshape(-1).float() for each in constants]
-    flat.append(None if mask is None else mask.reshape(-1))
-    return PPOLoss(*_Fused.apply(logp.reshape(-1).float(), tuple(flat), clip, denominator, backend))
+        gradient = _backends.packed(ctx.backend).ppo_gradient(PPOTokens(*tokens), ctx.clip, scale, grad)
+        return gradient, None, None, None, None
 
 
 def ppo_loss(
@@ -118,7 +103,7 @@ def ppo_loss(
 
     loss = sum_t weights_t * max(-A_t rho_t, -A_t clip(rho_t, 1 - clip_low, 1 + clip_high)) / denominator with
     rho = exp(logp - old_logp). Where both terms are equal the unclipped one carries the gradient. Beyond a log-ratio of
-    20 the ratio stays at e^20 and passes no gradient, so that no loss is infinite.
+    20 the ratio is clamped to e^20 and has no gradient, so that no loss is infinite.
 
     Args:
         logp: [T] (or any shape), floating point: log-probabilities under the policy being trained.
@@ -154,9 +139,12 @@ def ppo_loss(
     if denominator is not None:
         denominator = check_denominator(denominator, logp, "logp")
     chosen = _dispatch.resolve("ppo_loss", logp, backend)
-    if chosen != "eager":
-        return _run_fused(chosen, logp, (old_logp, advantages, weights), mask, (clip_low, clip_high), denominator)
-    return reference(logp, old_logp, advantages, mask, weights, clip_low, clip_high, denominator)
+    if chosen == "eager":
+        return reference(logp, old_logp, advantages, mask, weights, clip_low, clip_high, denominator)
+    flat = [None if each is None else each.detach().reshape(-1).float() for each in (old_logp, advantages, weights)]
+    constants = (*flat, None if mask is None else mask.reshape(-1))
+    results = TokenLoss.apply(logp.reshape(-1).float(), constants, (clip_low, clip_high), denominator, chosen)
+    return PPOLoss(*results)
 
 
 def check_denominator(denominator: Tensor | float, like: Tensor, source: str) -> Tensor | float:

@@ -17,15 +17,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
 from prime_kernels import _backends, _checks, _dispatch
-from prime_kernels._segment_math import result_dtype, segment_index, segment_total
-from prime_kernels.ops.segment_sum import segment_total_on
-
-KINDS = ("ce", "dpo", "kto", "nca")
-PAIR_KINDS = ("dpo", "nca")
+from prime_kernels._autograd import Gradients, first_derivative_only
+from prime_kernels._constants import PRM_KINDS, PRM_PAIR_KINDS
+from prime_kernels._segment_math import indexed_total, result_dtype, segment_index, segment_total
+from prime_kernels.ops.segment_sum import SegmentSum
 
 
 class PRMLoss(NamedTuple):
@@ -41,8 +39,8 @@ def ordered_pairs(cu_groups: Tensor, responses: int) -> tuple[Tensor, Tensor]:
     group = segment_index(cu_groups, responses)
     partners = sizes[group]
     first = torch.repeat_interleave(partners)
-    # Which partner of i this is: the position of the pair minus the position of the first pair of i.
-    rank = torch.arange(first.numel(), device=first.device) - (partners.cumsum(0) - partners)[first]
+    # The partner's index in the group: the position of the pair minus that of the first pair of i.
+    rank = torch.arange(first.numel(), dtype=torch.int64, device=first.device) - (partners.cumsum(0) - partners)[first]
     return first, cu_groups[:-1][group][first] + rank
 
 
@@ -57,25 +55,18 @@ def pair_accuracy(scores: Tensor, outcomes: Tensor, counted: Tensor, cu_groups: 
     gap = gap.where((first < second) & counted[first] & counted[second], 0.0)
     agrees = (scores[first] > scores[second]) == (outcomes[first] > outcomes[second])
     group = segment_index(cu_groups, responses)[first]
-    weight = segment_total(gap, group, groups)
-    share = segment_total(gap * agrees, group, groups) / weight.where(weight > 0, 1.0)
+    weight = indexed_total(gap, group, groups)
+    share = indexed_total(gap * agrees, group, groups) / weight.where(weight > 0, 1.0)
     share = share.where(weight > 0, 0.5)
     return share.mean() if groups else torch.full((), 0.5, dtype=torch.float64, device=scores.device)
 
 
 def reference(
-    log_ratio: Tensor,
-    outcomes: Tensor,
-    cu_seqlens: Tensor,
-    cu_groups: Tensor | None,
-    kind: str,
-    beta: float,
-    backend: str = "eager",
-) -> PRMLoss:
-    """The formulas above, in float64. Only the sums over tokens depend on the backend."""
+    delta: Tensor, outcomes: Tensor, cu_seqlens: Tensor, cu_groups: Tensor | None, kind: str, beta: float
+) -> tuple[Tensor, Tensor]:
+    """(loss, pair accuracy) by the formulas above from the sums of log-ratios [B], in float64."""
     responses = outcomes.numel()
     outcomes, counted = outcomes.detach().double(), cu_seqlens.diff() > 0
-    delta = segment_total_on(backend, log_ratio, cu_seqlens)
     wanted = outcomes > 0.5
     if kind == "ce":
         loss = _mean(binary_cross_entropy_with_logits(beta * delta, outcomes, reduction="none"), counted)
@@ -83,6 +74,7 @@ def reference(
         kl = _mean(delta.detach(), counted).clamp(min=0.0)
         loss = _mean(torch.sigmoid(torch.where(wanted, kl - delta, delta - kl) * beta), counted)
     else:
+        assert cu_groups is not None
         better, worse = ordered_pairs(cu_groups, responses)
         pairs = wanted[better] & ~wanted[worse] & counted[better] & counted[worse]
         if kind == "dpo":
@@ -91,16 +83,15 @@ def reference(
             of_better = -logsigmoid(beta * delta) - 0.5 * logsigmoid(-beta * delta)
             losses = of_better[better] - 0.5 * logsigmoid(-beta * delta)[worse]
         loss = _mean(losses, pairs)
-    dtype = result_dtype(log_ratio)
     if cu_groups is None:
-        accuracy = torch.full((), math.nan, device=log_ratio.device)
+        accuracy = torch.full((), math.nan, dtype=torch.float64, device=delta.device)
     else:
         accuracy = pair_accuracy(delta.detach(), outcomes, counted, cu_groups)
-    return PRMLoss(loss.to(dtype), accuracy.to(dtype))
+    return loss, accuracy
 
 
-class _Fused(torch.autograd.Function):
-    """One pass for the loss and its slope in each response's sum, one that hands the slopes to the tokens."""
+class ResponseLoss(torch.autograd.Function):
+    """The loss on a GPU backend: the forward pass also gives its slope in each response's sum of log-ratios."""
 
     @staticmethod
     def forward(
@@ -114,18 +105,18 @@ class _Fused(torch.autograd.Function):
         backend: str,
     ) -> tuple[Tensor, Tensor]:
         kernels = _backends.packed_on_gpu(backend)
-        loss, accuracy, slope = kernels.prm_forward(log_ratio, outcomes, cu_seqlens, cu_groups, kind, beta)
-        ctx.save_for_backward(slope, cu_seqlens)
+        results = kernels.prm_loss_and_slope(log_ratio, outcomes, cu_seqlens, cu_groups, kind, beta)
+        ctx.save_for_backward(results.slope, cu_seqlens)
         ctx.total, ctx.backend = log_ratio.numel(), backend
-        ctx.mark_non_differentiable(accuracy)
-        return loss, accuracy
+        ctx.mark_non_differentiable(results.pair_accuracy)
+        return results.loss, results.pair_accuracy
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _accuracy: Tensor) -> tuple[Tensor | None, ...]:
+    @first_derivative_only("prm_loss")
+    def backward(ctx: Any, grad: Tensor, _accuracy: Tensor) -> Gradients:
         slope, cu_seqlens = ctx.saved_tensors
-        passes = _backends.packed(ctx.backend)
-        return passes.segment_fill(slope, cu_seqlens, ctx.total, factor=grad), None, None, None, None, None, None
+        gradient = _backends.packed(ctx.backend).fill_segments(slope, cu_seqlens, ctx.total, factor=grad)
+        return gradient, None, None, None, None, None, None
 
 
 def _mean(values: Tensor, counted: Tensor) -> Tensor:
@@ -180,14 +171,19 @@ def prm_loss(
     cu_seqlens = _checks.offsets("cu_seqlens", cu_seqlens, log_ratio.numel(), "tokens", log_ratio, "log_ratio")
     _checks.shape("outcomes", outcomes, (cu_seqlens.numel() - 1,), "the responses of cu_seqlens")
     _checks.unit_interval("outcomes", outcomes)
-    _checks.choice("kind", kind, KINDS)
+    _checks.choice("kind", kind, PRM_KINDS)
     beta = _checks.number("beta", beta, 0.0, math.inf, above_low=True)
     if cu_groups is not None:
         cu_groups = _checks.offsets("cu_groups", cu_groups, outcomes.numel(), "responses", log_ratio, "log_ratio")
-    elif kind in PAIR_KINDS:
+    elif kind in PRM_PAIR_KINDS:
         raise ValueError(f"cu_groups: expected the offsets of prompt groups for kind={kind!r}, got None")
     chosen = _dispatch.resolve("prm_loss", log_ratio, backend)
-    if chosen in ("eager", "cpu"):
-        return reference(log_ratio, outcomes, cu_seqlens, cu_groups, kind, beta, chosen)
-    outcomes = outcomes.detach().double()
-    return PRMLoss(*_Fused.apply(log_ratio.float(), outcomes, cu_seqlens, cu_groups, kind, beta, chosen))
+    if chosen in ("triton", "cuda"):
+        outcomes = outcomes.detach().double()
+        return PRMLoss(*ResponseLoss.apply(log_ratio.float(), outcomes, cu_seqlens, cu_groups, kind, beta, chosen))
+    if chosen == "cpu":
+        delta = SegmentSum.apply(log_ratio.float(), cu_seqlens, chosen)
+    else:
+        delta = segment_total(log_ratio, cu_seqlens)
+    loss, accuracy = reference(delta, outcomes, cu_seqlens, cu_groups, kind, beta)
+    return PRMLoss(loss.to(result_dtype(log_ratio)), accuracy.to(result_dtype(log_ratio)))

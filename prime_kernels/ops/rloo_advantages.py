@@ -21,12 +21,11 @@ from torch import Tensor
 
 from prime_kernels import _backends, _checks, _dispatch
 from prime_kernels._backends import RlooBatch, RlooSettings
-from prime_kernels._segment_math import leave_one_out, merge_moments, result_dtype, segment_index, segment_total
+from prime_kernels._constants import NORMALIZE_EPS, WHITEN_EPS
+from prime_kernels._segment_math import indexed_total, leave_one_out, merge_moments, result_dtype, segment_index
 from prime_kernels.ops import segment_scan
 
 PROCESS_BASELINES = ("reference", "paper")
-NORMALIZE_EPS = 1e-6
-WHITEN_EPS = 1e-8
 
 
 class Advantages(NamedTuple):
@@ -42,25 +41,25 @@ def reference(batch: RlooBatch, settings: RlooSettings, whiten: bool, process_gr
     token_response = segment_index(cu_seqlens, total)
     outcomes, not_empty = outcomes.double(), cu_seqlens.diff() > 0
     centred = outcomes - leave_one_out(outcomes, not_empty, cu_groups)[0]
-    last = torch.arange(total, device=outcomes.device) == cu_seqlens[1:][token_response] - 1
+    last = torch.arange(total, dtype=torch.int64, device=outcomes.device) == cu_seqlens[1:][token_response] - 1
     of_outcomes = _returns(centred[token_response].where(last, 0.0), cu_seqlens, settings.gamma_outcome)
     returns = settings.outcome_coef * of_outcomes
 
     if process_rewards is not None:
         scores = process_rewards.double()
-        carries = torch.ones_like(scores, dtype=torch.bool) if reward_mask is None else reward_mask
-        scores = scores.where(carries, 0.0)
+        has_reward = torch.ones_like(scores, dtype=torch.bool) if reward_mask is None else reward_mask
+        scores = scores.where(has_reward, 0.0)
         if settings.normalize_process:
             scores = scores / (_largest_return(scores, cu_seqlens, process_group) + NORMALIZE_EPS)
         responses = outcomes.numel()
-        carried = segment_total(carries, token_response, responses)
-        means = segment_total(scores, token_response, responses) / carried.clamp(min=1.0)
-        baseline, others = leave_one_out(means, carried > 0, cu_groups)
+        rewarded = indexed_total(has_reward, token_response, responses)
+        means = indexed_total(scores, token_response, responses) / rewarded.clamp(min=1.0)
+        baseline, others = leave_one_out(means, rewarded > 0, cu_groups)
         if settings.process_baseline == "reference":
             # The same as in the formula: s * n/(n-1) - sum_j m_j/(n-1) = s - others' mean + (s - m_i)/(n-1).
             excess = (scores - means[token_response]) / others.clamp(min=1.0)[token_response]
             scores = scores + excess.where((others > 0)[token_response], 0.0)
-        rewards = (scores - baseline[token_response]).where(carries, 0.0)
+        rewards = (scores - baseline[token_response]).where(has_reward, 0.0)
         returns = returns + settings.process_coef * _returns(rewards, cu_seqlens, settings.gamma_process)
 
     advantages = _whitened(returns, process_group) if whiten else returns

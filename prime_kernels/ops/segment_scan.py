@@ -1,6 +1,6 @@
 """Discounted running sums within segments.
 
-Forward:  y_t = x_t + gamma * y_{t-1}, reverse: y_t = x_t + gamma * y_{t+1}, each starting afresh in every segment.
+Forward: y_t = x_t + gamma * y_{t-1}; reverse: y_t = x_t + gamma * y_{t+1}. Segments are independent.
 The gradient of a scan is the scan of the gradient in the other direction.
 """
 
@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from prime_kernels import _backends, _checks, _dispatch
 from prime_kernels._segment_math import result_dtype, segment_index
@@ -17,49 +16,42 @@ from prime_kernels._segment_math import result_dtype, segment_index
 def reference(values: Tensor, cu_seqlens: Tensor, gamma: float, reverse: bool) -> Tensor:
     """The scan by doubling, in float64.
 
-    After the step with shift k, y_t is the discounted sum of the nearest 2k elements of its segment, so log2(longest)
-    steps suffice. Nothing is divided by powers of gamma: tiny gammas and long segments stay exact.
+    After the step with shift k, y_t is the discounted sum of the nearest 2k elements of its segment, so log2(longest
+    segment) steps suffice. Nothing is divided by a power of gamma: small gammas and long segments stay exact.
     """
     total = values.numel()
     index = segment_index(cu_seqlens, total)
-    place = torch.arange(total, device=values.device)
-    # How many elements of its segment come before each element, in scan direction.
+    place = torch.arange(total, dtype=torch.int64, device=values.device)
+    # Elements of the same segment before each element, in scan direction.
     before = cu_seqlens[1:][index] - 1 - place if reverse else place - cu_seqlens[:-1][index]
     # Reading the longest segment would wait for a GPU; a few idle doublings are cheaper.
     longest = total if values.is_cuda or total == 0 else int(cu_seqlens.diff().max())
     scanned, shift = values.double(), 1
-    # A tensor, as torch.compile would guard on every power of a number that changes from call to call.
+    # A tensor: torch.compile would guard on every power of a Python number.
     discount = torch.full((), gamma, dtype=torch.float64, device=values.device)
     while shift < longest and gamma != 0.0:
         gap = scanned.new_zeros(shift)
         nearer = torch.cat((scanned[shift:], gap)) if reverse else torch.cat((gap, scanned[:-shift]))
-        # What a power too small to be written would count for is nothing, infinity included.
+        # A power that underflows to 0 drops its element, even an infinite one.
         scanned = scanned + discount * nearer.where((before >= shift) & (discount != 0.0), 0.0)
         shift, discount = 2 * shift, discount * discount
     return scanned.to(result_dtype(values))
 
 
-class _Scan(torch.autograd.Function):
+class SegmentScan(torch.autograd.Function):
+    """The scan of float32 or float64 values on a backend, in their dtype. For gamma above 0: 0 * inf would be NaN."""
+
     @staticmethod
     def forward(ctx: Any, values: Tensor, cu_seqlens: Tensor, gamma: float, reverse: bool, backend: str) -> Tensor:
         ctx.save_for_backward(cu_seqlens)
         ctx.gamma, ctx.reverse, ctx.backend = gamma, reverse, backend
-        return _backends.packed(backend).segment_scan(values, cu_seqlens, gamma, reverse)
+        return _backends.packed(backend).scan_segments(values, cu_seqlens, gamma, reverse)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         (cu_seqlens,) = ctx.saved_tensors
-        passes = _backends.packed(ctx.backend)
-        return passes.segment_scan(grad, cu_seqlens, ctx.gamma, not ctx.reverse), None, None, None, None
-
-
-def scan_on(backend: str, values: Tensor, offsets: Tensor, gamma: float, reverse: bool) -> Tensor:
-    """The scan of float32 or float64 values over checked offsets, in their dtype, on a resolved backend."""
-    # Without a discount there is nothing for a kernel to do, and 0 * inf would be NaN in one that multiplies.
-    if backend == "eager" or gamma == 0.0:
-        return reference(values, offsets, gamma, reverse)
-    return _Scan.apply(values, offsets, gamma, reverse, backend)
+        scanned = SegmentScan.apply(grad, cu_seqlens, ctx.gamma, not ctx.reverse, ctx.backend)
+        return scanned, None, None, None, None
 
 
 def segment_scan(
@@ -91,4 +83,7 @@ def segment_scan(
     gamma = _checks.number("gamma", gamma, 0.0, 1.0)
     _checks.flag("reverse", reverse)
     chosen = _dispatch.resolve("segment_scan", values, backend)
-    return scan_on(chosen, values.to(result_dtype(values)), cu_seqlens, gamma, reverse)
+    values = values.to(result_dtype(values))
+    if chosen == "eager" or gamma == 0.0:
+        return reference(values, cu_seqlens, gamma, reverse)
+    return SegmentScan.apply(values, cu_seqlens, gamma, reverse, chosen)

@@ -4,36 +4,44 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from prime_kernels import _backends, _checks, _dispatch
-from prime_kernels._segment_math import result_dtype, segment_index, segment_total
+from prime_kernels._segment_math import result_dtype, segment_total
 
 
-def reference(values: Tensor, cu_segments: Tensor, backend: str = "eager") -> Tensor:
+def reference(values: Tensor, cu_segments: Tensor) -> Tensor:
     """Accumulated in float64."""
-    return segment_total_on(backend, values, cu_segments).to(result_dtype(values))
+    return segment_total(values, cu_segments).to(result_dtype(values))
 
 
-def segment_total_on(backend: str, values: Tensor, offsets: Tensor) -> Tensor:
-    """Sum of each segment of checked offsets [S + 1], [S] float64, on a resolved backend; differentiable."""
-    if backend == "eager":
-        return segment_total(values, segment_index(offsets, values.numel()), offsets.numel() - 1)
-    return _Total.apply(values.float(), offsets, backend)
+class SegmentSum(torch.autograd.Function):
+    """The sum of each segment of float32 values [T] on a backend, [S] float64."""
 
-
-class _Total(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, offsets: Tensor, backend: str) -> Tensor:
         ctx.save_for_backward(offsets)
         ctx.total, ctx.backend = values.numel(), backend
-        return _backends.packed(backend).segment_sum(values, offsets)
+        return _backends.packed(backend).sum_segments(values, offsets)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (offsets,) = ctx.saved_tensors
-        return _backends.packed(ctx.backend).segment_fill(grad, offsets, ctx.total), None, None
+        return SegmentFill.apply(grad, offsets, ctx.total, ctx.backend), None, None
+
+
+class SegmentFill(torch.autograd.Function):
+    """The gradient of a segment sum: each token gets its segment's value of [S] float64, [T] float32."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, offsets: Tensor, total: int, backend: str) -> Tensor:
+        ctx.save_for_backward(offsets)
+        ctx.backend = backend
+        return _backends.packed(backend).fill_segments(values, offsets, total)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (offsets,) = ctx.saved_tensors
+        return SegmentSum.apply(grad, offsets, ctx.backend), None, None, None
 
 
 def segment_sum(values: Tensor, cu_segments: Tensor, *, backend: str | None = None) -> Tensor:
@@ -56,4 +64,7 @@ def segment_sum(values: Tensor, cu_segments: Tensor, *, backend: str | None = No
     """
     _checks.floating("values", values, ndim=1)
     cu_segments = _checks.offsets("cu_segments", cu_segments, values.numel(), "tokens", values, "values")
-    return reference(values, cu_segments, _dispatch.resolve("segment_sum", values, backend))
+    chosen = _dispatch.resolve("segment_sum", values, backend)
+    if chosen == "eager":
+        return reference(values, cu_segments)
+    return SegmentSum.apply(values.float(), cu_segments, chosen).float()

@@ -8,22 +8,30 @@ import torch
 from torch import Tensor
 
 from prime_kernels import _checks, _dispatch
-from prime_kernels._segment_math import result_dtype
+from prime_kernels._segment_math import result_dtype, segment_total
 from prime_kernels.ops import segment_scan
-from prime_kernels.ops.segment_sum import segment_total_on
+from prime_kernels.ops.segment_scan import SegmentScan
+from prime_kernels.ops.segment_sum import SegmentSum
 
 MODES = ("single", "cumulative")
 
 
-def reference(token_rewards: Tensor, cu_steps: Tensor, cu_seqlens: Tensor, mode: str, backend: str = "eager") -> Tensor:
-    """Step sums in float64; then a running sum of them inside each response."""
-    rewards, steps = segment_total_on(backend, token_rewards, cu_steps), cu_steps.numel() - 1
+def reference(token_rewards: Tensor, cu_steps: Tensor, cu_seqlens: Tensor, mode: str) -> Tensor:
+    """Step sums in float64; for "cumulative" a running sum of them in each response."""
+    rewards = segment_total(token_rewards, cu_steps)
     if mode == "cumulative":
-        # A response owns the steps that start in it; steps that start at the very end fall to the last response.
-        cu_owned = torch.searchsorted(cu_steps[:-1], cu_seqlens)
-        cu_owned[-1] = steps
-        rewards = segment_scan.scan_on(backend, rewards, cu_owned, 1.0, reverse=False)
+        rewards = segment_scan.reference(rewards, owned_steps(cu_steps, cu_seqlens), 1.0, reverse=False)
     return rewards.to(result_dtype(token_rewards))
+
+
+def owned_steps(cu_steps: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Offsets [B + 1] of each response's steps, counted in steps.
+
+    A response owns the steps that start in it; empty steps at the very end belong to the last response.
+    """
+    owned = torch.searchsorted(cu_steps[:-1], cu_seqlens)
+    owned[-1] = cu_steps.numel() - 1
+    return owned
 
 
 def step_rewards(
@@ -59,4 +67,9 @@ def step_rewards(
     _checks.nested("cu_steps", cu_steps, "cu_seqlens", cu_seqlens)
     _checks.choice("mode", mode, MODES)
     chosen = _dispatch.resolve("step_rewards", token_rewards, backend)
-    return reference(token_rewards, cu_steps, cu_seqlens, mode, chosen)
+    if chosen == "eager":
+        return reference(token_rewards, cu_steps, cu_seqlens, mode)
+    rewards = SegmentSum.apply(token_rewards.float(), cu_steps, chosen)
+    if mode == "cumulative":
+        rewards = SegmentScan.apply(rewards, owned_steps(cu_steps, cu_seqlens), 1.0, False, chosen)
+    return rewards.to(result_dtype(token_rewards))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from collections.abc import Callable
@@ -10,9 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import RunError
+from .run.progress import lasting_output
 
 if TYPE_CHECKING:
     from .config.run_config import RunConfig
+
+
+_BAD_PATHS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,11 +32,19 @@ def main(argv: list[str] | None = None) -> int:
     ranks = os.environ.get("WORLD_SIZE", "1")
     if ranks != "1" and name != "rl":
         return _fail(f"{name} runs in one process, not in the {ranks} that torchrun started: only rl is for several")
+    with lasting_output():
+        return _run(name, words)
+
+
+def _run(name: str, words: list[str]) -> int:
     try:
         return COMMANDS[name].main(words)
-    except (ValueError, FileNotFoundError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         return _fail(_describe(error))
-    except (RunError, OSError) as error:
+    except OSError as error:
+        # What is not there, or of another kind than it should be, is bad input; a full disk is not.
+        return _fail(_place(error), 2 if isinstance(error, _BAD_PATHS) else 1)
+    except RunError as error:
         return _fail(str(error), 1)
     except ModuleNotFoundError as error:
         return _fail(f"the package {error.name!r} is missing: pip install 'prime-kernels[train]'", 1)
@@ -44,56 +57,6 @@ def _config(words: list[str]) -> RunConfig:
 
     toml = Path(words.pop(0)) if words and not words[0].startswith("-") else None
     return load(toml, words)
-
-
-def _sft(words: list[str]) -> int:
-    cfg = _config(words)
-    from .sft import run
-
-    print(f"model saved to {run(cfg)}")
-    return 0
-
-
-def _rl(words: list[str]) -> int:
-    cfg = _config(words)
-    from .loop import run
-
-    final = run(cfg)
-    if os.environ.get("RANK", "0") == "0":
-        print(f"model saved to {final}")
-    return 0
-
-
-def _prm(words: list[str]) -> int:
-    cfg = _config(words)
-    from .prm.train import run
-
-    print(f"PRM saved to {run(cfg)}")
-    return 0
-
-
-def _score(words: list[str]) -> int:
-    cfg = _config(words)
-    from .prm.score import run
-
-    print(f"scores: {run(cfg)}")
-    return 0
-
-
-def _select(words: list[str]) -> int:
-    cfg = _config(words)
-    from .prm.select import run
-
-    print(run(cfg).read_text(encoding="utf-8"), end="")
-    return 0
-
-
-def _processbench(words: list[str]) -> int:
-    cfg = _config(words)
-    from .prm.processbench import run
-
-    print(run(cfg).read_text(encoding="utf-8"), end="")
-    return 0
 
 
 def _eval(words: list[str]) -> int:
@@ -112,19 +75,11 @@ def _eval(words: list[str]) -> int:
     return 0
 
 
-def _generate(words: list[str]) -> int:
-    cfg = _config(words)
-    from .evaluation.responses import run
-
-    print(f"responses: {run(cfg)}")
-    return 0
-
-
 def _serve(words: list[str]) -> int:
     cfg = _config(words)
     from .rollout.vllm.server import serve
 
-    serve(cfg)
+    serve(cfg.rollout, cfg.model)
     return 0
 
 
@@ -180,6 +135,14 @@ def _describe(error: Exception) -> str:
     return "\n".join(lines)
 
 
+def _place(error: OSError) -> str:
+    """The file and what is wrong with it, as the system says it; our own messages as they are."""
+    if error.filename is None or error.strerror is None:
+        return str(error)
+    names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+    return f"{' -> '.join(names)}: {error.strerror}"
+
+
 def _fail(message: str, status: int = 2) -> int:
     print(f"prime-trainer: error: {message}", file=sys.stderr)
     return status
@@ -202,21 +165,44 @@ def _usage() -> str:
 
 @dataclass(frozen=True)
 class Command:
-    """`main` takes the words after the command's name and returns the exit status; what it imports, it imports late."""
+    """A command by what it runs, which is imported only when it is called.
 
-    main: Callable[[list[str]], int]
+    `run` is either a function of the words after the command's name, which returns the exit status, or the module whose
+    `run(cfg)` returns a path: printed in `message`, or, where that is empty, by the text of the file.
+    """
+
+    run: str | Callable[[list[str]], int]
     help: str
+    message: str = ""
+
+    def main(self, words: list[str]) -> int:
+        """Returns the exit status."""
+        if callable(self.run):
+            return self.run(words)
+        cfg = _config(words)
+        path = importlib.import_module(self.run, __package__).run(cfg)
+        if os.environ.get("RANK", "0") == "0":
+            print(self.message.format(path) if self.message else path.read_text(encoding="utf-8").rstrip("\n"))
+        return 0
 
 
 COMMANDS = {
-    "sft": Command(_sft, "supervised warm-up on chat data or on demonstrations made for the task"),
-    "rl": Command(_rl, "online PRIME"),
+    "sft": Command(
+        ".sft", "supervised warm-up on chat data or on demonstrations made for the task", "model saved to {}"
+    ),
+    "rl": Command(".loop", "online PRIME", "model saved to {}"),
     "eval": Command(_eval, "accuracy on the task's held-out problems, or with bench.data the benchmarks' table"),
-    "generate": Command(_generate, "a model's responses to the benchmarks, as JSONL; goes on where it stopped"),
-    "prm": Command(_prm, "offline training of an implicit PRM from labelled responses"),
-    "score": Command(_score, "rewards of tokens, steps and responses under a PRM, and a page to look at them"),
-    "select": Command(_select, "best-of-N, weighted best-of-N and majority voting from scored responses"),
-    "processbench": Command(_processbench, "finding the first wrong step, from scored ProcessBench rows"),
+    "generate": Command(
+        ".evaluation.responses",
+        "a model's responses to the benchmarks, as JSONL; goes on where it stopped",
+        "responses: {}",
+    ),
+    "prm": Command(".prm.train", "offline training of an implicit PRM from labelled responses", "PRM saved to {}"),
+    "score": Command(
+        ".prm.score", "rewards of tokens, steps and responses under a PRM, and a page to look at them", "scores: {}"
+    ),
+    "select": Command(".prm.select", "best-of-N, weighted best-of-N and majority voting from scored responses"),
+    "processbench": Command(".prm.processbench", "finding the first wrong step, from scored ProcessBench rows"),
     "serve": Command(_serve, "a vLLM server for rollouts:  prime-trainer serve run.toml --rollout.server.port 8001"),
     "plan": Command(
         _plan, "memory and traffic of a run:  plan run.toml [--gpus 8] [--memory 80] [--prompt-tokens 512]"

@@ -1,4 +1,4 @@
-"""What a run may meet through no defect of the trainer: shown as one message, without a traceback."""
+"""Errors that are no defect of the trainer: shown as one message, without a traceback."""
 
 
 class RunError(RuntimeError):

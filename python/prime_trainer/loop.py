@@ -2,78 +2,104 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
 
-import prime_kernels as pk
-
 from .config.run_config import RunConfig
-from .data.groups import Group
+from .data.problems import usable
 from .data.tasks import load_task
-from .errors import RunError
 from .evaluation.held_out import evaluate
-from .models import forward, loading, tokenizers
+from .models import loading, tokenizers, traits
 from .models.placement import load_placed
-from .models.protocols import CausalLM, Tokenizer
+from .rollout import EngineConfig
 from .rollout.collector import NothingPasses
 from .rollout.pipeline import Rollouts
-from .run import checkpoint
-from .run.metrics import MetricsWriter, NoMetrics
+from .run import checkpoint, unchanged
+from .run.metrics import Metrics, MetricsWriter, NoMetrics
+from .run.output_lock import output_lock
 from .run.progress import progress_bar
 from .run.seeds import derive_seed
-from .run.stage_clock import Clock
+from .run.stage_clock import StageClock
 from .run.stop_signal import stop_signal
 from .scale.heartbeat import watched
 from .scale.ranks import SINGLE, Ranks, connect
+from .train.advantages import advantages_of
 from .train.batch import Batch
+from .train.examples import examples_of
 from .train.importance import importance
 from .train.nonfinite_guard import Skips, TooManySkipped, finite
-from .train.policy_step import needs_old_logp, policy_update
-from .train.prm_step import Rewards, Scorer, process_rewards
+from .train.policy_step import Targets, policy_update
+from .train.prm_step import PRMScorer, PRMScores, Rewards, Scorer, process_rewards
 from .train.trainable import Trainable
 from .verify import Verifier
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Metrics of a step, a few responses for the report, and the batch that it trained on."""
+
+    metrics: dict[str, float]
+    examples: list[dict[str, Any]]
+    batch: Batch
 
 
 class Run:
     """Everything a run holds between two steps."""
 
-    def __init__(self, cfg: RunConfig, ranks: Ranks = SINGLE) -> None:
-        self.cfg, self.ranks, self.device = cfg, ranks, loading.device(cfg.model)
+    def __init__(self, cfg: RunConfig, ranks: Ranks = SINGLE, models: dict[str, str] | None = None) -> None:
+        """`models` are the fingerprints of what the run starts from."""
+        self.models = models or {}
+        self.cfg, self.needs, self.ranks, self.device = cfg, cfg.needs, ranks, loading.device(cfg.model)
         self.tokenizer = tokenizers.load_tokenizer(cfg.model)
         self.task = load_task(cfg.task, cfg.seed)
-        model = load_placed(cfg, ranks, "policy")
+        self.held_out = usable(self.tokenizer, self.task.held_out(), cfg.task.bad_rows)
+        model = load_placed(cfg.model, cfg.scale, ranks, "policy")
         self.policy = Trainable(model, lr=cfg.policy.lr, grad_clip=cfg.policy.grad_clip, ranks=ranks)
-        dense = cfg.algorithm.process_coef > 0
-        self.prm = self.ref = None
-        if dense:
-            prm = load_placed(cfg, ranks, "prm")
+        self.prm: Trainable | None = None
+        if self.needs.prm:
+            prm = load_placed(cfg.model, cfg.scale, ranks, "prm")
             self.prm = Trainable(prm, lr=cfg.prm.lr, grad_clip=cfg.prm.grad_clip, ranks=ranks)
-        if cfg.policy.kl_coef > 0 or (dense and cfg.prm.ref_type == "freeze"):
-            self.ref = load_placed(cfg, ranks, "reference")
-        # An engine's log-probs are not quite the trainer's; those of transformers differ by rounding alone.
-        compares = cfg.rollout.engine != "transformers" or cfg.rollout.tis_cap > 0
-        old_wanted = needs_old_logp(cfg.policy) or (dense and cfg.prm.ref_type == "policy") or compares
-        self.scorer = Scorer(
-            model if old_wanted else None, self.ref, self.prm, cfg.prm, cfg.micro_batch_tokens, cfg.rollout.temperature
+        self.ref = load_placed(cfg.model, cfg.scale, ranks, "reference") if self.needs.reference else None
+        scorer = Scorer(
+            model if self.needs.old_logp else None, self.ref, cfg.micro_batch_tokens, cfg.rollout.temperature
         )
-        self.step_ends = _newline_tokens(self.tokenizer, model).to(self.device)
+        self.scorer = scorer if self.prm is None else PRMScorer(scorer, self.prm, cfg.prm)
+        self.layout = traits.of(model).layout
+        vocabulary = len(model.get_output_embeddings().weight)
+        self.step_ends = tokenizers.newline_tokens(self.tokenizer, vocabulary).to(self.device)
         self.verifier = Verifier.from_config(cfg.task)
         try:
-            self.rollouts = Rollouts(cfg, model, self.tokenizer, self.task, self.verifier, ranks)
+            self.rollouts = Rollouts(
+                EngineConfig(cfg.rollout, cfg.model, cfg.output), cfg.filter, model, self.tokenizer, self.task,
+                self.verifier, seed=cfg.seed, steps=cfg.steps, eval_batch_size=cfg.eval.batch_size, ranks=ranks,
+            )  # fmt: skip
         except BaseException:
             self.verifier.close()
             raise
-        self.skips, self.fingerprint = Skips(cfg.policy.max_skipped), tokenizers.tokenizer_fingerprint(self.tokenizer)
-        self.step = 0
+        self.skips = Skips(cfg.policy.max_skipped)
+        self.fingerprint = tokenizers.TokenizerIdentity.of(self.tokenizer).fingerprint()
+        self.step = self._before = 0
+
+    def _updates(self) -> int:
+        return self.policy.updates + (0 if self.prm is None else self.prm.updates)
+
+    @property
+    def whole(self) -> bool:
+        """Whether the weights are those after `step` steps, and not half of the next one's."""
+        return self._updates() == self._before
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a run needs to go on bit for bit; with shards, every rank has its own."""
+        """Everything a run needs to resume bit for bit; with sharding, each rank has its shards."""
         return {
             "step": self.step,
             "config": self.cfg.model_dump_json(),
             "tokenizer": self.fingerprint,
+            "models": self.models,
             "random": self.ranks.gather(checkpoint.random_states()),
             "skips": self.skips.state_dict(),
             "policy": self.policy.state_dict(),
@@ -82,7 +108,7 @@ class Run:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        checkpoint.same_tokenizer(state["tokenizer"], self.fingerprint)
+        unchanged.check(state["tokenizer"], self.fingerprint, self.fingerprint, "--resume: the tokenizer has changed")
         checkpoint.set_random_states(state["random"][self.ranks.rank % len(state["random"])])
         self.skips.load_state_dict(state["skips"])
         self.policy.load_state_dict(state["policy"])
@@ -94,18 +120,18 @@ class Run:
     def evaluate(self) -> dict[str, float]:
         cfg = self.cfg
         return self.rollouts.evaluate(self.step, lambda sampler: evaluate(
-            self.task.held_out(), self.tokenizer, sampler, self.verifier,
+            self.held_out, self.tokenizer, sampler, self.verifier,
             max_new_tokens=cfg.rollout.max_new_tokens, temperature=cfg.rollout.temperature, sampled=cfg.eval.sampled,
             ranks=self.ranks,
         ))  # fmt: skip
 
-    def train_step(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """One PRIME step; its metrics, and a few responses for the report."""
-        cfg, algorithm, clock = self.cfg, self.cfg.algorithm, Clock()
-        step = self.step + 1
+    def train_step(self) -> StepResult:
+        """One PRIME step."""
+        cfg, clock = self.cfg, StageClock()
+        step, self._before = self.step + 1, self._updates()
 
         groups, values = self.rollouts.batch(step, clock)
-        batch = self.batch = Batch(groups, self.device, self.ranks, forward.reads_stream(self.policy.model))
+        batch = Batch(groups, self.device, self.ranks, self.layout)
         values["kept_reward"] = batch.outcomes.mean().item()
 
         with clock("score" if self.prm is None or cfg.prm.update == "none" else "prm"):
@@ -113,35 +139,36 @@ class Run:
         values |= scores.metrics
         weights = None
         if scores.old_logp is not None:
-            weights, compared = importance(scores.old_logp, batch.rollout_logp, cfg.rollout.tis_cap)
+            weights, compared = importance(scores.old_logp, batch.rollout_logp, cfg.rollout.cap)
             values |= compared
 
-        rewards = Rewards(None, None)
-        if self.prm is not None:
+        rewards: Rewards | None = None
+        if isinstance(scores, PRMScores):
             rewards = process_rewards(scores.log_ratio, batch, cfg.prm, self.step_ends)
         skipped = 0 if self.prm is None else self.prm.taken_skips()
-        if finite(scores.old_logp, scores.ref_logp, rewards.values):
-            advantages = pk.rloo_advantages(
-                rewards.values, batch.outcomes, batch.cu_seqlens, batch.cu_groups, reward_mask=rewards.carries,
-                gamma_process=algorithm.gamma_process, gamma_outcome=algorithm.gamma_outcome,
-                process_coef=algorithm.process_coef, outcome_coef=algorithm.outcome_coef,
-                normalize_process=algorithm.normalize_process, process_baseline=algorithm.process_baseline,
-                whiten=algorithm.whiten,
-            ).advantages  # fmt: skip
+        if finite(scores.old_logp, scores.ref_logp, None if rewards is None else rewards.values):
+            advantages = advantages_of(batch, rewards, cfg.algorithm)
+            old_logp = scores.old_logp if self.needs.ppo_ratio else None
             with clock("policy"):
-                shuffle = torch.Generator().manual_seed(derive_seed(cfg.seed, "shuffle", step))
                 values |= policy_update(
-                    self.policy, batch, advantages, scores.old_logp if needs_old_logp(cfg.policy) else None,
-                    scores.ref_logp, cfg.policy, cfg.micro_batch_tokens, shuffle,
-                    lr_scale=min(1.0, step / max(1, cfg.policy.warmup_steps)), importance=weights,
-                    temperature=cfg.rollout.temperature,
+                    self.policy, batch, Targets(advantages, old_logp, scores.ref_logp, weights), cfg.policy,
+                    micro_batch_tokens=cfg.micro_batch_tokens,
+                    generator=torch.Generator().manual_seed(derive_seed(cfg.seed, "shuffle", step)),
+                    lr_scale=min(1.0, step / max(1, cfg.policy.warmup_steps)), temperature=cfg.rollout.temperature,
                 )  # fmt: skip
             skipped += self.policy.taken_skips()
         else:
             advantages, skipped = torch.zeros_like(batch.ids, dtype=torch.float32), skipped + 1
-        self.step = step
+        self.step, self._before = step, self._updates()
         values |= self.skips.note(skipped)
-        return values | clock.times(), _examples(step, batch, rewards, advantages, self.tokenizer)
+        examples = examples_of(batch, rewards, advantages, self.tokenizer)
+        return StepResult(values | clock.times(), examples, batch)
+
+    def save(self, saver: checkpoint.Saver) -> None:
+        """A checkpoint in the middle of what failed: the batch that was not trained on is the next one again."""
+        self.rollouts.take_back(self.step + 1)
+        saver.save(self.step, self.state_dict())
+        saver.wait()
 
     def close(self) -> None:
         self.rollouts.close()
@@ -150,54 +177,37 @@ class Run:
 
 def run(cfg: RunConfig) -> Path:
     """Trains until `cfg.steps`, or until Ctrl-C, which leaves a checkpoint; returns the final model's directory."""
-    cfg = checkpoint.restarted(cfg)
-    with connect(cfg.scale, loading.device(cfg.model)) as ranks, watched(ranks):
+    if checkpoint.restarted(cfg):
+        cfg = cfg.model_copy(update={"resume": True})
+    with connect(cfg.scale, loading.device(cfg.model)) as ranks, watched(ranks), ExitStack() as held:
+        ranks.once(lambda: held.enter_context(output_lock(cfg.output, cfg.wait_lock)))
         return _run(cfg, ranks)
 
 
 def _run(cfg: RunConfig, ranks: Ranks) -> Path:
-    found = ranks.once(lambda: checkpoint.resume_point(cfg))
-    trainer = Run(cfg, ranks)
+    # Of today's, all three start from the same files.
+    models = ranks.once(lambda: loading.fingerprints(dict.fromkeys(("policy", "prm", "reference"), cfg.model)))
+    found = ranks.once(lambda: checkpoint.resume_point(cfg, models))
+    trainer = Run(cfg, ranks, models)
     if found is not None:
         trainer.load_state_dict(checkpoint.load(found, trainer.state_dict(), ranks))
-    ranks.once(lambda: checkpoint.write_config(cfg))
-    metrics, saver = NoMetrics(), checkpoint.Saver(cfg.output, cfg.checkpoint.keep, ranks)
-    if ranks.first:
-        resumed = (trainer.step or -1) if cfg.resume else None  # at 0 the run starts anew, evaluation included
-        metrics = MetricsWriter(cfg.output, resume_step=resumed)
-    saved = trainer.step
+    ranks.once(lambda: checkpoint.write_config(cfg, models))
+    saver = checkpoint.Saver(cfg.output, cfg.checkpoint.keep, ranks, saved_step=trainer.step)
+    metrics = _metrics(cfg, trainer.step) if ranks.first else NoMetrics()
     try:
         if trainer.step == 0:
             metrics.log("eval", 0, trainer.evaluate())
-        with progress_bar("rl", cfg.steps, trainer.step, shown=ranks.first) as bar, stop_signal() as stop:
-            while trainer.step < cfg.steps and not ranks.any(stop.is_set()):
-                values, examples = trainer.train_step()
-                step = trainer.step
-                metrics.log("rl", step, values)
-                metrics.samples(step, examples)
-                trainer.skips.check(step, trainer.batch, cfg.output)
-                bar.advance(f"reward {values['reward']:.2f}  {values['time/total']:.0f} s")
-                if (cfg.eval.every and step % cfg.eval.every == 0) or step == cfg.steps:
-                    metrics.log("eval", step, trainer.evaluate())
-                if cfg.checkpoint.every and step % cfg.checkpoint.every == 0:
-                    saver.save(step, trainer.state_dict())
-                    saved = step
-                saver.check()
-        if saved != trainer.step:
-            saver.save(trainer.step, trainer.state_dict())
-        saver.wait()
-        loading.save(trainer.policy.model, trainer.tokenizer, cfg.output / "final", ranks)
-        if trainer.prm is not None:
-            loading.save(trainer.prm.model, trainer.tokenizer, cfg.output / "prm", ranks)
-    except checkpoint.CheckpointError:
-        raise
-    except RunError as error:
-        # Of several ranks one may have failed alone, and a checkpoint takes all of them.
-        together = ranks.size == 1 or isinstance(error, (NothingPasses, TooManySkipped))
-        # A checkpoint of the last step would resume into a finished run.
-        if together and not (isinstance(error, TooManySkipped) and trainer.step == cfg.steps):
-            saver.save(trainer.step, trainer.state_dict())
+        with stop_signal() as stop:  # to the last file: a signal must not lose what a step has cost
+            _train(trainer, metrics, saver, stop)
+            if saver.saved_step != trainer.step:
+                saver.save(trainer.step, trainer.state_dict())
             saver.wait()
+            loading.save(trainer.policy.model, trainer.tokenizer, cfg.output / "final", ranks)
+            if trainer.prm is not None:
+                loading.save(trainer.prm.model, trainer.tokenizer, cfg.output / "prm", ranks)
+    except Exception as error:
+        if _can_save(trainer, error):
+            checkpoint.leave(trainer.step, trainer.whole, lambda: trainer.save(saver))
         raise
     finally:
         saver.close()
@@ -206,42 +216,35 @@ def _run(cfg: RunConfig, ranks: Ranks) -> Path:
     return cfg.output / "final"
 
 
-def _newline_tokens(tokenizer: Tokenizer, model: CausalLM) -> torch.Tensor:
-    """bool [V]: tokens whose text has a line break end a step."""
-    size = model.get_output_embeddings().weight.shape[0]
-    texts = tokenizer.batch_decode([[i] for i in range(min(size, len(tokenizer)))])
-    ends = torch.zeros(size, dtype=torch.bool)
-    ends[: len(texts)] = torch.tensor(["\n" in t for t in texts])
-    return ends
+def _train(trainer: Run, metrics: Metrics, saver: checkpoint.Saver, stop: Event) -> None:
+    """Steps with their metrics, evaluations and checkpoints, to the last one or to Ctrl-C."""
+    cfg, ranks = trainer.cfg, trainer.ranks
+    with progress_bar("rl", cfg.steps, trainer.step, shown=ranks.first) as bar:
+        while trainer.step < cfg.steps and not ranks.any(stop.is_set()):
+            result = trainer.train_step()
+            step = trainer.step
+            metrics.log("rl", step, result.metrics)
+            metrics.samples(step, result.examples)
+            trainer.skips.check(step, result.batch, cfg.output)
+            bar.advance(f"reward {result.metrics['reward']:.2f}  {result.metrics['time/total']:.0f} s")
+            if (cfg.eval.every and step % cfg.eval.every == 0) or step == cfg.steps:
+                metrics.log("eval", step, trainer.evaluate())
+            if cfg.checkpoint.every and step % cfg.checkpoint.every == 0:
+                saver.save(step, trainer.state_dict())
+            saver.check()
 
 
-def _examples(
-    step: int, batch: Batch, rewards: Rewards, advantages: torch.Tensor, tokenizer: Tokenizer, count: int = 2
-) -> list[dict[str, Any]]:
-    """All responses of the step's first group would be alike in length: take the first of the first groups instead."""
-    first, starts = batch.cu_groups.tolist(), batch.cu_seqlens.tolist()
-    rows = []
-    for g, group in enumerate(batch.groups[:count]):
-        for k in sorted({_best(group), _worst(group)}):
-            r, response = first[g] + k, group.responses[k]
-            span = slice(starts[r], starts[r + 1])
-            rows.append(
-                {
-                    "step": step,
-                    "prompt": group.prompt_text,
-                    "tokens": tokenizer.batch_decode([[i] for i in response.ids]),
-                    "process_rewards": None if rewards.values is None else rewards.values[span].tolist(),
-                    "advantages": advantages[span].tolist(),
-                    "outcome": response.outcome,
-                    "reference": group.reference,
-                }
-            )
-    return rows
+def _metrics(cfg: RunConfig, step: int) -> MetricsWriter:
+    """The record of a run at `step`; a run that resumes at 0 starts over, evaluation included."""
+    resume_step = step if step > 0 else -1
+    return MetricsWriter(cfg.output, resume_step=resume_step if cfg.resume else None)
 
 
-def _best(group: Group) -> int:
-    return max(range(len(group.responses)), key=lambda k: group.responses[k].outcome)
-
-
-def _worst(group: Group) -> int:
-    return min(range(len(group.responses)), key=lambda k: group.responses[k].outcome)
+def _can_save(trainer: Run, error: Exception) -> bool:
+    """Whether a run that ends with `error` first saves its state."""
+    if isinstance(error, checkpoint.CheckpointError):
+        return False
+    if isinstance(error, TooManySkipped):
+        return trainer.step < trainer.cfg.steps  # one of the last step would resume into a finished run
+    # Saving is collective, and one of several ranks may have failed alone; NothingPasses is raised on all.
+    return trainer.ranks.size == 1 or isinstance(error, NothingPasses)

@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 
-import prime_kernels as pk
-
 from .config.run_config import RunConfig
 from .data import chat, demonstrations
 from .data.groups import Group, Response, fits
@@ -19,6 +17,7 @@ from .data.tasks import load_task
 from .models import forward, lm_head, loading, tokenizers
 from .models.protocols import Tokenizer
 from .run import checkpoint
+from .run.output_lock import owns_output
 from .run.seeds import derive_seed
 from .train.batch import Batch
 from .train.forward import predicting
@@ -27,12 +26,14 @@ from .train.supervised_loop import fit
 from .train.trainable import Trainable
 
 
+@owns_output
 def run(cfg: RunConfig) -> Path:
     """Trains `cfg.model` on the demonstrations or on `sft.path`; returns the directory of the saved model.
 
-    Ctrl-C stops after the step at hand and leaves a checkpoint for `--resume` beside the model as it is then.
+    Ctrl-C stops after the current step and leaves a checkpoint for `--resume` beside the model as it is then.
     """
-    state = checkpoint.begin(cfg)
+    models = loading.fingerprints({"model.path": cfg.model})
+    state = checkpoint.begin(cfg, models)
     tokenizer = tokenizers.load_tokenizer(cfg.model)
     model = loading.load_model(cfg.model)
     examples = _examples(cfg, tokenizer, forward.length_limit([model], cfg.sft.max_length))
@@ -46,19 +47,19 @@ def run(cfg: RunConfig) -> Path:
         epoch, at = divmod(step, per_epoch)
         generator = torch.Generator().manual_seed(derive_seed(cfg.seed, "sft", epoch))
         order = torch.randperm(len(examples), generator=generator).tolist()
-        batch = Batch.read_by(model, [examples[i] for i in order[at * size : (at + 1) * size]])
+        batch = Batch.for_model(model, [examples[i] for i in order[at * size : (at + 1) * size]])
         loss = 0.0
         for micro in batch.micro_batches(range(len(batch.groups)), cfg.micro_batch_tokens, pack=cfg.sft.pack):
-            head = lm_head.head(model, predicting(model, micro))
-            ids = batch.ids[micro.tokens]
-            part = pk.linear_nll(head.hidden, head.weight, ids, bias=head.bias, denominator=batch.num_tokens)
+            part = lm_head.nll(model, predicting(model, micro), batch.ids[micro.tokens], batch.num_tokens)
             part.backward()
             loss += part.item()
         return {"loss": loss, "tokens": batch.num_tokens}
 
-    fit(cfg, "sft", state, trainable, total, backward, warmup=cfg.sft.warmup, skips=skips)
     final = cfg.output / "final"
-    loading.save(model, tokenizer, final)
+    fit(
+        cfg, cfg.checkpoint, "sft", state, trainable, total, backward, warmup=cfg.sft.warmup, skips=skips,
+        finish=lambda: loading.save(model, tokenizer, final), models=models,
+    )  # fmt: skip
     return final
 
 

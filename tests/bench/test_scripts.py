@@ -29,8 +29,8 @@ HERE = {
     "demo/results", "plan_table", "prm/first_wrong_step", "prm/results", "prm/sample", "rollout", "step_share",
     "trainer_cost", "trl_table", "verify/math_answers", "verify/programs",
 }  # fmt: skip
-# What tests/bench/test_benchmarks.py, tests/integrations/installed and tests/triton_backend run.
-ELSEWHERE = {"conftest", "measure", "smoke", "table", "trl_steps", "tune"}
+# What other tests of this folder and of packaging, integrations and triton_backend run.
+ELSEWHERE = {"conftest", "measure", "readme_charts", "smoke", "table", "trl_steps", "tune"}
 DATA = SHARED / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no {DATA}: the benchmark files are not here")
 
@@ -88,7 +88,7 @@ def shared_step(small, tmp_path_factory):
         # The script puts clocks there and leaves them.
         for name in ("rloo_advantages", "prm_loss", "ppo_loss", "segment_sum"):
             patch.setattr(pk, name, getattr(pk, name))
-        patch.setattr(segment_sum._Total, "backward", segment_sum._Total.__dict__["backward"])
+        patch.setattr(segment_sum.SegmentSum, "backward", segment_sum.SegmentSum.__dict__["backward"])
         patch.setattr(loop.Run, "train_step", loop.Run.train_step)
         said = []
         patch.setattr("builtins.print", lambda *words, **_: said.append(" ".join(map(str, words))))

@@ -1,4 +1,4 @@
-"""The token passes for GPUs on the emulator in native/, so that their tests run without one.
+"""The CUDA kernels over packed tokens on the emulator in native/, so that their tests run without one.
 
 As a script it builds the extension with them. As a pytest plugin it puts that extension, named by the environment
 variable PRIME_KERNELS_EMULATED, in the place of the real one and lets the backend "cuda" take CPU tensors; or the one
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 EMULATOR = ROOT / "tests" / "native" / "emulator"
 CPU_SOURCES = [*sorted((ROOT / "csrc" / "cpu").glob("*.cpp")), ROOT / "csrc" / "bind.cpp"]
 SOURCES = [
-    *(ROOT / "csrc" / "cuda" / f"{name}.cu" for name in ("losses", "rloo", "segments")),
+    *(ROOT / "csrc" / "cuda" / f"{name}.cu" for name in ("losses", "rloo", "segments", "status")),
     *CPU_SOURCES,
     EMULATOR / "rest.cpp",
 ]
@@ -92,12 +92,16 @@ def load(module: Path) -> None:
 def install(module: Path) -> None:
     load(module)
     from prime_kernels import _dispatch, _native
-    from prime_kernels._native import packed_cuda
+    from prime_kernels._native import packed
 
     real = _dispatch._device_types
     _dispatch._device_types = lambda name: ("cpu",) if name == "cuda" else real(name)
     _native.cuda_unavailable_reason = lambda: None
-    packed_cuda._run = lambda name, _on, *fields: getattr(_native._C, f"cuda_{name}")(*fields, 0)
+
+    def launch(self, kernel, device, **arguments):
+        getattr(_native._C, f"cuda_{kernel}")(**packed._addresses(arguments), stream=0)
+
+    packed.CudaKernels._launch = launch
 
 
 if __name__ == "__main__":

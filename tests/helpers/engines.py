@@ -9,7 +9,7 @@ import torch
 
 from prime_trainer.data.groups import Group, Response
 from prime_trainer.models import loading, tokenizers
-from prime_trainer.rollout import Sampling, make_sampler
+from prime_trainer.rollout import EngineConfig, Sampling, make_sampler
 from prime_trainer.train.batch import Batch
 from prime_trainer.train.forward import log_probs
 
@@ -28,7 +28,7 @@ class Engine:
     def __init__(self, cfg):
         self.cfg = cfg
         self.model, self.tokenizer = loading.load_model(cfg.model), tokenizers.load_tokenizer(cfg.model)
-        self.sampler = make_sampler(cfg, self.model, self.tokenizer)
+        self.sampler = make_sampler(EngineConfig(cfg.rollout, cfg.model, cfg.output), self.model, self.tokenizer)
 
     def push(self, version):
         self.sampler.update_weights(loading.named_tensors(self.model), version)

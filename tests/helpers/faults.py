@@ -1,5 +1,7 @@
 """What can go wrong in a run, each called in the run's process before it starts (see ranks.start)."""
 
+import dataclasses
+import itertools
 import os
 import resource
 import signal
@@ -68,43 +70,48 @@ def nan_advantages(steps: list[int]) -> None:
     """The gradient of these steps is not finite."""
     update = loop.policy_update
 
-    def poisoned(policy, batch, advantages, *rest, **options):
+    def poisoned(policy, batch, targets, *rest, **options):
         poisoned.calls += 1
         if poisoned.calls in steps:
-            advantages = advantages * torch.nan
-        return update(policy, batch, advantages, *rest, **options)
+            targets = dataclasses.replace(targets, advantages=targets.advantages * torch.nan)
+        return update(policy, batch, targets, *rest, **options)
 
     poisoned.calls = 0
     loop.policy_update = poisoned
 
 
+def _around_scores(meddle) -> None:
+    """`meddle(call, scores, batch)`, counted from 1, decides what a step's scoring gives; `scores()` makes it."""
+    calls = itertools.count(1)
+    for scorer in (loop.Scorer, loop.PRMScorer):
+
+        def meddled(self, batch, score=scorer.score):
+            return meddle(next(calls), lambda: score(self, batch), batch)
+
+        scorer.score = meddled
+
+
 def nan_scores(steps: list[int]) -> None:
     """The PRM's log-probs of these steps are not finite."""
-    score = loop.Scorer.score
 
-    def poisoned(self, batch):
-        poisoned.calls += 1
-        scores = score(self, batch)
-        if poisoned.calls in steps:
+    def poisoned(call, score, batch):
+        scores = score()
+        if call in steps:
             scores.prm_logp[0] = torch.nan
         return scores
 
-    poisoned.calls = 0
-    loop.Scorer.score = poisoned
+    _around_scores(poisoned)
 
 
 def die_at(rank: int, step: int) -> None:
     """One of the ranks is killed in the middle of a step."""
-    score = loop.Scorer.score
 
-    def dying(self, batch):
-        dying.calls += 1
-        if dying.calls == step and batch.ranks.rank == rank:
+    def dying(call, score, batch):
+        if call == step and batch.ranks.rank == rank:
             os.kill(os.getpid(), signal.SIGKILL)
-        return score(self, batch)
+        return score()
 
-    dying.calls = 0
-    loop.Scorer.score = dying
+    _around_scores(dying)
 
 
 def quick_watch(seconds: float, rank: int, step: int) -> None:
@@ -116,16 +123,13 @@ def quick_watch(seconds: float, rank: int, step: int) -> None:
 
 def terminate_at(step: int) -> None:
     """SIGTERM from outside in the middle of a step."""
-    score = loop.Scorer.score
 
-    def terminated(self, batch):
-        terminated.calls += 1
-        if terminated.calls == step:
+    def terminated(call, score, batch):
+        if call == step:
             os.kill(os.getpid(), signal.SIGTERM)
-        return score(self, batch)
+        return score()
 
-    terminated.calls = 0
-    loop.Scorer.score = terminated
+    _around_scores(terminated)
 
 
 def one_engine(deaths: list[int]) -> None:

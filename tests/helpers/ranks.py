@@ -25,7 +25,7 @@ from prime_trainer.verify import Verdict
 
 torch.set_num_threads(1)
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["ranks"])
+context.set_forkserver_preload(["helpers.ranks"])
 
 
 class RandomVerifier:
@@ -42,7 +42,7 @@ class RandomVerifier:
         pass
 
 
-def start(cfg, ranks: int, fault=None, *arguments) -> list:
+def start(cfg, ranks: int, fault=None, *arguments, command="rl") -> list:
     """One process a rank, with torchrun's environment (none for `ranks` = 0), output into OUTPUT.rankN.log.
 
     `fault(*arguments)` is called in each process before the run.
@@ -55,7 +55,14 @@ def start(cfg, ranks: int, fault=None, *arguments) -> list:
         if ranks:
             env = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1"}
             env |= {"MASTER_PORT": port}
-        words = (cfg.model_dump_json(), {k: str(v) for k, v in env.items()}, str(log(cfg, rank)), fault, arguments)
+        words = (
+            cfg.model_dump_json(),
+            {k: str(v) for k, v in env.items()},
+            str(log(cfg, rank)),
+            fault,
+            arguments,
+            command,
+        )
         processes.append(context.Process(target=_child, args=words))
         processes[-1].start()
     return processes
@@ -84,9 +91,9 @@ def wait(processes, seconds: float = 200) -> list[int]:
             process.kill()
 
 
-def train(cfg, ranks: int, fault=None, *arguments) -> None:
+def train(cfg, ranks: int, fault=None, *arguments, command="rl") -> None:
     """A whole run; fails with the ranks' output."""
-    codes = wait(start(cfg, ranks, fault, *arguments))
+    codes = wait(start(cfg, ranks, fault, *arguments, command=command))
     assert codes == [0] * len(codes), "\n".join(f"{codes} {log(cfg, r).read_text()[-3000:]}" for r in range(len(codes)))
 
 
@@ -114,7 +121,7 @@ def _free_port() -> int:
         return s.getsockname()[1]
 
 
-def _child(config, env, out, fault, arguments):
+def _child(config, env, out, fault, arguments, command):
     with open(out, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -123,7 +130,7 @@ def _child(config, env, out, fault, arguments):
     cli._config = lambda words: RunConfig(**json.loads(config))
     if fault is not None:
         fault(*arguments)
-    status = cli.main(["rl"])
+    status = cli.main([command])
     sys.stdout.flush()
     # What remains of torch's threads now and then aborts a process on its ordinary way out, after all is done.
     os._exit(status)

@@ -16,7 +16,7 @@ from prime_trainer.rollout import Sampling
 from prime_trainer.scale.ranks import SINGLE
 from prime_trainer.train import batch
 from prime_trainer.train.batch import Batch
-from prime_trainer.train.policy_step import needs_old_logp, policy_update
+from prime_trainer.train.policy_step import Targets, policy_update
 
 PROMPT = 64
 """Tokens of every prompt; responses have `rollout.max_new_tokens`."""
@@ -75,9 +75,10 @@ def _measure(cfg, ranks) -> dict[str, int]:
     packed, scored = Batch(groups, run.device, ranks), []
     name = "score" if run.prm is None or cfg.prm.update == "none" else "score and PRM update"
     found[name] = least(lambda: scored.append(run.scorer.score(packed)))
-    old, ref = scored[0].old_logp if needs_old_logp(cfg.policy) else None, scored[0].ref_logp
+    old, ref = scored[0].old_logp if cfg.needs.ppo_ratio else None, scored[0].ref_logp
+    targets = Targets(torch.ones(packed.num_tokens), old, ref)
     found["policy update"] = least(lambda: policy_update(
-        run.policy, packed, torch.ones(packed.num_tokens), old, ref, cfg.policy, cfg.micro_batch_tokens, random
+        run.policy, packed, targets, cfg.policy, micro_batch_tokens=cfg.micro_batch_tokens, generator=random
     ))  # fmt: skip
     run.close()
     return found

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import pytest
 
 import prime_kernels
+from prime_kernels import integrations
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS, TRAINER = ROOT / "prime_kernels", ROOT / "python" / "prime_trainer"
@@ -77,6 +78,7 @@ def test_kernels_know_nothing_of(forbidden):
 
 def test_trainer_uses_only_what_kernels_export():
     exported = {f"prime_kernels.{name}" for name in (*prime_kernels.__all__, "__version__")}
+    exported |= {f"prime_kernels.integrations.{name}" for name in integrations.__all__}
     wrong = [
         found
         for found in imports_under(TRAINER)
@@ -139,6 +141,20 @@ def test_rooms_import_from_earlier_floors_alone():
         if room != other and FLOOR[other] >= FLOOR[room]:
             wrong.append(found)
     assert not wrong, listed(wrong)
+
+
+COMMANDS = (
+    *("cli.py", "loop.py", "sft.py", "plan/plan.py", "prm/train.py", "prm/score.py", "prm/select.py"),
+    *("prm/processbench.py", "evaluation/held_out.py", "evaluation/responses.py", "evaluation/benchmark_table.py"),
+)
+
+
+def test_the_whole_configuration_is_for_commands_alone():
+    """All else takes the sections that it reads; a checkpoint's older settings are completed by their defaults."""
+    name = "prime_trainer.config.run_config.RunConfig"
+    importers = {found.file for found in imports_under(TRAINER) if found.name == name}
+    outside = {file.relative_to(TRAINER).as_posix() for file in importers if file.parent != TRAINER / "config"}
+    assert outside == {*COMMANDS, "run/checkpoint.py"}
 
 
 def test_no_circle_between_files():

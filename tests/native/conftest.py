@@ -12,9 +12,9 @@ def native():
 
 @pytest.fixture
 def passes(native):
-    from prime_kernels._native import packed_cpu
+    from prime_kernels._native import packed
 
-    return packed_cpu
+    return packed.CPU
 
 
 @pytest.fixture

@@ -43,3 +43,25 @@ def test_emulated(extension, multiprocessors, seed):
     )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert "passed" in done.stdout and "skipped" not in done.stdout, done.stdout[-2000:]
+
+
+@pytest.mark.slow
+def test_a_failed_launch_says_why(extension):
+    """The operation, the launch and CUDA's own text."""
+    code = """
+import torch, helpers.emulated
+import prime_kernels as pk
+try:
+    pk.segment_sum(torch.ones(3), torch.tensor([0, 3]), backend="cuda")
+except RuntimeError as error:
+    print(error)
+"""
+    environment = {
+        "PRIME_KERNELS_EMULATED": str(extension),
+        "PK_EMULATED_FAILURE": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True)
+    assert done.stdout.strip() == (
+        "prime_kernels: segment_sum: launch of sum_kernel failed: invalid argument (cudaErrorInvalidValue)"
+    ), done.stderr[-2000:]

@@ -32,7 +32,7 @@ CASES = {
 def test_values(passes, lengths, gamma, reverse):
     cu_seqlens = cumulative(lengths)
     values = torch.randn(int(cu_seqlens[-1]))
-    got = passes.segment_scan(values, cu_seqlens, gamma, reverse)
+    got = passes.scan_segments(values, cu_seqlens, gamma, reverse)
     assert got.dtype == torch.float32
     # One rounding of a double: nothing but the last bit may differ.
     torch.testing.assert_close(got.double(), loop(values, cu_seqlens, gamma, reverse), rtol=2**-23, atol=1e-12)
@@ -46,7 +46,7 @@ def test_thread_count_does_not_change_a_bit(passes, reverse):
     try:
         for threads in (1, 2, 3, 5):
             torch.set_num_threads(threads)
-            results.append(passes.segment_scan(values, cu_seqlens, 0.99, reverse))
+            results.append(passes.scan_segments(values, cu_seqlens, 0.99, reverse))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(results[0], other) for other in results[1:])
@@ -55,4 +55,4 @@ def test_thread_count_does_not_change_a_bit(passes, reverse):
 @pytest.mark.parametrize("cu_seqlens", [[1, 4], [0, 3], [0, 5, 4], [0, 9]], ids=str)
 def test_boundaries_that_leave_the_tokens_are_rejected(passes, cu_seqlens):
     with pytest.raises(ValueError, match="rejected its arguments"):
-        passes.segment_scan(torch.zeros(4), torch.tensor(cu_seqlens), 1.0, False)
+        passes.scan_segments(torch.zeros(4), torch.tensor(cu_seqlens), 1.0, False)

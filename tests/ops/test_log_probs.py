@@ -117,6 +117,22 @@ def test_minus_infinity_is_probability_zero(backend, blocked, dtype):
     assert impossible.tolist() == [-math.inf, -math.inf]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("place", ["target", "elsewhere"])
+def test_a_logit_of_plus_infinity_is_nan_and_stays_in_its_row(backend, place, dtype):
+    ids = torch.tensor([3, 3, 3])
+    clean = torch.randn(3, 40).to(dtype)
+    logits = clean.clone()
+    logits[1, 3 if place == "target" else 7] = math.inf
+    leaf = logits.requires_grad_()
+    logp, entropy = pk.log_probs(leaf, ids, with_entropy=True, backend=backend)
+    assert logp.isnan().tolist() == entropy.isnan().tolist() == [False, True, False]
+    assert pk.log_probs(leaf.detach(), ids, backend=backend).isnan().tolist() == [False, True, False]
+    assert pk.log_ratios(leaf, clean, ids, backend=backend).log_ratio.isnan().tolist() == [False, True, False]
+    (logp + entropy).backward(torch.ones(3))
+    assert leaf.grad.isnan().any(-1).tolist() == [False, True, False]
+
+
 def test_a_row_of_minus_infinity_is_nan_and_stays_in_its_row(backend):
     logits = torch.zeros(2, 40)
     logits[0] = -math.inf

@@ -27,7 +27,7 @@ def test_report():
     assert f"prime_kernels {prime_kernels.__version__} in " in said and f"torch {torch.__version__}" in said
     for name, reason in prime_kernels.available_backends().items():
         assert f"{name:7} {'available' if reason is None else f'not available: {reason}'}" in said
-    for op in _dispatch._KERNELS:
+    for op in _dispatch.OPERATIONS:
         assert f"  {op:18} cpu     ok, " in said
     assert " passed in " in said
 
@@ -40,7 +40,7 @@ def test_narrower_instruction_set_is_named():
 
 
 def test_every_operation_has_a_case():
-    assert set(_selftest._cases(torch.Generator(), "cpu")) == set(_dispatch._KERNELS)
+    assert set(_selftest._cases(torch.Generator(), "cpu")) == set(_dispatch.OPERATIONS)
 
 
 def test_wrong_results_fail(monkeypatch):

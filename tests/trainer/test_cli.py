@@ -9,12 +9,12 @@ import sys
 import time
 
 import pytest
+from helpers.checkpoints import load_latest
 
 from prime_trainer import loop
 from prime_trainer.cli import main
 from prime_trainer.config.load import keys, load
 from prime_trainer.config.run_config import RunConfig
-from prime_trainer.run.checkpoint import load_latest
 from prime_trainer.verify import VerifierError
 
 

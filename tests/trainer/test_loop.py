@@ -8,10 +8,11 @@ import signal
 
 import pytest
 import torch
+from helpers.checkpoints import load_latest
 
 from prime_trainer import loop, sft
 from prime_trainer.models import loading
-from prime_trainer.run.checkpoint import load_latest, save
+from prime_trainer.run.checkpoint import save
 from prime_trainer.verify import Verdict
 
 TIMES = {"time/rollout", "time/verify", "time/prm", "time/policy", "time/total"}

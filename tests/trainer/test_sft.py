@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from helpers import tiny
+from helpers.checkpoints import load_latest
 
 import prime_kernels as pk
 from prime_trainer import sft
@@ -14,7 +15,6 @@ from prime_trainer.data import demonstrations
 from prime_trainer.data.problems import Problem
 from prime_trainer.data.tasks import load_task
 from prime_trainer.models.tokenizers import render
-from prime_trainer.run.checkpoint import load_latest
 from prime_trainer.train import supervised_loop
 from prime_trainer.train.batch import Batch
 from prime_trainer.train.nonfinite_guard import TooManySkipped
@@ -187,7 +187,7 @@ def nan_at(monkeypatch):
     def patch(*passes):
         found, count = pk.linear_nll, itertools.count(1)
         monkeypatch.setattr(
-            sft.pk, "linear_nll", lambda *a, **k: found(*a, **k) * (math.nan if next(count) in passes else 1)
+            sft.lm_head.pk, "linear_nll", lambda *a, **k: found(*a, **k) * (math.nan if next(count) in passes else 1)
         )
 
     return patch

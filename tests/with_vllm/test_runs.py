@@ -12,6 +12,7 @@ import time
 import psutil
 import pytest
 from helpers import ranks
+from helpers.checkpoints import load_latest
 from helpers.engines import Engine, processes, prompts, rows, same_weights, shared_memory
 
 from prime_trainer import loop
@@ -19,7 +20,6 @@ from prime_trainer.cli import main
 from prime_trainer.config.sections import ModelConfig
 from prime_trainer.models import loading, tokenizers
 from prime_trainer.rollout import EngineDied
-from prime_trainer.run.checkpoint import load_latest
 from prime_trainer.verify import Verdict
 
 ENGINES = ("transformers", "vllm", "vllm-server")

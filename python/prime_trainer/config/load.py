@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
-from pydantic_settings import (
-    SettingsError,
-)
+from pydantic_settings import SettingsError
 
 from .run_config import RunConfig, _toml_file
+from .suggest import did_you_mean
 
 
 def load(toml: Path | None, overrides: list[str] | None = None) -> RunConfig:
@@ -22,19 +20,29 @@ def load(toml: Path | None, overrides: list[str] | None = None) -> RunConfig:
     key, for words that are no option and for a file that is not TOML.
     """
     if toml is not None and not toml.is_file():
+        if toml.is_dir():
+            raise IsADirectoryError(f"config file expected, got a directory: {toml}")
         raise FileNotFoundError(f"config file not found: {toml}")
     words = _switches(list(overrides or []))
     known = set(keys())
-    for word in words:
-        key = word.removeprefix("--").partition("=")[0]
+    for at, word in enumerate(words):
+        key, equals, value = word.removeprefix("--").partition("=")
+        if word.startswith("--") and key.replace("-", "_") in known:  # --wait-lock is --wait_lock
+            words[at] = word = f"--{key.replace('-', '_')}{equals}{value}"
+            key = key.replace("-", "_")
         # argparse would answer a misspelt key with all two hundred lines of usage.
         if word.startswith("--") and key not in known and key.removeprefix("no-") not in known and key != "help":
             raise ValueError(f"unknown key --{key}{close_keys(key)}")
     token = _toml_file.set(toml)
     try:
-        return RunConfig(_cli_parse_args=words, _cli_prog_name="prime-trainer")
+        options: dict[str, Any] = {"_cli_parse_args": words, "_cli_prog_name": "prime-trainer"}
+        return RunConfig(**options)
     except SettingsError as error:
         raise ValueError(str(error).removeprefix("error parsing CLI: ")) from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{toml} is not UTF-8: {error.reason} at byte {error.start}") from None
+    except RecursionError:
+        raise ValueError(f"{toml} is nested too deeply") from None
     except ValueError as error:
         if type(error).__name__ != "TOMLDecodeError":
             raise
@@ -45,7 +53,8 @@ def load(toml: Path | None, overrides: list[str] | None = None) -> RunConfig:
 
 def _switches(words: list[str]) -> list[str]:
     """`--resume true` and `--scale.shard=false` as argparse has them: `--resume` and `--no-scale.shard`."""
-    options, out = {f"--{key}" for key, kind in _fields(RunConfig) if kind is bool}, []
+    options = {f"--{key}" for key, kind in _fields(RunConfig) if kind is bool}
+    out: list[str] = []
     for word in words:
         name, equals, value = word.partition("=")
         if not equals and out and out[-1] in options:
@@ -73,5 +82,4 @@ def _fields(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def close_keys(key: str) -> str:
-    matches = difflib.get_close_matches(key, list(keys()), n=1)
-    return f"; did you mean {matches[0]}?" if matches else ""
+    return did_you_mean(key, keys())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextvars
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field, PositiveInt, model_validator
 from pydantic_settings import (
@@ -14,6 +13,8 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from .bounds import Bounded
+from .needs import Needs, needs_of
 from .sections import (
     AlgorithmConfig,
     BenchConfig,
@@ -36,7 +37,7 @@ from .sections import (
 _toml_file: contextvars.ContextVar[Path | None] = contextvars.ContextVar("toml_file", default=None)
 
 
-class RunConfig(BaseSettings):
+class RunConfig(Bounded, BaseSettings):
     model_config = SettingsConfigDict(
         extra="forbid",
         cli_kebab_case=False,
@@ -53,6 +54,8 @@ class RunConfig(BaseSettings):
     micro_batch_tokens: PositiveInt = 4096
     """Padded tokens in one forward pass."""
     resume: bool = False
+    wait_lock: float = Field(default=0.0, ge=0)
+    """Seconds to wait for another process that works in `output`, as the one before a requeued job may, to end."""
     model: ModelConfig = ModelConfig()
     task: TaskConfig = TaskConfig()
     sft: SFTConfig = SFTConfig()
@@ -70,6 +73,11 @@ class RunConfig(BaseSettings):
     bench: BenchConfig = BenchConfig()
     scale: ScaleConfig = ScaleConfig()
 
+    @property
+    def needs(self) -> Needs:
+        """Which models, passes and log-probs a step of `rl` needs."""
+        return needs_of(self.policy, self.prm, self.algorithm, self.rollout)
+
     @model_validator(mode="after")
     def _engine(self) -> RunConfig:
         # Not in the section itself: what its defaults were resolved to would count as given when some are overridden.
@@ -78,10 +86,7 @@ class RunConfig(BaseSettings):
 
     @model_validator(mode="after")
     def _one_temperature(self) -> RunConfig:
-        tempered = self.rollout.temperature != 1
-        if tempered and (
-            self.policy.kl_coef > 0 or (self.algorithm.process_coef > 0 and self.prm.ref_type == "policy")
-        ):
+        if self.rollout.temperature != 1 and (self.policy.kl_coef > 0 or self.needs.policy_is_reference):
             raise ValueError(
                 f"rollout.temperature must be 1 with policy.kl_coef or prm.ref_type = 'policy', got "
                 f"{self.rollout.temperature}: those compare the sampled policy with models at temperature 1"
@@ -90,7 +95,12 @@ class RunConfig(BaseSettings):
 
     @classmethod
     def settings_customise_sources(
-        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **_: Any
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         # No environment variables: a run is what its file and its command line say, nothing else.
         toml = _toml_file.get()

@@ -10,11 +10,12 @@ from __future__ import annotations
 import importlib.util
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
 from . import action_prompt
+from .bounds import Bounded
 
 
 def vllm_installed() -> bool:
@@ -23,7 +24,7 @@ def vllm_installed() -> bool:
     return spec is not None and spec.origin is not None
 
 
-class Section(BaseModel):
+class Section(Bounded, BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True)
 
 
@@ -34,8 +35,9 @@ class ModelConfig(Section):
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Compute dtype; master weights and optimizer states are float32 whatever this is."""
     device: str = "auto"
-    attention: Literal["sdpa", "flash_attention_2"] = "sdpa"
-    """`flash_attention_2`: one unpadded stream of tokens a pass, with flash-attn's varlen kernels (extra `cuda`)."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """`auto`: SDPA where the model has it, else eager (Gemma 2, GPT-OSS). `flash_attention_2`: one unpadded row of
+    sequences a pass, with flash-attn's varlen kernels (extra `cuda`)."""
     chat_template: Literal["model", "bare"] = "model"
     """`model`: the tokenizer's own template. `bare`: ChatML turns without a default system prompt (shorter prompts)."""
 
@@ -53,17 +55,22 @@ class TaskConfig(Section):
     template: str = "{question}"
     """The user's message; `{question}` is replaced."""
     system_prompt: str | None = None
-    """`actions` is the action-centric prompt of the Eurus-2-SFT stage (chat.py); any other text is used as it is."""
+    """`actions` is the action-centric prompt of the Eurus-2-SFT stage; any other text is used as it is."""
     eval_size: PositiveInt = 200
     verify_seconds: float = Field(default=5.0, gt=0)
-    """Time limit of one answer; the worker that exceeds it is killed and the answer scores 0."""
-    verify_workers: PositiveInt = 1
+    """Time limit of one answer; the process that exceeds it is killed and the answer scores 0."""
+    verify_workers: PositiveInt | None = None
+    """Answers scored at once; by default one a processor."""
     any_answer: bool = False
     """A response without a box is scored by its last formula or number; off, it scores 0."""
+    interval_as_inequality: bool = True
+    r"""Of mathematical answers, an interval and its inequality (`[2, \infty)`, `x \ge 2`) are the same set; off, they
+    are different answers."""
     sandbox: Literal["auto", "bubblewrap", "landlock"] = "auto"
-    """What confines the programs of code problems; `auto` is the first of the others that works on this machine."""
+    """What confines the scoring of answers and the programs of code problems; `auto` is the first that works here."""
     allow_unsafe: bool = False
-    """Where no sandbox works, run programs of the model with this user's rights. Only in a container of its own."""
+    """Where none works, run the model's programs and score answers with this user's rights. Only in a dedicated
+    container."""
     code_seconds: float = Field(default=15.0, gt=0)
     """Time limit of one program over all its tests."""
     code_memory_mb: PositiveInt = 1024
@@ -72,6 +79,8 @@ class TaskConfig(Section):
     """Programs that run at once."""
     code_partial_credit: bool = False
     """Score a program by the share of tests that it passes; off, all tests must pass."""
+    bad_rows: Literal["error", "skip"] = "error"
+    """A row of `path` or `eval_path` that cannot be used ends the run; `skip` leaves it out and counts it."""
     code_packages: tuple[str, ...] = ("numpy",)
     """What programs can import beside the standard library."""
 
@@ -91,7 +100,7 @@ class SFTConfig(Section):
     """JSONL or parquet chat data: `messages`, or `instruction` and `response`. Without it, worked solutions made for
     the task (`demonstrations`)."""
     system_prompt: str | None = None
-    """In place of the system message of every row of `path`; `actions` is the action-centric prompt (chat.py)."""
+    """In place of the system message of every row of `path`; `actions` is the action-centric prompt."""
     pack: bool = False
     """Several examples in one row of at most 1024 tokens, each blind to the others; without it, a row each, like
     lengths together. The same numbers either way."""
@@ -131,11 +140,11 @@ class VLLMConfig(Section):
     tensor_parallel: PositiveInt = 1
     """GPUs of one server."""
     restarts: int = Field(default=1, ge=0)
-    """Dead engines that a run replaces before it ends with a checkpoint."""
+    """Dead engines that a run replaces; the next one ends it with a checkpoint."""
 
 
 class ServerConfig(Section):
-    """Engines in processes of their own, for `rollout.engine = "vllm-server"` and the command `serve`."""
+    """Engines in separate processes, for `rollout.engine = "vllm-server"` and the command `serve`."""
 
     urls: list[str] = []
     """Servers that `prime-trainer serve` started; prompts are dealt out in turn. None: the run starts one here."""
@@ -159,8 +168,8 @@ class ServerConfig(Section):
 
 class RolloutConfig(Section):
     engine: Literal["auto", "transformers", "vllm", "vllm-server"] = "auto"
-    """`auto`: vLLM in this process where it is installed, else transformers; under torchrun transformers, as where a
-    server of vLLM's should run is not for a default to say."""
+    """`auto`: vLLM in this process where it is installed, else transformers; under torchrun transformers, because a
+    default cannot know where a vLLM server should run."""
     prompts_per_step: PositiveInt = 256
     n: PositiveInt = 4
     """Responses a prompt."""
@@ -172,7 +181,7 @@ class RolloutConfig(Section):
     batch_size: PositiveInt = 64
     """Sequences decoded side by side, in one server where there are several."""
     lag: Literal[0, 1] = 0
-    """1: the next batch is sampled while this one trains, by weights one update older. Needs a vLLM engine."""
+    """1: the next batch is sampled while this one trains, with weights one update older. Needs a vLLM engine."""
     tis_cap: float | None = Field(default=None, ge=0)
     """Cap C of the importance weights min(pi_trainer / pi_rollout, C) in the policy loss, 0 for none. Unset: 2 with a
     vLLM engine, 0 with transformers, whose log-probs differ from the trainer's by rounding alone."""
@@ -189,12 +198,17 @@ class RolloutConfig(Section):
                 )
         return self
 
+    @property
+    def cap(self) -> float:
+        """`tis_cap` with its default resolved: 2 with a vLLM engine, 0 with transformers."""
+        return self.tis_cap if self.tis_cap is not None else 0.0 if self.engine == "transformers" else 2.0
+
     def resolved(self) -> RolloutConfig:
         """With the engine that `auto` stands for and the cap that goes with it. Raises ValueError where they clash."""
         engine = self.engine
         if engine == "auto":
             engine = "vllm" if vllm_installed() and "WORLD_SIZE" not in os.environ else "transformers"
-        cap = self.tis_cap if self.tis_cap is not None else 0.0 if engine == "transformers" else 2.0
+        cap = self.model_copy(update={"engine": engine}).cap
         if self.lag and (engine == "transformers" or cap == 0):
             raise ValueError(
                 "rollout.lag = 1 needs an engine with weights of its own (rollout.engine vllm or vllm-server) and "
@@ -211,7 +225,7 @@ class FilterConfig(Section):
     """Groups whose mean accuracy is in [low, high] are kept."""
     drop_truncated: bool = False
     max_rounds: PositiveInt = 4
-    """Rounds of sampling a step may take to fill its batch before it goes on with what passed."""
+    """Sampling rounds a step may take to fill its batch; after that it trains on the groups that passed."""
 
     @model_validator(mode="after")
     def _ordered(self) -> FilterConfig:
@@ -265,7 +279,11 @@ class TrainPRMConfig(Section):
     eval_every: int = Field(default=10, ge=0)
     """Steps between held-out evaluations; 0 evaluates only at the end."""
     cache: Path = Path("runs/reference-cache")
-    """Log-probs of the reference, kept between runs; keyed by model, data and tokenizer, so never stale."""
+    """Cached log-probs of the reference, keyed by model, data and tokenizer, so never stale."""
+
+
+Compat = Literal["eurus-card"]
+Splitter = Literal["blank_line", "line", "numbered", "action", "none"]
 
 
 class ScoreConfig(Section):
@@ -277,10 +295,10 @@ class ScoreConfig(Section):
     """The model that the PRM was trained from (its directory)."""
     beta: float | None = Field(default=None, gt=0)
     """Without it 0.05, or the card's 0.001 with `compat`."""
-    splitter: Literal["blank_line", "line", "numbered", "action", "none"] = "blank_line"
+    splitter: Splitter = "blank_line"
     """Where steps of a response begin: after a blank line, on every line, at "Step n:", at [ACTION], nowhere. Rows with
     `steps` have their own."""
-    compat: Literal["eurus-card"] | None = None
+    compat: Compat | None = None
     """`eurus-card`: number for number what the EurusPRM card's snippet gives, its index arithmetic included."""
     max_length: PositiveInt = 8192
     too_long: Literal["error", "skip"] = "error"
@@ -342,6 +360,16 @@ class PolicyConfig(Section):
     max_skipped: PositiveInt = 3
     """Steps in a row without a finite loss or gradient, of policy or PRM, after which the run ends."""
 
+    @property
+    def optimizer_steps(self) -> int:
+        """Optimizer steps on a batch, if it has as many groups as minibatches."""
+        return self.epochs * self.minibatches
+
+    @property
+    def fused_loss(self) -> bool:
+        """Whether nothing but PPO's loss needs the log-probs: loss and gradients then come from one pass."""
+        return self.entropy_coef == 0 and self.kl_coef == 0
+
 
 class EvalConfig(Section):
     every: int = Field(default=10, ge=0)
@@ -351,17 +379,17 @@ class EvalConfig(Section):
     batch_size: PositiveInt = 128
 
 
-Benchmarks = Literal["aime24", "math500", "amc", "minerva", "olympiad", "humaneval", "mbpp"]
+BenchmarkName = Literal["aime24", "math500", "amc", "minerva", "olympiad", "humaneval", "mbpp"]
 
 
 class BenchConfig(Section):
     data: Path | None = None
     """A folder with the benchmarks' files; `generate` and `eval` then work on the benchmarks."""
-    paths: dict[Benchmarks, Path] = Field(default_factory=dict)
+    paths: dict[BenchmarkName, Path] = Field(default_factory=dict)
     """Where single benchmarks are: a file, or a folder of a Hugging Face dataset."""
-    tasks: tuple[Benchmarks, ...] = ("aime24", "math500", "amc", "minerva", "olympiad", "humaneval", "mbpp")
+    tasks: tuple[BenchmarkName, ...] = get_args(BenchmarkName)
     limit: int = Field(default=0, ge=0)
-    """The first items of each benchmark alone; 0 is all."""
+    """Only the first items of each benchmark; 0 is all."""
     greedy: bool = True
     samples: int = Field(default=0, ge=0)
     """Sampled responses an item, for avg@k, maj@k and pass@k."""
@@ -375,23 +403,23 @@ class CheckpointConfig(Section):
     every: int = Field(default=10, ge=0)
     """Steps between checkpoints; 0 keeps only the one at the end (or at Ctrl-C)."""
     keep: PositiveInt = 2
-    """How many of the newest stay: with two there is another one where a disk has spoilt the last."""
+    """Number of newest checkpoints to keep; with 2, a corrupted last one leaves another to resume from."""
 
 
 class ScaleConfig(Section):
-    """Several processes, started by torchrun; one process needs none of this."""
+    """Several processes, started by torchrun; a single process ignores this section."""
 
     shard: bool = True
     """Shard policy, PRM and reference over the ranks (FSDP2); off: every rank has whole copies."""
     offload: list[Literal["policy", "prm", "reference"]] = []
-    """Models whose shards, with their optimizer's states, stay in CPU memory while they are not at work."""
+    """Models whose shards and optimizer states stay in CPU memory while they are not in use."""
     vocab_parallel_head: bool = False
-    """Share the vocabulary out over the ranks that hold the shards: the head and its gradient are never whole, and
-    instead every rank gets all ranks' hidden states. Needs a vocabulary that the number of ranks divides."""
+    """Split the head's rows over the ranks: no rank ever holds the whole head or its gradient; instead every rank gets
+    all ranks' hidden states. The vocabulary must divide by the number of ranks."""
     activation_checkpointing: bool = False
-    """Keep the input of each layer alone and compute the rest again in the backward pass."""
+    """Keep only each layer's input and recompute the rest in the backward pass."""
     timeout_minutes: float = Field(default=60.0, gt=0)
-    """How long ranks wait for one another in a collective; a rank that died is noticed within a minute."""
+    """Timeout of a collective; a dead rank is detected within a minute."""
 
     @model_validator(mode="after")
     def _shares_need_shards(self) -> ScaleConfig:

@@ -26,6 +26,11 @@ def prompt(value: Any, field: str) -> list[dict[str, str]]:
     return checked(value, field, last="user")
 
 
+def asking(question: str, system_prompt: str | None) -> list[dict[str, str]]:
+    """The chat of one question, after the system prompt if one is set."""
+    return with_system([{"role": "user", "content": question}], system_prompt)
+
+
 def with_system(messages: list[dict[str, str]], text: str | None) -> list[dict[str, str]]:
     """The chat with `text` in place of its system message; as it is where `text` is None."""
     if text is None:

@@ -7,7 +7,10 @@ A row is either in the Eurus-2-RL-Data schema (`prompt`, `ability`, `reward_mode
 from __future__ import annotations
 
 import json
+import math
 import random
+import sys
+from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ from ..verify import confinement_for
 from ..verify.answers import CallTests, MathAnswer, ProgramTests, StdioTests
 from . import chat
 from .problems import Problem, messages_for
-from .readers import read_rows
+from .readers import Kind, check_text, kind_of, read_rows, refuse
 
 _DEFAULT_TEMPLATE = TaskConfig.model_fields["template"].default
 
@@ -28,10 +31,10 @@ class FileTask:
     def __init__(self, cfg: TaskConfig, seed: int) -> None:
         if cfg.path is None:
             raise ValueError(f"task.path is required when task.kind = {cfg.kind!r}")
-        self.name = cfg.path.stem
-        rows = _read_problems(cfg.path, cfg.kind, cfg, "task.path")
+        self.name, self.bad_rows = cfg.path.stem, cfg.bad_rows
+        rows = _read_problems(cfg.path, "parquet" if cfg.kind == "parquet" else "jsonl", cfg, "task.path")
         if cfg.eval_path is not None:
-            kind = "parquet" if cfg.eval_path.suffix == ".parquet" else "jsonl"
+            kind: Kind = "parquet" if kind_of(cfg.eval_path) == "parquet" else "jsonl"
             self._held_out = _read_problems(cfg.eval_path, kind, cfg, "task.eval_path")[: cfg.eval_size]
         else:
             self._held_out, rows = rows[: cfg.eval_size], rows[cfg.eval_size :]
@@ -61,23 +64,45 @@ def _shuffled(count: int, seed: int, epoch: int) -> list[int]:
     return order
 
 
-def _read_problems(path: Path, kind: str, cfg: TaskConfig, option: str) -> list[Problem]:
-    if not path.is_file():
+def _read_problems(path: Path, kind: Kind, cfg: TaskConfig, option: str) -> list[Problem]:
+    if not path.exists():
         raise ValueError(f"{option}: no such file: {path}")
     problems: list[Problem] = []
-    for place, row in read_rows(path, option, kind):
+    bad: list[ValueError] = []
+    skips = cfg.bad_rows == "skip"
+    for place, row in read_rows(path, option, kind, bad.append if skips else refuse):
         try:
-            ability = row.get("ability", "math")
-            if ability not in _ANSWERS:
-                raise ValueError(f"ability must be 'math' or 'code', got {ability!r}")
-            problems.append(Problem(f"{path.stem}/{len(problems)}", _messages(row, cfg), _ANSWERS[ability](row)))
+            where = f"{path}, {place}"
+            answer = problem_answer(row)
+            if isinstance(answer, ProgramTests):
+                _check_tests(answer, where)
+            problems.append(Problem(f"{path.stem}/{len(problems)}", _messages(row, cfg), answer, where))
         except ValueError as error:
-            raise ValueError(f"{path}, {place}: {error}") from None
+            told = ValueError(str(error) if str(error).startswith(str(path)) else f"{path}, {place}: {error}")
+            if not skips:
+                raise told from None
+            bad.append(told)
+    if bad:
+        print(
+            f"{option}: {len(bad)} of {len(bad) + len(problems)} rows of {path} are left out (task.bad_rows = 'skip'), "
+            f"the first because of {bad[0]}",
+            file=sys.stderr,
+        )
     if not problems:
-        raise ValueError(f"{option}: {path} has no rows")
+        raise ValueError(f"{option}: {path} has no rows{' that can be used' if bad else ''}")
     if any(isinstance(problem.answer, ProgramTests) for problem in problems):
-        confinement_for(cfg)  # a machine that cannot run programs says so before anything is trained
+        confinement_for(cfg)  # fails before training on a machine that cannot run programs
     return problems
+
+
+def _check_tests(answer: ProgramTests, where: str) -> None:
+    """Tests may be JSON inside of a text: what the reader of the row has not seen."""
+    tests = answer.to_json()
+    check_text(tests, where)
+    try:
+        json.dumps(tests, allow_nan=False)
+    except ValueError:
+        raise ValueError("reward_model.ground_truth must not hold NaN or infinity: no output equals it") from None
 
 
 def _messages(row: dict[str, Any], cfg: TaskConfig) -> list[dict[str, str]]:
@@ -85,10 +110,20 @@ def _messages(row: dict[str, Any], cfg: TaskConfig) -> list[dict[str, str]]:
     messages = chat.prompt(prompt, "prompt")
     if isinstance(prompt, str):
         return messages_for(cfg, prompt)
-    # A chat is kept as it is, but what the configuration sets acts.
+    # A chat is kept, but the template and the system prompt of the configuration apply.
     if cfg.template != _DEFAULT_TEMPLATE:
         messages[-1]["content"] = cfg.template.replace("{question}", messages[-1]["content"])
     return chat.with_system(messages, cfg.system_prompt)
+
+
+def problem_answer(row: dict[str, Any]) -> MathAnswer | ProgramTests:
+    """The reference answer of a row; raises ValueError that names the field that is not as expected."""
+    ability = row.get("ability", "math")
+    if ability == "math":
+        return _math_answer(row)
+    if ability == "code":
+        return _code_answer(row)
+    raise ValueError(f"ability must be 'math' or 'code', got {ability!r}")
 
 
 def _math_answer(row: dict[str, Any]) -> MathAnswer:
@@ -101,6 +136,9 @@ def _math_answer(row: dict[str, Any]) -> MathAnswer:
 
 def reference_text(truth: Any, field: str) -> str:
     """A reference answer as text; raises ValueError, naming `field`, for what is none."""
+    if isinstance(truth, float) and not math.isfinite(truth):
+        # As text it would be an answer that no response can give.
+        raise ValueError(f"{field} must be a finite number or text, got {truth}")
     if isinstance(truth, float) and truth.is_integer():
         truth = int(truth)  # 142.0 in a benchmark file is the answer 142
     if isinstance(truth, bool) or not isinstance(truth, (str, int, float)) or not str(truth).strip():
@@ -112,7 +150,7 @@ def _code_answer(row: dict[str, Any]) -> ProgramTests:
     field, truth = "reward_model.ground_truth", _ground_truth(row)
     if isinstance(truth, str):
         try:
-            truth = json.loads(truth)
+            truth = _json(truth)
         except ValueError as error:
             raise ValueError(f"{field} of a code problem must be JSON: {error}") from None
     tests = truth if isinstance(truth, dict) else {}
@@ -126,7 +164,23 @@ def _code_answer(row: dict[str, Any]) -> ProgramTests:
         ]
         return StdioTests(*texts)
     calls = [_arguments(value, f"{field}.inputs[{i}]") for i, value in enumerate(inputs)]
-    return CallTests(str(name), calls, outputs)
+    wanted = [_output(out) if isinstance(given, str) else out for given, out in zip(inputs, outputs, strict=True)]
+    return CallTests(str(name), calls, wanted)
+
+
+def _output(value: Any) -> Any:
+    """Where the arguments are JSON text, so is the result."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return _json(value)
+    except ValueError:
+        return value  # some files have plain text there
+
+
+def _json(text: str) -> Any:
+    """JSON whose integers may have any number of digits; Python refuses to read more than 4,300."""
+    return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 4_000 else int(Decimal(digits)))
 
 
 def _ground_truth(row: dict[str, Any]) -> Any:
@@ -146,12 +200,9 @@ def _arguments(value: Any, field: str) -> list[Any]:
     """A list is the arguments; a text has one JSON value a line."""
     if isinstance(value, str):
         try:
-            return [json.loads(line) for line in value.splitlines()]
+            return [_json(line) for line in value.split("\n") if line.strip()]
         except ValueError as error:
             raise ValueError(f"{field} must have one JSON value a line: {error}") from None
     if not isinstance(value, list):
         raise ValueError(f"{field} must be the list of arguments, got {value!r:.100}")
     return value
-
-
-_ANSWERS = {"math": _math_answer, "code": _code_answer}

@@ -23,7 +23,7 @@ class Group:
     """A prompt and its responses; `problem` is where it came from, `prompt_text` and `reference` are for people."""
 
     prompt_ids: list[int]
-    responses: list[Response]
+    responses: Sequence[Response]
     problem: str = ""
     prompt_text: str = ""
     reference: str = ""

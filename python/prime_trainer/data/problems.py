@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from ..config.sections import TaskConfig
+from ..errors import RunError
+from ..models.protocols import Tokenizer
+from ..models.tokenizers import render
 from ..verify.answers import Answer
+from . import chat
 
 
 @dataclass(frozen=True)
@@ -17,6 +23,8 @@ class Problem:
     messages: list[dict[str, str]]
     """The chat that the model sees, without the answer."""
     answer: Answer
+    place: str = ""
+    """Where it stands, for error messages: file and line."""
 
     @property
     def reference(self) -> str:
@@ -24,10 +32,40 @@ class Problem:
         return self.answer.reference
 
 
+class BadRow(RunError, ValueError):
+    """A problem that cannot be used; the message says which one and why."""
+
+
+def prompt_ids(tokenizer: Tokenizer, problem: Problem) -> list[int]:
+    """The tokens of a problem's prompt. Raises BadRow, naming the problem, for what the chat template refuses."""
+    try:
+        return render(tokenizer, problem.messages)
+    except Exception as error:  # a template raises what it likes
+        told = " ".join(str(error).split()) or type(error).__name__
+        raise BadRow(f"{problem.place or problem.id}: the prompt cannot be written in tokens: {told:.200}") from error
+
+
+def usable(tokenizer: Tokenizer, problems: Sequence[Problem], bad_rows: str) -> list[Problem]:
+    """The problems whose prompts can be written in tokens: all, or BadRow, unless `bad_rows` is "skip"."""
+    found = []
+    for problem in problems:
+        try:
+            prompt_ids(tokenizer, problem)
+        except BadRow as error:
+            if bad_rows == "error":
+                raise BadRow(f"{error} (task.bad_rows = 'skip' leaves such rows out)") from None
+            print(f"left out: {error}", file=sys.stderr)
+            continue
+        found.append(problem)
+    return found
+
+
 class Task(Protocol):
     """A source of problems."""
 
     name: str
+    bad_rows: Literal["error", "skip"]
+    """What to do with a problem that turns out to be a BadRow."""
 
     def train(self, start: int, count: int) -> list[Problem]:
         """Returns the problems at positions `start` to `start + count - 1` of the unending training stream."""
@@ -40,6 +78,5 @@ class Task(Protocol):
 
 def messages_for(cfg: TaskConfig, question: str) -> list[dict[str, str]]:
     """Returns the chat that asks `question`: the system prompt, if one is set, and the filled-in template."""
-    system = [] if cfg.system_prompt is None else [{"role": "system", "content": cfg.system_prompt}]
     # Not str.format: questions and templates are full of LaTeX braces.
-    return [*system, {"role": "user", "content": cfg.template.replace("{question}", question)}]
+    return chat.asking(cfg.template.replace("{question}", question), cfg.system_prompt)

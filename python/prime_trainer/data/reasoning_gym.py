@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
 from ..config.sections import TaskConfig
+from ..config.suggest import did_you_mean
 from ..verify.answers import GymAnswer
 from .problems import Problem, messages_for
 
@@ -26,11 +26,11 @@ class ReasoningGymTask:
     """An unending stream of one reasoning-gym dataset, and a held-out set that is the same for every seed.
 
     reasoning-gym seeds item `i` of a dataset with `seed + i`, so neighbouring seeds share nearly all items. Here every
-    chunk of positions has a seed of its own, drawn by hashing.
+    chunk of positions has its own seed, derived by hashing.
     """
 
     def __init__(self, cfg: TaskConfig, seed: int) -> None:
-        self.name = cfg.name
+        self.name, self.bad_rows = cfg.name, cfg.bad_rows
         self._cfg = cfg
         self._seed = seed
         self._create = _dataset_factory(cfg.name, cfg.params)
@@ -96,9 +96,10 @@ def _dataset_factory(name: str, params: dict[str, Any]) -> Callable[[int, int], 
     from reasoning_gym.factory import DATASETS
 
     if name not in DATASETS:
+        close = did_you_mean(name, DATASETS, most=3, show=repr)
         raise ValueError(
             f"task.name must be a reasoning-gym dataset, got {name!r}"
-            f"{_close(name, DATASETS) or f'; there are {len(DATASETS)}, such as chain_sum, countdown, knights_knaves'}"
+            f"{close or f'; there are {len(DATASETS)}, such as chain_sum, countdown, knights_knaves'}"
         )
     fields = [field.name for field in dataclasses.fields(DATASETS[name][1]) if field.name not in ("seed", "size")]
     for key in params:
@@ -106,7 +107,8 @@ def _dataset_factory(name: str, params: dict[str, Any]) -> Callable[[int, int], 
             raise ValueError(f"task.params must not set {key!r}: the run's seed and steps decide it")
         if key not in fields:
             raise ValueError(
-                f"task.params for {name!r} has no {key!r}{_close(key, fields)}; it takes {', '.join(fields)}"
+                f"task.params for {name!r} has no {key!r}{did_you_mean(key, fields, most=3, show=repr)}; "
+                f"it takes {', '.join(fields)}"
             )
 
     def create(seed: int, size: int) -> Any:
@@ -117,8 +119,3 @@ def _dataset_factory(name: str, params: dict[str, Any]) -> Callable[[int, int], 
     except Exception as error:  # the library checks its parameters with assertions and plain code alike
         raise ValueError(f"task.params for {name!r}: {str(error) or type(error).__name__}, got {params!r}") from error
     return create
-
-
-def _close(word: str, known: Any) -> str:
-    matches = difflib.get_close_matches(word, list(known), n=3)
-    return f"; did you mean {' or '.join(repr(m) for m in matches)}?" if matches else ""

@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 
 from ..config.run_config import RunConfig
+from ..config.sections import BenchmarkName
 from ..data.problems import Problem
 from ..report.markdown import table as markdown_table
 from ..report.statistics import bootstrap_interval, majority, pass_at_k, wilson
 from ..run.atomic_files import replace_file
 from ..run.jsonl import jsonl_text
+from ..run.output_lock import owns_output
 from ..verify import Verifier
 from . import benchmarks, responses
 from .benchmarks import BENCHMARKS, PUBLISHED
@@ -22,10 +24,11 @@ from .benchmarks import BENCHMARKS, PUBLISHED
 MATH = [name for name, benchmark in BENCHMARKS.items() if benchmark.ability == "math"]
 
 
+@owns_output
 def run(cfg: RunConfig) -> Path:
     """Writes `table.md`, `summary.json` and a `NAME.scored.jsonl` for each benchmark; returns the table's path."""
-    target = responses.run(cfg)
-    summary = {}
+    target = responses.generate(cfg)
+    summary: dict[BenchmarkName, dict[str, Any]] = {}
     with Verifier.from_config(cfg.task) as verifier:
         for name in benchmarks.wanted(cfg.bench):
             rows = _score(cfg, name, verifier)
@@ -38,7 +41,7 @@ def run(cfg: RunConfig) -> Path:
     return table
 
 
-def _score(cfg: RunConfig, name: str, verifier: Verifier) -> list[dict[str, Any]]:
+def _score(cfg: RunConfig, name: BenchmarkName, verifier: Verifier) -> list[dict[str, Any]]:
     """Every response that the configuration asks for, with its score; mathematical answers of an item in groups."""
     sampled = responses.read(cfg, name)
     modes = [(responses.GREEDY, 0)] * cfg.bench.greedy + [(responses.SAMPLED, k) for k in range(cfg.bench.samples)]
@@ -111,7 +114,7 @@ def _interval(value: Sequence[float]) -> str:
     return f"{share:.1f} [{low:.1f}, {high:.1f}]"
 
 
-def render(summary: dict[str, dict[str, Any]], model: str, limit: int) -> str:
+def render(summary: dict[BenchmarkName, dict[str, Any]], model: str, limit: int) -> str:
     """Two Markdown tables: accuracies in the cards' order, and each benchmark's figures with their intervals."""
     headers = ["model", *(BENCHMARKS[name].title for name in MATH), "mean of the five"]
     headers += [BENCHMARKS[name].title for name in BENCHMARKS if name not in MATH]
@@ -144,7 +147,7 @@ def _main(figures: dict[str, Any]) -> str:
     return next((label for label, value in figures.items() if isinstance(value, list)), "")
 
 
-def _row(headers: Sequence[str], label: str, values: dict[str, float]) -> dict[str, str]:
+def _row(headers: Sequence[str], label: str, values: dict[BenchmarkName, float]) -> dict[str, str]:
     cells = {BENCHMARKS[name].title: f"{value:.1f}" for name, value in values.items()}
     if all(name in values for name in MATH):
         cells["mean of the five"] = f"{sum(values[name] for name in MATH) / len(MATH):.1f}"

@@ -6,16 +6,18 @@ Files are the user's: a file in the forms named below, or a folder of a Hugging 
 from __future__ import annotations
 
 import ast
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..config.sections import BenchConfig
+from ..config.sections import BenchConfig, BenchmarkName
+from ..data import chat
 from ..data.file_task import reference_text
 from ..data.problems import Problem
-from ..data.readers import read_rows
+from ..data.readers import KINDS, Kind, kind_of, read_rows
 from ..verify import last_boxed
 from ..verify.answers import Answer, AssertTests, MathAnswer
 
@@ -25,7 +27,7 @@ SUFFIXES = {
 }
 """What the cards of Eurus-2 append to a question."""
 
-PUBLISHED = {
+PUBLISHED: dict[str, dict[BenchmarkName, float]] = {
     "Eurus-2-7B-SFT": {"aime24": 3.3, "math500": 65.1, "amc": 30.1, "minerva": 32.7, "olympiad": 29.8},
     "Eurus-2-7B-PRIME": {"aime24": 26.7, "math500": 79.2, "amc": 57.8, "minerva": 38.6, "olympiad": 42.1},
 }
@@ -45,13 +47,13 @@ class Benchmark:
     read: Callable[[Row], tuple[str, Answer] | None]
 
 
-def load(name: str, cfg: BenchConfig) -> list[Problem]:
+def load(name: BenchmarkName, cfg: BenchConfig) -> list[Problem]:
     """Returns the first `cfg.limit` problems (0: all) of a benchmark.
 
     Raises ValueError, naming the file, the row and the field or the number of items, for what is not as expected.
     """
     benchmark = BENCHMARKS[name]
-    problems = []
+    problems: list[Problem] = []
     for path in _locate(name, benchmark, cfg):
         for place, row in read_rows(path, "bench.data", _kind(path)):
             try:
@@ -60,19 +62,14 @@ def load(name: str, cfg: BenchConfig) -> list[Problem]:
                 raise ValueError(f"{path}, {place}: {error}") from None
             if found is not None:
                 question, answer = found
-                messages = _messages(question + SUFFIXES[benchmark.ability], cfg.system_prompt)
+                messages = chat.asking(question + SUFFIXES[benchmark.ability], cfg.system_prompt)
                 problems.append(Problem(f"{name}/{len(problems)}", messages, answer))
     if len(problems) != benchmark.items:
         raise ValueError(f"{path}: {benchmark.title} has {benchmark.items} items, found {len(problems)}")
     return problems[: cfg.limit or None]
 
 
-def _messages(question: str, system_prompt: str | None) -> list[dict[str, str]]:
-    system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
-    return [*system, {"role": "user", "content": question}]
-
-
-def _locate(name: str, benchmark: Benchmark, cfg: BenchConfig) -> list[Path]:
+def _locate(name: BenchmarkName, benchmark: Benchmark, cfg: BenchConfig) -> list[Path]:
     if name in cfg.paths:
         places = [cfg.paths[name]]
     elif cfg.data is not None:
@@ -90,21 +87,18 @@ def _locate(name: str, benchmark: Benchmark, cfg: BenchConfig) -> list[Path]:
 
 def _dataset_files(folder: Path) -> list[Path]:
     """The files of the split `test`, or all of them where none is named so."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and _kind(p, strict=False))
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and kind_of(p))
     tests = [p for p in files if "test" in p.name or "test" in p.parent.name]
     if not files:
         raise ValueError(f"{folder} has no parquet, JSONL or JSON files")
     return tests or files
 
 
-def _kind(path: Path, strict: bool = True) -> str:
-    names = {".parquet": "parquet", ".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".json": "json"}
-    for suffix, kind in names.items():
-        if path.name.endswith(suffix):
-            return kind
-    if strict:
-        raise ValueError(f"{path}: a benchmark file must end with {', '.join(names)}")
-    return ""
+def _kind(path: Path) -> Kind:
+    kind = kind_of(path)
+    if kind is None:
+        raise ValueError(f"{path}: a benchmark file must end with {', '.join(KINDS)}")
+    return kind
 
 
 def _field(row: Row, *names: str) -> Any:
@@ -156,9 +150,12 @@ def _olympiad(row: Row) -> tuple[str, Answer]:
 
 def _tolerance(error: Any) -> float:
     try:
-        return float(error)
+        tolerance = float(error)
     except (TypeError, ValueError):
         raise ValueError(f"error must be a number, got {error!r:.40}") from None
+    if not 0 <= tolerance < math.inf:  # NaN neither
+        raise ValueError(f"error must be a finite number of at least 0, got {error!r:.40}")
+    return tolerance
 
 
 def _humaneval(row: Row) -> tuple[str, Answer]:
@@ -190,7 +187,7 @@ def _mbpp(row: Row) -> tuple[str, Answer]:
     return f"{_text(row, 'prompt', 'text')}\n{tests[0]}", AssertTests(tests, setup=setup, names=names, prelude="")
 
 
-BENCHMARKS = {
+BENCHMARKS: dict[BenchmarkName, Benchmark] = {
     "aime24": Benchmark("AIME 2024", "math", 30, ("aime24.jsonl", "aime_2022_2024.jsonl"), _aime24),
     "math500": Benchmark("MATH-500", "math", 500, ("math500.jsonl",), _math),
     "amc": Benchmark("AMC", "math", 83, ("amc.jsonl",), _math),
@@ -202,6 +199,6 @@ BENCHMARKS = {
 """In the order of the cards' table."""
 
 
-def wanted(cfg: BenchConfig) -> Iterator[str]:
+def wanted(cfg: BenchConfig) -> Iterator[BenchmarkName]:
     """The names of the benchmarks that a configuration asks for, in the cards' order."""
     return (name for name in BENCHMARKS if name in cfg.tasks)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..config.run_config import RunConfig
-from ..data.problems import Problem
+from ..data.problems import Problem, prompt_ids, usable
 from ..data.tasks import load_task
 from ..models.protocols import Tokenizer
-from ..models.tokenizers import load_tokenizer, render
+from ..models.tokenizers import load_tokenizer
 from ..rollout import Sampler, Sampling
 from ..run.seeds import derive_seed
 from ..scale.ranks import SINGLE, Ranks
@@ -33,7 +33,7 @@ def evaluate(
     """
     indices = ranks.share(range(len(problems)))
     total, problems = len(problems), ranks.share(problems)
-    prompts = [render(tokenizer, p.messages) for p in problems]
+    prompts = [prompt_ids(tokenizer, p) for p in problems]
     values: dict[str, float] = {"n": total}
     for name, n, heat in (("greedy", 1, 0.0), ("sampled", sampled, temperature)):
         if n == 0:
@@ -63,7 +63,7 @@ def run(cfg: RunConfig) -> dict[str, float]:
     from .responses import open_sampler
 
     tokenizer = load_tokenizer(cfg.model)
-    problems = load_task(cfg.task, cfg.seed).held_out()
+    problems = usable(tokenizer, load_task(cfg.task, cfg.seed).held_out(), cfg.task.bad_rows)
     sampler = open_sampler(cfg, tokenizer)
     try:
         with Verifier.from_config(cfg.task) as verifier:

@@ -8,29 +8,42 @@ from pathlib import Path
 from typing import Any
 
 from ..config.run_config import RunConfig
-from ..data.problems import Problem
+from ..config.sections import BenchmarkName
+from ..data.problems import Problem, prompt_ids
 from ..models import loading, tokenizers
 from ..models.protocols import Tokenizer
-from ..rollout import Sampler, Sampling, make_sampler
+from ..rollout import EngineConfig, Sampler, Sampling, make_sampler
+from ..run import unchanged
 from ..run.atomic_files import replace_file
-from ..run.jsonl import JsonlWriter, read_jsonl
+from ..run.jsonl import JsonlWriter, read_jsonl, read_object
+from ..run.output_lock import owns_output
 from ..run.progress import progress_bar
 from ..run.seeds import derive_seed
 from . import benchmarks
 
 GREEDY, SAMPLED = "greedy", "sampled"
+FILES = "the files of model.path"
 
 
 def open_sampler(cfg: RunConfig, tokenizer: Tokenizer) -> Sampler:
     """The model of `cfg.model`, to be sampled from."""
-    return make_sampler(cfg, loading.load_model(cfg.model), tokenizer, batch_size=cfg.eval.batch_size)
+    return make_sampler(
+        EngineConfig(cfg.rollout, cfg.model, cfg.output), loading.load_model(cfg.model), tokenizer,
+        batch_size=cfg.eval.batch_size,
+    )  # fmt: skip
 
 
 def folder(cfg: RunConfig) -> Path:
     return cfg.output / "bench"
 
 
+@owns_output
 def run(cfg: RunConfig) -> Path:
+    """`generate` for a process that does nothing else in the folder."""
+    return generate(cfg)
+
+
+def generate(cfg: RunConfig) -> Path:
     """Writes `bench/NAME.jsonl` below `cfg.output`, a line a response, and returns the folder.
 
     What is there already is kept and only the rest is generated; raises ValueError if it was generated in another way.
@@ -63,15 +76,21 @@ def run(cfg: RunConfig) -> Path:
     return target
 
 
-def read(cfg: RunConfig, name: str) -> dict[tuple[str, str, int], dict[str, Any]]:
+def read(cfg: RunConfig, name: BenchmarkName) -> dict[tuple[str, str, int], dict[str, Any]]:
     """The responses to a benchmark by (id, mode, index)."""
     return {(row["id"], row["mode"], row["index"]): row for row in read_jsonl(folder(cfg) / f"{name}.jsonl")}
 
 
 def _respond(
-    cfg: RunConfig, name: str, mode: str, n: int, chunk: Sequence[Problem], sampler: Sampler, tokenizer: Tokenizer
+    cfg: RunConfig,
+    name: BenchmarkName,
+    mode: str,
+    n: int,
+    chunk: Sequence[Problem],
+    sampler: Sampler,
+    tokenizer: Tokenizer,
 ) -> list[dict[str, Any]]:
-    prompts = [tokenizers.render(tokenizer, p.messages) for p in chunk]
+    prompts = [prompt_ids(tokenizer, p) for p in chunk]
     sampling = Sampling(cfg.bench.max_new_tokens, 0.0 if mode == GREEDY else cfg.bench.temperature)
     seeds = [derive_seed(cfg.seed, "bench", name, p.id) for p in chunk]
     rows = []
@@ -91,12 +110,15 @@ def _claim(cfg: RunConfig, target: Path) -> None:
     made = {
         "seed": cfg.seed,
         **{f"model.{key}": value for key, value in cfg.model.model_dump(mode="json", exclude={"device"}).items()},
+        FILES: loading.fingerprint(cfg.model),
         **{f"bench.{key}": getattr(bench, key) for key in ("temperature", "max_new_tokens", "system_prompt")},
     }
     path = target / "settings.json"
     if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        changed = [f"{key} was {before.get(key)!r}, is {made[key]!r}" for key in made if before.get(key) != made[key]]
+        before = read_object(path)
+        if FILES not in before:  # responses of a version that did not keep it
+            before[FILES] = made[FILES]
+        changed = [f"{key} was {before.get(key)!r}, is {made[key]!r}" for key in unchanged.differing(before, made)]
         if changed:
             raise ValueError(f"{target} holds responses made in another way ({'; '.join(changed)}): set another output")
     target.mkdir(parents=True, exist_ok=True)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, overload
 
 from torch import Tensor
 
+from . import traits
 from .protocols import CausalLM
 
 
@@ -15,15 +16,14 @@ def positions(model: CausalLM) -> int | None:
     return getattr(model.config, "max_position_embeddings", None)
 
 
+@overload
+def length_limit(models: Iterable[CausalLM], max_length: int) -> int: ...
+@overload
+def length_limit(models: Iterable[CausalLM], max_length: int | None) -> int | None: ...
 def length_limit(models: Iterable[CausalLM], max_length: int | None) -> int | None:
     """The longest sequence that all `models` can read, at most `max_length`; None where nothing says."""
     limits = [max_length, *map(positions, models)]
     return min((limit for limit in limits if limit is not None), default=None)
-
-
-def reads_stream(model: CausalLM) -> bool:
-    """Whether its attention reads one stream of sequences, without masks (`Batch`): flash-attn's kernels."""
-    return model.config._attn_implementation.startswith("flash_attention")
 
 
 def new_cache(model: CausalLM) -> Any:
@@ -32,8 +32,12 @@ def new_cache(model: CausalLM) -> Any:
     return DynamicCache(config=model.config)
 
 
-def hidden_states(model: CausalLM, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Last hidden states [b, L, H]; `attention_mask` is None (causal) or bool [b, 1, L, L]."""
-    return model.base_model(
-        input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, use_cache=False
-    ).last_hidden_state
+def hidden_states(
+    model: CausalLM, input_ids: Tensor, position_ids: Tensor | None, attention_mask: Tensor | None
+) -> Tensor:
+    """Last hidden states [b, L, H]; `attention_mask` is None (causal) or bool [b, 1, L, L], true where a token sees.
+
+    Without `position_ids` they are the model's own, 0 to L - 1 in most.
+    """
+    masks = None if attention_mask is None else traits.of(model).masks
+    return traits.hidden_states(model, input_ids, position_ids, attention_mask, masks)

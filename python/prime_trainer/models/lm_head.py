@@ -14,45 +14,70 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 import prime_kernels as pk
+from prime_kernels.integrations import output_layer
 
 from ..scale import sharding
+from . import traits
 from .protocols import CausalLM
 
 
 def is_split(model: CausalLM) -> bool:
-    """Whether the ranks share out the vocabulary: what is computed from the head is then collective."""
+    """Whether the head's rows are split over the ranks; passes through the head are then collective."""
     return getattr(model, "head_group", None) is not None
 
 
+def has_fused_losses(model: CausalLM) -> bool:
+    """Whether losses straight from hidden states take its head: whole on this rank, its logits not capped."""
+    return not is_split(model) and traits.of(model).head.softcap is None
+
+
 def head(model: CausalLM, hidden: Tensor) -> pk.Head:
-    """The whole LM head applied to `hidden` [T, H], as the kernels take it."""
-    return pk.Head(hidden, *(sharding.whole(part, hidden.dtype, hidden.device) for part in _parts(model)))
+    """The whole LM head applied to `hidden` [T, H], as the kernels take it; its logits lack `factor`."""
+    weight, bias = output_layer(model)
+    return pk.Head(
+        hidden,
+        sharding.whole(weight, hidden.dtype, hidden.device),
+        None if bias is None else sharding.whole(bias, hidden.dtype, hidden.device),
+    )
+
+
+def factor(model: CausalLM) -> float:
+    """What the model multiplies its logits by: the kernels divide by a temperature."""
+    return traits.of(model).head.scale
+
+
+def nll(model: CausalLM, hidden: Tensor, ids: Tensor, denominator: int) -> Tensor:
+    """Negative log-likelihood of `ids` [T], summed and divided by `denominator`."""
+    if not has_fused_losses(model):
+        return -log_probs(model, hidden, ids)[0].sum() / denominator
+    at = head(model, hidden)
+    return pk.linear_nll(
+        at.hidden, at.weight, ids, bias=at.bias, temperature=1.0 / factor(model), denominator=denominator
+    )
 
 
 def log_probs(
     model: CausalLM, hidden: Tensor, ids: Tensor, *, temperature: float = 1.0, with_entropy: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """(log-probs [T], entropies [T] or None) of `ids` [T]; logits never exist for more than a tile of tokens."""
-    options = {"temperature": temperature, "with_entropy": with_entropy}
-    if not is_split(model):
+    form, group = traits.of(model).head, getattr(model, "head_group", None)
+    if group is None:
         at = head(model, hidden)
-        found = pk.linear_log_probs(at.hidden, at.weight, ids, bias=at.bias, **options)
-        return found if with_entropy else (found, None)
-    group = model.head_group
+        found = form.log_probs(
+            at.hidden, at.weight, ids, bias=at.bias, temperature=temperature, with_entropy=with_entropy
+        )
+        return (found, None) if isinstance(found, Tensor) else found
     counts = _gathered(torch.tensor([len(ids)], device=ids.device), [1] * dist.get_world_size(group), group).tolist()
-    weight, bias = (sharding.share(part, hidden.dtype, hidden.device) for part in _parts(model))
+    weight, bias = output_layer(model)
     everyones = _OfAllRanks.apply(hidden, counts, group)
-    found = pk.linear_log_probs(
-        everyones, weight, _gathered(ids, counts, group), bias=bias, process_group=group, **options
-    )
-    columns = found if with_entropy else (found,)
+    found = form.log_probs(
+        everyones, sharding.share(weight, hidden.dtype, hidden.device), _gathered(ids, counts, group),
+        bias=None if bias is None else sharding.share(bias, hidden.dtype, hidden.device),
+        temperature=temperature, with_entropy=with_entropy, process_group=group,
+    )  # fmt: skip
+    columns = (found,) if isinstance(found, Tensor) else found
     mine = [_OfThisRank.apply(column, counts, group) for column in columns]
     return mine[0], mine[1] if with_entropy else None
-
-
-def _parts(model: CausalLM) -> tuple[Tensor, Tensor | None]:
-    layer = model.get_output_embeddings()
-    return layer.weight, getattr(layer, "bias", None)
 
 
 def _gathered(rows: Tensor, counts: list[int], group: dist.ProcessGroup) -> Tensor:

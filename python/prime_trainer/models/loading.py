@@ -1,13 +1,14 @@
-"""The only file that imports transformers: models, tokenizers and chat templates."""
+"""Loads and saves causal LMs."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,17 +17,15 @@ from ..config.sections import ModelConfig
 from ..run.atomic_files import replace_directory
 from ..scale import sharding
 from ..scale.ranks import SINGLE, Ranks
+from . import traits
+from .model_files import READ_SAFELY, ModelError, check_directory, check_loaded, gguf_left_out, reading
 from .protocols import CausalLM, Tokenizer
 
 SMOLLM2 = "smollm2-135m-instruct"
 
 
-class ModelError(ValueError):
-    """The model cannot be had; the message says what was asked for and what to do."""
-
-
 @contextmanager
-def _quiet():
+def _quiet() -> Iterator[None]:
     from transformers.utils import logging
 
     shown, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -56,6 +55,8 @@ def _locate(cfg: ModelConfig) -> tuple[str, str | None]:
         raise ModelError(f"model.path = {cfg.path!r} has no config.json; for a GGUF model set model.gguf_file")
     if cfg.gguf_file is not None and not (directory / cfg.gguf_file).is_file():
         raise ModelError(f"model.gguf_file = {cfg.gguf_file!r} is not in {cfg.path!r}")
+    if cfg.gguf_file is None:
+        check_directory(directory, cfg)
     return str(directory), cfg.gguf_file
 
 
@@ -86,20 +87,29 @@ def load_model(cfg: ModelConfig) -> CausalLM:
             "model.attention = 'flash_attention_2' needs the package flash-attn and a CUDA device: "
             "pip install 'prime-kernels[cuda]'"
         )
-    with _quiet():
-        if gguf:
-            from transformers import GgufConfig
+    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
+    if gguf:
+        from transformers import GgufConfig
 
-            model = AutoModelForCausalLM.from_pretrained(
-                directory,
-                gguf_file=gguf,
-                quantization_config=GgufConfig(dequantize=True),
-                attn_implementation=cfg.attention,
-            )
-        else:
-            model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation=cfg.attention)
+        options = {"gguf_file": gguf, "quantization_config": GgufConfig(dequantize=True)}
+    attention = None if cfg.attention == "auto" else cfg.attention
+    with _quiet(), reading(cfg):
+        # Shapes that differ are let through to be named with what else is wrong.
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            directory, attn_implementation=attention, ignore_mismatched_sizes=True, output_loading_info=True,
+            **options, **READ_SAFELY,
+        )  # fmt: skip
+        model, found = loaded
+        if gguf:
+            found["unexpected_keys"] = {*found["unexpected_keys"], *gguf_left_out(Path(directory) / gguf, model)}
+    check_loaded(found, cfg)
     _check_finite(model, cfg)
-    return model.to(device=device(cfg), dtype=dtype).eval()
+    model = model.to(device=device(cfg), dtype=dtype).eval()
+    try:
+        traits.of(model)
+    except traits.UnsupportedModel as error:
+        raise ModelError(f"model.path = {cfg.path!r}: {error}") from None
+    return model
 
 
 def _check_finite(model: CausalLM, cfg: ModelConfig) -> None:
@@ -117,8 +127,6 @@ def fingerprint(cfg: ModelConfig) -> str:
     """A hash of the configuration and the weights of a model, as files, and of the dtype they are computed in."""
     directory, gguf = _locate(cfg)
     names = [gguf] if gguf else ["config.json", *sorted(p.name for p in Path(directory).glob("*.safetensors"))]
-    if not gguf and len(names) == 1:
-        names += sorted(p.name for p in Path(directory).glob("*.bin"))
     total = hashlib.sha256(cfg.dtype.encode())
     for name in names:
         with (Path(directory) / name).open("rb") as file:
@@ -126,10 +134,17 @@ def fingerprint(cfg: ModelConfig) -> str:
     return total.hexdigest()
 
 
+def fingerprints(models: Mapping[str, ModelConfig]) -> dict[str, str]:
+    """The `fingerprint` of each; files that several are read from are read once."""
+    settings = {name: cfg.model_dump_json() for name, cfg in models.items()}
+    found = {text: fingerprint(ModelConfig.model_validate_json(text)) for text in set(settings.values())}
+    return {name: found[text] for name, text in settings.items()}
+
+
 def save(model: CausalLM, tokenizer: Tokenizer, directory: Path, ranks: Ranks = SINGLE) -> None:
-    """An ordinary Hugging Face directory, complete or not there at all. The first rank writes, all take part."""
+    """Writes a Hugging Face directory, complete or not at all. Collective; the first rank writes."""
     partial = directory.with_name(directory.name + ".partial")
-    # Every rank goes through all tensors, the first keeps them.
+    # Gathering is collective; only the first rank keeps the tensors.
     whole = {k: v for k, v in named_tensors(model, "cpu") if ranks.first} if ranks.mesh is not None else None
 
     def write() -> None:
@@ -146,7 +161,7 @@ def save(model: CausalLM, tokenizer: Tokenizer, directory: Path, ranks: Ranks = 
 
 
 def save_config(model: CausalLM, directory: str | Path) -> None:
-    """What an engine needs to build this model, without its weights."""
+    """Saves the files that an engine builds this model from, without weights."""
     model.config.save_pretrained(directory)
     model.generation_config.save_pretrained(directory)
 
@@ -158,10 +173,10 @@ def frozen(model: CausalLM) -> CausalLM:
 
 
 def named_tensors(model: CausalLM, device: str | None = None) -> Iterable[tuple[str, Tensor]]:
-    """What a sampler needs to follow the policy; with shards every rank must go through all of it."""
+    """The weights for `Sampler.update_weights`; of a sharded model every rank must iterate over all of them."""
     return sharding.whole_tensors(model, device)
 
 
 def weight_shapes(model: CausalLM) -> dict[str, torch.Size]:
-    """The names of `named_tensors` and their shapes; no rank needs another for it."""
+    """Names and shapes of `named_tensors`; not collective."""
     return {name: value.shape for name, value in model.state_dict().items()}

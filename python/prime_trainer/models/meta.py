@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..config.sections import ModelConfig
 from .loading import _locate, _quiet
+from .model_files import READ_SAFELY, reading
 from .protocols import CausalLM
 
 
@@ -17,12 +18,12 @@ def meta_model(cfg: ModelConfig) -> CausalLM:
     from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
     directory, gguf = _locate(cfg)
-    with _quiet():
-        config = AutoConfig.from_pretrained(directory, **({"gguf_file": gguf} if gguf else {}))
+    with _quiet(), reading(cfg):
+        config = AutoConfig.from_pretrained(directory, **({"gguf_file": gguf} if gguf else {}), **READ_SAFELY)
         AttentionInterface.register("meta", _meta_attention)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(
-                config, dtype=getattr(torch, cfg.dtype), attn_implementation="meta"
+                config, dtype=getattr(torch, cfg.dtype), attn_implementation="meta", trust_remote_code=False
             ).eval()
 
 

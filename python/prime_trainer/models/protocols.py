@@ -36,10 +36,11 @@ class CausalLM(Shardable, Protocol):
         self,
         *,
         input_ids: Tensor,
-        attention_mask: Tensor,
-        position_ids: Tensor,
-        past_key_values: Any,
-        logits_to_keep: int,
+        attention_mask: Tensor = ...,
+        position_ids: Tensor = ...,
+        past_key_values: Any = ...,
+        use_cache: bool = ...,
+        logits_to_keep: int = ...,
     ) -> Any:
         """Returns an output whose `logits` are [b, `logits_to_keep`, V]; `past_key_values` is extended in place."""
         ...

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ..config.sections import ModelConfig
-from .loading import ModelError, _locate, _quiet
+from .loading import _locate, _quiet
+from .model_files import READ_SAFELY, ModelError, reading
 from .protocols import CausalLM, Tokenizer
 
 BARE_CHATML = (
@@ -20,54 +25,69 @@ def load_tokenizer(cfg: ModelConfig) -> Tokenizer:
     from transformers import AutoTokenizer
 
     directory, gguf = _locate(cfg)
-    with _quiet():
-        tokenizer = AutoTokenizer.from_pretrained(directory, **({"gguf_file": gguf} if gguf else {}))
+    with _quiet(), reading(cfg):
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            directory, **({"gguf_file": gguf} if gguf else {}), **READ_SAFELY
+        )
     if cfg.chat_template == "bare":
         tokenizer.chat_template = BARE_CHATML
     return tokenizer
 
 
-def tokenizer_fingerprint(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What tells one tokenizer from another, for a checkpoint to compare."""
+@dataclass(frozen=True)
+class TokenizerIdentity:
+    """All that decides how text becomes ids."""
 
-    def digest(text: str) -> str:
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+    vocabulary: dict[str, int]
+    rules: str
+    """The fast tokenizer's own JSON; empty for a slow one."""
+    chat_template: Any
+    eos_token: Any
 
-    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else ""
-    return {
-        "size": len(vocabulary),
-        "vocabulary": digest(repr(vocabulary)),
-        "rules": digest(rules),
-        "chat_template": digest(str(tokenizer.chat_template)),
-        "eos_token": tokenizer.eos_token,
-    }
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> TokenizerIdentity:
+        rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else ""
+        return cls(tokenizer.get_vocab(), rules, tokenizer.chat_template, tokenizer.eos_token)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Short digests, for a checkpoint to compare."""
+        vocabulary = sorted(self.vocabulary.items(), key=lambda item: item[1])
+        return {
+            "size": len(vocabulary),
+            "vocabulary": _digest(repr(vocabulary)),
+            "rules": _digest(self.rules),
+            "chat_template": _digest(str(self.chat_template)),
+            "eos_token": self.eos_token,
+        }
+
+    def key(self) -> dict[str, Any]:
+        """The parts themselves, which JSON can hold, as a key of caches. Raises ModelError for a slow tokenizer."""
+        if not self.rules:
+            raise ModelError(
+                "the tokenizer must be a fast one (tokenizer.json): steps need the places of tokens in the text"
+            )
+        stored = json.loads(self.rules)
+        parts = {name: stored.get(name) for name in ("model", "normalizer", "pre_tokenizer", "added_tokens")}
+        return parts | {"chat_template": self.chat_template, "eos": self.eos_token}
 
 
-def tokenizer_parts(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What decides how text becomes ids, comparable and hashable as JSON."""
-    if not tokenizer.is_fast:
-        raise ModelError(
-            "the tokenizer must be a fast one (tokenizer.json): steps need the places of tokens in the text"
-        )
-    stored = json.loads(tokenizer.backend_tokenizer.to_str())
-    parts = {name: stored.get(name) for name in ("model", "normalizer", "pre_tokenizer", "added_tokens")}
-    return parts | {"chat_template": tokenizer.chat_template, "eos": tokenizer.eos_token}
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def check_same_tokenizer(one: Tokenizer, other: Tokenizer, names: tuple[str, str]) -> None:
-    """Log-ratios compare token by token: both models must have been given the same ids."""
-    first, second = one.get_vocab(), other.get_vocab()
-    if first != second:
-        for token in sorted(first.keys() | second.keys()):
-            if first.get(token) != second.get(token):
+    """Raises ModelError unless both give the same ids: log-ratios compare two models token by token."""
+    first, second = TokenizerIdentity.of(one), TokenizerIdentity.of(other)
+    if first.vocabulary != second.vocabulary:
+        for token in sorted(first.vocabulary.keys() | second.vocabulary.keys()):
+            a, b = first.vocabulary.get(token, "missing"), second.vocabulary.get(token, "missing")
+            if a != b:
                 raise ModelError(
-                    f"the tokenizers of {names[0]} and {names[1]} differ: token {token!r} is "
-                    f"{first.get(token, 'missing')} in one, {second.get(token, 'missing')} in the other"
+                    f"the tokenizers of {names[0]} and {names[1]} differ: token {token!r} is {a} in one, "
+                    f"{b} in the other"
                 )
-    a, b = tokenizer_parts(one), tokenizer_parts(other)
     for name in ("model", "normalizer", "pre_tokenizer"):
-        if a[name] != b[name]:
+        if first.key()[name] != second.key()[name]:
             raise ModelError(f"the tokenizers of {names[0]} and {names[1]} differ in their {name}")
 
 
@@ -77,10 +97,27 @@ def encode_with_spans(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[
     return found["input_ids"], [(int(start), int(end)) for start, end in found["offset_mapping"]]
 
 
+def check_chat_template(tokenizer: Tokenizer) -> None:
+    if tokenizer.chat_template is None:
+        raise ModelError(
+            "the tokenizer has no chat template, as those of base models have none: "
+            'model.chat_template = "bare" gives it ChatML turns'
+        )
+
+
 def render(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[int]:
     """The prompt's token ids, up to and with the header of the assistant's turn."""
+    check_chat_template(tokenizer)
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return tokenizer.encode(text, add_special_tokens=False)
+
+
+def newline_tokens(tokenizer: Tokenizer, vocabulary: int) -> Tensor:
+    """bool [`vocabulary`]: the tokens whose text has a line break, which ends a step."""
+    texts = tokenizer.batch_decode([[i] for i in range(min(vocabulary, len(tokenizer)))])
+    ends = torch.zeros(vocabulary, dtype=torch.bool)
+    ends[: len(texts)] = torch.tensor(["\n" in text for text in texts])
+    return ends
 
 
 def stop_ids(model: CausalLM, tokenizer: Tokenizer) -> list[int]:

@@ -37,7 +37,7 @@ class Shape:
     parameters: int
     layer: int
     outside: int
-    """Parameters of the embedding and what else of the body is in no layer."""
+    """Parameters of the body outside the layers, the embedding among them."""
     head: int
     tied: bool
     layers: int

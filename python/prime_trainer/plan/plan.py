@@ -15,6 +15,7 @@ import torch
 
 from ..config.run_config import RunConfig
 from ..models import meta
+from ..report.markdown import grid
 from ..scale import sharding
 from .footprint import (
     Passes,
@@ -49,7 +50,8 @@ def make(cfg: RunConfig, gpus: int, prompt_tokens: int) -> Plan:
     """The plan of `cfg` on `gpus` GPUs for prompts of `prompt_tokens` and responses of `rollout.max_new_tokens`."""
     model = meta.meta_model(cfg.model)
     shape, compute = shape_of(model), torch.empty(0, dtype=getattr(torch, cfg.model.dtype)).element_size()
-    offload, dense, engine = set(cfg.scale.offload), cfg.algorithm.process_coef > 0, _engine(cfg, gpus)
+    cfg = _launched(cfg, gpus)
+    offload, needs = set(cfg.scale.offload), cfg.needs
     ranks = gpus if cfg.scale.shard else 1
     length = prompt_tokens + cfg.rollout.max_new_tokens
     row = max(length, cfg.micro_batch_tokens // length * length)
@@ -66,29 +68,27 @@ def make(cfg: RunConfig, gpus: int, prompt_tokens: int) -> Plan:
     trained = (MASTER_BYTES + ADAM_BYTES) * shape.parameters / ranks
     if not work.sharded:
         trained += compute * shape.parameters  # a whole copy in the compute dtype beside its masters
-    has_ref = cfg.policy.kl_coef > 0 or (dense and cfg.prm.ref_type == "freeze")
     held = {
         "policy, masters and AdamW": 0.0 if "policy" in offload else trained,
-        "PRM, masters and AdamW": trained if dense and "prm" not in offload else 0.0,
-        "reference": compute * shape.parameters / ranks if has_ref and "reference" not in offload else 0.0,
+        "PRM, masters and AdamW": trained if needs.prm and "prm" not in offload else 0.0,
+        "reference": compute * shape.parameters / ranks if needs.reference and "reference" not in offload else 0.0,
     }
     memory = {"rollout": held}
-    if engine == "transformers":
+    if cfg.rollout.engine == "transformers":
         memory["rollout"] = held | work.sampling(
             min(max(1, cfg.rollout.batch_size // cfg.rollout.n), math.ceil(cfg.rollout.prompts_per_step / gpus)),
             cfg.rollout.n, prompt_tokens, length,
         )  # fmt: skip
         problems = min(cfg.eval.batch_size, math.ceil(cfg.task.eval_size / gpus))
         memory["evaluation"] = held | work.sampling(problems, 1, prompt_tokens, length)
-    # The policy's log-probs are wanted where it changes within a step, is the reference, or an engine samples.
-    old = cfg.policy.epochs * cfg.policy.minibatches > 1 or (dense and cfg.prm.ref_type == "policy")
-    scoring = int(has_ref) + int(old or engine != "transformers" or cfg.rollout.tis_cap > 0)
-    if dense and cfg.prm.update != "none":
+    scoring = int(needs.reference) + int(needs.old_logp)
+    if needs.prm and cfg.prm.update != "none":
         memory["score and PRM update"] = held | work.update(fused=False, offloaded="prm" in offload)
     else:
-        memory["score"] = held | (work.score() if scoring or dense else {})
-    fused = cfg.policy.entropy_coef == 0 and cfg.policy.kl_coef == 0 and not work.split
-    memory["policy update"] = held | work.update(fused=fused, offloaded="policy" in offload)
+        memory["score"] = held | (work.score() if scoring or needs.prm else {})
+    memory["policy update"] = held | work.update(
+        fused=needs.fused_policy_loss and not work.split, offloaded="policy" in offload
+    )
 
     sent = (ranks - 1) / ranks
     gather, reduce = compute * shape.parameters * sent, GRAD_BYTES * shape.parameters * sent
@@ -101,20 +101,22 @@ def make(cfg: RunConfig, gpus: int, prompt_tokens: int) -> Plan:
     traffic = {
         "rollout: the policy gathered once": compute * shape.parameters * sent if ranks > 1 else 0.0,
         "score: forward passes of policy and reference": passes * scoring * gather,
-        "PRM: forward, backward, gradients": passes * backward if dense else 0.0,
+        "PRM: forward, backward, gradients": passes * backward if needs.prm else 0.0,
         "policy: forward, backward, gradients": rounds * backward,
     }
     if ranks == 1 and gpus > 1:  # whole copies add their gradients up once an optimizer step
         ring = 2 * (gpus - 1) / gpus * GRAD_BYTES * shape.parameters
-        steps = cfg.policy.epochs * cfg.policy.minibatches
-        traffic |= {"PRM: forward, backward, gradients": ring * cfg.prm.minibatches if dense else 0.0}
+        steps = cfg.policy.optimizer_steps
+        traffic |= {"PRM: forward, backward, gradients": ring * cfg.prm.minibatches if needs.prm else 0.0}
         traffic |= {"policy: forward, backward, gradients": ring * steps}
     return Plan(shape, memory, traffic, passes, row)
 
 
-def _engine(cfg: RunConfig, gpus: int) -> str:
-    """Under torchrun there is no vLLM in process; what `auto` stands for was decided without it."""
-    return "transformers" if gpus > 1 and cfg.rollout.engine == "vllm" else cfg.rollout.engine
+def _launched(cfg: RunConfig, gpus: int) -> RunConfig:
+    """As torchrun's ranks see it: there is no vLLM in process, which `auto` may have stood for without it."""
+    if gpus == 1 or cfg.rollout.engine != "vllm":
+        return cfg
+    return cfg.model_copy(update={"rollout": cfg.rollout.model_copy(update={"engine": "transformers"})})
 
 
 @dataclass(frozen=True)
@@ -206,7 +208,7 @@ def _most(*moments: Parts) -> Parts:
 def render(plan: Plan, cfg: RunConfig, gpus: int, memory_gib: float) -> str:
     """The plan as Markdown."""
     memory = plan.memory
-    if _engine(cfg, gpus) == "vllm":
+    if _launched(cfg, gpus).rollout.engine == "vllm":
         share = {"vLLM in process": cfg.rollout.vllm.gpu_memory_utilization * memory_gib * GIB}
         asleep = set(memory) - {"rollout"} if cfg.rollout.vllm.sleep else set()
         memory = {stage: parts if stage in asleep else parts | share for stage, parts in memory.items()}
@@ -214,23 +216,23 @@ def render(plan: Plan, cfg: RunConfig, gpus: int, memory_gib: float) -> str:
         f"{cfg.model.path}: {plan.shape.parameters / 1e9:.2f} billion parameters on {gpus} x {memory_gib:g} GiB, "
         f"{plan.passes} passes of {plan.row} tokens a rank and step",
         "",
-        "| GiB on one GPU | " + " | ".join(memory) + " |",
-        "|---|" + "--:|" * len(memory),
     ]
+    table: list[list[str]] = []
     rows = dict.fromkeys(name for parts in memory.values() for name in parts)
     for name in rows:
         values = [parts.get(name, 0.0) for parts in memory.values()]
         if any(values):
-            lines.append(f"| {name} | " + " | ".join(f"{v / GIB:.1f}" if v else "" for v in values) + " |")
+            table.append([name, *(f"{v / GIB:.1f}" if v else "" for v in values)])
     totals = [sum(parts.values()) / GIB for parts in memory.values()]
-    lines.append("| **sum** | " + " | ".join(f"**{total:.1f}**" for total in totals) + " |")
+    table.append(["**sum**", *(f"**{total:.1f}**" for total in totals)])
+    lines.append(grid(["GiB on one GPU", *memory], table, numbers=True).rstrip())
     worst = max(totals)
     if worst <= 0.9 * memory_gib:
         lines += ["", f"It fits: {worst:.1f} GiB at most, a tenth of {memory_gib:g} GiB left to the allocator."]
     else:
         lines += ["", f"It does not fit: {worst:.1f} GiB where 90 % of {memory_gib:g} GiB is to be had. {_advice(cfg)}"]
-    lines += ["", "| GiB sent by one GPU in a step | |", "|---|--:|"]
-    lines += [f"| {name} | {value / GIB:.1f} |" for name, value in plan.traffic.items() if value]
+    sent = [[name, f"{value / GIB:.1f}"] for name, value in plan.traffic.items() if value]
+    lines += ["", grid(["GiB sent by one GPU in a step", ""], sent, numbers=True).rstrip()]
     return "\n".join(lines)
 
 

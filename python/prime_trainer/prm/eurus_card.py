@@ -1,9 +1,9 @@
-"""The arithmetic of the EurusPRM-Stage2 card's scoring snippet, for numbers that can be laid beside the card's.
+"""The arithmetic of the EurusPRM-Stage2 card's scoring snippet, to reproduce the card's numbers.
 
 It scores the rendered chat, assistant's turn included. Step k ends where a chat of its first k steps would, less two
-tokens, and prefixes are encoded anew; so steps start one token before the response's first and take the first tokens
+tokens, and each prefix is encoded again; so steps start one token before the response's first and take the first tokens
 of the next. Tokens equal to the pad token are masked out of the attention wherever they stand. We reproduce the
-indices and the mask; the exact boundaries are in data.py.
+indices and the mask; the exact boundaries are in items.py.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import dataclasses
 
 import torch
 
+from ..config.sections import Splitter
+from ..models import tokenizers
 from ..models.protocols import Tokenizer
 from ..train.batch import Micro
 from .items import Item, StepResponse
@@ -20,8 +22,9 @@ from .steps import split
 CARD_BETA = 0.001
 
 
-def encode_card(tokenizer: Tokenizer, item: Item, splitter: str) -> tuple[list[int], StepResponse]:
+def encode_card(tokenizer: Tokenizer, item: Item, splitter: Splitter) -> tuple[list[int], StepResponse]:
     """(ids before the first reward, the rest with its steps): a token's reward counts from index `last[0]` on."""
+    tokenizers.check_chat_template(tokenizer)
     given = item.row.get("steps") if item.parts is not None else None
     steps = list(given) if given is not None else [part.strip() for part in split(item.response, splitter)]
 

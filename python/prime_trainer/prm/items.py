@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..config.sections import Splitter
 from ..data import chat
 from ..data.groups import Group, Response
 from ..data.readers import read_rows
@@ -134,7 +135,14 @@ class StepResponse(Response):
     steps: list[str] = field(default_factory=list)
 
 
-def encode(tokenizer: Tokenizer, item: Item, splitter: str) -> StepResponse:
+@dataclass(frozen=True)
+class StepGroup(Group):
+    """A prompt and its responses, each with steps."""
+
+    responses: Sequence[StepResponse]
+
+
+def encode(tokenizer: Tokenizer, item: Item, splitter: Splitter) -> StepResponse:
     """The response in tokens, ended by the end-of-sequence token if it is finished, and where its steps start.
 
     The text is encoded once, as a whole; steps are placed by the characters that tokens cover.
@@ -161,9 +169,9 @@ def encode(tokenizer: Tokenizer, item: Item, splitter: str) -> StepResponse:
     return StepResponse(ids, item.label or 0.0, cu_steps=cu_steps, step_labels=labels, pieces=pieces, steps=[*parts])
 
 
-def grouped(pairs: Iterable[tuple[list[int], Response]]) -> list[Group]:
+def grouped(pairs: Iterable[tuple[list[int], StepResponse]]) -> list[StepGroup]:
     """Responses to the same prompt together, in order of first appearance."""
-    found: dict[tuple[int, ...], list[Response]] = {}
+    found: dict[tuple[int, ...], list[StepResponse]] = {}
     for prompt_ids, response in pairs:
         found.setdefault(tuple(prompt_ids), []).append(response)
-    return [Group(list(prompt_ids), responses) for prompt_ids, responses in found.items()]
+    return [StepGroup(list(prompt_ids), responses) for prompt_ids, responses in found.items()]

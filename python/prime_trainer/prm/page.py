@@ -38,7 +38,7 @@ def render(rows: Iterable[dict[str, Any]], title: str) -> str:
 def _response(row: dict[str, Any]) -> dict[str, Any]:
     rewards, label = row["rewards"], outcome(row)
     tokens = rewards.get("token_rewards") or []
-    # Steps and tokens have scales of their own: a step is a sum of many tokens.
+    # Steps and tokens have separate scales: a step is a sum of many tokens.
     step_scale = max(map(abs, rewards["single"]), default=0.0)
     token_scale = max(map(abs, tokens), default=0.0)
     return {

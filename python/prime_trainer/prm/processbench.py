@@ -18,7 +18,9 @@ import numpy as np
 
 from ..config.run_config import RunConfig
 from ..data.readers import read_rows
+from ..report.markdown import escaped, grid
 from ..run.atomic_files import replace_file
+from ..run.output_lock import owns_output
 
 THRESHOLDS = 10_000
 NOTHING = -2
@@ -48,6 +50,7 @@ class Figures:
     unscored: int
 
 
+@owns_output
 def run(cfg: RunConfig) -> Path:
     """Writes `processbench.json` and `processbench.md` to `cfg.output`; returns the path of the table."""
     own = cfg.processbench
@@ -59,10 +62,11 @@ def run(cfg: RunConfig) -> Path:
     rows = [figures(path.parent.name if path.stem == "scores" else path.stem, c, threshold) for path, c in sets]
     cfg.output.mkdir(parents=True, exist_ok=True)
     replace_file(cfg.output / "processbench.json", json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    cells = [
+        [escaped(r.set), *(f"{100 * share:.1f}" for share in (r.erroneous, r.correct, r.f1)), r.chains] for r in rows
+    ]
     lines = [f"Threshold {threshold:.6g} on sigmoid(Q), chosen on {rows[0].set}.", ""]
-    lines += ["| set | erroneous | correct | F1 | chains |", "| --- | --- | --- | --- | --- |"]
-    for r in rows:
-        lines.append(f"| {r.set} | {100 * r.erroneous:.1f} | {100 * r.correct:.1f} | {100 * r.f1:.1f} | {r.chains} |")
+    lines.append(grid(["set", "erroneous", "correct", "F1", "chains"], cells).rstrip())
     for r in rows:
         if r.unscored:
             lines += ["", f"{r.set}: {r.unscored} of {r.chains} chains have no rewards and count as not found."]

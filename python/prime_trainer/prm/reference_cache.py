@@ -39,7 +39,7 @@ class Reference:
             str(micro_batch_tokens),
             cfg.attention,
         ]
-        words.append(json.dumps(tokenizers.tokenizer_parts(tokenizer), sort_keys=True))
+        words.append(json.dumps(tokenizers.TokenizerIdentity.of(tokenizer).key(), sort_keys=True))
         self._key = hashlib.sha256("\n".join(words).encode())
 
     def log_probs(self, batches: Sequence[Sequence[Group]]) -> list[Tensor]:
@@ -62,7 +62,7 @@ class Reference:
 
     @torch.no_grad()
     def _compute(self, model: CausalLM, groups: Sequence[Group]) -> Tensor:
-        batch = Batch.read_by(model, groups)
+        batch = Batch.for_model(model, groups)
         out = torch.zeros(batch.num_tokens)
         for micro in batch.micro_batches(range(len(groups)), self._micro_batch_tokens):
             out[micro.tokens.cpu()] = log_probs(model, micro, batch.ids[micro.tokens]).cpu()
@@ -77,6 +77,12 @@ def _save(values: Tensor, path: Path) -> None:
 
 
 def _load(path: Path) -> Tensor:
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    return load_file(path)["log_probs"]
+    try:
+        return load_file(path)["log_probs"]
+    except (KeyError, SafetensorError) as error:
+        raise ValueError(
+            f"{path} holds no log-probs of a reference ({error}): remove it to have them computed"
+        ) from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +13,10 @@ from ..config.sections import ScoreConfig
 from ..data.groups import TooLong
 from ..errors import RunError
 from ..models import loading, tokenizers
-from ..run import checkpoint
-from ..run.atomic_files import replace_file
-from ..run.jsonl import JsonlWriter, cut_torn_tail, jsonl_rows
+from ..run import checkpoint, unchanged
+from ..run.checkpoint import FINGERPRINTS
+from ..run.jsonl import JsonlWriter, cut_torn_tail, jsonl_rows, read_object
+from ..run.output_lock import owns_output
 from ..run.progress import progress_bar
 from ..run.stop_signal import stop_signal
 from .items import Item, read_items
@@ -24,11 +24,10 @@ from .page import write_page
 from .step_scorer import Encoded, NotFinite, StepRewards, StepScorer
 
 SCORES = "scores.jsonl"
-FINGERPRINTS = "fingerprints.json"
-"""Of the models and the tokenizer that the scores are from."""
 _WRITTEN = ("rewards", "error", "reward_model")
 
 
+@owns_output
 def run(cfg: RunConfig) -> Path:
     """Scores `cfg.score.path` with the PRM `cfg.model`; returns the path of the scores.
 
@@ -39,9 +38,8 @@ def run(cfg: RunConfig) -> Path:
     overflows ends the run with an error after its window, and stands there with `error` in place of rewards.
     """
     own = cfg.score
-    for name in ("path", "reference"):
-        if getattr(own, name) is None:
-            raise ValueError(f"score.{name} is required")
+    if own.path is None or own.reference is None:
+        raise ValueError(f"score.{'path' if own.path is None else 'reference'} is required")
     out = cfg.output / SCORES
     done = _begin(cfg, out)
     tokenizer = tokenizers.load_tokenizer(cfg.model)
@@ -50,9 +48,8 @@ def run(cfg: RunConfig) -> Path:
         tokenizer, tokenizers.load_tokenizer(reference_model), ("model.path", "score.reference")
     )
     fingerprints = {
-        "model.path": loading.fingerprint(cfg.model),
-        "score.reference": loading.fingerprint(reference_model),
-        "tokenizer": tokenizers.tokenizer_fingerprint(tokenizer),
+        **loading.fingerprints({"model.path": cfg.model, "score.reference": reference_model}),
+        "tokenizer": tokenizers.TokenizerIdentity.of(tokenizer).fingerprint(),
     }
     items = read_items(own.path, "score.path")
     if done:
@@ -67,9 +64,9 @@ def run(cfg: RunConfig) -> Path:
             beta=own.beta, splitter=own.splitter, compat=own.compat,
             micro_batch_tokens=cfg.micro_batch_tokens, max_length=own.max_length,
         )  # fmt: skip
-        checkpoint.write_config(cfg)
-        replace_file(cfg.output / FINGERPRINTS, json.dumps(fingerprints, indent=1))
-        _score(own, items, cfg.model.path, scorer, out, done, total)
+        checkpoint.write_config(cfg, fingerprints)
+        names = {"reward_model": own.name or cfg.model.path, "benchmark": own.path.stem}
+        _score(own, items, names, scorer, out, done, total)
     if own.page_rows:
         write_page(out, cfg.output / "index.html", own.page_rows)
     return out
@@ -85,26 +82,34 @@ def _begin(cfg: RunConfig, out: Path) -> int:
     if config.is_file():
         free = {"window", "page_rows"}
         old, new = (
-            {"model": c["model"]} | c["score"] for c in (json.loads(config.read_text()), cfg.model_dump(mode="json"))
+            {"model": c.get("model")} | dict(c.get("score") or {})
+            for c in (read_object(config), cfg.model_dump(mode="json"))
         )
-        checkpoint.check_unchanged(old, new, [key for key in new if key not in free])
+        changed = "--resume: the configuration has changed"
+        unchanged.check(old, new, [key for key in new if key not in free], changed)
     return cut_torn_tail(out)
 
 
 def _check_fingerprints(path: Path, now: dict[str, Any]) -> None:
     if not path.is_file():
         raise ValueError(f"--resume: {path} is missing: what the scores beside it are from cannot be told")
-    saved = json.loads(path.read_text())
-    changed = [name for name in now if saved.get(name) != now[name]]
+    saved = read_object(path)
+    changed = unchanged.differing(saved, now)
     if changed:
         raise ValueError(f"--resume: not what the scores there are from: {', '.join(changed)} has changed since")
 
 
 def _score(
-    own: ScoreConfig, items: Iterator[Item], model: str, scorer: StepScorer, out: Path, done: int, total: int
+    own: ScoreConfig,
+    items: Iterator[Item],
+    names: dict[str, str],
+    scorer: StepScorer,
+    out: Path,
+    done: int,
+    total: int,
 ) -> None:
+    """`names`: `reward_model` and, for rows that name none, `benchmark`."""
     windows = math.ceil(total / own.window)
-    name = own.name or model
     with progress_bar("score", windows, done // own.window) as bar, stop_signal() as stop, JsonlWriter(out) as file:
         while True:
             if stop.is_set() and done < total:
@@ -112,8 +117,9 @@ def _score(
             window, failure = _take(items, own.window)
             if window:
                 rows, bad = _rows(window, scorer, own)
-                names = {"reward_model": name}
-                file.append(row | names | {"benchmark": row.get("benchmark") or own.path.stem} for row in rows)
+                file.append(
+                    row | names | ({"benchmark": row["benchmark"]} if row.get("benchmark") else {}) for row in rows
+                )
                 if bad is not None:
                     raise bad
                 done += len(window)

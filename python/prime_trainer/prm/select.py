@@ -18,8 +18,10 @@ from typing import Any
 
 from ..config.run_config import RunConfig
 from ..data.readers import read_rows
+from ..report.markdown import escaped, grid
 from ..report.statistics import bootstrap_interval, majority, pass_at_k
 from ..run.atomic_files import replace_file
+from ..run.output_lock import owns_output
 from ..verify import Verifier, last_boxed
 from .items import items_of, outcome
 from .step_scorer import RESPONSE_REWARDS
@@ -51,6 +53,7 @@ class Result:
     problems: int
 
 
+@owns_output
 def run(cfg: RunConfig) -> Path:
     """Writes `select.json` and `select.md` to `cfg.output`; returns the path of the table."""
     own = cfg.select
@@ -59,7 +62,7 @@ def run(cfg: RunConfig) -> Path:
     found: dict[tuple[str, str], dict[str, Problem]] = {}
     for path in own.paths:
         _read(path, own.step_rewards, found)
-    with Verifier(cfg.task.verify_seconds, cfg.task.verify_workers) as verifier:
+    with Verifier.from_config(cfg.task) as verifier:
         for problems in found.values():
             groups = verifier.group([p.answers for p in problems.values()])
             for problem, numbers in zip(problems.values(), groups, strict=True):
@@ -188,16 +191,22 @@ def markdown(results: Sequence[Result], step_rewards: str) -> str:
             if r.n == n:
                 # Without scores the reward model decides nothing: one row for all.
                 cells.setdefault((r.method, r.rewards, r.reward_model if r.rewards else ""), {})[r.benchmark] = r
-        header = ["method", "reward model", "rewards", *benchmarks, *(["mean"] if len(benchmarks) > 1 else [])]
-        lines += ["", f"## n = {n}", "", _line(header), _line(["---"] * len(header))]
+        header = [
+            "method",
+            "reward model",
+            "rewards",
+            *map(escaped, benchmarks),
+            *(["mean"] if len(benchmarks) > 1 else []),
+        ]
+        table: list[list[str]] = []
         for (method, rewards, model), row in cells.items():
             values = [_cell(row.get(benchmark)) for benchmark in benchmarks]
             if len(benchmarks) > 1:
                 shares = [r.accuracy for r in row.values()]
                 values.append(f"{100 * sum(shares) / len(shares):.1f}" if len(shares) == len(benchmarks) else "–")
-            lines.append(
-                _line([method.replace("-n", f"-{n}").replace("@n", f"@{n}"), model or "–", rewards or "–", *values])
-            )
+            label = method.replace("-n", f"-{n}").replace("@n", f"@{n}")
+            table.append([label, escaped(model) or "–", rewards or "–", *values])
+        lines += ["", f"## n = {n}", "", grid(header, table).rstrip()]
     return "\n".join(lines) + "\n"
 
 
@@ -205,7 +214,3 @@ def _cell(result: Result | None) -> str:
     if result is None:
         return "–"
     return f"{100 * result.accuracy:.1f} [{100 * result.low:.1f}, {100 * result.high:.1f}]"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"

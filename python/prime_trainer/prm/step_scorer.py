@@ -16,13 +16,14 @@ from torch import Tensor
 
 import prime_kernels as pk
 
-from ..data.groups import Group, check_length
-from ..models import forward, lm_head, tokenizers
+from ..config.sections import Compat, Splitter
+from ..data.groups import check_length
+from ..models import forward, tokenizers, traits
 from ..models.protocols import CausalLM, Tokenizer
 from ..train.batch import Batch, Micro
-from ..train.forward import predicting
+from ..train.forward import log_probs
 from .eurus_card import CARD_BETA, card_micro, encode_card
-from .items import Item, StepResponse, encode, items_of
+from .items import Item, StepGroup, StepResponse, encode, items_of
 
 BETA = 0.05
 RESPONSE_REWARDS = ("min", "mean", "sum", "last")
@@ -63,8 +64,8 @@ def score_steps(
     reference: CausalLM,
     tokenizer: Tokenizer,
     beta: float | None = None,
-    splitter: str = "blank_line",
-    compat: str | None = None,
+    splitter: Splitter = "blank_line",
+    compat: Compat | None = None,
     micro_batch_tokens: int = 4096,
     max_length: int | None = None,
 ) -> list[StepRewards]:
@@ -72,8 +73,8 @@ def score_steps(
 
     Args:
         rows: dicts with `prompt` (text, or a chat) and `response` (text), `steps` (a list of texts, joined by blank
-            lines) or `completions` (several responses); see prm/data.py.
-        prm, reference: causal LMs of `prime_trainer.models.load_model` (or of transformers), on the same device.
+            lines) or `completions` (several responses); see prm/items.py.
+        prm, reference: causal LMs (of `models.loading.load_model` or of transformers), on the same device.
         tokenizer: a fast tokenizer, the same for both.
         beta: 0.05 where None; with `compat` the card's 0.001.
         splitter: "blank_line", "line", "numbered" ("Step 2:"), "action" ("[VERIFY]") or "none"; `steps` win over it.
@@ -94,10 +95,12 @@ def score_steps(
         micro_batch_tokens=micro_batch_tokens, max_length=max_length,
     )  # fmt: skip
     found = scorer.score([scorer.encode(item) for item in items])
+    scored = []
     for rewards in found:
         if isinstance(rewards, NotFinite):
             raise rewards
-    return found
+        scored.append(rewards)
+    return scored
 
 
 @dataclass(frozen=True)
@@ -119,18 +122,20 @@ class StepScorer:
         tokenizer: Tokenizer,
         *,
         beta: float | None,
-        splitter: str,
-        compat: str | None,
+        splitter: Splitter,
+        compat: Compat | None,
         micro_batch_tokens: int,
         max_length: int | None,
     ) -> None:
         if compat not in (None, "eurus-card"):
             raise ValueError(f"compat must be None or 'eurus-card', got {compat!r}")
-        streams = [forward.reads_stream(model) for model in (prm, reference)]
-        if streams[0] != streams[1]:
-            raise ValueError("prm and reference must have the same attention: one reads masks, the other a stream")
-        if streams[0] and compat is not None:
-            raise ValueError("compat = 'eurus-card' masks pad tokens; that takes model.attention = 'sdpa'")
+        for name, model in (("prm", prm), ("reference", reference)):
+            if compat is not None and traits.of(model).masks is None:
+                raise ValueError(
+                    f"compat = 'eurus-card' masks pad tokens inside a row, which {name} ({type(model).__name__} with "
+                    f"{traits.of(model).attention} attention) cannot be given exactly; model.attention = 'sdpa' or "
+                    "'eager' may"
+                )
         self._prm, self._reference, self._tokenizer = prm, reference, tokenizer
         self._card, self._splitter = compat == "eurus-card", splitter
         self._beta = beta if beta is not None else CARD_BETA if self._card else BETA
@@ -154,19 +159,19 @@ class StepScorer:
         if not encoded:
             return []
         order, groups = self._group(encoded)
-        batch = Batch.read_by(self._prm, groups)
+        batch = Batch.for_model(self._prm, groups, self._reference)
         log_ratio = torch.zeros(batch.num_tokens, device=batch.device)
         for micro in batch.micro_batches(range(len(groups)), self._micro_batch_tokens):
             if self._card:
                 micro = card_micro(micro, self._tokenizer.pad_token_id)
             log_ratio[micro.tokens] = self._log_ratio(micro, batch.ids[micro.tokens])
         rewards = self._beta * log_ratio
-        cu_steps, owned = _step_offsets(batch)
+        cu_steps, owned = _step_offsets(batch, [response for group in groups for response in group.responses])
         modes = {
             mode: pk.step_rewards(rewards, cu_steps, batch.cu_seqlens, mode=mode).tolist()
             for mode in ("single", "cumulative")
         }
-        out: list[StepRewards | NotFinite | None] = [None] * len(encoded)
+        out: dict[int, StepRewards | NotFinite] = {}
         starts, token_rewards = batch.cu_seqlens.tolist(), rewards.tolist()
         for at, k in enumerate(order):
             own, response = token_rewards[starts[at] : starts[at + 1]], encoded[k].response
@@ -180,27 +185,25 @@ class StepScorer:
                 continue
             single, cumulative = (modes[mode][owned[at]] for mode in ("single", "cumulative"))
             out[k] = StepRewards(response.steps, response.cu_steps, response.pieces, own, single, cumulative)
-        return out
+        return [out[k] for k in range(len(encoded))]
 
-    def _group(self, encoded: Sequence[Encoded]) -> tuple[list[int], list[Group]]:
+    def _group(self, encoded: Sequence[Encoded]) -> tuple[list[int], list[StepGroup]]:
         """Responses to the same prompt together: (index of each in `encoded`, groups). The card's pass has no masks
         for shared prompts: there every response is alone."""
         members: dict[Any, list[int]] = {}
         for k, each in enumerate(encoded):
             members.setdefault(k if self._card else tuple(each.prompt_ids), []).append(k)
-        groups = [Group(encoded[ks[0]].prompt_ids, [encoded[k].response for k in ks]) for ks in members.values()]
+        groups = [StepGroup(encoded[ks[0]].prompt_ids, [encoded[k].response for k in ks]) for ks in members.values()]
         return [k for ks in members.values() for k in ks], groups
 
     def _log_ratio(self, micro: Micro, ids: Tensor) -> Tensor:
-        heads = [lm_head.head(model, predicting(model, micro)) for model in (self._prm, self._reference)]
-        return pk.linear_log_ratios(*heads, ids).log_ratio
+        return log_probs(self._prm, micro, ids) - log_probs(self._reference, micro, ids)
 
 
-def _step_offsets(batch: Batch) -> tuple[Tensor, list[slice]]:
+def _step_offsets(batch: Batch, responses: Sequence[StepResponse]) -> tuple[Tensor, list[slice]]:
     """([S + 1] offsets of all steps in the batch's tokens, the steps of each response). Tokens after a response's last
-    step, which only the card leaves, are a step of their own that no response owns."""
+    step, which only the card leaves, form an extra step that no response owns."""
     offsets, owned = [0], []
-    responses = [r for g in batch.groups for r in g.responses]
     for start, end, response in zip(
         batch.cu_seqlens[:-1].tolist(), batch.cu_seqlens[1:].tolist(), responses, strict=True
     ):

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import get_args
 
 from ..config.action_prompt import ACTIONS
+from ..config.sections import Splitter
 
-_STARTS = {
+_STARTS: dict[Splitter, re.Pattern[str]] = {
     "blank_line": re.compile(r"\n[ \t]*\n\s*"),
     "line": re.compile(r"\n\s*"),
 }
-_MARKERS = {
+_MARKERS: dict[Splitter, re.Pattern[str]] = {
     "numbered": re.compile(r"^[ \t]*(?:#+[ \t]*|\*\*)?Step[ \t]+\d+[ \t]*[:.)]", re.MULTILINE | re.IGNORECASE),
     "action": re.compile(rf"^[ \t]*\[(?:{'|'.join(ACTIONS)})\]", re.MULTILINE),
 }
 
 
-def split(text: str, how: str) -> list[str]:
+def split(text: str, how: Splitter) -> list[str]:
     """Cuts `text` into steps whose concatenation is `text`; what stands between two steps ends the first of them.
 
     `how`: blank_line, line, numbered ("Step 2:"), action ("[VERIFY]") or none. Text without anything but white space
@@ -30,7 +32,7 @@ def split(text: str, how: str) -> list[str]:
     elif how == "none":
         starts = []
     else:
-        raise ValueError(f"splitter must be one of {', '.join((*_STARTS, *_MARKERS, 'none'))}, got {how!r}")
+        raise ValueError(f"splitter must be one of {', '.join(get_args(Splitter))}, got {how!r}")
     parts: list[str] = []
     for start, end in zip([0, *starts], [*starts, len(text)], strict=True):
         part = text[start:end]
@@ -59,18 +61,18 @@ def token_counts(parts: Sequence[str], spans: Sequence[tuple[int, int]]) -> list
     ends: list[int] = []
     for part in parts:
         ends.append((ends[-1] if ends else 0) + len(part))
-    counts, part = [0] * len(parts), 0
+    counts, k = [0] * len(parts), 0
     for start, end in spans:
         inked = start + len(text[start:end]) - len(text[start:end].lstrip())
         at = inked if inked < end else start
-        while part + 1 < len(parts) and at >= ends[part]:
-            part += 1
-        counts[part] += 1
+        while k + 1 < len(parts) and at >= ends[k]:
+            k += 1
+        counts[k] += 1
     return counts
 
 
 def without_empty(parts: Sequence[str], counts: Sequence[int]) -> tuple[list[str], list[int]]:
-    """Joins a part inside a token of another to its neighbour: it could have no reward of its own."""
+    """Joins parts without a token of their own to their neighbours: they would have no reward."""
     kept: list[tuple[str, int]] = []
     for part, count in zip(parts, counts, strict=True):
         if kept and (count == 0 or kept[-1][1] == 0):

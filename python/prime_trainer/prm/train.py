@@ -21,42 +21,46 @@ import prime_kernels as pk
 
 from ..config.run_config import RunConfig
 from ..config.sections import TrainPRMConfig
-from ..data.groups import Group
 from ..models import forward, loading, meta, tokenizers
 from ..models.protocols import CausalLM
 from ..report.statistics import auc
 from ..run import checkpoint
+from ..run.output_lock import owns_output
 from ..run.seeds import derive_seed
 from ..train.batch import Batch, Micro
 from ..train.forward import log_probs
 from ..train.nonfinite_guard import Skips
 from ..train.supervised_loop import fit
 from ..train.trainable import Trainable
+from .items import StepGroup
 from .reference_cache import Reference
 from .training_data import outcome_groups, step_groups
 
 
+@owns_output
 def run(cfg: RunConfig) -> Path:
     """Trains `cfg.model` on `cfg.train_prm.path`; returns the directory of the saved PRM.
 
-    Ctrl-C stops after the step at hand and leaves a checkpoint for `--resume` beside the PRM as it is then.
+    Ctrl-C stops after the current step and leaves a checkpoint for `--resume` beside the PRM as it is then.
     """
     own = cfg.train_prm
     if own.path is None:
         raise ValueError("train_prm.path is required: the rows with labelled responses")
-    state = checkpoint.begin(cfg)
-    tokenizer = tokenizers.load_tokenizer(cfg.model)
     reference_model = cfg.model
     if own.reference is not None:
         reference_model = cfg.model.model_copy(update={"path": str(own.reference), "gguf_file": None})
+    models = loading.fingerprints({"model.path": cfg.model, "train_prm.reference": reference_model})
+    state = checkpoint.begin(cfg, models)
+    tokenizer = tokenizers.load_tokenizer(cfg.model)
+    if own.reference is not None:
         tokenizers.check_same_tokenizer(
             tokenizer, tokenizers.load_tokenizer(reference_model), ("model.path", "train_prm.reference")
         )
     model = loading.load_model(cfg.model)
     read_by = [model] if own.reference is None else [model, meta.meta_model(reference_model)]
     limit = forward.length_limit(read_by, own.max_length)
-    train, held_out = outcome_groups(own, tokenizer, limit, cfg.seed)
-    stage2 = [] if own.step_path is None else step_groups(own, tokenizer, limit)
+    train, held_out = outcome_groups(own.path, own, tokenizer, limit, cfg.seed)
+    stage2 = [] if own.step_path is None else step_groups(own.step_path, own, tokenizer, limit)
     reference = Reference(reference_model, tokenizer, own.cache, cfg.micro_batch_tokens)
     outcomes = _Source(train, own.batch_size, reference, cfg.seed, "outcomes")
     steps = _Source(stage2, own.step_batch_size, reference, cfg.seed, "steps") if stage2 else None
@@ -76,12 +80,12 @@ def run(cfg: RunConfig) -> Path:
         due = step == total or (own.eval_every and step % own.eval_every == 0)
         return _evaluate(model, evaluation, own, cfg.micro_batch_tokens) if due and evaluation else {}
 
-    fit(
-        cfg, "prm", state, trainable, total, backward,
-        warmup=own.warmup, skips=skips, floor=0.1, evaluate=evaluate,
-    )  # fmt: skip
     final = cfg.output / "final"
-    loading.save(model, tokenizer, final)
+    fit(
+        cfg, cfg.checkpoint, "prm", state, trainable, total, backward,
+        warmup=own.warmup, skips=skips, floor=0.1, evaluate=evaluate,
+        finish=lambda: loading.save(model, tokenizer, final), models=models,
+    )  # fmt: skip
     return final
 
 
@@ -89,14 +93,14 @@ def run(cfg: RunConfig) -> Path:
 class _Labelled:
     """A batch on the model's device with the reference's log-probs [T]."""
 
-    groups: list[Group]
+    groups: list[StepGroup]
     ref_logp: Tensor
 
 
 class _Source:
     """Batches whose members the data alone decides, so that cached log-probs fit; the seed decides their order."""
 
-    def __init__(self, groups: Sequence[Group], size: int, reference: Reference, seed: int, name: str) -> None:
+    def __init__(self, groups: Sequence[StepGroup], size: int, reference: Reference, seed: int, name: str) -> None:
         # By content: rows of a file often stand in an order that means something.
         mixed = sorted(groups, key=_content)
         per_group = sum(len(g.responses) for g in mixed) / len(mixed)
@@ -107,18 +111,18 @@ class _Source:
         self._seed, self._name = seed, name
 
     def at(self, step: int) -> _Labelled:
-        """The batch of a step, from 0; every epoch has an order of its own."""
+        """The batch of a step, from 0; every epoch has its own order."""
         epoch, at = divmod(step, len(self.batches))
         generator = torch.Generator().manual_seed(derive_seed(self._seed, "prm", self._name, epoch))
         return self.batches[torch.randperm(len(self.batches), generator=generator)[at]]
 
 
-def _content(group: Group) -> bytes:
+def _content(group: StepGroup) -> bytes:
     return hashlib.sha256(json.dumps([group.prompt_ids, [r.ids for r in group.responses]]).encode()).digest()
 
 
 def _backward_outcomes(model: CausalLM, labelled: _Labelled, cfg: TrainPRMConfig, max_tokens: int) -> dict[str, float]:
-    batch = Batch.read_by(model, labelled.groups)
+    batch = Batch.for_model(model, labelled.groups)
 
     def loss_of(log_ratio: Tensor) -> pk.PRMLoss:
         return pk.prm_loss(
@@ -137,13 +141,13 @@ def _backward_outcomes(model: CausalLM, labelled: _Labelled, cfg: TrainPRMConfig
 
 
 def _backward_steps(model: CausalLM, labelled: _Labelled, cfg: TrainPRMConfig, max_tokens: int) -> float:
-    batch = Batch.read_by(model, labelled.groups)
-    responses = [r for g in batch.groups for r in g.responses]
+    batch = Batch.for_model(model, labelled.groups)
+    responses = [r for g in labelled.groups for r in g.responses]
     starts = batch.cu_seqlens.tolist()
-    cu_steps = [0]
+    offsets = [0]
     for start, response in zip(starts, responses, strict=False):
-        cu_steps += [start + at for at in response.cu_steps[1:]]
-    cu_steps = torch.tensor(cu_steps, device=batch.device)
+        offsets += [start + at for at in response.cu_steps[1:]]
+    cu_steps = torch.tensor(offsets, device=batch.device)
     # A step without a label takes part in no mean.
     given = [math.nan if y is None else y for r in responses for y in r.step_labels]
     labels = torch.tensor(given, device=batch.device)
@@ -199,7 +203,7 @@ def _evaluate(model: CausalLM, source: _Source, cfg: TrainPRMConfig, max_tokens:
     """Loss, pair accuracy and AUC of the summed rewards over all held-out responses."""
     ratios = []
     for labelled in source.batches:
-        batch = Batch.read_by(model, labelled.groups)
+        batch = Batch.for_model(model, labelled.groups)
         micros = list(batch.micro_batches(range(len(batch.groups)), max_tokens))
         ratios.append(_log_ratio(model, batch, labelled.ref_logp.to(model.device), micros))
     everything = Batch([group for labelled in source.batches for group in labelled.groups], model.device)

@@ -10,16 +10,18 @@ from pathlib import Path
 import torch
 
 from ..config.sections import TrainPRMConfig
-from ..data.groups import Group, fits
+from ..data.groups import fits
 from ..models import tokenizers
 from ..models.protocols import Tokenizer
 from ..run.seeds import derive_seed
-from .items import Item, encode, grouped, read_items
+from .items import Item, StepGroup, encode, grouped, read_items
 
 
-def outcome_groups(cfg: TrainPRMConfig, tokenizer: Tokenizer, limit: int, seed: int) -> tuple[list[Group], list[Group]]:
+def outcome_groups(
+    path: Path, cfg: TrainPRMConfig, tokenizer: Tokenizer, limit: int, seed: int
+) -> tuple[list[StepGroup], list[StepGroup]]:
     """(train, held out), split by prompt. Raises ValueError, naming the file, for data that no PRM can learn from."""
-    groups = _read_groups(cfg.path, "train_prm.path", cfg, tokenizer, limit, steps=False)
+    groups = _read_groups(path, "train_prm.path", cfg, tokenizer, limit, steps=False)
     if cfg.eval_path is not None:
         held_out = _read_groups(cfg.eval_path, "train_prm.eval_path", cfg, tokenizer, limit, steps=False)
     else:
@@ -28,17 +30,17 @@ def outcome_groups(cfg: TrainPRMConfig, tokenizer: Tokenizer, limit: int, seed: 
         order = torch.randperm(len(groups), generator=generator).tolist()
         held_out = [groups[k] for k in sorted(order[:count])]
         groups = [groups[k] for k in sorted(order[count:])]
-    _check_classes(groups, f"train_prm.path: {cfg.path}")
+    _check_classes(groups, f"train_prm.path: {path}")
     if cfg.eval_path is not None:
         _check_classes(held_out, f"train_prm.eval_path: {cfg.eval_path}")
     if cfg.kind in ("dpo", "nca") and not any(len({r.outcome > 0.5 for r in g.responses}) > 1 for g in groups):
         raise ValueError(
-            f"train_prm.kind = {cfg.kind!r} needs prompts with a right and a wrong response; {cfg.path} has none"
+            f"train_prm.kind = {cfg.kind!r} needs prompts with a right and a wrong response; {path} has none"
         )
     return groups, held_out
 
 
-def _check_classes(groups: Sequence[Group], where: str) -> None:
+def _check_classes(groups: Sequence[StepGroup], where: str) -> None:
     labels = {r.outcome > 0.5 for g in groups for r in g.responses}
     if len(labels) == 1:
         raise ValueError(
@@ -47,19 +49,19 @@ def _check_classes(groups: Sequence[Group], where: str) -> None:
         )
 
 
-def step_groups(cfg: TrainPRMConfig, tokenizer: Tokenizer, limit: int) -> list[Group]:
+def step_groups(path: Path, cfg: TrainPRMConfig, tokenizer: Tokenizer, limit: int) -> list[StepGroup]:
     """Step-labelled responses (`StepResponse`), a group each."""
-    groups = _read_groups(cfg.step_path, "train_prm.step_path", cfg, tokenizer, limit, steps=True)
+    groups = _read_groups(path, "train_prm.step_path", cfg, tokenizer, limit, steps=True)
     labels = {y for g in groups for r in g.responses for y in r.step_labels if y is not None}
     if len(labels) < 2:
-        raise ValueError(f"train_prm.step_path: the step labels of {cfg.step_path} are all {labels or 'null'}")
+        raise ValueError(f"train_prm.step_path: the step labels of {path} are all {labels or 'null'}")
     # One response a group, so that batches have the size asked for.
-    return [Group(g.prompt_ids, [r]) for g in groups for r in g.responses]
+    return [StepGroup(g.prompt_ids, [r]) for g in groups for r in g.responses]
 
 
 def _read_groups(
     path: Path, key: str, cfg: TrainPRMConfig, tokenizer: Tokenizer, limit: int, *, steps: bool
-) -> list[Group]:
+) -> list[StepGroup]:
     pairs, left_out = [], 0
     for item in read_items(path, key):
         _check_labels(item, steps)

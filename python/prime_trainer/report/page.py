@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..run.atomic_files import replace_file
+from ..run.output_lock import output_lock
 from .markdown import table
 from .plots import DARK, FIGURES, LIGHT, draw, has_data
 from .run_record import Record, read_record
@@ -27,7 +28,11 @@ def write_report(run_dir: Path, others: Sequence[Path] = ()) -> Path:
     """
     records = [read_record(path) for path in (run_dir, *others)]
     out = run_dir / "report"
-    out.mkdir(exist_ok=True)
+    with output_lock(out, key="report"):
+        return _write(records, out)
+
+
+def _write(records: Sequence[Record], out: Path) -> Path:
     rows = [summary_row(record) for record in records]
     if len(records) > 1:
         rows.append(_mean_row(records))
@@ -122,7 +127,7 @@ def _render(records: Sequence[Record], rows: list[dict[str, str]], figures: list
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     source = files("prime_trainer.report").joinpath("report.html.j2").read_text(encoding="utf-8")
     record = records[0]
-    # What many runs found is their mean; what they were is the same for all.
+    # Of several runs, results are their mean; settings are the same for all.
     headline = rows[0] | {key: text for key, text in rows[-1].items() if text}
     return environment.from_string(source).render(
         title=record.path.name,

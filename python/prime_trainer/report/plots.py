@@ -124,10 +124,11 @@ def draw(figure: Figure, records: Sequence[Record], theme: Theme, *, titled: boo
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    canvas = Canvas(figsize=(6.4, 3.6), dpi=150, facecolor=theme.face, layout="constrained")
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08)
+    canvas = Canvas(figsize=(6.4, 3.6), dpi=150, facecolor=theme.face, layout=layout)
     FigureCanvasAgg(canvas)
-    canvas.get_layout_engine().set(w_pad=0.1, h_pad=0.08)
     if titled:
         canvas.suptitle(figure.title, x=0.02, ha="left", fontsize=12, fontweight="bold", color=theme.ink)
     axes = canvas.add_subplot()
@@ -173,7 +174,8 @@ def _draw_line(axes: Axes, line: Line, records: Sequence[Record], colour: str) -
         counted = [(s, v, record.metrics["eval"][s].get("n")) for s, v in zip(steps, values, strict=True)]
         bounds = [(s, *wilson(v, int(n))) for s, v, n in counted if n]
         if bounds:
-            axes.fill_between(*zip(*bounds, strict=True), color=colour, alpha=0.14, linewidth=0)
+            at, low, high = (list(column) for column in zip(*bounds, strict=True))
+            axes.fill_between(at, low, high, color=colour, alpha=0.14, linewidth=0)
 
 
 def _stack(axes: Axes, record: Record, theme: Theme) -> None:

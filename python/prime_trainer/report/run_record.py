@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..run.jsonl import read_jsonl
+from ..run.jsonl import read_jsonl, read_object
 from ..run.metrics import METRICS, SAMPLES
+
+_SAMPLE = {"step", "prompt", "tokens", "outcome", "reference"}
+"""What the page needs of each."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,15 @@ def read_record(run_dir: Path) -> Record:
     return Record(
         run_dir.resolve(),
         metrics,
-        read_jsonl(samples),
-        json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {},
+        _samples(samples),
+        read_object(config) if config.exists() else {},
     )
+
+
+def _samples(path: Path) -> list[dict[str, Any]]:
+    rows = read_jsonl(path)
+    for number, row in enumerate(rows, 1):
+        missing = _SAMPLE - row.keys() if isinstance(row, dict) else _SAMPLE
+        if missing:
+            raise ValueError(f"{path}, line {number}: a sample needs {', '.join(sorted(missing))}")
+    return rows

@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from .engines import make_sampler, weights
-from .sampler import EngineDied, Sample, Sampler, Sampling
+from .sampler import EngineConfig, EngineDied, Sample, Sampler, Sampling
 from .transformers_sampler import TransformersSampler
 
-__all__ = ["EngineDied", "Sample", "Sampler", "Sampling", "TransformersSampler", "make_sampler", "weights"]
+__all__ = [
+    "EngineConfig",
+    "EngineDied",
+    "Sample",
+    "Sampler",
+    "Sampling",
+    "TransformersSampler",
+    "make_sampler",
+    "weights",
+]

@@ -6,20 +6,19 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from ..config.run_config import RunConfig
-from ..config.sections import vllm_installed
+from ..config.sections import RolloutConfig, vllm_installed
 from ..models.loading import device, named_tensors
 from ..models.protocols import CausalLM, Tokenizer
 from ..scale.ranks import SINGLE, Ranks
-from .sampler import Sampler
+from .sampler import EngineConfig, Sampler
 from .shared_sampler import SharedSampler
 from .transformers_sampler import TransformersSampler
 
 
 def make_sampler(
-    cfg: RunConfig, model: CausalLM, tokenizer: Tokenizer, *, batch_size: int | None = None, ranks: Ranks = SINGLE
+    cfg: EngineConfig, model: CausalLM, tokenizer: Tokenizer, *, batch_size: int | None = None, ranks: Ranks = SINGLE
 ) -> Sampler:
-    """The engine that `cfg.rollout.engine` names, with `model`'s weights; `batch_size` other than the configured one
+    """The engine that `rollout.engine` names, with `model`'s weights; `batch_size` other than the configured one
     is for transformers alone. Several ranks sample with the model that each has, or all with one served engine.
     Raises ValueError where vLLM is asked for and missing, or where the configuration cannot work; EngineDied where it
     cannot start.
@@ -38,27 +37,30 @@ def make_sampler(
             "rollout.engine = 'vllm' is for a run without torchrun; under it take 'vllm-server', one engine for all "
             "ranks, or 'transformers'"
         )
-    if engine == "vllm":
-        from .vllm.in_process import VLLMSampler as Engine
-    else:
+    if engine == "vllm-server":
         from .vllm.server import check_transfer
-        from .vllm.server_sampler import ServerSampler as Engine
 
         check_transfer(cfg.rollout.server, device(cfg.model).type)
 
     def make() -> Sampler:
-        return Engine(cfg, model, tokenizer)
+        if engine == "vllm":
+            from .vllm.in_process import VLLMSampler
+
+            return VLLMSampler(cfg, model, tokenizer)
+        from .vllm.server_sampler import ServerSampler
+
+        return ServerSampler(cfg, model, tokenizer)
 
     sampler = make() if ranks.size == 1 else SharedSampler(make, ranks)
     try:
-        sampler.update_weights(weights(cfg, model), 0)
+        sampler.update_weights(weights(cfg.rollout, model), 0)
     except BaseException:
         sampler.close()
         raise
     return sampler
 
 
-def weights(cfg: RunConfig, model: CausalLM) -> Iterable[tuple[str, Tensor]]:
+def weights(cfg: RolloutConfig, model: CausalLM) -> Iterable[tuple[str, Tensor]]:
     """What `update_weights` takes. A policy in shards that goes by way of a file is never whole on a GPU."""
-    by_file = cfg.rollout.engine == "vllm-server" and cfg.rollout.server.transfer == "file"
+    by_file = cfg.engine == "vllm-server" and cfg.server.transfer == "file"
     return named_tensors(model, "cpu" if by_file else None)

@@ -1,4 +1,4 @@
-"""Batches for the loop: the engine follows the policy, is replaced when it dies, and works ahead where `lag` is 1."""
+"""Batches for the loop: updates the engine's weights, restarts it when it dies, samples ahead with `lag = 1`."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
-from ..config.run_config import RunConfig
+from ..config.sections import FilterConfig
 from ..data.groups import Group, group_from
 from ..data.problems import Task
-from ..errors import RunError
 from ..models.protocols import CausalLM, Tokenizer
-from ..run.stage_clock import Clock
+from ..run.stage_clock import StageClock
 from ..scale.ranks import SINGLE, Ranks
 from ..verify import Verifier
-from . import EngineDied, Sampler, make_sampler, weights
-from .collector import Collector
+from . import EngineConfig, EngineDied, Sampler, make_sampler, weights
+from .collector import Collector, NothingPasses
 
 Result = TypeVar("Result")
 Collected = tuple[list[Group], dict[str, float]]
@@ -33,47 +32,67 @@ class Rollouts:
 
     def __init__(
         self,
-        cfg: RunConfig,
+        engine: EngineConfig,
+        group_filter: FilterConfig,
         model: CausalLM,
         tokenizer: Tokenizer,
         task: Task,
         verifier: Verifier,
+        *,
+        seed: int,
+        steps: int,
+        eval_batch_size: int,
         ranks: Ranks = SINGLE,
     ) -> None:
-        self.cfg, self.model = cfg, model
-        # A thread that works ahead must not meet the collectives of training.
+        """`steps` is the run's last step, after which nothing is sampled ahead."""
+        self.cfg, self.model, self.steps = engine.rollout, model, steps
+        # A separate group: the thread that samples ahead must not interleave with the collectives of training.
         self.ranks = ranks = replace(ranks, group=ranks.sampling)
-        self.sampler = make_sampler(cfg, model, tokenizer, ranks=ranks)
-        # Transformers holds its whole batch at once, and evaluation may have room for another size.
-        own = cfg.rollout.engine == "transformers"
-        self.evaluating = make_sampler(cfg, model, tokenizer, batch_size=cfg.eval.batch_size) if own else self.sampler
-        if cfg.rollout.lag:
+        self.sampler = self.evaluating = make_sampler(engine, model, tokenizer, ranks=ranks)
+        if self.cfg.engine == "transformers":
+            # It holds its whole batch at once, and evaluation may have room for another size.
+            self.evaluating = make_sampler(engine, model, tokenizer, batch_size=eval_batch_size)
+        if self.cfg.lag:
             tokenizer = copy.deepcopy(tokenizer)  # fast tokenizers are not for two threads at once
-        self.collector = Collector(cfg, task, tokenizer, self.sampler, verifier, ranks)
-        self.restarts = cfg.rollout.vllm.restarts
-        self._thread = ThreadPoolExecutor(1) if cfg.rollout.lag else None
+        self.collector = Collector(self.cfg, group_filter, seed, task, tokenizer, self.sampler, verifier, ranks)
+        self.restarts = self.cfg.vllm.restarts
+        self._thread = ThreadPoolExecutor(1) if self.cfg.lag else None
         self._ahead: Future[Collected] | None = None
         self._before: tuple[int, list[Group]] = (0, [])
+        self._handed_out: tuple[int, Collected] | None = None
 
-    def batch(self, step: int, clock: Clock) -> Collected:
+    def batch(self, step: int, clock: StageClock) -> Collected:
         """The groups that step `step` trains on, sampled by the policy after `step - 1` updates or, with a lag, before
         the last of them; and metrics. Raises NothingPasses, EngineDied."""
         collected, self._ahead = self._ahead, None
         try:
             found = self._collect(step, clock) if collected is None else self._collected(collected, step, clock)
-            if self._thread is not None and step < self.cfg.steps:
+            if self._thread is not None and step < self.steps:
                 self._with_engine(step - 1, lambda: None, clock)
-        except EngineDied:
-            self._undo()  # a resumed run begins this step anew
+        except NothingPasses:
             raise
+        except Exception:
+            self._undo()  # a resumed run starts this step over
+            raise
+        self._handed_out = (step, found)
         if self._thread is None:
             self.sampler.release()
-        elif step < self.cfg.steps:
-            self._start(step + 1)
+        elif step < self.steps:
+            self._start(self._thread, step + 1)
         return found
 
+    def take_back(self, step: int) -> None:
+        """Makes the batch of `step`, which could not be trained on, the next one again: a checkpoint then holds it."""
+        if self._handed_out is None or self._handed_out[0] != step:
+            return
+        if self._ahead is not None:
+            wait([self._ahead])
+            self._undo()
+        self._ahead = Future()
+        self._ahead.set_result(self._handed_out[1])
+
     def evaluate(self, version: int, work: Callable[[Sampler], Result]) -> Result:
-        """`work` with a sampler that holds the policy of now."""
+        """Calls `work` with a sampler that holds the current policy, which is at `version`."""
         if self._ahead is not None:
             wait([self._ahead])
         return self._with_engine(version, lambda: work(self.evaluating))
@@ -84,7 +103,7 @@ class Rollouts:
             try:
                 groups, values = self._ahead.result()
                 ahead = {"groups": [asdict(g) for g in groups], "values": values}
-            except RunError:  # comes up again where the batch is asked for
+            except Exception:  # comes up again where the batch is asked for
                 self._undo()
                 self._ahead = None
         return self.collector.state_dict() | {"ahead": ahead}
@@ -96,27 +115,27 @@ class Rollouts:
             self._ahead.set_result(([group_from(g) for g in state["ahead"]["groups"]], state["ahead"]["values"]))
 
     def close(self) -> None:
-        if self._ahead is not None and not self.cfg.rollout.engine.endswith("server"):
+        if self._ahead is not None and not self.cfg.engine.endswith("server"):
             wait([self._ahead])  # an engine in this process cannot be taken away from under its thread
         self.sampler.close()
         if self._thread is not None:
             self._thread.shutdown()
 
-    def _start(self, step: int) -> None:
-        """Collects the batch of `step` in the thread, with a clock of its own."""
+    def _start(self, thread: ThreadPoolExecutor, step: int) -> None:
+        """Collects the batch of `step` in the thread, with a separate clock."""
         self._before = (self.collector.position, list(self.collector.surplus))
 
         def collect() -> Collected:
-            clock = Clock()
+            clock = StageClock()
             groups, values = self.collector.collect(step, clock)
             return groups, values | clock.stages()
 
-        self._ahead = self._thread.submit(collect)
+        self._ahead = thread.submit(collect)
 
     def _undo(self) -> None:
         self.collector.position, self.collector.surplus = self._before
 
-    def _collected(self, ahead: Future[Collected], step: int, clock: Clock) -> Collected:
+    def _collected(self, ahead: Future[Collected], step: int, clock: StageClock) -> Collected:
         try:
             with clock("wait"):
                 return ahead.result()
@@ -125,7 +144,7 @@ class Rollouts:
             self._replace(error)
             return self._collect(step, clock)
 
-    def _collect(self, step: int, clock: Clock) -> Collected:
+    def _collect(self, step: int, clock: StageClock) -> Collected:
         self._before = (self.collector.position, list(self.collector.surplus))
 
         def collect() -> Collected:
@@ -134,12 +153,12 @@ class Rollouts:
 
         return self._with_engine(step - 1, collect, clock)
 
-    def _with_engine(self, version: int, work: Callable[[], Result], clock: Clock | None = None) -> Result:
+    def _with_engine(self, version: int, work: Callable[[], Result], clock: StageClock | None = None) -> Result:
         """`work` when the engine holds the policy, which is at `version`; again with a new engine if it dies."""
         while True:
             try:
                 if self.sampler.version != version:
-                    with (clock or Clock())("weights"):
+                    with (clock or StageClock())("weights"):
                         self.sampler.update_weights(weights(self.cfg, self.model), version)
                 return work()
             except EngineDied as error:
@@ -148,7 +167,7 @@ class Rollouts:
     def _replace(self, error: EngineDied) -> None:
         """A new engine without weights. Raises EngineDied once `rollout.vllm.restarts` are used up."""
         if self.restarts == 0:
-            raise EngineDied(f"{error}; all of rollout.vllm.restarts = {self.cfg.rollout.vllm.restarts} are used up")
+            raise EngineDied(f"{error}; all of rollout.vllm.restarts = {self.cfg.vllm.restarts} are used up")
         self.restarts -= 1
         if self.ranks.first:
             print(f"\nthe rollout engine is replaced: {error}", file=sys.stderr, flush=True)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from ..config.sections import ModelConfig, RolloutConfig
 from ..errors import RunError
 from ..models.forward import length_limit
 from ..models.loading import weight_shapes
@@ -34,8 +36,18 @@ class Sample:
     weight_version: int
 
 
+@dataclass(frozen=True)
+class EngineConfig:
+    """What of the configuration an engine is built from."""
+
+    rollout: RolloutConfig
+    model: ModelConfig
+    output: Path
+    """The run's directory, where the log of a server that the run starts is written."""
+
+
 class EngineDied(RunError):
-    """The engine, or what it holds, cannot be used any more; the message says what happened. `restart` may help."""
+    """The engine or its weights cannot be used any more; `restart` may help."""
 
 
 class Sampler(Protocol):
@@ -54,17 +66,17 @@ class Sampler(Protocol):
         """The policy's full set of weights. After EngineDied nothing is sampled before a restart and an update."""
 
     def release(self) -> None:
-        """Nothing is sampled until the next update: memory that only sampling needs may go."""
+        """Nothing is sampled until the next update: memory that only sampling needs may be freed."""
 
     def restart(self) -> None:
-        """A new engine in the place of a dead one; it needs an update before it samples."""
+        """Replaces a dead engine; the new one needs an update before it samples."""
 
     def close(self) -> None: ...
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What an engine must know of the model: the names and shapes of its weights, its limits, how responses end."""
+    """A model's weight names and shapes, length limit and stop tokens."""
 
     weights: Mapping[str, torch.Size]
     stops: Sequence[int]
@@ -99,12 +111,10 @@ class ModelShape:
         for name, tensor in found.items():
             if tensor.shape != self.weights[name]:
                 raise ValueError(f"{name} must have shape {list(self.weights[name])}, got {list(tensor.shape)}")
-        seen: set[tuple[int, torch.Size]] = set()
-        return {
-            name: tensor.detach()
-            for name, tensor in found.items()
-            if (key := (tensor.data_ptr(), tensor.shape)) not in seen and not seen.add(key)
-        }
+        first: dict[tuple[int, torch.Size], str] = {}
+        for name, tensor in found.items():
+            first.setdefault((tensor.data_ptr(), tensor.shape), name)
+        return {name: found[name].detach() for name in first.values()}
 
 
 def model_shape(model: CausalLM, tokenizer: Tokenizer, limit: int | None = None) -> ModelShape:

@@ -1,4 +1,4 @@
-"""One engine for all ranks: the first drives it with everybody's prompts, and its errors are everybody's."""
+"""One engine for all ranks: the first rank samples for all, and its errors are raised on all."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .sampler import Sample, Sampler, Sampling
 
 
 class SharedSampler:
-    """What the first rank's engine samples, dealt out to all; every rank must make the same calls in the same order."""
+    """Every rank must make the same calls in the same order."""
 
     def __init__(self, make: Callable[[], Sampler], ranks: Ranks) -> None:
         self.ranks = ranks
@@ -24,12 +24,19 @@ class SharedSampler:
 
         self.limit = ranks.once(build)
 
+    @property
+    def _first(self) -> Sampler:
+        """On the first rank, where alone it is used."""
+        if self.engine is None:
+            raise RuntimeError(f"rank {self.ranks.rank} has no engine: the first rank drives it for all")
+        return self.engine
+
     def generate(
         self, prompts: Sequence[list[int]], n: int, sampling: Sampling, seeds: Sequence[int]
     ) -> list[list[Sample]]:
         asked = self.ranks.gather((list(prompts), list(seeds)))
         everyone, all_seeds = ([item for part in column for item in part] for column in zip(*asked, strict=True))
-        found = self.ranks.once(lambda: self.engine.generate(everyone, n, sampling, all_seeds))
+        found = self.ranks.once(lambda: self._first.generate(everyone, n, sampling, all_seeds))
         first = sum(len(part) for part, _ in asked[: self.ranks.rank])
         return found[first : first + len(prompts)]
 
@@ -37,7 +44,7 @@ class SharedSampler:
         # Whole tensors are put together by all ranks, one after the other; the others need not keep them.
         tensors = {name: tensor for name, tensor in named_tensors if self.ranks.first}
         self.version = -1
-        self.ranks.once(lambda: self.engine.update_weights(tensors.items(), version))
+        self.ranks.once(lambda: self._first.update_weights(tensors.items(), version))
         self.version = version
 
     def release(self) -> None:
@@ -46,7 +53,7 @@ class SharedSampler:
 
     def restart(self) -> None:
         self.version = -1
-        self.ranks.once(lambda: self.engine.restart())
+        self.ranks.once(lambda: self._first.restart())
 
     def close(self) -> None:
         if self.engine is not None:

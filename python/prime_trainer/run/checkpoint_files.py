@@ -2,26 +2,61 @@
 
 Tensors are written whole or in shards and read back into whatever the reader has, so that the number of ranks may
 change in between.
+
+torch.distributed.checkpoint keeps the index of the tensors as a pickle (`.metadata`) and unpickles it without
+restrictions: resuming in somebody else's run directory would run their code. Here only the classes that an index
+consists of may be named; the tensors themselves torch reads with `weights_only`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 import warnings
 from collections.abc import Mapping
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..scale.ranks import SINGLE, Ranks
 from .atomic_files import sync
+from .jsonl import read_object
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.metadata import Metadata
 
 STATE = "state.pt"
 MANIFEST = "manifest.json"
 _TENSOR = "__tensor__"
+METADATA = ".metadata"
+# No BytesStorageMetadata: an entry of that kind is unpickled without restrictions when it is read.
+_CLASSES = {
+    "torch.distributed.checkpoint.metadata": {
+        "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size"},
+    "collections": {"OrderedDict"},
+    "pathlib": {"PosixPath"},
+    "pathlib._local": {"PosixPath"},
+}  # fmt: skip
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        plain = name in _CLASSES.get(module, ()) or (
+            module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        )
+        if not plain:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which no index of tensors needs")
+        return super().find_class(module, name)
 
 
 def split(state: Any, key: str = "state") -> tuple[Any, dict[str, Tensor]]:
@@ -54,7 +89,8 @@ def staged(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
     stager = DefaultStager(StagingOptions(False, False, False, False))
     try:
-        return stager.stage(tensors)
+        copies = stager.stage(tensors)
+        return copies.result() if isinstance(copies, Future) else copies
     finally:
         stager.close()
 
@@ -87,8 +123,10 @@ def verify(directory: Path, ranks: Ranks = SINGLE, only: str | None = None) -> N
     manifest = directory / MANIFEST
     wrong: list[str] = []
     try:
-        facts = json.loads(manifest.read_text())
+        facts = read_object(manifest)
         for name in ranks.share(sorted(facts) if only is None else [only]):
+            if Path(name).name != name:
+                raise ValueError(f"{name!r:.100} is not in the directory")
             wrong += _difference(directory / name, facts[name])
     except (OSError, ValueError, KeyError, TypeError) as error:
         wrong.append(f"{MANIFEST} cannot be read ({error})")
@@ -101,7 +139,14 @@ def verify(directory: Path, ranks: Ranks = SINGLE, only: str | None = None) -> N
 
 def read_plain(directory: Path) -> Any:
     """The state with references in the places of its tensors. Only plain data is unpickled."""
-    return torch.load(directory / STATE, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(directory / STATE, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    # A damaged or foreign file raises whatever its bytes happen to mean, over many lines.
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{directory / STATE} is not the state of a run: {reason}") from None
 
 
 def read(directory: Path, into: Any = None, ranks: Ranks = SINGLE) -> Any:
@@ -109,18 +154,57 @@ def read(directory: Path, into: Any = None, ranks: Ranks = SINGLE) -> Any:
     plain = read_plain(directory)
     wanted = split(plain_tensors(directory, plain) if into is None else into)[1]
     if wanted:
-        dcp = _dcp()
-        reader = dcp.FileSystemReader(directory)
-        dcp.load(wanted, storage_reader=reader, process_group=ranks.group, no_dist=ranks.group is None)
+        reader = _index_reader(directory)
+        _dcp().load(wanted, storage_reader=reader, process_group=ranks.group, no_dist=ranks.group is None)
     return join(plain, wanted)
 
 
 def plain_tensors(directory: Path, plain: Any) -> Any:
     """The state in `directory` with empty tensors of the sizes that were saved."""
-    if not (directory / ".metadata").exists():
+    if not (directory / METADATA).exists():
         return plain
-    saved = _dcp().FileSystemReader(directory).read_metadata().state_dict_metadata
+    saved: dict[str, Any] = read_index(directory).state_dict_metadata  # tensors alone, which read_index checks
     return join(plain, {key: torch.empty(m.size, dtype=m.properties.dtype) for key, m in saved.items()})
+
+
+def read_index(directory: Path) -> Metadata:
+    """The index of the tensors in a checkpoint. Raises ValueError, naming the file, for anything else."""
+    from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+    path = directory / METADATA
+    try:
+        with path.open("rb") as file:
+            metadata = _Unpickler(file).load()
+        if not isinstance(metadata, Metadata):
+            raise ValueError(f"it holds {type(metadata).__name__}")
+        for key, entry in metadata.state_dict_metadata.items():
+            if not isinstance(entry, TensorStorageMetadata):
+                raise ValueError(f"{key} is {type(entry).__name__}, not a tensor")
+        for index, info in metadata.storage_data.items():
+            if Path(info.relative_path).name != info.relative_path or info.transform_descriptors:
+                raise ValueError(f"{index.fqn} is not in a file of the checkpoint: {info.relative_path!r:.100}")
+    except FileNotFoundError:
+        raise
+    # A damaged pickle raises whatever its bytes happen to mean.
+    except Exception as error:
+        raise ValueError(f"{path} is not the index of a checkpoint: {error}") from None
+    return metadata
+
+
+def _index_reader(directory: Path) -> FileSystemReader:
+    """torch's reader of a directory, with the index read by `read_index`."""
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.metadata import StorageMeta
+
+    class Restricted(FileSystemReader):
+        def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+            metadata = read_index(directory)
+            if metadata.storage_meta is None:
+                metadata.storage_meta = StorageMeta()
+            metadata.storage_meta.load_id = self.load_id
+            return metadata
+
+    return Restricted(directory)
 
 
 def _dcp() -> Any:

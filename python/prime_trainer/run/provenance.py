@@ -1,4 +1,4 @@
-"""What a run ran on and with: kept beside its configuration, so that a result can be traced and repeated."""
+"""Versions, commit and hardware of a run, saved beside its configuration so that results can be reproduced."""
 
 from __future__ import annotations
 

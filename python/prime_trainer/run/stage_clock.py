@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-class Clock:
-    """`with clock("policy"):` adds to a stage; `stages()` has the seconds of each as metrics."""
+class StageClock:
+    """`with clock("policy"):` adds the block's time to a stage; `stages()` returns the seconds of each as metrics."""
 
     def __init__(self) -> None:
-        self.start, self.spent = time.perf_counter(), {}
+        self.start = time.perf_counter()
+        self.spent: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:

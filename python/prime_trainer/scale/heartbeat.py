@@ -1,7 +1,7 @@
-"""Ranks that watch one another: when one dies or stops, the others say which and end, within a minute.
+"""Heartbeats: if a rank dies or stops, the others name it and exit, within a minute.
 
-A collective with a dead rank waits for its timeout or ends with a message about a socket. So each rank beats in the
-rendezvous store from a thread, which goes on during collectives, and watches the others' beats.
+A collective with a dead rank hangs until its timeout or fails with a socket error. So a thread of each rank writes
+heartbeats to the rendezvous store, also during collectives, and reads those of the others.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from .ranks import Ranks, restarts
 
 BEAT_SECONDS = 1.0
 DEAD_SECONDS = 40.0
-"""Without a beat for so long a rank is dead; a thread that is kept from running beats late, but not so late."""
+"""A rank without a heartbeat for this long is dead; a starved thread is late by less."""
 EXIT_STATUS = 1
 
 
 class Watch:
-    """Beats for this rank and looks after the others, on a connection to the store of its own."""
+    """Writes this rank's heartbeats and checks the others, over a separate connection to the store."""
 
     def __init__(self, ranks: Ranks, dead_seconds: float = DEAD_SECONDS) -> None:
         import torch.distributed as dist
@@ -43,7 +43,7 @@ class Watch:
         self._thread.start()
 
     def verdict(self, seconds: float) -> str | None:
-        """Which other rank is dead or has stopped, as soon as that is known; None after `seconds` without either."""
+        """Names the rank that died or stopped, waiting up to `seconds` for it to be known; None if none did."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             found = self._look()
@@ -53,14 +53,14 @@ class Watch:
         return None
 
     def stop(self, reason: str | None) -> None:
-        """This rank ends: in order if `reason` is None; else the others hear why."""
+        """Ends this rank's heartbeats; the others are told `reason`, None for a normal end."""
         self._done.set()
         self._thread.join()
-        with suppress(RuntimeError):  # whoever kept the store is gone, and the others know by that
+        with suppress(RuntimeError):  # the store is gone, which the others notice
             self._store.set(self._key("end", self.ranks.rank), reason or "done")
 
     def _key(self, what: str, rank: int) -> str:
-        # torchrun keeps its store when it starts the ranks anew.
+        # torchrun keeps its store when it restarts the ranks.
         return f"prime_trainer/{restarts()}/{what}/{rank}"
 
     def _beat(self) -> None:
@@ -91,7 +91,7 @@ class Watch:
 
     def _run(self) -> None:
         while not self._done.wait(BEAT_SECONDS):
-            with suppress(RuntimeError):  # _look says so
+            with suppress(RuntimeError):  # _look reports it
                 self._beat()
             found = self._look()
             if found is not None and not self._done.is_set():
@@ -108,7 +108,7 @@ def _message(ranks: Ranks, found: str) -> str:
 
 @contextmanager
 def watched(ranks: Ranks, dead_seconds: float = DEAD_SECONDS) -> Iterator[None]:
-    """The run of one rank among several. Raises RunError, naming the rank, where another one was the cause."""
+    """Runs one rank among several. Raises RunError, naming the rank, if another rank was the cause."""
     if ranks.size == 1:
         yield
         return

@@ -4,8 +4,8 @@ Every rank holds the token ids and outcomes of the whole step and computes advan
 to nothing; what costs, sampling, verification and forward passes, is dealt out. Nothing global is then left to merge
 but log-probs, gradients and sums, so a result does not depend on the number of ranks beyond rounding.
 
-Whether there are several ranks is said by torchrun's environment and held in a `Ranks`, never asked of
-torch.distributed: a rollout engine in this process may have initialised a process group of its own.
+Rank and size come from torchrun's environment, not from torch.distributed: a rollout engine in this process may have
+initialised its own process group.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from ..config.sections import ScaleConfig
 from ..errors import RunError
@@ -37,15 +38,15 @@ class Ranks:
     size: int = 1
     group: dist.ProcessGroup | None = None
     saving: dist.ProcessGroup | None = None
-    """A group on CPUs for the thread that writes checkpoints: its collectives never meet those of training."""
+    """A CPU group for the checkpoint thread, so that its collectives cannot interleave with those of training."""
     sampling: dist.ProcessGroup | None = None
-    """Likewise for rollouts, which may work ahead in a thread while the training goes on."""
-    mesh: Any = None
+    """Likewise for rollouts, which may run ahead in a thread."""
+    mesh: DeviceMesh | None = None
     """The DeviceMesh over which models are sharded; None: every rank has a whole copy."""
 
     @property
     def first(self) -> bool:
-        """Whether this is the rank that writes the record."""
+        """Whether this is the rank that writes metrics."""
         return self.rank == 0
 
     def share(self, items: Sequence[Item]) -> list[Item]:
@@ -79,20 +80,20 @@ class Ranks:
         return dict(zip(values, summed.tolist(), strict=True))
 
     def any(self, flag: bool) -> bool:
-        """Whether any rank says so."""
+        """Whether `flag` is set on any rank."""
         return any(self.gather(flag))
 
     def once(self, work: Callable[[], Item]) -> Item:
         """`work()` on the first rank alone; its result, or its error, on all."""
         if self.group is None:
             return work()
-        result, error = None, None
+        outcome: tuple[Any, Exception | None] = (None, None)
         if self.first:
             try:
-                result = work()
+                outcome = (work(), None)
             except Exception as raised:
-                error = raised
-        result, error = self.gather((result, error))[0]
+                outcome = (None, raised)
+        result, error = self.gather(outcome)[0]
         if error is not None:
             raise error
         return result
@@ -113,12 +114,12 @@ def deal(loads: Sequence[int], size: int) -> list[list[int]]:
 
 
 def restarts() -> int:
-    """How often torchrun has started its ranks anew (--max-restarts)."""
+    """How often torchrun has restarted its ranks (--max-restarts)."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def _store(rank: int, size: int, timeout: timedelta) -> dist.Store:
-    """Where the ranks find one another. torchrun keeps its store over restarts, addresses of dead ranks included."""
+    """The rendezvous store, with a prefix for each restart: torchrun's store keeps the addresses of dead ranks."""
     kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(

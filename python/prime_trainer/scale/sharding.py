@@ -67,25 +67,24 @@ def shard(model: Model, mesh: DeviceMesh, *, trained: bool, offload: bool, split
             f"scale.vocab_parallel_head = true: the head's {len(head.weight)} rows must divide by the number of ranks, "
             f"got {mesh.size()}"
         )
-    # One module at a time, so that float32 copies of the whole model never exist.
+    # One module at a time, so that no float32 copy of the whole model exists.
     for module in [*layers(model), body]:
         for param in module.parameters():
             if not isinstance(param, DTensor):
                 param.data = param.data.to(stored)
         # Resharded after each use, the root too: an optimizer step must not leave old weights gathered.
-        fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=precision, offload_policy=where)
+        sharded = fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=precision, offload_policy=where)
         # Losses divide by global counts: gradients are sums.
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)
+        sharded.set_gradient_divide_factor(1.0)
+        sharded.set_force_sum_reduction_for_comms(True)
     for name, param in list(head.named_parameters(recurse=False)):
         if name == "weight" and tied:
             head.weight = embedding.weight
             continue
-        split = distribute_tensor(param.data.to(mesh.device_type, stored), mesh, [Shard(0)])
-        split = split.to("cpu") if offload else split
-        setattr(head, name, nn.Parameter(split, requires_grad=param.requires_grad))
+        split: Tensor = distribute_tensor(param.data.to(mesh.device_type, stored), mesh, [Shard(0)])
+        setattr(head, name, nn.Parameter(split.to("cpu") if offload else split, requires_grad=param.requires_grad))
     model.compute_dtype, model.head_group = compute, mesh.get_group() if split_head else None
-    # The first pass through the body makes it FSDP2's root; it must come before any gathering by hand.
+    # The first pass through the body makes it FSDP2's root, which must happen before gathering by hand.
     with torch.no_grad():
         token = torch.zeros((1, 1), dtype=torch.int64, device=mesh.device_type)
         body(input_ids=token, position_ids=token, use_cache=False)
@@ -93,7 +92,7 @@ def shard(model: Model, mesh: DeviceMesh, *, trained: bool, offload: bool, split
 
 
 def layers(model: Shardable) -> list[nn.Module]:
-    """The decoder layers: what the model says must not be split."""
+    """The decoder layers: the modules that the model declares indivisible (`_no_split_modules`)."""
     names = set(model._no_split_modules or ())
     found = [module for module in model.base_model.modules() if type(module).__name__ in names]
     if not found:
@@ -102,7 +101,7 @@ def layers(model: Shardable) -> list[nn.Module]:
 
 
 def recompute_activations(model: Model) -> Model:
-    """Keeps the input of each layer alone for the backward pass."""
+    """Activation checkpointing: keeps only each layer's input and recomputes the rest in the backward pass."""
     for layer in layers(model):
         layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
     return model
@@ -117,8 +116,8 @@ class _Whole(torch.autograd.Function):
             shards.device_mesh, shards.placements, shards.dtype, shards.to_local().device,
         )  # fmt: skip
         local = shards.to_local().to(device, dtype)
-        options = {"shape": shards.shape, "stride": shards.stride()}
-        return DTensor.from_local(local, ctx.mesh, ctx.placements, **options).full_tensor()
+        whole = DTensor.from_local(local, ctx.mesh, ctx.placements, shape=shards.shape, stride=shards.stride())
+        return whole.full_tensor()
 
     @staticmethod
     @once_differentiable
@@ -127,7 +126,7 @@ class _Whole(torch.autograd.Function):
         return summed.redistribute(ctx.mesh, ctx.placements).to(ctx.device), None, None
 
 
-def whole(parameter: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+def whole(parameter: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A parameter as one tensor on every rank, differentiable; one that is not in shards comes back as it is."""
     return _Whole.apply(parameter, dtype, device) if isinstance(parameter, DTensor) else parameter
 
@@ -149,9 +148,9 @@ class _Share(torch.autograd.Function):
         return DTensor.from_local(grad.to(ctx.device, ctx.dtype), ctx.mesh, ctx.placements), None, None
 
 
-def share(parameter: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+def share(parameter: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """This rank's rows of a parameter in equal shares, differentiable: for losses that see all ranks' tokens."""
-    return None if parameter is None else _Share.apply(parameter, dtype, device)
+    return _Share.apply(parameter, dtype, device)
 
 
 @contextmanager
@@ -188,7 +187,7 @@ def gathered(model: Shardable) -> Iterator[None]:
 def whole_tensors(model: Shardable, device: str | None = None) -> Iterator[tuple[str, Tensor]]:
     """The state dict one whole tensor after the other, in the compute dtype; every rank must go through all of them.
 
-    `device`: where what was in shards goes as soon as it is whole; None leaves it where it was put together.
+    `device`: where gathered tensors go; None leaves them on the device that gathered them.
     """
     state = model.state_dict(keep_vars=True)
     uses = Counter(map(id, state.values()))

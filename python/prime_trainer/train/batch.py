@@ -1,9 +1,10 @@
 """Groups of responses, packed once: flat response tokens with cu_seqlens, and how a forward pass lays them out.
 
 A forward row is a prompt followed by its responses, each of which sees the prompt and itself and nothing else, so a
-prompt is computed once however many responses it has; a packed row holds several such groups. Long rows fall back to
-one response a row, where plain causal attention needs no mask. For flash-attn's varlen kernels a pass is one stream of
-sequences instead, each a prompt with a response, told apart by positions that start anew.
+prompt is computed once however many responses it has; a packed row holds several such groups. Long rows, and models
+that no mask keeps apart (`models.traits`), fall back to one response a row, where nothing needs a mask. For
+flash-attn's varlen kernels a pass is one unpadded row of sequences instead, each a prompt with a response; positions
+that restart at 0 mark where a sequence begins.
 """
 
 from __future__ import annotations
@@ -15,13 +16,10 @@ import torch
 from torch import Tensor
 
 from ..data.groups import Group
-from ..models import forward
+from ..models import traits
 from ..models.protocols import CausalLM
+from ..models.traits import SHARED_ROW_LIMIT
 from ..scale.ranks import SINGLE, Ranks, deal
-
-SHARED_ROW_LIMIT = 1024
-"""Tokens above which a group is not laid out as one row: the mask and the attention grow with the square."""
-
 
 Entry = tuple[int, list[int]]
 """A group and those of its responses that share a row with its prompt."""
@@ -34,8 +32,8 @@ class Micro:
 
     input_ids: Tensor
     """[rows, L]"""
-    position_ids: Tensor
-    """[rows, L]"""
+    position_ids: Tensor | None
+    """[rows, L], or None where rows are single sequences and the model's own are right."""
     attention_mask: Tensor | None
     """bool [rows, 1, L, L], or None where causal attention is right."""
     predictors: Tensor
@@ -46,6 +44,8 @@ class Micro:
     """[B] index of each response in the batch."""
     cu_seqlens: Tensor
     """[B + 1] of this micro-batch's own tokens."""
+    nonempty: int
+    """Responses of at least one token."""
 
 
 class Batch:
@@ -56,11 +56,11 @@ class Batch:
         groups: Sequence[Group],
         device: torch.device | str = "cpu",
         ranks: Ranks = SINGLE,
-        stream: bool = False,
+        layout: traits.Layout = "shared",
     ) -> None:
         if not groups:
             raise ValueError("groups is empty; a batch needs at least one")
-        self.groups, self.device, self.ranks, self.stream = list(groups), torch.device(device), ranks, stream
+        self.groups, self.device, self.ranks, self.layout = list(groups), torch.device(device), ranks, layout
         responses = [r for g in self.groups for r in g.responses]
         lengths = [len(r.ids) for r in responses]
         self.ids = torch.tensor([i for r in responses for i in r.ids], dtype=torch.int64, device=device)
@@ -71,14 +71,14 @@ class Batch:
         self._first = self.cu_groups.tolist()
 
     @classmethod
-    def read_by(cls, model: CausalLM, groups: Sequence[Group]) -> Batch:
-        """On the model's device, laid out as its attention reads it."""
-        return cls(groups, model.device, stream=forward.reads_stream(model))
+    def for_model(cls, model: CausalLM, groups: Sequence[Group], *others: CausalLM) -> Batch:
+        """On the model's device, laid out as it reads exactly, and as `others` do."""
+        return cls(groups, model.device, layout=traits.layout_of([model, *others]))
 
     @property
     def rollout_logp(self) -> Tensor:
         """[T] the sampler's log-probs."""
-        return torch.tensor([p for g in self.groups for r in g.responses for p in r.logprobs], device=self.device)
+        return torch.tensor([p for g in self.groups for r in g.responses for p in r.logprobs or ()], device=self.device)
 
     @property
     def num_tokens(self) -> int:
@@ -101,12 +101,17 @@ class Batch:
     def responses_of(self, groups: Sequence[int]) -> int:
         return sum(len(self.groups[g].responses) for g in groups)
 
+    def nonempty_of(self, groups: Sequence[int]) -> int:
+        """Responses of at least one token."""
+        return sum(bool(r.ids) for g in groups for r in self.groups[g].responses)
+
     def micro_batches(self, groups: Sequence[int], max_tokens: int, *, pack: bool = False) -> Iterator[Micro]:
         """Forward passes of at most `max_tokens` padded tokens (a longer row goes alone), like lengths together.
 
-        With `pack`, a row holds as many groups as fit into min(max_tokens, SHARED_ROW_LIMIT) tokens; a stream needs no
-        packing. With several ranks those of this rank's share of `groups`, dealt out so that tokens balance. Every rank
-        gets the same number, passes without responses among them: a sharded model's passes are collective.
+        With `pack`, a row holds as many groups as fit into min(max_tokens, SHARED_ROW_LIMIT) tokens; varlen passes
+        need no packing. With several ranks, the passes of this rank's share of `groups`, dealt out so that tokens
+        balance. Every rank gets the same number of passes, some of them without responses: the passes of a sharded
+        model are collective.
         """
         loads = [self._length((g, self._members(g))) for g in groups]
         plans = [self._passes([groups[i] for i in part], max_tokens, pack) for part in deal(loads, self.ranks.size)]
@@ -120,12 +125,12 @@ class Batch:
         entries: list[Entry] = []
         for g in groups:
             members = self._members(g)
-            if self._length((g, members)) <= SHARED_ROW_LIMIT and not self.stream:
+            if self._length((g, members)) <= SHARED_ROW_LIMIT and self.layout == "shared":
                 entries.append((g, members))
             else:
                 entries.extend((g, [m]) for m in members)
         entries.sort(key=lambda entry: (self._length(entry), entry[1][0]))
-        packed = pack and not self.stream
+        packed = pack and self.layout == "shared"
         rows = self._packed(entries, min(max_tokens, SHARED_ROW_LIMIT)) if packed else [[entry] for entry in entries]
         passes: list[list[Row]] = []
         for row in rows:
@@ -160,7 +165,7 @@ class Batch:
     def _tokens(self, rows: Sequence[Row]) -> int:
         """Of a pass, padding included."""
         widths = [self._width(row) for row in rows]
-        return sum(widths) if self.stream else max(widths) * len(widths)
+        return sum(widths) if self.layout == "varlen" else max(widths) * len(widths)
 
     def _members(self, group: int) -> list[int]:
         return list(range(self._first[group], self._first[group + 1]))
@@ -175,7 +180,9 @@ class Batch:
         owner = torch.full(shape, -1, dtype=torch.int64)
         segment = torch.full(shape, -1, dtype=torch.int64)
         none = torch.zeros(0, dtype=torch.int64)
-        predictors, tokens, responses, lengths = [none], [none], [], []
+        predicted_at, tokens = [none], [none]
+        responses: list[int] = []
+        lengths: list[int] = []
         for row, entries in enumerate(rows):
             at = 0
             for k_group, (g, members) in enumerate(entries):
@@ -193,31 +200,29 @@ class Batch:
                     owner[row, span], segment[row, span] = k_group, k
                     where = torch.arange(at - 1, at + length - 1)
                     where[:1] = last  # the first token is predicted by the prompt's last
-                    predictors.append(row * width + where)
+                    predicted_at.append(row * width + where)
                     tokens.append(torch.arange(self._starts[m], self._starts[m + 1]))
                     responses.append(m)
                     lengths.append(length)
                     at += length
         mask = None
         if any(len(entries) > 1 or len(entries[0][1]) > 1 for entries in rows):
-            same = owner[:, :, None] == owner[:, None, :]
-            seen = (segment[:, :, None] == segment[:, None, :]) | (segment[:, None, :] == 0)
-            causal = torch.ones(width, width, dtype=torch.bool).tril()
-            mask = (same & seen & causal)[:, None]
-        predictors = torch.cat(predictors)
-        if self.stream:
+            mask = traits.visible(owner, segment)
+        predictors = torch.cat(predicted_at)
+        if self.layout == "varlen":
             kept = (segment >= 0).flatten()
             input_ids, position_ids = (x.flatten()[kept][None] for x in (input_ids, position_ids))
             predictors = (kept.cumsum(0) - 1)[predictors]
         to = self.device
         return Micro(
             input_ids.to(to),
-            position_ids.to(to),
+            None if mask is None and self.layout != "varlen" else position_ids.to(to),
             None if mask is None else mask.to(to),
             predictors.to(to),
             torch.cat(tokens).to(to),
             torch.tensor(responses, dtype=torch.int64, device=to),
             _cumulative(lengths, to),
+            sum(map(bool, lengths)),
         )
 
 

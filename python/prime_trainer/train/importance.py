@@ -1,4 +1,4 @@
-"""How far the engine's log-probs are from the trainer's, and the importance weights that correct for it."""
+"""Mismatch between the engine's and the trainer's log-probs, and the importance weights that correct for it."""
 
 from __future__ import annotations
 

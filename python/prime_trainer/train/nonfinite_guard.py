@@ -1,4 +1,4 @@
-"""Steps without a finite loss or gradient: skipped and counted, and the end of the run if they do not stop coming."""
+"""Skips non-finite steps; stops the run after `max_skipped` in a row."""
 
 from __future__ import annotations
 

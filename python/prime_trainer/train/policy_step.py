@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -9,46 +11,62 @@ import prime_kernels as pk
 
 from ..config.sections import PolicyConfig
 from ..models import lm_head
-from .batch import Batch
+from ..models.protocols import CausalLM
+from .batch import Batch, Micro
 from .forward import predicting
 from .trainable import Trainable
 
 
-def needs_old_logp(cfg: PolicyConfig) -> bool:
-    """With a single optimizer step a batch the policy that is updated is the one that sampled: rho is exactly 1."""
-    return cfg.epochs * cfg.minibatches > 1
+@dataclass(frozen=True)
+class Targets:
+    """What the policy learns from, [T] each, in the batch's packed order."""
+
+    advantages: Tensor
+    old_logp: Tensor | None = None
+    """Log-probs that PPO's ratio compares with; None: those of the policy as it is, a ratio of exactly 1."""
+    ref_logp: Tensor | None = None
+    """Log-probs of the frozen reference; required where `policy.kl_coef` is above 0."""
+    importance: Tensor | None = None
+    """Weights of each token's PPO loss."""
 
 
 def policy_update(
     policy: Trainable,
     batch: Batch,
-    advantages: Tensor,
-    old_logp: Tensor | None,
-    ref_logp: Tensor | None,
+    targets: Targets,
     cfg: PolicyConfig,
+    *,
     micro_batch_tokens: int,
     generator: torch.Generator,
     lr_scale: float = 1.0,
-    *,
-    importance: Tensor | None = None,
     temperature: float = 1.0,
 ) -> dict[str, float]:
-    """`epochs` x `minibatches` optimizer steps; returns their mean metrics.
+    """`cfg.epochs` x `cfg.minibatches` optimizer steps; returns their mean metrics.
 
-    `importance` [T] weighs each token's PPO loss; `temperature` is the one that was sampled at.
+    `generator` shuffles the groups; `temperature` is the one that was sampled at.
     """
+    if cfg.kl_coef > 0 and targets.ref_logp is None:
+        raise ValueError(f"policy.kl_coef = {cfg.kl_coef} needs the reference's log-probs, got none")
     lengths = batch.cu_seqlens.diff()
     per_token = torch.repeat_interleave(1.0 / lengths.clamp_min(1), lengths)
     totals: dict[str, float] = {}
     steps, norms = 0, 0.0
     for _ in range(cfg.epochs):
         for part in batch.minibatches(cfg.minibatches, generator):
-            tokens, responses = batch.tokens_of(part), batch.responses_of(part)
+            tokens = batch.tokens_of(part)
             for micro in batch.micro_batches(part, micro_batch_tokens):
-                loss, metrics = _loss(
-                    policy, batch, micro, advantages, old_logp, ref_logp, cfg, per_token, tokens, responses,
-                    importance, temperature,
-                )  # fmt: skip
+                loss, metrics = _loss(_Pass(
+                    policy.model, micro, batch.ids[micro.tokens],
+                    advantages=targets.advantages[micro.tokens],
+                    old_logp=_at(targets.old_logp, micro),
+                    ref_logp=_at(targets.ref_logp, micro),
+                    importance=_at(targets.importance, micro),
+                    # One weight a token turns the token mean into the mean over responses of each response's mean.
+                    weights=None if cfg.loss_mean == "token" else per_token[micro.tokens],
+                    denominator=tokens if cfg.loss_mean == "token" else batch.responses_of(part),
+                    share=len(micro.tokens) / max(1, tokens),
+                    temperature=temperature, cfg=cfg,
+                ))  # fmt: skip
                 loss.backward()
                 for key, value in metrics.items():
                     totals[key] = totals.get(key, 0.0) + value.item()
@@ -58,46 +76,70 @@ def policy_update(
     return {key: value / steps for key, value in totals.items()}
 
 
-def _loss(
-    policy, batch, micro, advantages, old_logp, ref_logp, cfg, per_token, tokens, responses, importance, temperature
-):
-    hidden = predicting(policy.model, micro)
-    ids = batch.ids[micro.tokens]
-    by_token = cfg.loss_mean == "token"
-    # One weight a token turns the token mean into the mean over responses of each response's mean.
-    weights = None if by_token else per_token[micro.tokens]
-    denominator = tokens if by_token else responses
-    old = None if old_logp is None else old_logp[micro.tokens]
-    both = weights
-    if importance is not None:
-        both = importance[micro.tokens] if weights is None else weights * importance[micro.tokens]
-    options = {"weights": both, "clip_low": cfg.clip_low, "clip_high": cfg.clip_high, "denominator": denominator}
-    if cfg.entropy_coef == 0 and cfg.kl_coef == 0 and not lm_head.is_split(policy.model):
-        at = lm_head.head(policy.model, hidden)
-        ppo = pk.linear_ppo_loss(
-            at.hidden, at.weight, ids, old, advantages[micro.tokens], bias=at.bias, temperature=temperature, **options
-        )
-    else:
-        logp, entropy = lm_head.log_probs(
-            policy.model, hidden, ids, temperature=temperature, with_entropy=cfg.entropy_coef > 0
-        )
-        ppo = pk.ppo_loss(logp, logp.detach() if old is None else old, advantages[micro.tokens], **options)
-    loss = ppo.loss
-    share = len(micro.tokens) / max(1, tokens)
-    metrics = {
-        "policy_loss": ppo.loss.detach(),
-        "clip_fraction": ppo.clip_fraction * share,
-        "approx_kl": ppo.approx_kl * share,
-    }
+def _at(values: Tensor | None, micro: Micro) -> Tensor | None:
+    return None if values is None else values[micro.tokens]
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """Inputs of the loss of one forward pass; tensors are [t], over the pass's response tokens."""
+
+    model: CausalLM
+    micro: Micro
+    ids: Tensor
+    advantages: Tensor
+    old_logp: Tensor | None
+    ref_logp: Tensor | None
+    importance: Tensor | None
+    weights: Tensor | None
+    denominator: int
+    """Of means over the minibatch: its tokens, or with `weights` its responses."""
+    share: float
+    """Of the minibatch's tokens."""
+    temperature: float
+    cfg: PolicyConfig
+
+
+def _loss(at: _Pass) -> tuple[Tensor, dict[str, Tensor]]:
+    """The pass's part of the minibatch's loss, and of its metrics."""
+    cfg, hidden = at.cfg, predicting(at.model, at.micro)
+    weights = at.weights
+    if at.importance is not None:
+        weights = at.importance if weights is None else weights * at.importance
 
     def mean(values: Tensor) -> Tensor:
-        return (values if weights is None else values * weights).sum() / denominator
+        return (values if at.weights is None else values * at.weights).sum() / at.denominator
 
-    if cfg.entropy_coef > 0:
+    if cfg.fused_loss and lm_head.has_fused_losses(at.model):
+        head = lm_head.head(at.model, hidden)
+        ppo = pk.linear_ppo_loss(
+            head.hidden, head.weight, at.ids, at.old_logp, at.advantages, bias=head.bias,
+            temperature=at.temperature / lm_head.factor(at.model),
+            weights=weights, clip_low=cfg.clip_low, clip_high=cfg.clip_high, denominator=at.denominator,
+        )  # fmt: skip
+        return ppo.loss, _metrics(ppo, at.share)
+    logp, entropy = lm_head.log_probs(
+        at.model, hidden, at.ids, temperature=at.temperature, with_entropy=cfg.entropy_coef > 0
+    )
+    old = logp.detach() if at.old_logp is None else at.old_logp
+    ppo = pk.ppo_loss(
+        logp, old, at.advantages,
+        weights=weights, clip_low=cfg.clip_low, clip_high=cfg.clip_high, denominator=at.denominator,
+    )  # fmt: skip
+    loss, metrics = ppo.loss, _metrics(ppo, at.share)
+    if entropy is not None:
         loss = loss - cfg.entropy_coef * mean(entropy)
-    if cfg.kl_coef > 0:
-        gap = ref_logp[micro.tokens] - logp
+    if cfg.kl_coef > 0 and at.ref_logp is not None:
+        gap = at.ref_logp - logp
         kl = mean(gap.exp() - gap - 1)  # k3 (Schulman 2020): unbiased, never negative
         loss = loss + cfg.kl_coef * kl
         metrics["kl_ref"] = kl.detach()
     return loss, metrics
+
+
+def _metrics(ppo: pk.PPOLoss, share: float) -> dict[str, Tensor]:
+    return {
+        "policy_loss": ppo.loss.detach(),
+        "clip_fraction": ppo.clip_fraction * share,
+        "approx_kl": ppo.approx_kl * share,
+    }

@@ -1,4 +1,4 @@
-"""Log-probs of the batch's tokens under policy, PRM and reference, and the online PRM update (SEMANTICS of PRIME).
+"""Log-probs of the batch's tokens under policy, reference and PRM, and the online PRM update (SEMANTICS of PRIME).
 
 In mode `after` (the paper's default) the forward pass that scores is the one whose backward updates the PRM: minibatch
 k is scored by a PRM that has been updated k - 1 times.
@@ -7,7 +7,6 @@ k is scored by a PRM that has been updated k - 1 times.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -21,120 +20,146 @@ from .batch import Batch
 from .forward import log_probs
 from .trainable import Trainable
 
+Parts = Sequence[Sequence[int]]
+"""Minibatches, each as indices of groups."""
 
-@dataclass
+
+@dataclass(frozen=True)
 class Scores:
     """Log-probs [T] in packed order; None where no model gave them."""
 
     old_logp: Tensor | None
+    """Of the policy before its update."""
     ref_logp: Tensor | None
-    prm_logp: Tensor | None
+    """Of the frozen reference."""
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class PRMScores:
+    """Log-probs [T] in packed order, those of the PRM and its reference among them."""
+
+    old_logp: Tensor | None
+    ref_logp: Tensor
+    """Of the PRM's reference: the frozen one, or the policy before its update."""
+    prm_logp: Tensor
     metrics: dict[str, float]
 
     @property
     def log_ratio(self) -> Tensor:
+        """[T] log pi_prm - log pi_ref."""
         return self.prm_logp - self.ref_logp
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """`policy` and `ref` are models or None, `prm` is None for outcome-only RLOO."""
+    """Log-probs of policy and reference, where given; trains neither."""
 
     policy: CausalLM | None
-    ref: CausalLM | None
-    prm: Trainable | None
-    cfg: PRMConfig
+    reference: CausalLM | None
     micro_batch_tokens: int
     temperature: float = 1.0
-    """Of the policy alone: what samples at a temperature is trained at it."""
+    """Of the policy only, which is trained at the temperature that it samples at."""
 
     def score(self, batch: Batch) -> Scores:
-        """One pass over the batch for each model that is there; with a PRM, its update as `cfg.update` says."""
-        everything = list(range(len(batch.groups)))
-        if self.prm is None:
-            return self._pass(batch, [everything], update=False)
-        parts = batch.minibatches(self.cfg.minibatches)
-        if self.cfg.update in ("none", "reverse"):
-            scores = self._pass(batch, [everything], update=False)
-            if self.cfg.update == "reverse":
-                scores.metrics |= self._pass(batch, parts, update=True, known=scores).metrics
+        return self.passes(batch, [range(len(batch.groups))])
+
+    def passes(self, batch: Batch, parts: Parts) -> Scores:
+        """Laid out by `parts`: log-ratios of equal weights are exactly 0 only between passes of equal layout."""
+        return Scores(
+            None if self.policy is None else self.log_probs(self.policy, batch, parts, self.temperature),
+            None if self.reference is None else self.log_probs(self.reference, batch, parts),
+            {},
+        )
+
+    @torch.no_grad()
+    def log_probs(self, model: CausalLM, batch: Batch, parts: Parts, temperature: float = 1.0) -> Tensor:
+        """[T] log-probs of all tokens; each rank computes those of its share of the groups."""
+        found = torch.zeros(batch.num_tokens, device=batch.device)
+        for part in parts:
+            for micro in batch.micro_batches(part, self.micro_batch_tokens):
+                found[micro.tokens] = log_probs(model, micro, batch.ids[micro.tokens], temperature)
+        return batch.ranks.sum_(found)
+
+
+@dataclass(frozen=True)
+class PRMScorer:
+    """Scores with a PRM and updates it as `cfg.update` says. `frozen` has its reference, or else the policy."""
+
+    frozen: Scorer
+    prm: Trainable
+    cfg: PRMConfig
+
+    def score(self, batch: Batch) -> PRMScores:
+        """A pass over the batch for each model, and the PRM's update."""
+        everything: Parts = [range(len(batch.groups))]
+        parts, update = batch.minibatches(self.cfg.minibatches), self.cfg.update
+        scores = self.frozen.passes(batch, parts if update in ("after", "before") else everything)
+        reference = scores.old_logp if scores.ref_logp is None else scores.ref_logp
+        if reference is None:
+            raise ValueError("a PRM needs the log-probs of its reference: give the frozen model or the policy")
+        metrics: dict[str, float] = {}
+        if update == "after":
+            prm_logp, metrics["prm_grad_norm"] = self._update(batch, parts, reference)
+        elif update == "before":
+            _, metrics["prm_grad_norm"] = self._update(batch, parts, reference)
+            prm_logp = self.frozen.log_probs(self.prm.model, batch, everything)
         else:
-            scores = self._pass(batch, parts, update=True)
-            if self.cfg.update == "before":
-                scores.prm_logp = self._pass(batch, [everything], update=False, known=scores).prm_logp
+            prm_logp = self.frozen.log_probs(self.prm.model, batch, everything)
+            if update == "reverse":
+                _, metrics["prm_grad_norm"] = self._update(batch, parts, reference)
+        found = PRMScores(scores.old_logp, reference, prm_logp, metrics)
         with torch.no_grad():
             whole = pk.prm_loss(
-                scores.log_ratio, batch.outcomes, batch.cu_seqlens, cu_groups=batch.cu_groups, beta=self.cfg.beta
+                found.log_ratio, batch.outcomes, batch.cu_seqlens, cu_groups=batch.cu_groups, beta=self.cfg.beta
             )
-        scores.metrics |= {"prm_loss": whole.loss.item(), "prm_pair_accuracy": whole.pair_accuracy.item()}
-        return scores
+        metrics |= {"prm_loss": whole.loss.item(), "prm_pair_accuracy": whole.pair_accuracy.item()}
+        return found
 
-    def _pass(
-        self, batch: Batch, parts: Sequence[Sequence[int]], *, update: bool, known: Scores | None = None
-    ) -> Scores:
-        """Forward over `parts`, a PRM step after each if `update`; `known` log-probs are not computed again."""
-        new = known is None
-
-        def empty(wanted: bool) -> Tensor | None:
-            return torch.zeros(batch.num_tokens, device=batch.device) if wanted else None
-
-        old = empty(self.policy is not None) if new else known.old_logp
-        reference = empty(self.ref is not None) if new else known.ref_logp
-        prm = empty(self.prm is not None)
-        metrics: dict[str, float] = {}
+    def _update(self, batch: Batch, parts: Parts, reference: Tensor) -> tuple[Tensor, float]:
+        """One optimizer step for each of `parts`; returns log-probs [T] from before each step, and the last norm."""
+        logps, norm = torch.zeros(batch.num_tokens, device=batch.device), 0.0
         for part in parts:
-            share = 1.0 / max(1, batch.responses_of(part))
-            for micro in batch.micro_batches(part, self.micro_batch_tokens):
-                ids = batch.ids[micro.tokens]
-                with torch.no_grad():
-                    if new and self.policy is not None:
-                        old[micro.tokens] = log_probs(self.policy, micro, ids, self.temperature)
-                    if new and self.ref is not None:
-                        reference[micro.tokens] = log_probs(self.ref, micro, ids)
-                if self.prm is None:
-                    continue
-                with nullcontext() if update else torch.no_grad():
-                    logp = log_probs(self.prm.model, micro, ids)
-                prm[micro.tokens] = logp.detach()
-                if update:
-                    base = reference if reference is not None else old
-                    loss = pk.prm_loss(
-                        logp - base[micro.tokens],
-                        batch.outcomes[micro.responses],
-                        micro.cu_seqlens,
-                        beta=self.cfg.beta,
-                    ).loss
-                    # The micro-batch's mean over responses becomes its part of the minibatch's mean.
-                    (loss * (len(micro.responses) * share)).backward()
-            if update:
-                metrics["prm_grad_norm"] = self.prm.step()
-        for found in (old, reference, prm) if new else (prm,):
-            if found is not None:
-                batch.ranks.sum_(found)  # each rank has filled in its own tokens
-        # With ref_type = "policy" the rollout-time policy is the reference: no third model.
-        return Scores(old, reference if reference is not None else old, prm, metrics)
+            # Responses without tokens are in no mean.
+            share = 1.0 / max(1, batch.nonempty_of(part))
+            for micro in batch.micro_batches(part, self.frozen.micro_batch_tokens):
+                logp = log_probs(self.prm.model, micro, batch.ids[micro.tokens])
+                logps[micro.tokens] = logp.detach()
+                loss = pk.prm_loss(
+                    logp - reference[micro.tokens],
+                    batch.outcomes[micro.responses],
+                    micro.cu_seqlens,
+                    beta=self.cfg.beta,
+                ).loss
+                # The micro-batch's mean over responses becomes its part of the minibatch's mean.
+                (loss * (micro.nonempty * share)).backward()
+            norm = self.prm.step()
+        return batch.ranks.sum_(logps), norm
 
 
 @dataclass(frozen=True)
 class Rewards:
-    """Process rewards [T] and, where only some tokens carry one, which [T]."""
+    """Process rewards [T] and, where only some tokens have one, which: bool [T]."""
 
     values: Tensor
-    carries: Tensor | None
+    mask: Tensor | None
 
 
 def process_rewards(log_ratio: Tensor, batch: Batch, cfg: PRMConfig, step_ends: Tensor | None) -> Rewards:
-    """beta * log-ratio at the configured granularity. `step_ends` is bool [V]: tokens that end a step."""
+    """beta * log-ratio at the configured granularity. `step_ends`, bool [V], are the tokens that end a step; it is
+    required for `prm.granularity = "step"`."""
     values = cfg.beta * log_ratio
     if cfg.granularity == "token":
         return Rewards(values, None)
-    carries = torch.zeros_like(values, dtype=torch.bool)
+    mask = torch.zeros_like(values, dtype=torch.bool)
     nonempty = batch.cu_seqlens[1:] > batch.cu_seqlens[:-1]
-    carries[batch.cu_seqlens[1:][nonempty] - 1] = True
+    mask[batch.cu_seqlens[1:][nonempty] - 1] = True
     if cfg.granularity == "step":
-        carries |= step_ends[batch.ids]
-    ends = carries.nonzero().squeeze(1)
+        if step_ends is None:
+            raise ValueError("prm.granularity = 'step' needs step_ends, the tokens that end a step; got None")
+        mask |= step_ends[batch.ids]
+    ends = mask.nonzero().squeeze(1)
     cu_steps = torch.cat([ends.new_zeros(1), ends + 1])
     placed = torch.zeros_like(values)
     placed[ends] = pk.segment_sum(values, cu_steps)
-    return Rewards(placed, carries)
+    return Rewards(placed, mask)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from typing import Any
 
-from ..config.run_config import RunConfig
+from ..config.sections import CheckpointConfig
 from ..run import checkpoint
 from ..run.metrics import MetricsWriter, Stage
 from ..run.progress import progress_bar
@@ -17,7 +17,8 @@ from .trainable import Trainable
 
 
 def fit(
-    cfg: RunConfig,
+    run: checkpoint.RunSettings,
+    saving: CheckpointConfig,
     stage: Stage,
     state: dict[str, Any] | None,
     trainable: Trainable,
@@ -28,43 +29,55 @@ def fit(
     skips: Skips,
     floor: float = 0.0,
     evaluate: Callable[[int], dict[str, float]] = lambda step: {},
+    finish: Callable[[], None] = lambda: None,
+    models: Mapping[str, str],
 ) -> None:
     """Takes `total` steps, those of `state` (from `checkpoint.begin`) already done.
 
     `backward(step)`, from 0, leaves the gradients of that step and returns its metrics, `loss` among them;
-    `evaluate(step)`, after the step, adds to them. Ctrl-C stops after the step at hand and leaves a checkpoint for
-    `--resume`; so does TooManySkipped, when gradients have not been finite for as many steps as `skips` allows.
+    `evaluate(step)`, after the step, adds to them; `finish()`, after the last, saves the model. Ctrl-C stops after the
+    current step and leaves a checkpoint for `--resume`; so does any error between two steps, TooManySkipped among
+    them, when gradients have not been finite for as many steps as `skips` allows. `models` are the fingerprints of
+    what the run starts from.
     """
-    step = 0
+    step, whole, saved = 0, True, -1
     if state is not None:
         trainable.load_state_dict(state["trainable"])
         skips.load_state_dict(state["skips"])
-        step = state["step"]
-    checkpoint.write_config(cfg)
+        step = saved = state["step"]
+    checkpoint.write_config(run, models)
 
     def save() -> None:
-        state = {"step": step, "config": cfg.model_dump_json(), "trainable": trainable.state_dict()}
-        checkpoint.save(cfg.output, step, state | {"skips": skips.state_dict()}, cfg.checkpoint.keep)
+        nonlocal saved
+        state = {"step": step, "config": run.model_dump_json(), "models": dict(models)}
+        state |= {"trainable": trainable.state_dict(), "skips": skips.state_dict()}
+        checkpoint.save(run.output, step, state, saving.keep)
+        saved = step
 
-    record = MetricsWriter(cfg.output, resume_step=None if state is None else step, stages=(stage,))
+    record = MetricsWriter(run.output, resume_step=None if state is None else step, stages=(stage,))
     with closing(record) as metrics, progress_bar(stage, total, step) as bar, stop_signal() as stop:
-        while step < total and not stop.is_set():
-            values = backward(step)
-            step += 1
-            scale = cosine(step, total, warmup, floor)
-            values |= {"lr": trainable.lr * scale, "grad_norm": trainable.step(scale)}
-            values |= skips.note(trainable.taken_skips())
-            values |= evaluate(step)
-            metrics.log(stage, step, values)
-            try:
-                skips.check(step, None, cfg.output)
-            except TooManySkipped:
-                if step < total:  # one at the end would resume into a finished run
+        try:
+            while step < total and not stop.is_set():
+                values = backward(step)
+                scale = cosine(step + 1, total, warmup, floor)
+                whole = False
+                values |= {"lr": trainable.lr * scale, "grad_norm": trainable.step(scale)}
+                values |= skips.note(trainable.taken_skips())
+                step, whole = step + 1, True
+                values |= evaluate(step)
+                metrics.log(stage, step, values)
+                skips.check(step, None, run.output)
+                bar.advance(f"loss {values['loss']:.3f}")
+                if step < total and (stop.is_set() or (saving.every and step % saving.every == 0)):
                     save()
-                raise
-            bar.advance(f"loss {values['loss']:.3f}")
-            if step < total and (stop.is_set() or (cfg.checkpoint.every and step % cfg.checkpoint.every == 0)):
-                save()
+            finish()
+        except checkpoint.CheckpointError:
+            raise
+        except Exception as error:
+            # A checkpoint of the last step would resume into a finished run.
+            if step != saved and not (isinstance(error, TooManySkipped) and step == total):
+                checkpoint.leave(step, whole, save)
+            raise
     if skips.total:
         print(f"{stage}: {skips.total} of {step} steps had no finite gradient and were skipped")
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from ..models.protocols import CausalLM
 from ..scale.ranks import SINGLE, Ranks
@@ -30,7 +33,9 @@ class Trainable:
         self.model, self.lr, self.grad_clip, self.ranks = model, lr, grad_clip, ranks
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.sharded = ranks.mesh is not None
-        self.master = self.params if self.sharded else [p.detach().float().clone() for p in self.params]
+        self.master: list[Tensor] = (
+            list(self.params) if self.sharded else [p.detach().float().clone() for p in self.params]
+        )
         self.optimizer = torch.optim.AdamW(self.master, lr=lr, betas=betas, weight_decay=0.0, fused=True)
         # AdamW would make these with its first step; a checkpoint is read into them before.
         for master in self.master:
@@ -39,7 +44,7 @@ class Trainable:
                 "exp_avg": torch.zeros_like(master),
                 "exp_avg_sq": torch.zeros_like(master),
             }
-        self._skipped = 0
+        self._skipped, self.updates = 0, 0
         if not self.sharded:
             for param, master in zip(self.params, self.master, strict=True):
                 param.register_post_accumulate_grad_hook(_adder(master))
@@ -50,11 +55,12 @@ class Trainable:
             for master in self.master:
                 if master.grad is not None:
                     self.ranks.sum_(master.grad)
-        norm = torch.nn.utils.clip_grad_norm_(self.master, self.grad_clip, foreach=True)
-        norm = (norm.full_tensor() if self.sharded else norm).item()
-        if norm == norm and norm != float("inf"):
+        total = torch.nn.utils.clip_grad_norm_(self.master, self.grad_clip, foreach=True)
+        norm = float((total.full_tensor() if isinstance(total, DTensor) else total).item())
+        if math.isfinite(norm):
             for group in self.optimizer.param_groups:
                 group["lr"] = self.lr * lr_scale
+            self.updates += 1
             self.optimizer.step()
             self.publish()
         else:
@@ -71,7 +77,7 @@ class Trainable:
     def publish(self) -> None:
         """Rounds the master weights into the compute weights."""
         if not self.sharded:
-            torch._foreach_copy_([p.data for p in self.params], self.master)
+            torch._foreach_copy_([p.data for p in self.params], list(self.master))
 
     def state_dict(self) -> dict[str, Any]:
         return {"master": self.master, "optimizer": self.optimizer.state_dict()}
@@ -84,8 +90,9 @@ class Trainable:
         self.publish()
 
 
-def _adder(master: Tensor):
+def _adder(master: Tensor) -> Callable[[Tensor], None]:
     def add(param: Tensor) -> None:
+        assert param.grad is not None  # called when it has just been accumulated
         if master.grad is None:
             master.grad = param.grad.float()
         else:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from typing import Any, cast
 
+from . import contained
 from .answers import GymAnswer, MathAnswer, ScoredAnswer
 from .sandboxed.codec import decode
 
@@ -34,10 +35,13 @@ def _reasoning_gym_scorer(name: str, params: dict[str, Any]) -> Callable[[GymAns
     import reasoning_gym
 
     dataset = reasoning_gym.create_dataset(name, seed=0, size=1, **params)
+    contained.prepare(name, type(dataset).__module__)
 
     def score(answer: GymAnswer, text: str) -> float:
         entry = decode(answer.entry)
         text = _unwrap(text)
+        if not contained.readable(answer, text):
+            return 0.0
         return _settle(float(dataset.score_answer(text, entry)), text, entry.get("answer"))
 
     return score
@@ -67,34 +71,9 @@ def _unwrap(text: str) -> str:
 
 
 def _math_scorer() -> Callable[[MathAnswer, str], float]:
-    from math_verify import parse, verify
+    from math_verify import parse
+
+    from .mathematics.judge import right
 
     parse("\\boxed{1}", parsing_timeout=None)  # builds the grammar, which the first answer should not pay for
-
-    def score(answer: MathAnswer, text: str) -> float:
-        gold = answer.answer
-        if plain(gold) == plain(text):
-            return 1.0
-        based = _BASED.fullmatch(plain(gold)), _BASED.fullmatch(plain(text))
-        if based[0] and based[1]:  # math-verify leaves the base out
-            return float(based[0].groups() == based[1].groups())
-        numbers = _NUMBER.fullmatch(plain(gold)), _NUMBER.fullmatch(plain(text))
-        if answer.tolerance is not None and numbers[0] and numbers[1]:
-            # A hair more: 4.3 - 4.2 is 0.0999.. or 0.1000..1, as floats happen to be.
-            difference = abs(float(numbers[1][1]) - float(numbers[0][1]))
-            return float(difference <= answer.tolerance * (1 + 1e-9))
-        # No limits inside (they are signals, and C code ignores them): the trainer kills a worker that takes too long.
-        parsed = parse(f"\\boxed{{{text}}}", parsing_timeout=None, raise_on_error=True)
-        wanted = parse(f"\\boxed{{{gold}}}", parsing_timeout=None, raise_on_error=True)
-        return float(verify(wanted, parsed, timeout_seconds=None, raise_on_error=True))
-
-    return score
-
-
-_BASED = re.compile(r"(\w+)_\{?(\d+)\}?")
-_NUMBER = re.compile(r"([-+]?\d*\.?\d+(?:e[-+]?\d+)?)\\?%?")
-
-
-def plain(latex: str) -> str:
-    """The text without what does not change its meaning: equal results are equal answers."""
-    return re.sub(r"\s+|\\[,;!:]|\\left|\\right|\$", "", latex).rstrip(".").replace("dfrac", "frac")
+    return lambda answer, text: float(right(answer, text))

@@ -13,6 +13,8 @@ class MathAnswer:
     answer: str
     tolerance: float | None = None
     """Absolute difference up to which a number is right; None where the benchmark gives none."""
+    interval_as_inequality: bool = True
+    """Whether `x < 3` and `(-\\infty, 3)` are the same answer."""
 
     @property
     def reference(self) -> str:
@@ -21,7 +23,9 @@ class MathAnswer:
 
     def to_json(self) -> dict[str, Any]:
         form: dict[str, Any] = {"kind": "math", "answer": self.answer}
-        return form if self.tolerance is None else form | {"tolerance": self.tolerance}
+        if self.tolerance is not None:
+            form["tolerance"] = self.tolerance
+        return form if self.interval_as_inequality else form | {"interval_as_inequality": False}
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal
 
 from .answers import AssertTests, CallTests, ProgramTests, StdioTests
+from .extract import MAX_PROGRAM_CHARS
 from .sandbox import (
     Confinement,
     Ended,
@@ -23,22 +26,14 @@ from .sandbox import (
     SandboxError,
     Session,
 )
+from .sandboxed import codec
 from .verdict import TIME_LIMIT, Verdict
 
-MAX_PROGRAM_CHARS = 100_000
 _START_ATTEMPTS = 3
+_MAX_PROGRAMS = 8
+_SECONDS_A_TEST = 0.05  # a fork and two messages
+_MAX_STRETCH = 8.0
 _SPARE = 1 << 16  # bytes that an output may have beyond the expected one's before it is cut off
-
-
-# Each part ends where the next begins, so that no text makes the search slow: this runs in the trainer's process.
-_FENCE = re.compile(r"^[ \t]*```([^\n]*)\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
-
-
-def last_code_block(text: str) -> str | None:
-    """Returns the content of the last complete fenced block that is Python or names no language, or None."""
-    found = _FENCE.finditer(text[-4 * MAX_PROGRAM_CHARS :])
-    blocks = [match[2] for match in found if match[1].strip().lower() in ("", "python", "py", "python3")]
-    return blocks[-1] if blocks else None
 
 
 class CodeRunner:
@@ -51,8 +46,9 @@ class CodeRunner:
         self._lock = threading.Lock()
         self._closed = False
 
-    def submit(self, answer: ProgramTests, program: str) -> Future[Verdict]:
-        return self._pool.submit(self._score, answer, program)
+    def submit(self, answer: ProgramTests, *programs: str) -> Future[Verdict]:
+        """Scores the first of the programs that compiles."""
+        return self._pool.submit(self._score, answer, programs)
 
     def close(self) -> None:
         """Kills the programs that run and forgets those that wait."""
@@ -62,20 +58,25 @@ class CodeRunner:
                 session.kill()
         self._pool.shutdown(cancel_futures=True)
 
-    def _score(self, answer: ProgramTests, program: str) -> Verdict:
-        if len(program) > MAX_PROGRAM_CHARS:
+    def _score(self, answer: ProgramTests, programs: Sequence[str]) -> Verdict:
+        programs = [program for program in programs if len(program) <= MAX_PROGRAM_CHARS][:_MAX_PROGRAMS]
+        if not programs:
             return Verdict(0.0, "too long")
         with self._open(_mode(answer)) as session:
+            began = time.monotonic()
+            session.deadline = began + self._wall_seconds(answer)
             with self._lock:
                 if self._closed:
                     return Verdict(0.0, "stopped")
                 self._live.add(session)
             try:
-                passed, total = _judge(session, answer, program, self._partial)
+                passed, total = _judge(session, answer, programs, self._partial, self._limits.seconds)
             except Expired:
                 return Verdict(0.0, TIME_LIMIT)
             except Ended:
-                return Verdict(0.0, "the program ended its process")
+                # A process that has used its processor time is killed.
+                late = time.monotonic() - began >= self._limits.seconds
+                return Verdict(0.0, TIME_LIMIT if late else "the program ended its process")
             except (RecursionError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
                 # A reply is whatever the program wants it to be.
                 return Verdict(0.0, f"the program's reply: {type(error).__name__}")
@@ -85,6 +86,12 @@ class CodeRunner:
         if self._partial:
             return Verdict(passed / total, None)
         return Verdict(float(passed == total), None)
+
+    def _wall_seconds(self, answer: ProgramTests) -> float:
+        """The limit on the clock: that of processor time, and more where others use the processors, too."""
+        tests = answer.tests if isinstance(answer, AssertTests) else answer.inputs
+        busy = max(os.getloadavg()[0], self._pool._max_workers) / (os.cpu_count() or 1)
+        return (self._limits.seconds + _SECONDS_A_TEST * len(tests)) * min(max(1.0, busy), _MAX_STRETCH)
 
     def _open(self, mode: _Mode) -> Session:
         for attempt in range(_START_ATTEMPTS):
@@ -106,21 +113,28 @@ def _mode(answer: ProgramTests) -> _Mode:
     return "calls" if isinstance(answer, CallTests) else "tests"
 
 
-def _judge(session: Session, answer: ProgramTests, program: str, every: bool) -> tuple[int, int]:
+def _judge(
+    session: Session, answer: ProgramTests, programs: Sequence[str], every: bool, seconds: float
+) -> tuple[int, int]:
     """How many tests passed, and of how many; stops at the first that fails unless `every` one is wanted."""
     if isinstance(answer, StdioTests):
-        return _judge_runs(session, answer, program, every)
+        return _judge_runs(session, answer, programs, every, seconds)
     if isinstance(answer, CallTests):
-        return _judge_calls(session, answer, program, every)
-    return _judge_asserts(session, answer, program, every)
+        return _judge_calls(session, answer, programs, every)
+    return _judge_asserts(session, answer, programs, every)
 
 
-def _judge_runs(session: Session, answer: StdioTests, program: str, every: bool) -> tuple[int, int]:
-    session.send({"program": program})
-    passed, total = 0, len(answer.inputs)
+def _judge_runs(
+    session: Session, answer: StdioTests, programs: Sequence[str], every: bool, seconds: float
+) -> tuple[int, int]:
+    session.send({"programs": programs})
+    passed, total, used = 0, len(answer.inputs), 0.0
     for text, expected in zip(answer.inputs, answer.outputs, strict=True):
         limit = 2 * len(expected.encode()) + _SPARE
         reply = session.ask({"stdin": text, "limit": limit}, 7 * limit + 1024)  # JSON may need six bytes for one
+        used += float(reply["seconds"])  # of the processor, as the kernel counted them
+        if used > seconds:
+            raise Expired
         right = reply.get("status") == 0 and reply.get("over") is False and isinstance(reply.get("stdout"), str)
         if right and same_output(reply["stdout"], expected):
             passed += 1
@@ -129,13 +143,14 @@ def _judge_runs(session: Session, answer: StdioTests, program: str, every: bool)
     return passed, total
 
 
-def _judge_calls(session: Session, answer: CallTests, program: str, every: bool) -> tuple[int, int]:
+def _judge_calls(session: Session, answer: CallTests, programs: Sequence[str], every: bool) -> tuple[int, int]:
     passed, total = 0, len(answer.inputs)
-    if session.ask({"program": program}, 1 << 12) != {"loaded": True}:
+    if session.ask({"programs": programs, "name": answer.fn_name}, 1 << 12) != {"loaded": True}:
         return 0, total
     for args, expected in zip(answer.inputs, answer.outputs, strict=True):
-        cap = 8 * len(json.dumps(expected)) + _SPARE
-        reply = session.ask({"name": answer.fn_name, "args": args}, cap)
+        wanted = codec.encode(expected)
+        cap = 8 * len(json.dumps(wanted)) + _SPARE
+        reply = session.ask({"name": answer.fn_name, "args": [codec.encode(_integer_keys(a)) for a in args]}, cap)
         if "value" in reply and same_value(reply["value"], expected):
             passed += 1
         elif not every:
@@ -143,9 +158,24 @@ def _judge_calls(session: Session, answer: CallTests, program: str, every: bool)
     return passed, total
 
 
-def _judge_asserts(session: Session, answer: AssertTests, program: str, every: bool) -> tuple[int, int]:
+_INTEGER = re.compile(r"-?[1-9]\d{0,18}|0")
+
+
+def _integer_keys(value: Any) -> Any:
+    """JSON made text of the keys of a dictionary; where all look like integers, that is what they were."""
+    if isinstance(value, list):
+        return [_integer_keys(v) for v in value]
+    if not isinstance(value, dict):
+        return value
+    whole = bool(value) and all(_INTEGER.fullmatch(key) for key in value)
+    return {int(k) if whole else k: _integer_keys(v) for k, v in value.items()}
+
+
+def _judge_asserts(session: Session, answer: AssertTests, programs: Sequence[str], every: bool) -> tuple[int, int]:
     request = {"setup": answer.setup, "tests": answer.tests, "names": answer.names}
-    reply = session.ask({"program": _complete(answer, program), "every": every, **request}, 1 << 12)
+    reply = session.ask(
+        {"programs": [_complete(answer, program) for program in programs], "every": every, **request}, 1 << 12
+    )
     return reply["passed"], len(answer.tests)  # the tests' own sandbox counted them
 
 
@@ -159,7 +189,8 @@ def same_output(got: str, expected: str) -> bool:
     """Whether two outputs have the same words in the same lines.
 
     Spaces at the ends of lines and empty lines at the end do not count. Where the expected word has a decimal point or
-    an exponent, a number within a relative or absolute 1e-6 of it is the same.
+    an exponent, a number within a relative or absolute 1e-6 of it is the same. Where it is an integer, the same digits
+    with a fraction of zeros (`2.0` for `2`) are; integers are compared exactly.
     """
     mine, theirs = _words(got), _words(expected)
     return len(mine) == len(theirs) and all(
@@ -175,7 +206,13 @@ def _words(text: str) -> list[list[str]]:
 _REAL = re.compile(r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?")
 
 
+_WHOLE = re.compile(r"([-+]?\d+)\.0*")
+
+
 def _close(got: str, expected: str) -> bool:
+    whole = _WHOLE.fullmatch(got)
+    if whole and (whole[1] == expected or (expected == "0" and whole[1] == "-0")):
+        return True
     if len(got) > 400 or not _REAL.fullmatch(expected):
         return False
     try:
@@ -201,6 +238,8 @@ def _plain(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     kind, items = value.get("__python__"), value.get("items")
+    if kind == "int" and isinstance(items, list) and len(items) == 1 and isinstance(items[0], str):
+        return int(items[0], 16)
     if kind is None:
         return {k: _plain(v) for k, v in value.items()}
     if kind in ("tuple", "iterator", "deque") and isinstance(items, list):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import base64
-import glob
-import importlib.util
 import itertools
 import json
 import os
@@ -14,29 +12,33 @@ import shutil
 import signal
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import RunError
-from .seccomp import program_filter
+from .mounts import ENVIRONMENT, FILES, FILES_BYTES, INSIDE, bubblewrap, landlock_paths, package_folders, scorer_folders
+from .seccomp import program_filter, scorer_filter
 
 Kind = Literal["bubblewrap", "landlock", "unsafe"]
 KINDS: tuple[Kind, ...] = ("bubblewrap", "landlock")
 
 START_SECONDS = 30.0
-_INSIDE = Path(__file__).parent / "sandboxed"
-_FILES_BYTES, _FILE_BYTES = 64 << 20, 16 << 20
-_DESCRIPTORS = 128
-# Constants: a program that reads them learns nothing. Numerical libraries would start a thread for every core.
-_ENVIRONMENT = {"LANG": "C.UTF-8", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-DEVICES = (["/dev/null", "write"], ["/dev/urandom", "read"], ["/dev/zero", "read"])
-"""What a process may open under Landlock beside libraries."""
+_FILE_BYTES = 16 << 20
+_PRIVATE = ["/tmp", FILES_BYTES, FILES]
+_BOUNDS = {"nofile": 128, "core": 0, "memlock": 0, "msgqueue": 0}
+SCORER_BYTES = 2 << 30
+"""Address space of a process that scores answers."""
+_IN_FLIGHT = 4  # answers at once for each worker: the slow ones must not hold up the others
+_PYTHON = [os.path.realpath(getattr(sys, "_base_executable", sys.executable)), "-I", "-S", "-X", "utf8"]
+_BOOT = (
+    "import json, sys; cfg = json.loads(sys.argv[1]); sys.path += cfg['path']; "
+    "from prime_trainer.verify.worker import main; main(cfg)"
+)
 # Numbers that systemd leaves to nobody. No limit on processes holds for root, so root lends other identities.
 _IDENTITIES = range(60578, 61184)
 _identity = itertools.count(random.SystemRandom().randrange(len(_IDENTITIES)))
@@ -70,33 +72,49 @@ class Confinement:
     packages: tuple[str, ...] = ()
 
     def launch(self, mode: str, limits: Limits, peer: tuple[int, int] | None = None) -> list[str]:
-        """The command of a confined process in one of the modes of `inside/__main__.py`."""
-        lends = self.kind != "unsafe" and os.geteuid() == 0 and _whole_uid_map()
-        uid = _IDENTITIES[next(_identity) % len(_IDENTITIES)] if lends else None
-        landlock = self.kind == "landlock"
-        # A lent identity is alone with its threads, and so is what bubblewrap puts into a user namespace. Root's lent
-        # ones enter another namespace only under bubblewrap: it would take away the right to read root's files.
-        threads = {"bubblewrap": "needed" if lends else "count", "landlock": "count" if lends else "wanted"}.get(
-            self.kind
-        )
-        bounds = {
-            "as": limits.memory_mb << 20, "fsize": _FILE_BYTES, "nofile": _DESCRIPTORS, "core": 0,
-            "memlock": 0, "msgqueue": 0,
-        }  # fmt: skip
-        cfg = {
+        """The command of a confined process in one of the modes of `sandboxed/__main__.py`."""
+        lends = self._lends()
+        private = self.kind == "bubblewrap"
+        cfg = self._confine(lends) | {
             "mode": mode,
             "seconds": limits.seconds,
-            "limits": bounds,
-            "uid": uid,
-            "threads": threads,
-            "landlock": [*_landlock_paths(self.packages)] if landlock else None,
+            "limits": {**_BOUNDS, "as": limits.memory_mb << 20, "fsize": _FILE_BYTES},
+            "landlock": [*landlock_paths(self.packages)] if self.kind == "landlock" else None,
+            "files": _PRIVATE if private else None,
             "seccomp": None if self.kind == "unsafe" else base64.b64encode(program_filter()).decode(),
-            "packages": sorted({str(path.parent) for path in _package_paths(self.packages)}),
+            "packages": package_folders(self.packages),
             "peer": peer,
         }
-        python = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
-        command = [python, "-I", "-S", "-X", "utf8", str(_INSIDE), json.dumps(cfg)]
-        return [*_bubblewrap(self.packages, lends), *command] if self.kind == "bubblewrap" else command
+        command = [*_PYTHON, str(INSIDE), json.dumps(cfg)]
+        return [*bubblewrap(self.packages, lends), *command] if private else command
+
+    def launch_scorers(self, seconds: float, workers: int) -> list[str]:
+        """The command of the process whose children score answers; see `worker.main`."""
+        lends = self._lends()
+        cfg = self._confine(lends) | {
+            "seconds": seconds,
+            "workers": workers,
+            "limits": {**_BOUNDS, "as": SCORER_BYTES, "fsize": 1 << 20, "nofile": 2 * _IN_FLIGHT * workers + 128},
+            "processes": 2 * _IN_FLIGHT * workers + 16,
+            "in_flight": _IN_FLIGHT * workers,
+            "landlock": [*landlock_paths((), scorers=True)] if self.kind == "landlock" else None,
+            "files": _PRIVATE if self.kind == "bubblewrap" else None,
+            "seccomp": None if self.kind == "unsafe" else base64.b64encode(scorer_filter()).decode(),
+            "path": scorer_folders(),
+        }
+        command = [*_PYTHON, "-c", _BOOT, json.dumps(cfg)]
+        return [*bubblewrap((), lends, scorers=True), *command] if self.kind == "bubblewrap" else command
+
+    def _lends(self) -> bool:
+        return self.kind != "unsafe" and os.geteuid() == 0 and _whole_uid_map()
+
+    def _confine(self, lends: bool) -> dict[str, Any]:
+        """Who the process is and what counts its threads."""
+        # A lent identity is alone with its threads, and so is what bubblewrap puts into a user namespace. Root's lent
+        # ones enter another namespace only under bubblewrap: it would take away the right to read root's files.
+        threads = {"bubblewrap": "needed" if lends else "count", "landlock": "count" if lends else "wanted"}
+        uid = _IDENTITIES[next(_identity) % len(_IDENTITIES)] if lends else None
+        return {"uid": uid, "threads": threads.get(self.kind)}
 
 
 def _whole_uid_map() -> bool:
@@ -106,81 +124,6 @@ def _whole_uid_map() -> bool:
     except OSError:
         return False
     return any(first <= _IDENTITIES[0] and _IDENTITIES[-1] < first + count for first, _, count in rows)
-
-
-def _bubblewrap(packages: Sequence[str], lends: bool) -> list[str]:
-    words = [
-        "bwrap", "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try",
-        "--die-with-parent", "--clearenv",
-    ]  # fmt: skip
-    # Root gives up its identity inside, which needs two capabilities for a moment, and enters a user namespace then.
-    words += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"] if lends else ["--unshare-user"]
-    for name, value in _ENVIRONMENT.items():
-        words += ["--setenv", name, value]
-    below, hidden, above = [*library_paths(), _stdlib(), _INSIDE], _site_packages(), _package_paths(packages)
-    for folder in sorted({parent for path in [*below, *above] for parent in path.parents if parent.name}):
-        words += ["--perms", "0755", "--dir", str(folder)]  # else only root could pass through them
-    for path in below:
-        words += ["--ro-bind", str(path), str(path)]
-    for path in hidden:
-        words += ["--perms", "0755", "--tmpfs", str(path)]
-    for path in above:  # they may lie in what was just hidden
-        words += ["--ro-bind", str(path), str(path)]
-    for path in hidden:
-        words += ["--remount-ro", str(path)]
-    for link in ("/lib", "/lib64"):
-        if os.path.islink(link):
-            words += ["--symlink", os.readlink(link), link]
-    return [
-        *words, "--dev", "/dev", "--remount-ro", "/dev", "--size", str(_FILES_BYTES), "--perms", "1777",
-        "--tmpfs", "/tmp", "--chdir", "/tmp", "--remount-ro", "/", "--",
-    ]  # fmt: skip
-
-
-def _landlock_paths(packages: Sequence[str]) -> Iterator[list[str]]:
-    for path in [*library_paths(), *_package_paths(packages), _INSIDE]:
-        yield [str(path), "read"]
-    for parent in {_stdlib(), *(path.parent for path in _package_paths(packages))}:
-        yield [str(parent), "list"]  # imports list the folder; what else lies in it cannot be opened
-    for path in _stdlib().iterdir():
-        if path.name not in ("site-packages", "dist-packages") and not path.is_symlink():
-            yield [str(path), "read"]
-    yield from DEVICES
-
-
-def _stdlib() -> Path:
-    return Path(sysconfig.get_path("stdlib", vars={"installed_base": os.path.realpath(sys.base_prefix)}))
-
-
-def _site_packages() -> list[Path]:
-    return [path for name in ("site-packages", "dist-packages") if (path := _stdlib() / name).is_dir()]
-
-
-@lru_cache(maxsize=1)
-def library_paths() -> list[Path]:
-    """The interpreter and the shared libraries of the system, without what else is installed."""
-    triple = sysconfig.get_config_var("MULTIARCH") or ""
-    found = [Path(os.path.realpath(getattr(sys, "_base_executable", sys.executable)))]
-    folders = [f"/usr/lib/{triple}", f"/lib/{triple}"] if triple else []
-    for name in [*folders, "/usr/lib64", "/lib64", "/etc/ld.so.cache"]:
-        path = Path(os.path.realpath(name))
-        if path.exists() and not any(path == p or p in path.parents for p in found):
-            found.append(path)
-    directory = os.path.realpath(sysconfig.get_config_var("LIBDIR") or "/usr/lib")
-    found += [Path(p) for p in glob.glob(f"{glob.escape(directory)}/libpython*.so*")]
-    return found
-
-
-@lru_cache(maxsize=8)
-def _package_paths(packages: Sequence[str]) -> tuple[Path, ...]:
-    found = []
-    for name in packages:
-        spec = importlib.util.find_spec(name)
-        for location in (spec.submodule_search_locations or ()) if spec else ():
-            folder = Path(os.path.realpath(location))
-            # Wheels keep the shared libraries that they bring beside the package.
-            found += [folder, *(p for p in [folder.with_name(f"{name}.libs")] if p.is_dir())]
-    return tuple(found)
 
 
 class Session:
@@ -228,7 +171,7 @@ class Session:
         self, command: list[str], stdin: int = subprocess.PIPE, stdout: int = subprocess.PIPE, **options: Any
     ) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(
-            command, stdin=stdin, stdout=stdout, stderr=self._errors, bufsize=0, env=_ENVIRONMENT, cwd="/",
+            command, stdin=stdin, stdout=stdout, stderr=self._errors, bufsize=0, env=ENVIRONMENT, cwd="/",
             start_new_session=True, **options,
         )  # fmt: skip
         self._processes.append(process)
@@ -288,7 +231,7 @@ class Session:
     def kill(self) -> None:
         """Ends everything in the sandbox, from any thread; whoever waits for a reply gets Ended."""
         for process in self._processes:
-            _kill_group(process)
+            kill_group(process)
 
     def close(self) -> None:
         """Kills everything in the sandbox and waits for it."""
@@ -298,7 +241,7 @@ class Session:
             for pipe in (process.stdin, process.stdout):
                 if pipe is not None:
                     if pipe is process.stdout:
-                        _drain(pipe.fileno())
+                        drain(pipe.fileno())
                     pipe.close()
         self._processes.clear()
         self._errors.close()
@@ -310,7 +253,7 @@ class Session:
         self.close()
 
 
-def _kill_group(process: subprocess.Popen[bytes]) -> None:
+def kill_group(process: subprocess.Popen[bytes]) -> None:
     # Programs cannot leave the group (no fork, no setsid); bubblewrap's processes die with its first one.
     if process.poll() is None:
         try:
@@ -319,7 +262,7 @@ def _kill_group(process: subprocess.Popen[bytes]) -> None:
             process.kill()
 
 
-def _drain(fd: int, seconds: float = 2.0) -> None:
+def drain(fd: int, seconds: float = 2.0) -> None:
     """Reads to the end, which comes when the last process that holds the other side is gone."""
     os.set_blocking(fd, False)
     deadline = time.monotonic() + seconds
@@ -343,33 +286,44 @@ def obstacle(kind: Kind, packages: tuple[str, ...] = ()) -> str | None:
     confine, limits = Confinement(kind, packages), Limits()
     try:
         with Session(confine, "calls", limits) as session:
-            loaded = session.ask({"program": "import decimal\ndef probe(x):\n    return x + 1"}, 1 << 10)
+            loaded = session.ask({"programs": ["import decimal\ndef probe(x):\n    return x + 1"]}, 1 << 10)
             called = session.ask({"name": "probe", "args": [41]}, 1 << 10)
         with Session(confine, "run", limits) as session:
-            session.send({"program": "print(input())"})
+            session.send({"programs": ["print(input())"]})
             ran = session.ask({"stdin": "42\n", "limit": 1 << 10}, 1 << 10)
     except (Ended, Expired, SandboxError, OSError) as error:
-        return f"{kind} does not work here: {str(error) or type(error).__name__}"
+        return f"{kind} does not work here ({str(error) or type(error).__name__})"
     works = (loaded, called, ran.get("stdout")) == ({"loaded": True}, {"value": 42}, "42\n")
-    return None if works else f"{kind} does not run programs here: {loaded}, {called}, {ran}"
+    return None if works else f"{kind} does not run programs here ({loaded}, {called}, {ran})"
 
 
 def confinement(wanted: str, packages: Sequence[str] = (), allow_unsafe: bool = False) -> Confinement:
-    """The best confinement that works here, or the `wanted` one if that is not "auto".
+    """The best confinement that works here, or the `wanted` one if that is not "auto"; says once which and why.
 
     Raises SandboxError with every reason where none does, unless `allow_unsafe`: programs then run with limits on their
     resources alone.
     """
-    packages, reasons = tuple(packages), []
+    packages, reasons = tuple(packages), list[str]()
     for kind in KINDS if wanted == "auto" else (wanted,):
         reason = obstacle(kind, packages)
         if reason is None:
-            return Confinement(kind, packages)
+            if wanted == "auto":
+                _say(f"{kind} confines answers and programs of the model{''.join(f'; {r}' for r in reasons)}")
+            return Confinement(kind, packages)  # type: ignore[arg-type]
         reasons.append(reason)
     if allow_unsafe and wanted == "auto":
+        _say(f"nothing confines answers and programs of the model (task.allow_unsafe); {'; '.join(reasons)}")
         return Confinement("unsafe", packages)
+    missing = [name for name, sign in (("bubblewrap", "bubblewrap is"), ("libseccomp2", "libseccomp is"))
+               if any(reason.startswith(f"{sign} not installed") for reason in reasons)]  # fmt: skip
+    install = f"Install what is missing (apt-get install {' '.join(missing)}), or set" if missing else "Set"
     raise SandboxError(
-        f"no sandbox can run the programs of code problems: {'; '.join(reasons)}. Install bubblewrap "
-        "(apt-get install bubblewrap libseccomp2), or set task.allow_unsafe = true to run programs of the model with "
-        "this user's rights"
+        f"no sandbox can score answers and run programs of the model: {'; '.join(reasons)}. {install} "
+        "task.allow_unsafe = true to run programs of the model with this user's rights"
     )
+
+
+@lru_cache(maxsize=8)
+def _say(line: str) -> None:
+    """Writes a line to standard error, once in a process."""
+    print(f"prime-trainer: {line}", file=sys.stderr, flush=True)

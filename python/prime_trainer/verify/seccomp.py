@@ -1,4 +1,4 @@
-"""The system calls that a program needs to compute, as a seccomp filter; every other one fails with ENOSYS.
+"""The system calls that a program or a scorer needs to compute, as seccomp filters; every other one fails with ENOSYS.
 
 A list of what is allowed: a system call that a later kernel brings is refused. libseccomp knows the numbers of each
 architecture.
@@ -31,6 +31,16 @@ poll ppoll select pselect6 epoll_create1 epoll_ctl epoll_wait epoll_pwait eventf
 socketpair sendto recvfrom sendmsg recvmsg shutdown
 """.split()  # noqa: SIM905 (a hundred words read better than a hundred literals)
 
+# A scorer reads its libraries and writes its result: no thread, no signal but its own, nothing made or changed.
+_SCORER = """
+read write readv pread64 lseek close fstat stat lstat newfstatat statx access faccessat faccessat2
+getdents64 getcwd readlink readlinkat mmap munmap mremap mprotect madvise brk
+rt_sigaction rt_sigprocmask rt_sigreturn sigaltstack restart_syscall clock_gettime clock_getres clock_nanosleep
+nanosleep gettimeofday time times getpid gettid getuid geteuid getgid getegid futex set_robust_list rseq membarrier
+getcpu sched_yield sched_getaffinity uname sysinfo getrusage getrlimit getrandom exit exit_group poll
+""".split()  # noqa: SIM905
+
+_WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 _THREAD = 0x10000  # CLONE_THREAD: a thread of this process, never a process of its own
 # (argument, how, mask or value, value): a call is allowed where one line of its list holds.
 _CONDITIONAL = {
@@ -49,15 +59,26 @@ class _Comparison(ctypes.Structure):
 
 @lru_cache(maxsize=1)
 def program_filter() -> bytes:
-    """The filter as the kernel takes it (an array of sock_filter). Raises OSError where libseccomp is missing."""
+    """What a program may call, as the kernel takes it (sock_filter). Raises OSError where libseccomp is missing."""
+    return _filter(_ALLOWED, _CONDITIONAL)
+
+
+@lru_cache(maxsize=1)
+def scorer_filter() -> bytes:
+    """The same for the process that scores one answer."""
+    reading = {"open": [(1, _MASKED_EQUAL, _WRITES, 0)], "openat": [(2, _MASKED_EQUAL, _WRITES, 0)]}
+    return _filter(_SCORER, reading | {name: _CONDITIONAL[name] for name in ("fcntl", "ioctl", "prlimit64")})
+
+
+def _filter(allowed: list[str], conditional: dict[str, list[tuple[int, int, int, int]]]) -> bytes:
     library = ctypes.CDLL("libseccomp.so.2", use_errno=True)
     library.seccomp_init.restype = ctypes.c_void_p
     context = ctypes.c_void_p(library.seccomp_init(ctypes.c_uint32(_ERRNO | errno.ENOSYS)))
     try:
         _check(library.seccomp_attr_set(context, _ATTRIBUTE_BAD_ARCHITECTURE, ctypes.c_uint32(_KILL_PROCESS)))
-        for name in _ALLOWED:
+        for name in allowed:
             _allow(library, context, name)
-        for name, conditions in _CONDITIONAL.items():
+        for name, conditions in conditional.items():
             for condition in conditions:
                 _allow(library, context, name, _Comparison(*condition))
         with tempfile.TemporaryFile() as file:

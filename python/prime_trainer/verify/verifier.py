@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from .answer_scorers import plain
-from .answers import Answer, MathAnswer, ProgramTests, ScoredAnswer
-from .extract import last_answer, last_boxed
-from .programs import CodeRunner, last_code_block
+from .answers import Answer, AssertTests, CallTests, MathAnswer, ProgramTests, ScoredAnswer
+from .extract import last_answer, last_boxed, plain, programs
+from .programs import CodeRunner
 from .sandbox import Confinement, Limits, confinement
 from .verdict import Verdict
 from .worker_pool import WorkerPool
@@ -29,21 +28,25 @@ class Verifier:
     def __init__(
         self,
         seconds: float,
-        workers: int,
+        workers: int | None = None,
         *,
         any_answer: bool = False,
+        interval_as_inequality: bool = True,
         code: CodeOptions | None = None,
     ) -> None:
-        self._pool = WorkerPool(seconds, workers)
-        self._any_answer = any_answer
+        self._any_answer, self._interval_as_inequality = any_answer, interval_as_inequality
         self._code = code or CodeOptions()
+        self._pool = WorkerPool(seconds, workers, self._code.confine)
         self._runner: CodeRunner | None = None
 
     @classmethod
     def from_config(cls, cfg: TaskConfig) -> Verifier:
         limits = Limits(cfg.code_seconds, cfg.code_memory_mb)
         code = CodeOptions(lambda: confinement_for(cfg), limits, cfg.code_workers, cfg.code_partial_credit)
-        return cls(cfg.verify_seconds, cfg.verify_workers, any_answer=cfg.any_answer, code=code)
+        return cls(
+            cfg.verify_seconds, cfg.verify_workers, any_answer=cfg.any_answer,
+            interval_as_inequality=cfg.interval_as_inequality, code=code,
+        )  # fmt: skip
 
     def __enter__(self) -> Verifier:
         return self
@@ -61,9 +64,10 @@ class Verifier:
     def answer(self, answer: Answer, response: str) -> str | None:
         """What of a response is scored: its answer or its program; None where there is none."""
         if isinstance(answer, ProgramTests):
-            return last_code_block(response)
-        found = last_boxed(response)
-        return last_answer(response) if found is None and self._any_answer else found
+            found = candidates(answer, response)
+            return found[0] if found else None
+        boxed = last_boxed(response)
+        return last_answer(response) if boxed is None and self._any_answer else boxed
 
     def score(self, items: Sequence[tuple[Answer, str]]) -> list[Verdict]:
         """Returns one verdict an item, in order.
@@ -73,17 +77,15 @@ class Verifier:
         """
         verdicts = [Verdict(0.0, None)] * len(items)
         answers: list[tuple[int, ScoredAnswer, str]] = []
-        programs: list[tuple[int, ProgramTests, str]] = []
+        submitted: list[tuple[int, ProgramTests, list[str]]] = []
         for i, (answer, response) in enumerate(items):
-            text = self.answer(answer, response)
-            if text is None:
-                continue
             if isinstance(answer, ProgramTests):
-                programs.append((i, answer, text))
-            else:
-                answers.append((i, answer, text))
+                if found := candidates(answer, response):
+                    submitted.append((i, answer, found))
+            elif (text := self.answer(answer, response)) is not None:
+                answers.append((i, self._with_options(answer), text))
         try:
-            running = {i: self._programs().submit(answer, text) for i, answer, text in programs}
+            running = {i: self._programs().submit(answer, *found) for i, answer, found in submitted}
             scored = self._pool.score([(answer, text) for _, answer, text in answers])
             for (i, _, _), verdict in zip(answers, scored, strict=True):
                 verdicts[i] = verdict
@@ -94,6 +96,11 @@ class Verifier:
             self.close()
             raise
         return verdicts
+
+    def _with_options(self, answer: ScoredAnswer) -> ScoredAnswer:
+        if isinstance(answer, MathAnswer) and not self._interval_as_inequality:
+            return replace(answer, interval_as_inequality=False)
+        return answer
 
     def _programs(self) -> CodeRunner:
         if self._runner is None:
@@ -124,6 +131,15 @@ class Verifier:
             [None if a is None else found[plain(a)] for a in answers]
             for answers, found in zip(problems, groups, strict=True)
         ]
+
+
+def candidates(answer: ProgramTests, response: str) -> list[str]:
+    """The blocks of a response that may be the program that is tested, the likeliest first."""
+    if isinstance(answer, CallTests):
+        return programs(response, [answer.fn_name])
+    if isinstance(answer, AssertTests):
+        return programs(response, answer.names)
+    return programs(response, reads_input=any(answer.inputs))
 
 
 @dataclass(frozen=True)

@@ -1,263 +1,258 @@
-"""Long-lived worker processes that score answers: one answer in flight in each, deadlines by SIGKILL."""
+"""The trainer's side of scoring answers: one confined process, whose children score an answer each (worker.py)."""
 
 from __future__ import annotations
 
-import base64
 import json
-import math
 import os
 import selectors
 import subprocess
-import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import RunError
 from .answer_scorers import load_key
 from .answers import ScoredAnswer
-from .sandbox import DEVICES, library_paths, obstacle
-from .seccomp import program_filter
-from .verdict import TIME_LIMIT, Verdict
+from .mounts import ENVIRONMENT
+from .sandbox import Confinement, confinement, drain, kill_group
+from .verdict import Verdict
+from .worker import PATIENCE
 
 MAX_ANSWER_CHARS = 10_000
 _START_SECONDS = 120.0
-_START_ATTEMPTS = 3
-_BOOT = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from prime_trainer.verify.worker import main; main(float(sys.argv[2]), json.loads(sys.argv[3]))"
-)
+_ATTEMPTS = 3
+_SPARE_SECONDS = 10.0
+_AHEAD = 64  # answers that are sent before they can be scored, for each worker
+_LONGEST_REPLY = 1 << 16
 
 
 class VerifierError(RunError):
     """No worker can score: a fault of the set-up, not of an answer."""
 
 
+class _Died(Exception):
+    """The process ended, stopped, or said what it should not."""
+
+
 @dataclass
 class _Job:
-    index: int
+    """What is scored once, however often a batch has it; `indices` are its places there."""
+
     answer: ScoredAnswer
     text: str
-    key: str
+    indices: list[int] = field(default_factory=list)
+    attempts: int = 0
 
 
 class WorkerPool:
-    """Scores `(answer, text)` pairs; its workers start with the first one.
+    """Scores `(answer, text)` pairs; its process starts with the first one.
 
-    `answer` is `Problem.answer`, `text` what the response gives as its answer. A text that takes more than `seconds`,
-    ends its worker or makes the scorer raise scores 0 with a failure, and the rest of the batch is scored as usual.
+    `answer` is `Problem.answer`, `text` what the response gives as its answer. Each pair is scored in a process of its
+    own; a text that takes more than `seconds`, ends its process or makes the scorer raise scores 0 with a failure, and
+    the rest of the batch is scored as usual. Slow answers do not hold up quick ones: of these, `workers` are scored at
+    once, None for as many as there are processors. `confine` is asked when the process starts.
     """
 
-    def __init__(self, seconds: float, workers: int) -> None:
-        if seconds <= 0 or workers < 1:
+    def __init__(
+        self, seconds: float, workers: int | None = None, confine: Callable[[], Confinement] | None = None
+    ) -> None:
+        if seconds <= 0 or (workers is not None and workers < 1):
             raise ValueError(f"seconds must be positive and workers at least 1, got {seconds} and {workers}")
         self._seconds = seconds
-        self._size = workers
-        self._workers: list[_Worker] = []
+        self._workers = workers or len(os.sched_getaffinity(0))
+        self._confine = confine or (lambda: confinement("auto"))
+        self._process: _Process | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """The process that was started, bubblewrap's where that confines; None while there is none."""
+        return None if self._process is None else self._process.pid
 
     def close(self) -> None:
-        """Ends the workers; the next `score` starts new ones."""
-        workers, self._workers = self._workers, []
-        for worker in workers:
-            worker.kill()
+        """Ends the process and its children; the next `score` starts a new one."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
 
     def score(self, items: Sequence[tuple[ScoredAnswer, str]]) -> list[Verdict]:
-        """Returns one verdict an item, in order. Raises VerifierError when a worker cannot be started at all."""
+        """Returns one verdict an item, in order; equal items are scored once.
+
+        Raises VerifierError when no process can be started at all, and SandboxError when nothing can confine it.
+        """
         verdicts = [Verdict(0.0, None)] * len(items)
-        jobs: deque[_Job] = deque()
+        jobs: dict[tuple[str, str], _Job] = {}
+        keys: dict[int, str] = {}  # responses of one problem share its answer
         for index, (answer, text) in enumerate(items):
             if len(text) > MAX_ANSWER_CHARS:
                 verdicts[index] = Verdict(0.0, "too long")
-            else:
-                jobs.append(_Job(index, answer, text, load_key(answer)))
+                continue
+            key = keys.get(id(answer))
+            if key is None:
+                key = keys[id(answer)] = json.dumps(answer.to_json(), sort_keys=True)
+            jobs.setdefault((key, text.strip()), _Job(answer, text)).indices.append(index)
         try:
-            self._run(jobs, verdicts)
+            self._run(list(jobs.values()), verdicts)
         except BaseException:
             # Ctrl-C above all: answers are in flight, and their replies must not be taken for later ones.
             self.close()
             raise
         return verdicts
 
-    def _run(self, jobs: deque[_Job], verdicts: list[Verdict]) -> None:
-        failed_starts = 0
-        while jobs or any(worker.job for worker in self._workers):
-            self._assign(jobs)
-            for worker in self._wait():
-                job = worker.job
-                assert job is not None
-                reply = worker.receive()
-                if reply is None:
-                    continue
-                if "error" in reply:
-                    raise VerifierError(f"the verifier cannot score {job.key}: {reply['error']}")
-                if worker.loading:
-                    if "loaded" in reply:
-                        failed_starts = 0
-                        worker.begin(job, self._seconds)
-                        continue
-                    # The worker died before it saw the answer, so the answer is not to blame.
-                    failed_starts += 1
-                    if failed_starts >= _START_ATTEMPTS:
-                        raise VerifierError(
-                            f"the verifier's worker does not start ({reply['failure']}): {worker.stderr()}"
-                        )
-                    jobs.appendleft(job)
-                else:
-                    verdicts[job.index] = Verdict(reply["score"], reply["failure"])
-                worker.job = None
-                if not worker.alive:
-                    self._workers.remove(worker)
+    def _run(self, jobs: Sequence[_Job], verdicts: list[Verdict]) -> None:
+        waiting = deque(jobs)
+        while waiting:
+            sent: dict[int, _Job] = {}
+            try:
+                process = self._started({load_key(job.answer): job.answer for job in waiting})
+                self._exchange(process, waiting, sent, verdicts)
+            except _Died:
+                # All that were in flight are tried again, as nobody knows which of them is to blame, if any.
+                self.close()
+                for job in sent.values():
+                    job.attempts += 1
+                    if job.attempts < _ATTEMPTS:
+                        waiting.append(job)
+                    else:
+                        _settle(job, Verdict(0.0, "worker died"), verdicts)
 
-    def _assign(self, jobs: deque[_Job]) -> None:
-        for worker in [w for w in self._workers if w.job is None and w.process.poll() is not None]:
-            worker.kill()  # it died while idle
-            self._workers.remove(worker)
-        idle = [w for w in self._workers if w.job is None]
-        while jobs and (idle or len(self._workers) < self._size):
-            if not idle:
-                idle.append(_Worker(self._seconds))
-                self._workers.append(idle[-1])
-            idle.pop().begin(jobs.popleft(), self._seconds)
+    def _started(self, answers: dict[str, ScoredAnswer]) -> _Process:
+        """The process, with the scorers of `answers` loaded, which the time limit does not include."""
+        for attempt in range(_ATTEMPTS):
+            try:
+                if self._process is None:
+                    command = self._confine().launch_scorers(self._seconds, self._workers)
+                    self._process = _Process(command)
+                for key in answers.keys() - self._process.loaded:
+                    self._process.load(key, answers[key])
+                return self._process
+            except _Died as error:
+                process, self._process = self._process, None
+                words = process.kill() if process is not None else ""
+                if attempt + 1 == _ATTEMPTS:
+                    raise VerifierError(f"the verifier's worker does not start ({error}): {words}") from None
+        raise AssertionError
 
-    def _wait(self) -> list[_Worker]:
-        """Returns the busy workers that have something to read, are to be written to, or are past their deadline."""
-        busy = [worker for worker in self._workers if worker.job]
-        with selectors.DefaultSelector() as selector:
-            for worker in busy:
-                selector.register(worker.replies, selectors.EVENT_READ, worker)
-                if worker.outgoing:
-                    selector.register(worker.requests, selectors.EVENT_WRITE, worker)
-            timeout = min(worker.deadline for worker in busy) - time.monotonic()
-            ready = {id(key.data) for key, _ in selector.select(max(timeout, 0.0))}
-        now = time.monotonic()
-        return [worker for worker in busy if id(worker) in ready or worker.deadline <= now]
+    def _exchange(
+        self, process: _Process, waiting: deque[_Job], sent: dict[int, _Job], verdicts: list[Verdict]
+    ) -> None:
+        numbers = iter(range(len(waiting)))
+        while waiting or sent:
+            while waiting and len(sent) < _AHEAD * self._workers:
+                number, job = next(numbers), waiting.popleft()
+                sent[number] = job
+                process.send({"op": "score", "number": number, "answer": job.answer.to_json(), "text": job.text})
+            # The process keeps the limits of its children; this one is for the process itself.
+            reply = process.receive(PATIENCE * self._seconds + _SPARE_SECONDS)
+            scored, verdict = sent.pop(reply.get("number", -1), None), _checked(reply)
+            if scored is None or verdict is None:
+                raise _Died("malformed reply from worker")
+            _settle(scored, verdict, verdicts)
 
 
-@lru_cache(maxsize=1)
-def _confinement() -> dict[str, Any] | None:
-    """What `inside.confine.enter` takes away from a worker; None where the kernel or libseccomp cannot.
-
-    Workers keep their identity: they run no programs, and the libraries may lie where only this user reads.
-    """
-    if obstacle("landlock") is not None:
-        return None
-    roots = {os.path.realpath(p) for p in (*sys.path, sys.prefix, sys.base_prefix, *map(str, library_paths())) if p}
-    paths = [[root, "read"] for root in sorted(roots) if os.path.exists(root) and root != "/"]
-    return {
-        "limits": {}, "uid": None, "threads": None, "landlock": [*paths, *DEVICES],
-        "seccomp": base64.b64encode(program_filter()).decode(),
-    }  # fmt: skip
+def _settle(job: _Job, verdict: Verdict, verdicts: list[Verdict]) -> None:
+    for index in job.indices:
+        verdicts[index] = verdict
 
 
-class _Worker:
-    """One process, at most one request in flight. Its pipes never block the trainer, even if the process is stopped."""
+def _checked(reply: dict[str, Any]) -> Verdict | None:
+    score, failure = reply.get("score"), reply.get("failure")
+    valid = type(score) is float and 0.0 <= score <= 1.0 and (failure is None or (type(failure) is str and score == 0))
+    return Verdict(score, failure) if valid else None  # type: ignore[arg-type]
 
-    def __init__(self, seconds: float) -> None:
-        path = [os.path.abspath(entry) for entry in sys.path]
-        # The environment may hold credentials, and evaluated text could read it. One thread: scorers are serial.
-        env = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL") if name in os.environ}
-        env |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+class _Process:
+    """The process and its two pipes, which never block the trainer, even if the process is stopped."""
+
+    def __init__(self, command: list[str]) -> None:
+        self.loaded: set[str] = set()
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed by kill)
-        self.process = subprocess.Popen(
-            [sys.executable, "-I", "-c", _BOOT, json.dumps(path), str(seconds), json.dumps(_confinement())],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            bufsize=0,
-            env=env,
-            cwd="/",
-            start_new_session=True,  # Ctrl-C is for the trainer
-        )
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.requests, self.replies = self.process.stdin.fileno(), self.process.stdout.fileno()
-        os.set_blocking(self.requests, False)
-        os.set_blocking(self.replies, False)
-        self.alive = True
-        self.job: _Job | None = None
-        self.loading = False
-        self.deadline = math.inf
-        self.outgoing = memoryview(b"")
-        self._incoming = b""
-        self._loaded: set[str] = set()
+        # An empty environment: the trainer's may hold credentials.
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, bufsize=0, env=ENVIRONMENT,
+            cwd="/", start_new_session=True,  # Ctrl-C is for the trainer
+        )  # fmt: skip
+        self.pid = self._process.pid
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._requests, self._replies = self._process.stdin, self._process.stdout
+        os.set_blocking(self._requests.fileno(), False)
+        os.set_blocking(self._replies.fileno(), False)
+        self._outgoing, self._incoming = bytearray(), bytearray()
+        self._received: deque[bytes] = deque()
+        if self.receive(_START_SECONDS) != {"ready": True}:
+            raise _Died("malformed reply from worker")
 
-    def begin(self, job: _Job, seconds: float) -> None:
-        """Sends the answer, or first the request to load its scorer, which its time limit does not include."""
-        if self.loading and self.job is job:
-            self._loaded.add(job.key)
-        self.job = job
-        self.loading = job.key not in self._loaded
-        request = {"op": "load" if self.loading else "score", "answer": job.answer.to_json()}
-        if not self.loading:
-            request["text"] = job.text
-        self.deadline = time.monotonic() + (_START_SECONDS if self.loading else seconds)
-        self.outgoing = memoryview(json.dumps(request).encode() + b"\n")
+    def load(self, key: str, answer: ScoredAnswer) -> None:
+        """Loads the scorer of `answer`. Raises VerifierError when it cannot be loaded."""
+        self.send({"op": "load", "answer": answer.to_json()})
+        reply = self.receive(_START_SECONDS)
+        if "error" in reply:
+            raise VerifierError(f"the verifier cannot score {key}: {reply['error']}")
+        if reply != {"loaded": True}:
+            raise _Died("malformed reply from worker")
+        self.loaded.add(key)
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Queues a message; `receive` writes it when the process reads."""
+        self._outgoing += json.dumps(message).encode() + b"\n"
         self._write()
 
-    def receive(self) -> dict[str, Any] | None:
-        """Returns the reply, a failure (the worker is dead then), or None when there is no whole reply yet."""
-        if time.monotonic() >= self.deadline:
-            return self._fail(TIME_LIMIT)
-        self._write()
+    def receive(self, seconds: float) -> dict[str, Any]:
+        """The next message. Raises _Died when none comes in `seconds`."""
+        deadline = time.monotonic() + seconds
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._replies, selectors.EVENT_READ)
+            if self._outgoing:
+                selector.register(self._requests, selectors.EVENT_WRITE)
+            while not self._received:
+                ready = selector.select(max(0.0, deadline - time.monotonic()))
+                if not ready:
+                    raise _Died("no reply from worker")
+                if self._outgoing:
+                    self._write()
+                    if not self._outgoing:
+                        selector.unregister(self._requests)
+                self._read()
         try:
-            chunk = os.read(self.replies, 1 << 16)
+            message = json.loads(self._received.popleft())
+        except ValueError:
+            message = None
+        if not isinstance(message, dict):
+            raise _Died("malformed reply from worker")
+        return message
+
+    def _read(self) -> None:
+        try:
+            chunk = os.read(self._replies.fileno(), 1 << 16)
         except BlockingIOError:
-            return None
-        self._incoming += chunk
-        if not chunk or len(self._incoming) > 1 << 16:
-            return self._fail("worker died" if not chunk else "worker talked nonsense")
-        if not self._incoming.endswith(b"\n"):
-            return None
-        line, self._incoming = self._incoming, b""
-        return self._check(line)
-
-    def _check(self, line: bytes) -> dict[str, Any]:
-        # Evaluated text may have written to the pipe: only a well-formed reply counts.
-        try:
-            reply = json.loads(line)
-            valid = isinstance(reply, dict)
-            if valid and self.loading:
-                valid = "loaded" in reply or "error" in reply
-            elif valid:
-                valid = 0.0 <= float(reply["score"]) <= 1.0 and isinstance(reply["failure"], (str, type(None)))
-                valid = valid and "error" not in reply
-        except (ValueError, TypeError, KeyError, RecursionError):
-            valid = False
-        if not valid:
-            return self._fail("worker talked nonsense")
-        if (reply.get("failure") or "").startswith("refused"):
-            return self._fail(reply["failure"])  # the text may have changed more than was refused
-        return reply
+            return
+        if not chunk:
+            raise _Died("worker died")
+        *lines, rest = (self._incoming + chunk).split(b"\n")
+        self._received.extend(bytes(line) for line in lines)
+        self._incoming = bytearray(rest)
+        if len(rest) > _LONGEST_REPLY:
+            raise _Died("malformed reply from worker")
 
     def _write(self) -> None:
         try:
-            while self.outgoing:
-                self.outgoing = self.outgoing[os.write(self.requests, self.outgoing) :]
+            while self._outgoing:
+                del self._outgoing[: os.write(self._requests.fileno(), self._outgoing)]
         except BlockingIOError:
             pass
         except BrokenPipeError:
-            self.outgoing = memoryview(b"")  # the end of its replies says the rest
+            self._outgoing.clear()  # the end of its replies says the rest
 
-    def _fail(self, failure: str) -> dict[str, Any]:
-        self.kill()
-        return {"score": 0.0, "failure": failure}
-
-    def stderr(self) -> str:
-        """The last of what the process wrote to standard error; valid once it is dead."""
-        return self._last_words or "it wrote no error"
-
-    def kill(self) -> None:
-        if not self.alive:
-            return
-        self.alive = False
-        self.process.kill()
-        self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
-            assert pipe is not None
-            pipe.close()
+    def kill(self) -> str:
+        """Ends the process and its children; returns the last of what it wrote to standard error."""
+        kill_group(self._process)
+        self._process.wait()
+        self._requests.close()
+        drain(self._replies.fileno())  # to the end, which comes when bubblewrap's inner processes are gone
+        self._replies.close()
         self._errors.seek(0)
-        self._last_words = self._errors.read()[-2000:].decode(errors="replace").strip()
+        words = self._errors.read()[-2000:].decode(errors="replace").strip()
         self._errors.close()
+        return words or "it wrote no error"

@@ -162,6 +162,18 @@ while True:
         except OSError:
             pass
 """,
+    "empty files without end": """
+import os
+n = 0
+while True:
+    for folder in ('/tmp', '/dev/shm', '/dev', '/var/tmp', '/', '.'):
+        try:
+            n += 1
+            os.close(os.open(f'{{folder}}/{marker}-{{n}}', os.O_CREAT | os.O_WRONLY))
+            os.link(f'{{folder}}/{marker}-{{n}}', f'{{folder}}/{marker}-{{n}}-link')
+        except OSError:
+            pass
+""",
     "a sparse file": """
 import os
 fd = os.open('sparse', os.O_CREAT | os.O_RDWR)

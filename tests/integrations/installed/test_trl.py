@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT
-from helpers.support import run_page
+from helpers.support import code_blocks, run_page
 
 from prime_kernels.integrations import trl as ours
 
@@ -164,3 +164,14 @@ def test_page(tmp_path):
     from helpers.tiny import write_model
 
     run_page(ROOT / "docs" / "trl.md", MODEL=write_model(tmp_path))
+
+
+def test_readme():
+    original = utils.selective_log_softmax
+    _, block = code_blocks((ROOT / "README.md").read_text(encoding="utf-8"), "python")
+    patch, unpatch = block.split("# ... make and run the trainer as usual ...")
+    names = {}
+    exec(patch, names)
+    assert utils.selective_log_softmax is ours.selective_log_softmax is not original
+    exec(unpatch, names)
+    assert utils.selective_log_softmax is original

@@ -30,7 +30,7 @@ struct dim3 {
   dim3(unsigned x = 1) : x(x) {}
 };
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess = 0 };
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
 enum { cudaDevAttrMultiProcessorCount };
 
 namespace emulator {
@@ -186,7 +186,14 @@ cudaError_t cudaLaunchCooperativeKernel(void (*kernel)(P...), dim3 blocks, dim3 
                                         cudaStream_t) {
   return emulator::launch(kernel, blocks, threads, arguments, true);
 }
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+// A launch fails if the environment variable PK_EMULATED_FAILURE is set.
+inline cudaError_t cudaGetLastError() {
+  return std::getenv("PK_EMULATED_FAILURE") == nullptr ? cudaSuccess : cudaErrorInvalidValue;
+}
+inline const char* cudaGetErrorString(cudaError_t error) { return error == cudaSuccess ? "no error" : "invalid argument"; }
+inline const char* cudaGetErrorName(cudaError_t error) {
+  return error == cudaSuccess ? "cudaSuccess" : "cudaErrorInvalidValue";
+}
 inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;

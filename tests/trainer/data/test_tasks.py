@@ -5,6 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from prime_trainer.config.sections import TaskConfig
+from prime_trainer.data.file_task import problem_answer
 from prime_trainer.data.tasks import load_task
 from prime_trainer.verify.answers import CallTests, GymAnswer, MathAnswer, StdioTests, from_json
 from prime_trainer.verify.sandboxed.codec import decode, encode
@@ -159,6 +160,17 @@ def test_code_rows_are_problems_in_both_forms_beside_mathematics(tmp_path):
     assert {p.reference for p in task.train(0, 2)} == {""}
 
 
+def test_function_tests_as_text_are_json():
+    rows = {
+        "inputs": ["1\n[2]\n", '"ab"', [1]], "outputs": ["3", '"ba"', "3"], "fn_name": "f",
+    }  # fmt: skip
+    answer = problem_answer(code(rows, "q?"))
+    assert answer == CallTests("f", [[1, [2]], ["ab"], [1]], [3, "ba", "3"])
+    long = "9" * 5000
+    (value,) = problem_answer(code({"inputs": [long], "outputs": [long], "fn_name": "f"}, "q?")).outputs
+    assert value == 10**5000 - 1
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
@@ -191,3 +203,41 @@ def test_a_missing_file_and_a_wrong_format_are_named(tmp_path):
     path = write(tmp_path / "d.parquet", [row()])
     with pytest.raises(ValueError, match=r"task\.path: .*d\.parquet is not a parquet file"):
         load_task(TaskConfig(kind="parquet", path=path), 0)
+
+
+@pytest.mark.parametrize("truth", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_a_reference_that_no_response_can_give_is_refused(tmp_path, truth):
+    path = write(tmp_path / "x.jsonl", [row(), row("2+2?"), json.dumps(row("3+3?", "#")).replace('"#"', truth)])
+    told = r"x\.jsonl, line 3: reward_model\.ground_truth must be a finite number or text, got -?(nan|inf)"
+    with pytest.raises(ValueError, match=told):
+        load_task(files(path), 0)
+
+
+def test_a_reference_that_is_nan_in_parquet_is_refused(tmp_path):
+    pq.write_table(pa.table({"question": ["1+1?", "2+2?"], "answer": [2.0, float("nan")]}), tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match=r"x\.parquet, row 2: answer must be a finite number or text, got nan"):
+        load_task(TaskConfig(kind="parquet", path=tmp_path / "x.parquet", eval_size=1), 0)
+
+
+BAD = [
+    ("not json", "line 2: not JSON"),
+    ('{"prompt": "\\ud800", "answer": "1"}', "line 2: prompt has half of a surrogate pair"),
+    (json.dumps(row("5+5?", None)), "line 2: reward_model.ground_truth must hold the reference answer"),
+    (
+        json.dumps(row(truth='{"inputs": ["\\ud800"], "outputs": ["1"]}', ability="code")),
+        "has half of a surrogate pair",
+    ),
+    (json.dumps(row(truth='{"fn_name": "f", "inputs": ["1"], "outputs": [NaN]}', ability="code")), "NaN or infinity"),
+]
+
+
+@pytest.mark.parametrize(("bad", "told"), BAD)
+def test_bad_rows_are_named_or_left_out(tmp_path, capsys, bad, told):
+    path = write(tmp_path / "x.jsonl", [row(), bad, row("2+2?", "4"), row("3+3?", "6")])
+    with pytest.raises(ValueError, match=r"x\.jsonl, line 2: ") as error:
+        load_task(files(path), 0)
+    assert told in str(error.value)
+    task = load_task(files(path, bad_rows="skip"), 0)
+    assert sorted(questions(task.train(0, 2))) == ["2+2?", "3+3?"] and questions(task.held_out()) == ["1+1?"]
+    assert f"task.path: 1 of 4 rows of {path} are left out" in capsys.readouterr().err
+    assert task.held_out()[0].place == f"{path}, line 1"

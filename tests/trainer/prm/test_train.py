@@ -74,7 +74,7 @@ def test_gradients_are_those_of_the_whole_batch(model_dir, kind, max_tokens):
 def test_step_labels_are_a_squared_error(prm_config, jsonl, model_dir, tokenizer):
     data = [{"prompt": "2 + 3?", "steps": ["so 2", "is 5", "yes"], "step_labels": [1, 0, None]}]
     path = jsonl("steps.jsonl", [*data, {"prompt": "?", "steps": ["a"], "step_labels": [1]}])
-    groups = training_data.step_groups(TrainPRMConfig(step_path=path), tokenizer, 500)[:1]
+    groups = training_data.step_groups(path, TrainPRMConfig(step_path=path), tokenizer, 500)[:1]
     prm = tiny.load(model_dir)
     (response,) = groups[0].responses
     ref_logp = torch.linspace(-9, 0, len(response.ids))

@@ -1,11 +1,12 @@
 """The prompt filter: inclusive bounds, surplus kept for the next batch, bounded rounds, and what if nothing passes."""
 
+import dataclasses
 import json
 from contextlib import nullcontext
 
 import pytest
 
-from prime_trainer.data.problems import Problem
+from prime_trainer.data.problems import BadRow, Problem, usable
 from prime_trainer.models.tokenizers import render
 from prime_trainer.rollout import Sample
 from prime_trainer.rollout.collector import Collector, NothingPasses
@@ -15,6 +16,7 @@ from prime_trainer.verify.answers import MathAnswer
 
 class Task:
     name = "numbers"
+    bad_rows = "error"
 
     def train(self, start, count):
         return [
@@ -56,7 +58,10 @@ class Verifier:
 def collector(run_config, tokenizer):
     def make(right, sampler=None, failures=0, **changes):
         changes = {"filter": {"low": 0.2, "high": 0.8}, "rollout": {"prompts_per_step": 4, "n": 5}, **changes}
-        return Collector(run_config(**changes), Task(), tokenizer, sampler or Sampler(), Verifier(right, failures))
+        cfg = run_config(**changes)
+        return Collector(
+            cfg.rollout, cfg.filter, cfg.seed, Task(), tokenizer, sampler or Sampler(), Verifier(right, failures)
+        )
 
     return make
 
@@ -76,7 +81,7 @@ def test_prompts_that_are_too_long_are_left_out_and_counted(collector, tokenizer
     lengths = [len(render(tokenizer, p.messages)) for p in made.task.train(0, 12)]
     assert lengths == [min(lengths)] * 10 + [min(lengths) + 1] * 2
     sampler.limit = min(lengths) + 6
-    made.cfg.filter.max_rounds = 1
+    made.filter.max_rounds = 1
     groups, values = made.collect(1, clock)
     assert names(groups) == [f"p{i}" for i in range(10)] and values["prompts_too_long"] == 2
     sampler.limit -= 1
@@ -144,3 +149,40 @@ def test_truncated_groups_are_dropped_if_asked(collector):
 def test_a_failed_verification_is_wrong_and_counted(collector):
     _, values = collector(lambda i: 3, failures=2).collect(1, clock)
     assert values["verifier_failures"] == 8 and values["reward"] == pytest.approx(0.6)
+
+
+class Broken(Task):
+    """The second of every four problems is one that no tokenizer takes."""
+
+    def __init__(self, bad_rows):
+        self.bad_rows = bad_rows
+
+    def train(self, start, count):
+        return [
+            dataclasses.replace(p, messages=[{"role": "user", "content": "\ud800"}], place=f"x.jsonl, line {i + 1}")
+            if i % 4 == 1
+            else p
+            for i, p in enumerate(super().train(start, count), start)
+        ]
+
+
+def test_a_bad_row_is_named_or_left_out_and_counted(collector):
+    found = collector(lambda i: 2)
+    found.task = Broken("error")
+    with pytest.raises(
+        BadRow, match=r"x\.jsonl, line 2: the prompt cannot be written in tokens.*task\.bad_rows = 'skip'"
+    ):
+        found.collect(1, lambda stage: nullcontext())
+    found = collector(lambda i: 2)
+    found.task = Broken("skip")
+    groups, values = found.collect(1, lambda stage: nullcontext())
+    assert [g.problem for g in groups] == ["p0", "p2", "p3", "p4"] and values["bad_rows"] == 1
+    assert values["groups_sampled"] == 4 + values["surplus"]
+
+
+def test_held_out_problems_are_checked_before_a_run(tokenizer, capsys):
+    problems = Broken("error").train(0, 4)
+    with pytest.raises(BadRow, match=r"x\.jsonl, line 2: "):
+        usable(tokenizer, problems, "error")
+    assert [p.id for p in usable(tokenizer, problems, "skip")] == ["p0", "p2", "p3"]
+    assert "left out: x.jsonl, line 2: " in capsys.readouterr().err

@@ -12,10 +12,10 @@ from prime_trainer.config.run_config import RunConfig
 from prime_trainer.config.sections import ServerConfig
 from prime_trainer.data.tasks import load_task
 from prime_trainer.models.loading import named_tensors
-from prime_trainer.rollout import EngineDied, Sample, make_sampler, pipeline
+from prime_trainer.rollout import EngineConfig, EngineDied, Sample, make_sampler, pipeline
 from prime_trainer.rollout.sampler import model_shape
 from prime_trainer.rollout.vllm.server import check_transfer, without_launcher
-from prime_trainer.run.stage_clock import Clock
+from prime_trainer.run.stage_clock import StageClock
 from prime_trainer.verify import Verdict
 
 
@@ -59,19 +59,30 @@ class Verifier:
         return [Verdict(float(i % 2), None) for i in range(len(items))]
 
 
+def engine_config(cfg):
+    return EngineConfig(cfg.rollout, cfg.model, cfg.output)
+
+
+def rollouts(cfg, model, tokenizer):
+    return pipeline.Rollouts(
+        engine_config(cfg), cfg.filter, model, tokenizer, load_task(cfg.task, 0), Verifier(),
+        seed=cfg.seed, steps=cfg.steps, eval_batch_size=cfg.eval.batch_size,
+    )  # fmt: skip
+
+
 @pytest.fixture
 def make(run_config, model, tokenizer, monkeypatch):
     def build(deaths=(), **rollout):
         cfg = run_config(steps=9, rollout={"engine": "vllm", **rollout})
         engine = Engine(deaths)
         monkeypatch.setattr(pipeline, "make_sampler", lambda *args, **options: engine)
-        return pipeline.Rollouts(cfg, model, tokenizer, load_task(cfg.task, 0), Verifier()), engine
+        return rollouts(cfg, model, tokenizer), engine
 
     return build
 
 
 def batch(it, step):
-    groups, values = it.batch(step, Clock())
+    groups, values = it.batch(step, StageClock())
     return [g.problem for g in groups], values["lag"]
 
 
@@ -104,16 +115,16 @@ def test_with_a_lag_sampling_goes_on_while_the_caller_works(make):
         return generate(*args)
 
     engine.generate = slow
-    it.batch(1, Clock())
+    it.batch(1, StageClock())
     assert entered.wait(20)  # and the batch of step 1 is here
     leave.set()
-    it.batch(2, Clock())
+    it.batch(2, StageClock())
     it.close()
 
 
 def test_evaluation_waits_for_what_is_sampled_ahead_and_has_the_new_weights(make):
     it, engine = make(lag=1)
-    it.batch(1, Clock())
+    it.batch(1, StageClock())
     assert it.evaluate(1, lambda sampler: sampler.version) == 1
     assert engine.calls[-2:] == [("generate", 0), ("update", 1)]
     assert batch(it, 2)[1] == 1  # sampled before the evaluation, by the weights of then
@@ -177,7 +188,7 @@ def test_a_run_ends_with_a_checkpoint(run_config, monkeypatch, model, tmp_path):
     monkeypatch.setattr(loop.Verifier, "from_config", lambda _cfg: fake())
     with pytest.raises(EngineDied):
         loop.run(run_config(rollout={"engine": "vllm"}))
-    from prime_trainer.run.checkpoint import load_latest
+    from helpers.checkpoints import load_latest
 
     assert load_latest(tmp_path / "run")["step"] == 1 and engine.calls[-1] == ("close",)
 
@@ -228,7 +239,9 @@ def test_weights_that_cannot_reach_a_server_are_refused(run_config, model, token
         ),
     ]:
         with pytest.raises(ValueError, match=message):
-            make_sampler(run_config(rollout={"engine": "vllm-server", "server": server}), model, tokenizer)
+            make_sampler(
+                engine_config(run_config(rollout={"engine": "vllm-server", "server": server})), model, tokenizer
+            )
     check_transfer(ServerConfig(urls=[here, "http://127.0.0.1:1", "http://[::1]:2"]), "cpu")
     check_transfer(ServerConfig(urls=[elsewhere], transfer="nccl"), "cuda")
 
@@ -249,7 +262,7 @@ def test_a_missing_vllm_is_said(run_config, model, tokenizer, monkeypatch):
     monkeypatch.setattr("prime_trainer.rollout.engines.vllm_installed", lambda: False)
     for engine in ("vllm", "vllm-server"):
         with pytest.raises(ValueError, match=rf"rollout\.engine = '{engine}' needs vLLM: pip install"):
-            make_sampler(run_config(rollout={"engine": engine}), model, tokenizer)
+            make_sampler(engine_config(run_config(rollout={"engine": engine})), model, tokenizer)
 
 
 def test_a_set_of_weights_is_complete_and_has_each_storage_once(model, tokenizer):
@@ -268,8 +281,9 @@ def test_a_resume_may_move_the_server(run_config, tmp_path, monkeypatch):
     from prime_trainer.run.checkpoint import begin, save
 
     cfg = run_config(rollout={"engine": "vllm-server", "server": {"port": 1234}})
+    cfg.output.mkdir()
     save(cfg.output, 1, {"step": 1, "config": cfg.model_dump_json()}, keep=1)
     moved = run_config(resume=True, rollout={"engine": "vllm-server", "server": {"port": 4321}})
-    assert begin(moved)["step"] == 1
+    assert begin(moved, {})["step"] == 1
     with pytest.raises(ValueError, match="the configuration has changed"):
-        begin(run_config(resume=True, rollout={"engine": "vllm-server", "n": 9}))
+        begin(run_config(resume=True, rollout={"engine": "vllm-server", "n": 9}), {})

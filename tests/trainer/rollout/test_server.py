@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -72,6 +73,30 @@ def test_a_token_is_made_once_and_for_its_owner(tmp_path):
         read_token(path)
 
 
+@pytest.mark.parametrize("mode", [0o620, 0o602, 0o640, 0o604, 0o666])
+def test_a_token_that_others_may_read_or_write_is_refused(tmp_path, mode):
+    path = tmp_path / "token"
+    make_token(path)
+    path.chmod(mode)
+    for read in (read_token, make_token):
+        with pytest.raises(
+            ValueError, match=rf"token_file: others than its owner may read or write .* \(mode {mode:04o}\)"
+        ):
+            read(path)
+    path.chmod(0o400)
+    assert read_token(path)
+
+
+def test_a_token_of_somebody_else_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "token"
+    make_token(path)
+    monkeypatch.setattr(os, "geteuid", lambda: path.stat().st_uid + 7)
+    if path.stat().st_uid == 0:  # root may choose every token anyway
+        os.chown(path, 12345, 12345)
+    with pytest.raises(ValueError, match=r"token_file: .* belongs to user \d+, not to this one"):
+        read_token(path)
+
+
 def test_a_taken_port_is_named():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -85,9 +110,8 @@ def test_a_taken_port_is_named():
 
 
 def test_the_servers_words(run_config):
-    words = arguments(
-        run_config(rollout={"engine": "vllm-server", "batch_size": 7}), "model", "127.0.0.1", 81, dummy=True
-    )
+    cfg = run_config(rollout={"engine": "vllm-server", "batch_size": 7})
+    words = arguments(cfg.rollout, cfg.model, "model", "127.0.0.1", 81, dummy=True)
     given = dict(zip(words, [*words[1:], None], strict=True))
     assert given["--host"] == "127.0.0.1" and given["--port"] == "81" and given["--max-num-seqs"] == "7"
     assert given["--load-format"] == "dummy" and given["--logprobs-mode"] == "processed_logprobs"

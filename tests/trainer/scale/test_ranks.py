@@ -3,10 +3,10 @@
 import pytest
 import torch
 from helpers import ranks, tiny
+from helpers.checkpoints import load_latest
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from prime_trainer.run.checkpoint import load_latest
 from prime_trainer.scale.ranks import deal
 
 

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import psutil
 from helpers import ranks
-
-from prime_trainer.run.checkpoint import load_latest
+from helpers.checkpoints import load_latest
 
 TESTS = Path(__file__).parents[2]
 RANK = """

@@ -44,10 +44,10 @@ def by_micro_batches(model, batch, max_tokens, pack=False):
 
 
 @pytest.mark.parametrize("max_tokens", [1, 60, 10_000])
-@pytest.mark.parametrize("layout", ["row a response", "row a group", "packed rows", "stream"])
+@pytest.mark.parametrize("layout", ["row a response", "row a group", "packed rows", "varlen"])
 def test_log_probs_and_gradients_are_those_of_single_passes(model, groups, monkeypatch, max_tokens, layout):
     monkeypatch.setattr(batch_module, "SHARED_ROW_LIMIT", 0 if layout == "row a response" else 1024)
-    batch = Batch(groups, stream=layout == "stream")
+    batch = Batch(groups, layout="varlen" if layout == "varlen" else "shared")
     got, want = by_micro_batches(model, batch, max_tokens, layout == "packed rows"), one_by_one(model, batch)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
     upstream = torch.randn(batch.num_tokens)

@@ -9,7 +9,7 @@ from helpers import tiny
 from prime_trainer.config.sections import PolicyConfig
 from prime_trainer.train.batch import Batch
 from prime_trainer.train.forward import log_probs
-from prime_trainer.train.policy_step import needs_old_logp, policy_update
+from prime_trainer.train.policy_step import Targets, policy_update
 from prime_trainer.train.trainable import Trainable
 
 
@@ -34,7 +34,8 @@ def all_log_probs(model, batch, with_grad=False):
 def update(policy, batch, advantages, *, old=None, ref=None, micro_batch_tokens=10_000, **cfg):
     cfg = PolicyConfig(**{"minibatches": 1, **cfg})
     generator = torch.Generator().manual_seed(1)
-    return policy_update(policy, batch, advantages, old, ref, cfg, micro_batch_tokens, generator)
+    targets = Targets(advantages, old, ref)
+    return policy_update(policy, batch, targets, cfg, micro_batch_tokens=micro_batch_tokens, generator=generator)
 
 
 def trainable(model_dir, dtype="float32", lr=1e-3, grad_clip=1e9):
@@ -147,8 +148,6 @@ def test_epochs_and_minibatches_are_optimizer_steps(model_dir, batch, advantages
     metrics = update(policy, batch, advantages, old=old, epochs=2, minibatches=2)
     assert next(iter(policy.optimizer.state.values()))["step"] == 4
     assert metrics["approx_kl"] != 0
-    assert needs_old_logp(PolicyConfig(epochs=1, minibatches=2)) and needs_old_logp(PolicyConfig(epochs=2))
-    assert not needs_old_logp(PolicyConfig(epochs=1, minibatches=1))
 
 
 def test_small_updates_are_not_rounded_away_in_bfloat16(model_dir):
@@ -182,8 +181,10 @@ def test_gradient_clip_and_learning_rate_scale(model_dir, batch, advantages):
     policy = trainable(model_dir, grad_clip=1e-3)
     seen = []
     policy.optimizer.step = lambda: seen.append(torch.cat([p.grad.flatten() for p in policy.master]).norm().item())
-    generator = torch.Generator().manual_seed(1)
-    policy_update(policy, batch, advantages, None, None, PolicyConfig(minibatches=1), 10_000, generator, lr_scale=0.25)
+    policy_update(
+        policy, batch, Targets(advantages), PolicyConfig(minibatches=1),
+        micro_batch_tokens=10_000, generator=torch.Generator().manual_seed(1), lr_scale=0.25,
+    )  # fmt: skip
     assert seen == [pytest.approx(1e-3, rel=1e-3)]
     assert policy.optimizer.param_groups[0]["lr"] == pytest.approx(0.25e-3)
 
@@ -206,8 +207,10 @@ def test_importance_weighs_each_tokens_gradient_and_temperature_divides_the_logi
     policy, temperature = trainable(model_dir), 0.7
     kept = []
     policy.step = lambda scale: kept.append([p.grad.clone() for p in policy.master]) or 0.0
-    cfg, shuffle = PolicyConfig(minibatches=1), torch.Generator().manual_seed(1)
-    policy_update(policy, batch, advantages, None, None, cfg, 40, shuffle, importance=weights, temperature=temperature)
+    policy_update(
+        policy, batch, Targets(advantages, importance=weights), PolicyConfig(minibatches=1),
+        micro_batch_tokens=40, generator=torch.Generator().manual_seed(1), temperature=temperature,
+    )  # fmt: skip
     model = tiny.load(model_dir)
     total = 0.0
     for micro in batch.micro_batches(range(len(batch.groups)), 10_000):
@@ -216,3 +219,8 @@ def test_importance_weighs_each_tokens_gradient_and_temperature_divides_the_logi
     total.backward()
     for got, parameter in zip(kept[0], model.parameters(), strict=True):
         torch.testing.assert_close(got, parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_kl_penalty_without_a_reference_is_refused(model_dir, batch, advantages):
+    with pytest.raises(ValueError, match=r"policy\.kl_coef = 0\.5 needs the reference's log-probs, got none"):
+        update(trainable(model_dir), batch, advantages, kl_coef=0.5)

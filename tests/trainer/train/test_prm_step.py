@@ -12,7 +12,7 @@ from prime_trainer.data.groups import Group, Response
 from prime_trainer.models.loading import frozen
 from prime_trainer.train.batch import Batch
 from prime_trainer.train.forward import log_probs
-from prime_trainer.train.prm_step import Scorer, process_rewards
+from prime_trainer.train.prm_step import PRMScorer, Scorer, process_rewards
 from prime_trainer.train.trainable import Trainable
 
 
@@ -31,13 +31,14 @@ def all_log_probs(model, batch):
 
 def scorer(model_dir, dtype="float32", micro_batch_tokens=10_000, policy=False, ref=True, prm=True, **cfg):
     cfg = PRMConfig(**{"lr": 1e-3, **cfg})
-    return Scorer(
+    without = Scorer(
         tiny.load(model_dir, dtype) if policy else None,
         frozen(tiny.load(model_dir, dtype)) if ref else None,
-        Trainable(tiny.load(model_dir, dtype), lr=cfg.lr, grad_clip=cfg.grad_clip) if prm else None,
-        cfg,
         micro_batch_tokens,
     )
+    if not prm:
+        return without
+    return PRMScorer(without, Trainable(tiny.load(model_dir, dtype), lr=cfg.lr, grad_clip=cfg.grad_clip), cfg)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -106,9 +107,9 @@ def test_none_leaves_the_prm_alone(model_dir, batch):
 def test_the_policy_as_reference(model_dir, batch):
     s = scorer(model_dir, policy=True, ref=False, update="before")
     with torch.no_grad():
-        s.policy.model.norm.weight.mul_(1.1)
+        s.frozen.policy.model.norm.weight.mul_(1.1)
     scores = s.score(batch)
-    assert torch.equal(scores.ref_logp, all_log_probs(s.policy, batch))
+    assert torch.equal(scores.ref_logp, all_log_probs(s.frozen.policy, batch))
     assert torch.equal(scores.old_logp, scores.ref_logp)
     assert scores.log_ratio.abs().max() > 0
 
@@ -116,13 +117,22 @@ def test_the_policy_as_reference(model_dir, batch):
 def test_without_a_prm_only_the_asked_for_log_probs_are_computed(model_dir, batch):
     scores = scorer(model_dir, policy=True, ref=False, prm=False).score(batch)
     assert torch.equal(scores.old_logp, all_log_probs(tiny.load(model_dir), batch))
-    assert scores.prm_logp is None and scores.metrics == {}
+    assert scores.ref_logp is None and scores.metrics == {}
+
+
+def test_a_prm_without_a_reference_is_refused(model_dir, batch):
+    with pytest.raises(ValueError, match="a PRM needs the log-probs of its reference"):
+        scorer(model_dir, ref=False).score(batch)
 
 
 @pytest.mark.parametrize("minibatches", [1, 2])
 def test_the_update_does_not_depend_on_micro_batches(model_dir, batch, minibatches):
     whole = scorer(model_dir, minibatches=minibatches)
     split = scorer(model_dir, minibatches=minibatches, micro_batch_tokens=1)
+    for each in (whole, split):
+        # AdamW divides by the size of a gradient: with its usual epsilon one that is nothing but rounding, which
+        # differs from processor to processor, would move a weight as far as any other.
+        each.prm.optimizer.param_groups[0]["eps"] = 1e-4
     one, other = whole.score(batch), split.score(batch)
     for a, b in zip(whole.prm.master, split.prm.master, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=5e-6)
@@ -164,7 +174,7 @@ class TestGranularity:
     def test_token(self, packed, step_ends):
         q = torch.randn(packed.num_tokens)
         rewards = process_rewards(q, packed, PRMConfig(granularity="token", beta=0.2), step_ends)
-        assert rewards.carries is None
+        assert rewards.mask is None
         torch.testing.assert_close(rewards.values, 0.2 * q)
 
     @pytest.mark.parametrize("granularity", ["step", "whole"])
@@ -173,7 +183,7 @@ class TestGranularity:
         rewards = process_rewards(q, packed, PRMConfig(granularity=granularity, beta=0.2), step_ends)
         carriers = self.ends if granularity == "step" else [ends[-1:] for ends in self.ends]
         values, carries = self.expected(0.2 * q, carriers)
-        assert torch.equal(rewards.carries, carries)
+        assert torch.equal(rewards.mask, carries)
         torch.testing.assert_close(rewards.values, values, rtol=0, atol=1e-6)
         totals = pk.segment_sum(rewards.values, packed.cu_seqlens)
         torch.testing.assert_close(totals, pk.segment_sum(0.2 * q, packed.cu_seqlens), rtol=0, atol=1e-6)

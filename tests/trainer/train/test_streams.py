@@ -1,5 +1,6 @@
-"""Whether passes are rows with masks or streams follows from the model's attention, in every stage."""
+"""Whether passes are rows with masks or varlen follows from the model's attention, in every stage."""
 
+import dataclasses
 import json
 
 import pytest
@@ -8,7 +9,7 @@ from helpers import tiny
 
 from prime_trainer import loop, sft
 from prime_trainer.config.sections import ModelConfig
-from prime_trainer.models import forward, loading
+from prime_trainer.models import forward, loading, traits
 from prime_trainer.prm import score_steps, train
 from prime_trainer.prm.reference_cache import Reference
 from prime_trainer.train.batch import Batch
@@ -33,11 +34,13 @@ def passes(monkeypatch):
     return found
 
 
-@pytest.fixture(params=["rows", "streams"])
+@pytest.fixture(params=["rows", "varlen"])
 def layout(request, monkeypatch):
-    """sdpa reads a stream too, from the positions that start anew: the numbers must be those of rows."""
-    if request.param == "streams":
-        monkeypatch.setattr(forward, "reads_stream", lambda model: True)
+    """sdpa takes a varlen pass too, by the positions that restart at 0: the numbers must be those of rows."""
+    if request.param == "varlen":
+        monkeypatch.setattr(traits, "layout_of", lambda models: "varlen")
+        found = traits.of
+        monkeypatch.setattr(traits, "of", lambda model: dataclasses.replace(found(model), layout="varlen"))
     return request.param
 
 
@@ -49,10 +52,13 @@ def check(passes, layout):
         assert set(passes) == {(1, False)}
 
 
-def test_flash_attention_reads_streams(model):
-    assert not forward.reads_stream(model) and not Batch.read_by(model, tiny.random_groups()).stream
-    model.config._attn_implementation = "flash_attention_2"
-    assert forward.reads_stream(model) and Batch.read_by(model, tiny.random_groups()).stream
+def test_flash_attention_is_varlen(model, monkeypatch):
+    assert Batch.for_model(model, tiny.random_groups()).layout == "shared"
+    # SDPA stands in for its kernels: it tells sequences apart by the same positions.
+    found = traits._prove(model, "flash_attention_2")
+    assert found.layout == "varlen" and found.masks is None
+    model.traits = dataclasses.replace(found, attention="sdpa")
+    assert Batch.for_model(model, tiny.random_groups()).layout == "varlen"
 
 
 @pytest.fixture(scope="module")
@@ -102,13 +108,16 @@ def test_rl(run_config, passes, layout):
     check(passes, layout)
 
 
-def test_the_cards_mask_and_two_attentions_are_refused(model_dir, tokenizer):
+def test_models_of_two_layouts_are_read_one_response_a_row(model_dir, tokenizer, passes):
     one, other = tiny.load(model_dir), tiny.load(model_dir)
-    one.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ValueError, match="prm and reference must have the same attention"):
-        score_steps(ROWS, prm=one, reference=other, tokenizer=tokenizer)
-    other.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ValueError, match="compat = 'eurus-card' masks pad tokens"):
+    want = score_steps(ROWS, prm=one, reference=other, tokenizer=tokenizer, beta=1.0)
+    del passes[:]
+    one.traits = dataclasses.replace(one.traits, layout="rows", masks=None)
+    found = score_steps(ROWS, prm=one, reference=other, tokenizer=tokenizer, beta=1.0)
+    assert passes and not any(masked for _, masked in passes)
+    for a, b in zip(found, want, strict=True):
+        assert a.cumulative == pytest.approx(b.cumulative, abs=1e-5)
+    with pytest.raises(ValueError, match=r"compat = 'eurus-card' masks pad tokens .* prm \(LlamaForCausalLM with sdpa"):
         score_steps(ROWS, prm=one, reference=other, tokenizer=tokenizer, compat="eurus-card")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,10 +20,11 @@ from bench.verify.programs import canonical, changed
 from prime_trainer import loop
 from prime_trainer.config.sections import TaskConfig
 from prime_trainer.data.tasks import load_task
-from prime_trainer.verify import SandboxError, Verdict, Verifier
+from prime_trainer.verify import SandboxError, Verdict, Verifier, mounts
 from prime_trainer.verify import sandbox as sandbox_module
 from prime_trainer.verify.answers import AssertTests, CallTests, MathAnswer, StdioTests
-from prime_trainer.verify.programs import CodeRunner, last_code_block
+from prime_trainer.verify.extract import last_code_block
+from prime_trainer.verify.programs import CodeRunner
 from prime_trainer.verify.sandbox import Confinement, Limits, Session, confinement, obstacle
 from prime_trainer.verify.verifier import CodeOptions
 
@@ -248,7 +250,7 @@ def test_what_finds_the_secret_scores_one(sandbox, places):
     [
         ("no code", None),
         ("```python\na = 1\n```", "a = 1\n"),
-        ("```\na\n```\n text\n  ```py\n  b\n  ```\n", "  b\n"),
+        ("```\na\n```\n text\n  ```py\n  b\n  ```\n", "b\n"),
         ("```python\na\n```\n```text\nb\n```", "a\n"),
         ("```python\na\n```\n```python\nnever closed", "a\n"),
         ("```" + "a" * 10**6, None),
@@ -310,6 +312,55 @@ def test_programs_whose_functions_are_called(sandbox, program, score):
     assert run(sandbox, [(answer, program)], limits=Limits(20.0)) == [Verdict(score, None)]
 
 
+@pytest.mark.parametrize(
+    ("program", "answer", "score"),
+    [
+        # What the graders of public data import beforehand.
+        ("def f(s: List[str]) -> int:\n    return Counter(s)['a'] + math.gcd(4, 6)",
+         calls("f", [[["a", "b"]]], [3]), 1.0),
+        ("def f(x):\n    return heapq.nsmallest(1, x)[0] + bisect_left(x, 2) + len(list(accumulate(x)))",
+         calls("f", [[[1, 2]]], [4]), 1.0),
+        ("import numpy\ndef f(x):\n    return int(np.sum(x))", calls("f", [[[1, 2]]], [3]), 1.0),
+        ("def f(x):\n    return undefined_name", calls("f", [[1]], [1]), 0.0),
+        # The runner's future annotations are not the program's.
+        ("def f(x) -> 1:\n    return isinstance(f.__annotations__['return'], int)", calls("f", [[1]], [True]), 1.0),
+        # Integers of any size; keys that JSON made text.
+        ("def f(n):\n    return 10**n", calls("f", [[5000]], [10**5000]), 1.0),
+        ("def f(n):\n    return 10**n + 1", calls("f", [[5000]], [10**5000]), 0.0),
+        ("def f(n):\n    return n - 1", calls("f", [[10**5000]], [10**5000 - 1]), 1.0),
+        ("print(10**5000)", stdio(["\n"], ["1" + "0" * 5000]), 1.0),
+        ("def f(d):\n    return sum(d)", calls("f", [[{"1": 2, "3": 4}]], [4]), 1.0),
+        ("def f(d):\n    return sorted(d)", calls("f", [[{"1": 2, "x": 4}]], [["1", "x"]]), 1.0),
+        # Standard input is a file of known size.
+        ("import os\nprint(int(os.read(0, os.fstat(0).st_size)) * 2)", stdio(["3\n"], ["6\n"]), 1.0),
+        # Numbers.
+        ("print(4 / 2)", stdio(["\n"], ["2\n"]), 1.0),
+        ("print(2.5)", stdio(["\n"], ["2\n"]), 0.0),
+        ("print(50000000000000001.0)", stdio(["\n"], ["50000000000000001\n"]), 0.0),
+    ],
+)  # fmt: skip
+def test_what_a_program_may_rely_on(sandbox, program, answer, score):
+    assert run(sandbox, [(answer, program)], limits=Limits(20.0)) == [Verdict(score, None)]
+
+
+def test_the_first_program_that_compiles_is_scored(sandbox):
+    runner = CodeRunner(sandbox, Limits(20.0), 1)
+    try:
+        answer = calls("f", [[1]], [1])
+        assert runner.submit(answer, "6 apples", "def f(x):\n    return x").result() == Verdict(1.0, None)
+        assert runner.submit(answer, "6 apples", "so f").result() == Verdict(0.0, None)
+    finally:
+        runner.close()
+
+
+def test_numpy_is_imported_once_and_the_limit_counts_processor_time(sandbox):
+    program = "import numpy as np\nprint(int(np.array([int(input())]).sum()))"
+    answer = stdio([f"{i}\n" for i in range(60)], [f"{i}\n" for i in range(60)])
+    assert run(sandbox, [(answer, program)] * 4, limits=Limits(4.0)) == [Verdict(1.0, None)] * 4
+    busy = "import time\ninput()\nwhile time.process_time() < 0.5:\n    pass"
+    assert run(sandbox, [(stdio(["\n"] * 9, [""] * 9), busy)], limits=Limits(2.0)) == [Verdict(0.0, "time limit")]
+
+
 def test_all_tests_count_unless_partial_credit_is_wanted(sandbox):
     answers = [
         stdio([f"{i}\n" for i in range(12)], [f"{i}\n" if i < 11 else "x" for i in range(12)]),
@@ -363,10 +414,20 @@ def test_canonical_solutions_pass_and_wrong_ones_do_not(sandbox):
 
 
 def test_no_sandbox_is_refused_with_what_to_install_and_allowed_by_hand(monkeypatch, tmp_path):
-    monkeypatch.setattr(sandbox_module, "obstacle", lambda kind, packages=(): f"{kind} is not here")
-    with pytest.raises(SandboxError, match=r"bubblewrap is not here; landlock is not here.*apt-get install bubblewrap"):
+    absent = {kind: f"{kind} does not work here (no reason)" for kind in sandbox_module.KINDS}
+    monkeypatch.setattr(sandbox_module, "obstacle", lambda kind, packages=(): absent[kind])
+    with pytest.raises(
+        SandboxError, match=r"bubblewrap does not.*; landlock does not.*\)\. Set task\.allow_unsafe"
+    ) as e:
         confinement("auto")
-    with pytest.raises(SandboxError, match="landlock is not here"):
+    assert "nstall" not in str(e.value)  # nothing that is missing
+    absent["bubblewrap"] = "bubblewrap is not installed (apt-get install bubblewrap)"
+    absent["landlock"] = "libseccomp is not installed (apt-get install libseccomp2): no such file"
+    with pytest.raises(
+        SandboxError, match=r"Install what is missing \(apt-get install bubblewrap libseccomp2\), or set"
+    ):
+        confinement("auto")
+    with pytest.raises(SandboxError, match="libseccomp is not installed"):
         confinement("landlock", allow_unsafe=True)
     assert confinement("auto", allow_unsafe=True) == Confinement("unsafe")
     row = {"prompt": "q", "ability": "code", "reward_model": {"ground_truth": {"inputs": [""], "outputs": [""]}}}
@@ -378,6 +439,60 @@ def test_no_sandbox_is_refused_with_what_to_install_and_allowed_by_hand(monkeypa
     obstacle.cache_clear()
     assert obstacle("bubblewrap") == "bubblewrap is not installed (apt-get install bubblewrap)"
     obstacle.cache_clear()
+
+
+def test_auto_says_once_what_confines_and_why(monkeypatch, capsys):
+    reasons = {"bubblewrap": "bubblewrap does not work here (no namespaces)", "landlock": None}
+    monkeypatch.setattr(sandbox_module, "obstacle", lambda kind, packages=(): reasons[kind])
+    sandbox_module._say.cache_clear()
+    assert [confinement("auto").kind for _ in range(3)] == ["landlock"] * 3
+    line = "prime-trainer: landlock confines answers and programs of the model; bubblewrap does not work here"
+    assert capsys.readouterr().err == f"{line} (no namespaces)\n"
+    assert confinement("landlock").kind == "landlock"  # who asks for it knows
+    assert capsys.readouterr().err == ""
+    sandbox_module._say.cache_clear()
+
+
+def test_what_lies_under_tmp_is_seen_by_programs_and_nothing_else_there(sandbox, monkeypatch, tmp_path):
+    """As where Python's environment and the checkout are in /tmp, which is private in bubblewrap."""
+    assert tmp_path.is_relative_to("/tmp")
+    tmp_path.chmod(0o755)
+    for folder in tmp_path.parents[:-2]:
+        folder.chmod(0o755)
+    inside = tmp_path / "checkout" / "sandboxed"
+    shutil.copytree(mounts.INSIDE, inside)
+    package = tmp_path / "environment" / "site-packages" / "a_package"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("ANSWER = 42\n")
+    (tmp_path / "environment" / "secret").write_text("secret")
+    monkeypatch.setattr(mounts, "INSIDE", inside)
+    monkeypatch.setattr(sandbox_module, "INSIDE", inside)
+    monkeypatch.syspath_prepend(package.parent)
+    looks = f"import a_package, os\nprint(a_package.ANSWER, os.path.exists({str(tmp_path / 'environment/secret')!r}))"
+    hidden = sandbox.kind == "bubblewrap"  # Landlock hides no names, and refuses to open what they name
+    reads = f"try:\n    print(open({str(tmp_path / 'environment/secret')!r}).read())\nexcept OSError:\n    print('no')"
+    jobs = [(stdio([""], [f"42 {not hidden}"]), looks), (stdio([""], ["no"]), reads)]
+    verdicts = run(Confinement(sandbox.kind, ("a_package",)), jobs, limits=Limits(20.0))
+    assert verdicts == [Verdict(1.0, None)] * 2
+
+
+def test_a_private_folder_holds_few_files_however_empty(sandbox):
+    if sandbox.kind != "bubblewrap":
+        pytest.skip("Landlock gives programs no folder to write to")
+    program = """
+import os
+made = 0
+for folder in ('/tmp', '/dev/shm', '/dev', '/', '/tmp/deep'):
+    try:
+        os.makedirs(folder, exist_ok=True)
+        for i in range(5000):
+            os.close(os.open(f'{folder}/{i}', os.O_CREAT | os.O_WRONLY))
+            made += 1
+    except OSError:
+        pass
+print(0 < made < 1100)
+"""
+    assert run(sandbox, [(stdio([""], ["True"]), program)], limits=Limits(20.0)) == [Verdict(1.0, None)]
 
 
 def test_mathematics_and_code_train_in_one_batch(run_config, tmp_path, monkeypatch):

@@ -6,10 +6,12 @@ import pytest
 import torch
 from helpers.support import assert_close, offsets
 
+import prime_kernels as pk
 from prime_kernels._backends import PPOTokens
+from prime_kernels._constants import PRM_KINDS
 from prime_kernels._triton import losses as kernels
-from prime_kernels._triton.segments import segment_fill
-from prime_kernels.ops import ppo_loss, prm_loss
+from prime_kernels._triton.segments import fill_segments
+from prime_kernels.ops import ppo_loss
 
 TOTAL = 67
 CLIP = (0.2, 0.28)
@@ -51,13 +53,13 @@ def test_ppo(masked, weighted, denominator, cut):
             if each is not None:
                 each[~mask] = math.nan
     config = cut(TOTAL)
-    *got, scale = kernels.ppo_forward(PPOTokens(*columns, mask), CLIP, denominator, config)
+    *got, scale = kernels.ppo_loss_and_scale(PPOTokens(*columns, mask), CLIP, denominator, config)
     for value, expected in zip(got, want, strict=True):
         assert value.shape == () and value.dtype == torch.float32
         assert_close("golden", value, expected.detach())
     divisor = (TOTAL if mask is None else int(mask.sum())) if denominator is None else float(denominator)
     assert_close("float64", scale, 1.0 / divisor)
-    got = kernels.ppo_backward(PPOTokens(*columns, mask), CLIP, scale, torch.tensor(-2.0), config)
+    got = kernels.ppo_gradient(PPOTokens(*columns, mask), CLIP, scale, torch.tensor(-2.0), config)
     assert_close("grad.float32", got, -2.0 * gradient)
     if masked:
         assert (got[~mask] == 0.0).all()
@@ -66,20 +68,20 @@ def test_ppo(masked, weighted, denominator, cut):
 def test_ppo_of_exploded_ratios(cut):
     """Held at e^20, where nothing flows back, and right to the last digits just below."""
     logp = torch.tensor([19.75, 25.0, -12.3, 20.0])
-    columns = (logp, torch.zeros(4), torch.full((4,), -1.0), None)
-    loss, clip_fraction, approx_kl, scale = kernels.ppo_forward(PPOTokens(*columns, None), (0.2, 0.2), 1.0, cut(4))
+    batch = PPOTokens(logp, torch.zeros(4), torch.full((4,), -1.0), None, None)
+    loss, clip_fraction, approx_kl, scale = kernels.ppo_loss_and_scale(batch, (0.2, 0.2), 1.0, cut(4))
     assert float(loss) == pytest.approx(math.exp(19.75) + 2 * math.exp(20.0) + 0.8, rel=1e-6)
     assert float(clip_fraction) == 0.25 and float(approx_kl) == pytest.approx(-52.45 / 4, rel=1e-6)
-    got = kernels.ppo_backward(PPOTokens(*columns, None), (0.2, 0.2), scale, torch.tensor(1.0), cut(4))
+    got = kernels.ppo_gradient(batch, (0.2, 0.2), scale, torch.tensor(1.0), cut(4))
     assert got.tolist() == pytest.approx([math.exp(19.75), 0.0, 0.0, math.exp(20.0)], rel=1e-6)
 
 
 def test_ppo_hands_on_nan(cut):
     columns = [torch.zeros(20) for _ in range(3)]
     columns[0][7] = math.nan
-    loss, _, approx_kl, scale = kernels.ppo_forward(PPOTokens(*columns, None, None), CLIP, None, cut(20))
+    loss, _, approx_kl, scale = kernels.ppo_loss_and_scale(PPOTokens(*columns, None, None), CLIP, None, cut(20))
     assert loss.isnan() and approx_kl.isnan()
-    got = kernels.ppo_backward(PPOTokens(*columns, None, None), CLIP, scale, torch.tensor(1.0), cut(20))
+    got = kernels.ppo_gradient(PPOTokens(*columns, None, None), CLIP, scale, torch.tensor(1.0), cut(20))
     assert got.isnan().nonzero().tolist() == [[7]]
 
 
@@ -87,9 +89,9 @@ def test_ppo_hands_on_nan(cut):
 def test_ppo_without_valid_tokens(total):
     columns = (*(torch.full((total,), math.nan) for _ in range(3)), None)
     mask = torch.zeros(total, dtype=torch.bool)
-    *results, scale = kernels.ppo_forward(PPOTokens(*columns, mask), CLIP, None)
+    *results, scale = kernels.ppo_loss_and_scale(PPOTokens(*columns, mask), CLIP, None)
     assert [float(value) for value in results] == [0.0, 0.0, 0.0] and float(scale) == 1.0
-    assert kernels.ppo_backward(PPOTokens(*columns, mask), CLIP, scale, torch.tensor(1.0)).tolist() == [0.0] * total
+    assert kernels.ppo_gradient(PPOTokens(*columns, mask), CLIP, scale, torch.tensor(1.0)).tolist() == [0.0] * total
 
 
 LENGTHS = [0, 3, 0, 17, 1, 1, 30, 0, 9, 6]
@@ -99,19 +101,19 @@ GROUPS = [1, 0, 4, 5]
 def prm_check(log_ratio, outcomes, lengths, groups, kind, beta, config):
     cu, cu_groups = offsets(lengths), None if groups is None else offsets(groups)
     leaf = log_ratio.double().requires_grad_()
-    want = prm_loss.reference(leaf, outcomes, cu, cu_groups, kind, beta)
-    loss, accuracy, slope = kernels.prm_forward(log_ratio, outcomes, cu, cu_groups, kind, beta, config)
+    want = pk.prm_loss(leaf, outcomes, cu, cu_groups=cu_groups, kind=kind, beta=beta, backend="eager")
+    loss, accuracy, slope = kernels.prm_loss_and_slope(log_ratio, outcomes, cu, cu_groups, kind, beta, config)
     assert loss.shape == accuracy.shape == () and loss.dtype == accuracy.dtype == torch.float32
     assert_close("golden", loss, want.loss)
     assert_close("golden", accuracy, want.pair_accuracy)
     gradient = torch.autograd.grad(want.loss, leaf)[0]
     assert slope.dtype == torch.float64 and (slope[torch.tensor(lengths) == 0] == 0.0).all()
-    got = segment_fill(slope, cu, log_ratio.numel(), None, config)
+    got = fill_segments(slope, cu, log_ratio.numel(), None, config)
     assert_close("grad.float32", got, gradient)
 
 
 @pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
-@pytest.mark.parametrize("kind", prm_loss.KINDS)
+@pytest.mark.parametrize("kind", PRM_KINDS)
 def test_prm(kind, soft, cut):
     log_ratio, outcomes = torch.randn(TOTAL), torch.rand(len(LENGTHS), dtype=torch.float64)
     if not soft:
@@ -129,7 +131,7 @@ def test_prm_without_groups(kind, cut):
     prm_check(log_ratio, outcomes, LENGTHS, None, kind, 0.5, cut(TOTAL))
 
 
-@pytest.mark.parametrize("kind", prm_loss.KINDS)
+@pytest.mark.parametrize("kind", PRM_KINDS)
 @pytest.mark.parametrize("lengths, groups", [([], []), ([0, 0], [2]), ([0], [1, 0]), ([20], [1]), ([9, 30], [1, 1])])
 def test_prm_of_little(kind, lengths, groups, cut):
     log_ratio, outcomes = torch.randn(sum(lengths)), torch.ones(len(lengths), dtype=torch.float64)
@@ -147,20 +149,20 @@ def test_prm_of_extreme_sums(cut):
     """Sure predictions, right and wrong: losses neither overflow nor lose their tails."""
     lengths, outcomes = [1, 12, 20, 5], torch.tensor([1.0, 0.0, 1.0, 0.0], dtype=torch.float64)
     log_ratio = torch.cat([torch.full((n,), x) for n, x in zip(lengths, [900.0, -80.0, -60.0, 300.0], strict=True)])
-    for kind in prm_loss.KINDS:
+    for kind in PRM_KINDS:
         prm_check(log_ratio, outcomes, lengths, [4], kind, 1.0, cut(sum(lengths)))
 
 
 def test_prm_nan_leaves_slopes_of_others(cut):
     log_ratio, outcomes = torch.randn(TOTAL), torch.tensor([0.0, 1.0] * 5, dtype=torch.float64)
     log_ratio[-1] = math.nan
-    loss, _, slope = kernels.prm_forward(log_ratio, outcomes, offsets(LENGTHS), None, "ce", 0.05, cut(TOTAL))
+    loss, _, slope = kernels.prm_loss_and_slope(log_ratio, outcomes, offsets(LENGTHS), None, "ce", 0.05, cut(TOTAL))
     assert loss.isnan() and slope.isnan().nonzero().tolist() == [[9]]
 
 
 def test_bits_do_not_change(cut):
     columns, config = tokens(), cut(TOTAL)
-    first, second = (kernels.ppo_forward(PPOTokens(*columns, None), CLIP, None, config) for _ in range(2))
+    first, second = (kernels.ppo_loss_and_scale(PPOTokens(*columns, None), CLIP, None, config) for _ in range(2))
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
     arguments = (
         columns[0],
@@ -171,5 +173,5 @@ def test_bits_do_not_change(cut):
         0.05,
         config,
     )
-    first, second = (kernels.prm_forward(*arguments) for _ in range(2))
+    first, second = (kernels.prm_loss_and_slope(*arguments) for _ in range(2))
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))

@@ -38,20 +38,20 @@ def returns(config, **options):
 
 def scans(config):
     torch.manual_seed(2)
-    return [segments.segment_scan(torch.randn(TOTAL), offsets(LENGTHS), 0.9, way, config) for way in (False, True)]
+    return [segments.scan_segments(torch.randn(TOTAL), offsets(LENGTHS), 0.9, way, config) for way in (False, True)]
 
 
 def sums(config):
     torch.manual_seed(3)
-    return [segments.segment_sum(torch.randn(TOTAL), offsets(LENGTHS), config)]
+    return [segments.sum_segments(torch.randn(TOTAL), offsets(LENGTHS), config)]
 
 
 def losses(config):
     torch.manual_seed(4)
     tokens = PPOTokens(*(torch.randn(TOTAL) for _ in range(3)), weights=None, mask=None)
     outcomes = torch.rand(len(LENGTHS), dtype=torch.float64)
-    ppo = loss_kernels.ppo_forward(tokens, (0.2, 0.2), None, config)
-    prm = loss_kernels.prm_forward(tokens.logp, outcomes, offsets(LENGTHS), offsets(GROUPS), "dpo", 0.5, config)
+    ppo = loss_kernels.ppo_loss_and_scale(tokens, (0.2, 0.2), None, config)
+    prm = loss_kernels.prm_loss_and_slope(tokens.logp, outcomes, offsets(LENGTHS), offsets(GROUPS), "dpo", 0.5, config)
     return [*ppo, *prm]
 
 

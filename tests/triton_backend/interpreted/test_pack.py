@@ -25,13 +25,13 @@ def test_there_and_back(dtype, left, config):
     for width in (1, 3):
         padded = torch.randint(-100, 100, (len(LENGTHS), LENGTH, width)).to(dtype)
         want = torch.cat([padded[row, columns(row, left)] for row in range(len(LENGTHS))])
-        packed = kernels.pack(padded, offsets(LENGTHS), TOTAL, left, config)
+        packed = kernels.pack_tokens(padded, offsets(LENGTHS), TOTAL, left, config)
         assert packed.dtype == dtype and torch.equal(packed, want)
         for fill in [True] if dtype == torch.bool else [0, -100]:
             back = torch.full_like(padded, fill)
             for row in range(len(LENGTHS)):
                 back[row, columns(row, left)] = padded[row, columns(row, left)]
-            got = kernels.unpack(packed, offsets(LENGTHS), LENGTH, left, fill, config)
+            got = kernels.unpack_tokens(packed, offsets(LENGTHS), LENGTH, left, fill, config)
             assert got.dtype == dtype and torch.equal(got, back)
 
 
@@ -39,22 +39,22 @@ def test_bits_are_kept():
     """NaN with a payload, -0 and fills that no integer is."""
     bits = torch.tensor([0x7FC00001, -0x80000000, 0x7F800000], dtype=torch.int32)
     values = bits.view(torch.float32)[:, None]
-    got = kernels.unpack(values, offsets([1, 2]), 3, True, float("-inf"))
+    got = kernels.unpack_tokens(values, offsets([1, 2]), 3, True, float("-inf"))
     want = [[-0x800000, -0x800000, 0x7FC00001], [-0x800000, -0x80000000, 0x7F800000]]
     assert got[..., 0].view(torch.int32).tolist() == want
-    assert torch.equal(kernels.pack(got, offsets([1, 2]), 3, True).view(torch.int32)[:, 0], bits)
+    assert torch.equal(kernels.pack_tokens(got, offsets([1, 2]), 3, True).view(torch.int32)[:, 0], bits)
 
 
 def test_strides():
     padded = torch.randn(3, 8, 4).transpose(0, 1)[..., ::2]
     want = torch.cat([padded[row, :2] for row in range(8)])
-    assert torch.equal(kernels.pack(padded, offsets([2] * 8), 16, False), want)
+    assert torch.equal(kernels.pack_tokens(padded, offsets([2] * 8), 16, False), want)
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 2), (3, 0, 2), (3, 5, 2), (3, 5, 0)], ids=str)
 def test_nothing_to_move(shape):
     rows, length, width = shape
     cu = offsets([0] * rows)
-    assert kernels.pack(torch.ones(shape), cu, 0, False).shape == (0, width)
-    got = kernels.unpack(torch.ones(0, width), cu, length, False, 7.0)
+    assert kernels.pack_tokens(torch.ones(shape), cu, 0, False).shape == (0, width)
+    got = kernels.unpack_tokens(torch.ones(0, width), cu, length, False, 7.0)
     assert got.shape == shape and (got == 7.0).all()

@@ -19,11 +19,11 @@ HEALTH_TRIES = 3
 
 
 def unknown() -> None:
-    """For a server that somebody else looks after."""
+    """For a server that this process did not start."""
 
 
 class Client:
-    """`death` says why the server's process ended, where it is ours to know."""
+    """`death` returns why the server's process ended, None while it runs or where it is not ours."""
 
     def __init__(self, url: str, token: str, death: Callable[[], str | None] = unknown) -> None:
         self.url, self.death = url.rstrip("/"), death
@@ -56,7 +56,7 @@ class Client:
         return self.call("GET", "/weight_info")["weight_version"]
 
     def update(self, send: Callable[[Client], None], version: int) -> None:
-        """Lets what is under way end, has `send` do the transfer, and drops what is cached of the old weights."""
+        """Drains running requests, calls `send` for the transfer, and clears the prefix cache of the old weights."""
         self.call("POST", "/pause", params={"mode": "wait"})
         send(self)
         self.call("POST", "/update_weight_version", {"new_version": str(version)})

@@ -11,19 +11,20 @@ import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ...config.run_config import RunConfig
+from ...config.sections import RolloutConfig
 from ..sampler import EngineDied, Sample, Sampling
 
 FILE_BACKEND = "file"
+_ENDED: dict[str, Literal["stop", "length"]] = {"stop": "stop", "length": "length"}
 QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def engine_options(cfg: RunConfig, on_cpu: bool, limit: int | None) -> dict[str, Any]:
+def engine_options(cfg: RolloutConfig, dtype: str, on_cpu: bool, limit: int | None) -> dict[str, Any]:
     """vLLM's engine arguments, the same in process and in a server.
 
     `processed_logprobs` are those of the distribution that was sampled from, after the temperature; without
@@ -31,13 +32,13 @@ def engine_options(cfg: RunConfig, on_cpu: bool, limit: int | None) -> dict[str,
     On CPUs a prompt is read in one go: of one read in part vLLM drops what it sampled and turns the random stream of
     its request back, which a stream of a CPU cannot do. Many prompts at once, or a full cache, are enough for that.
     """
-    v = cfg.rollout.vllm
+    v = cfg.vllm
     options = {
-        "dtype": cfg.model.dtype,
+        "dtype": dtype,
         "seed": 0,
         "generation_config": "vllm",
         "logprobs_mode": "processed_logprobs",
-        "max_num_seqs": cfg.rollout.batch_size,
+        "max_num_seqs": cfg.batch_size,
         "max_model_len": limit,
         "enforce_eager": on_cpu if v.eager is None else v.eager,
         "enable_chunked_prefill": False if on_cpu else None,
@@ -126,9 +127,10 @@ class Engine:
 
 def finished(ids: list[int], logprobs: list[float], reason: str | None, version: int) -> Sample:
     """A response that vLLM aborted is cut off at a place that the policy did not choose."""
-    if reason not in ("stop", "length"):
+    ended = _ENDED.get(reason or "")
+    if ended is None:
         raise EngineDied(f"vLLM ended a response after {len(ids)} tokens with the reason {reason!r}")
-    return Sample(ids, logprobs, reason, version)
+    return Sample(ids, logprobs, ended, version)
 
 
 @contextmanager

@@ -7,21 +7,20 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
-from ...config.run_config import RunConfig
 from ...models.loading import save_config
 from ...models.protocols import CausalLM, Tokenizer
 from ...run.seeds import derive_seed
-from ..sampler import EngineDied, Sample, Sampling, model_shape
+from ..sampler import EngineConfig, EngineDied, Sample, Sampling, model_shape
 from . import engine
 
 
 class VLLMSampler:
-    def __init__(self, cfg: RunConfig, model: CausalLM, tokenizer: Tokenizer) -> None:
+    def __init__(self, cfg: EngineConfig, model: CausalLM, tokenizer: Tokenizer) -> None:
         self.shape = model_shape(model, tokenizer, cfg.rollout.vllm.max_model_len)
         self.limit = self.shape.limit
         self.sleeps = cfg.rollout.vllm.sleep
         self.device = model.device
-        self.options = engine.engine_options(cfg, self.device.type == "cpu", self.shape.limit)
+        self.options = engine.engine_options(cfg.rollout, cfg.model.dtype, self.device.type == "cpu", self.shape.limit)
         if self.sleeps and self.device.type != "cpu":  # on CPUs vLLM refuses the option; there sleeping does nothing
             self.options["enable_sleep_mode"] = True
         self.directory = tempfile.TemporaryDirectory(prefix="prime-trainer-")
@@ -42,7 +41,7 @@ class VLLMSampler:
         if not self._usable:
             raise EngineDied("the engine holds no complete set of weights")
         self._usable = False  # unless this ends well: what an error leaves behind would come up in the next call
-        flat = self._engine.generate(
+        flat = self._live.generate(
             [prompt for prompt in prompts for _ in range(n)],
             [derive_seed(seed, k) for seed in seeds for k in range(n)],
             sampling,
@@ -53,21 +52,19 @@ class VLLMSampler:
         return [flat[at : at + n] for at in range(0, len(flat), n)]
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        tensors = self.shape.check_weights(named_tensors)
-        if self._engine is None:
-            raise EngineDied("there is no engine")
+        tensors, live = self.shape.check_weights(named_tensors), self._live
         self._usable = False
         if self._asleep:
-            with self._engine.waking():
-                self._engine.load(tensors)
+            with live.waking():
+                live.load(tensors)
             self._asleep = False
         else:
-            self._engine.load(tensors)
+            live.load(tensors)
         self.version, self._usable = version, True
 
     def release(self) -> None:
         if self.sleeps and not self._asleep:
-            self._engine.sleep()
+            self._live.sleep()
             self._asleep, self._usable = True, False
 
     def restart(self) -> None:
@@ -78,6 +75,12 @@ class VLLMSampler:
     def close(self) -> None:
         self._drop()
         self.directory.cleanup()
+
+    @property
+    def _live(self) -> engine.Engine:
+        if self._engine is None:
+            raise EngineDied("there is no engine")
+        return self._engine
 
     def _build(self) -> None:
         self._engine = engine.Engine(self.directory.name, self.options, self.device)

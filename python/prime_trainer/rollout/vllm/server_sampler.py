@@ -18,11 +18,10 @@ from urllib.parse import urlsplit
 
 from torch import Tensor
 
-from ...config.run_config import RunConfig
 from ...models.loading import save_config
 from ...models.protocols import CausalLM, Tokenizer
 from ...run.seeds import derive_seed
-from ..sampler import EngineDied, Sample, Sampling, model_shape
+from ..sampler import EngineConfig, EngineDied, Sample, Sampling, model_shape
 from . import engine
 from .client import Client
 from .server import ServerProcess, free_port, read_token
@@ -31,9 +30,9 @@ SHARED_MEMORY = Path("/dev/shm")
 
 
 class ServerSampler:
-    """Servers at `rollout.server.urls`; with none given, one of its own, whose log is in the run's directory."""
+    """Servers at `rollout.server.urls`; without any, starts one, whose log is in the run's directory."""
 
-    def __init__(self, cfg: RunConfig, model: CausalLM, tokenizer: Tokenizer) -> None:
+    def __init__(self, cfg: EngineConfig, model: CausalLM, tokenizer: Tokenizer) -> None:
         self.cfg = cfg
         self.shape = model_shape(model, tokenizer, cfg.rollout.vllm.max_model_len)
         self.limit = self.shape.limit
@@ -80,16 +79,17 @@ class ServerSampler:
 
             samples = asyncio.gather(*(one(*job) for job in jobs))
             watches = [asyncio.create_task(client.watch()) for client in self.clients]
+            tasks: list[asyncio.Future[Any]] = [samples, *watches]
             try:
-                await asyncio.wait([samples, *watches], return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
                 for watch in watches:
                     if watch.done():
                         watch.result()  # raises
                 return await samples
             finally:
-                for task in (samples, *watches):
+                for task in tasks:
                     task.cancel()
-                await asyncio.gather(samples, *watches, return_exceptions=True)
+                await asyncio.gather(*tasks, return_exceptions=True)
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         tensors = self.shape.check_weights(named_tensors)
@@ -100,7 +100,7 @@ class ServerSampler:
         else:
             if self._gpu_transfers is None:
                 self._gpu_transfers = [self._gpu_transfer(client) for client in self.clients]
-            self._update_all([lambda _, send=send: send(tensors) for send in self._gpu_transfers], version)
+            self._update_all([_sending(send, tensors) for send in self._gpu_transfers], version)
         self.version, self._usable, self._unfinished = version, True, None
 
     def _update_all(self, sends: Sequence[Callable[[Client], None]], version: int) -> None:
@@ -118,7 +118,7 @@ class ServerSampler:
         pass
 
     def restart(self) -> None:
-        """Our own server anew; one that somebody else started is waited for, and after a failed update must be new."""
+        """Restarts our own server; waits for external ones, which after a failed update must have been restarted."""
         self.version, self._usable, self._gpu_transfers = -1, False, None
         self._disconnect()
         self._connect()
@@ -140,7 +140,7 @@ class ServerSampler:
         else:
             token, log = secrets.token_urlsafe(32), self.cfg.output / "server.log"
             print(f"starting a vLLM server; its log is {log}", file=sys.stderr, flush=True)
-            self.process = ServerProcess(self.cfg, self.directory.name, token, log)
+            self.process = ServerProcess(self.cfg.rollout, self.cfg.model, self.directory.name, token, log)
             self.clients = [Client(self.process.url, token, self.process.death)]
         for client in self.clients:
             client.wait_ready(settings.start_seconds)
@@ -176,6 +176,11 @@ class SharedFile:
 
     def __exit__(self, *_: Any) -> None:
         self.directory.cleanup()
+
+
+def _sending(send: Callable[[Mapping[str, Tensor]], None], tensors: Mapping[str, Tensor]) -> Callable[[Client], None]:
+    """For `Client.update`; the transfer has its client already."""
+    return lambda _client: send(tensors)
 
 
 def _send_file(client: Client, path: str) -> None:

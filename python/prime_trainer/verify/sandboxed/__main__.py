@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import _sitebuiltins
 import builtins
+import fcntl
 import json
 import os
-import selectors
 import signal
 import sys
 import types
@@ -18,8 +18,10 @@ from typing import Any
 
 import codec
 import confine
+import provided
 
 _CHUNK = 1 << 16
+_ADD_SEALS, _NO_CHANGE = 1033, 1 | 2 | 4 | 8  # F_ADD_SEALS; F_SEAL_SEAL, _SHRINK, _GROW, _WRITE
 
 
 class Channel:
@@ -38,6 +40,13 @@ class Channel:
         line, _, self._held = b"".join(parts).partition(b"\n")
         return json.loads(line)
 
+    def expect(self) -> dict[str, Any]:
+        """The next message, where there must be one."""
+        message = self.receive()
+        if message is None:
+            raise SystemExit(0)  # the trainer has ended
+        return message
+
     def send(self, message: dict[str, Any]) -> None:
         data = memoryview(json.dumps(message).encode() + b"\n")
         while data:
@@ -55,7 +64,8 @@ def main() -> None:
     # The interpreter started without `site`; and nothing of this folder can be imported by what runs here.
     builtins.exit = builtins.quit = _sitebuiltins.Quitter("exit", "")
     sys.path[:] = [*sys.path[1:], *cfg["packages"]]
-    sys.modules.pop("codec"), sys.modules.pop("confine")
+    sys.modules.pop("codec"), sys.modules.pop("confine"), sys.modules.pop("provided")
+    sys.set_int_max_str_digits(0)
     if cfg["mode"] == "run":
         program = _serve_runs(channel, cfg)
         if program is not None:
@@ -68,75 +78,90 @@ def main() -> None:
         _run_tests(channel, Channel(*cfg["peer"]))
 
 
-def _serve_runs(channel: Channel, cfg: dict[str, Any]) -> str | None:
-    """Runs the program once a request, in a child each. Returns its source in the child, None at the end."""
+def _serve_runs(channel: Channel, cfg: dict[str, Any]) -> types.CodeType | None:
+    """Runs the program once a request, in a child each. Returns its code in the child, None at the end."""
     channel.send({"ready": True})
-    program = channel.receive()["program"]
+    program = _prepare(channel.expect()["programs"], "program.py")
     while (request := channel.receive()) is not None:
-        stdin, stdout = os.pipe(), os.pipe()
+        stdin, stdout = _file_with(request["stdin"].encode()), os.pipe()
         pid = os.fork()
         if pid == 0:
-            os.dup2(stdin[0], 0)
+            os.dup2(stdin, 0)
             os.dup2(stdout[1], 1)
             os.closerange(3, cfg["limits"]["nofile"])
             confine.seal(cfg)
             return program
-        os.close(stdin[0]), os.close(stdout[1])
-        channel.send(_converse(pid, stdin[1], stdout[0], request["stdin"].encode(), request["limit"]))
+        os.close(stdin)
+        os.close(stdout[1])
+        channel.send(_collect(pid, stdout[0], request["limit"]))
     return None
 
 
-def _converse(pid: int, sink: int, source: int, text: bytes, limit: int) -> dict[str, Any]:
-    """Feeds a child and reads what it writes until it ends, or `limit` bytes are there: the rest cannot matter."""
-    os.set_blocking(sink, False)
-    left, output = memoryview(text), bytearray()
-    with selectors.DefaultSelector() as selector:
-        selector.register(source, selectors.EVENT_READ)
-        selector.register(sink, selectors.EVENT_WRITE)
-        open_sink, reading = True, True
-        while reading:
-            for key, _ in selector.select():
-                if key.fd == source:
-                    chunk = os.read(source, _CHUNK)
-                    output += chunk
-                    reading = bool(chunk) and len(output) <= limit
-                    continue
-                try:
-                    left = left[os.write(sink, left) :] if left else left
-                except BrokenPipeError:
-                    left = memoryview(b"")
-                if not left and open_sink:
-                    selector.unregister(sink)
-                    os.close(sink)
-                    open_sink = False
-    if open_sink:
-        os.close(sink)
+def _prepare(programs: list[str], name: str) -> types.CodeType:
+    """The first of the programs that compiles, or one that raises; what it uses without importing is provided.
+
+    What it imports of the provided modules is imported here, once, and not in each of its runs.
+    """
+    failure: BaseException | None = None
+    for program in programs:
+        try:
+            # The runner's own `from __future__` is not the program's.
+            code = compile(program, name, "exec", dont_inherit=True)
+        except BaseException as error:
+            failure = failure or error
+            continue
+        provided.provide(program)
+        provided.open_standard_input(program)
+        return code
+    message = f"raise SyntaxError({_describe(failure or SyntaxError())!r})"
+    return compile(message, name, "exec", dont_inherit=True)
+
+
+def _file_with(text: bytes) -> int:
+    """A file in memory that holds the text and cannot be changed: programs ask for the size of standard input."""
+    fd = os.memfd_create("stdin", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    left = memoryview(text)
+    while left:
+        left = left[os.write(fd, left) :]
+    os.lseek(fd, 0, os.SEEK_SET)
+    fcntl.fcntl(fd, _ADD_SEALS, _NO_CHANGE)
+    return fd
+
+
+def _collect(pid: int, source: int, limit: int) -> dict[str, Any]:
+    """Reads what a child writes until it ends, or `limit` bytes are there: the rest cannot matter."""
+    output = bytearray()
+    while len(output) <= limit and (chunk := os.read(source, _CHUNK)):
+        output += chunk
     os.close(source)
     over = len(output) > limit
     if over:
         os.kill(pid, signal.SIGKILL)
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    return {"stdout": output[:limit].decode(errors="replace"), "status": status, "over": over}
+    _, status, used = os.wait4(pid, 0)
+    return {
+        "stdout": output[:limit].decode(errors="replace"), "status": os.waitstatus_to_exitcode(status), "over": over,
+        "seconds": used.ru_utime + used.ru_stime,
+    }  # fmt: skip
 
 
-def _run_main(program: str) -> None:
+def _run_main(program: types.CodeType) -> None:
     module = types.ModuleType("__main__")
     module.__dict__["__builtins__"] = builtins
     sys.modules["__main__"] = module
     sys.argv = ["program.py"]
-    exec(compile(program, "program.py", "exec"), module.__dict__)
+    exec(program, module.__dict__)
 
 
 def _serve_calls(channel: Channel) -> None:
     """Loads the program as a module and calls its functions, or the methods of its class Solution, by name."""
     channel.send({"ready": True})
-    program = channel.receive()["program"]
+    program = _prepare(channel.expect()["programs"], "program.py")
     module = types.ModuleType("program")
     module.__dict__["__builtins__"] = builtins
     sys.modules["program"] = module
     sys.argv = ["program.py"]
     try:
-        exec(compile(program, "program.py", "exec"), module.__dict__)
+        exec(program, module.__dict__)
         channel.send({"loaded": True})
     except BaseException as error:
         channel.send({"error": _describe(error)})
@@ -179,8 +204,8 @@ def _run_tests(channel: Channel, peer: Channel) -> None:
     if peer.receive() != {"ready": True}:
         return
     channel.send({"ready": True})
-    request = channel.receive()
-    peer.send({"program": request["program"]})
+    request = channel.expect()
+    peer.send({"programs": request["programs"]})
     loaded = peer.receive()
     passed = 0
     if loaded == {"loaded": True}:

@@ -1,4 +1,4 @@
-"""JSON that keeps what JSON loses: tuples, sets, complex numbers, and dictionaries whose keys are not strings.
+"""JSON that keeps what JSON loses: tuples, sets, complex numbers, long integers, and dictionaries with other keys.
 
 Scorers compare such values, so a problem that went through plain JSON would be scored wrongly. Decoding makes values of
 these types alone, whatever it reads.
@@ -7,11 +7,11 @@ these types alone, whatever it reads.
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 _TAG = "__python__"
-_BUILD = {
+_BUILD: dict[str, Callable[[list[Any]], Any]] = {
     "tuple": tuple,
     "set": set,
     "iterator": iter,
@@ -19,13 +19,17 @@ _BUILD = {
     "dict": lambda items: {k: v for k, v in items},
     "complex": lambda items: complex(*items),
     "bytes": bytes,
+    "int": lambda items: int(items[0], 16),
 }
+_MAX_PLAIN = 1 << 2_000  # Python refuses to read larger integers than this as decimal text, at some size
 
 
 def encode(value: Any) -> Any:
     """Returns `value` with everything JSON cannot hold put in tagged objects; raises TypeError for other types."""
-    if value is None or type(value) in (bool, int, float, str):
+    if value is None or type(value) in (bool, float, str):
         return value
+    if type(value) is int:
+        return value if -_MAX_PLAIN < value < _MAX_PLAIN else {_TAG: "int", "items": [hex(value)]}
     if isinstance(value, list):
         return [encode(v) for v in value]
     if isinstance(value, tuple):
@@ -40,7 +44,7 @@ def encode(value: Any) -> Any:
         return encode(value.tolist())
     if isinstance(value, (bool, int, float, str)):  # an enum or another subclass: its plain value
         base = next(t for t in (bool, int, float, str) if isinstance(value, t))
-        return base(value)
+        return encode(base(value))
     if isinstance(value, complex):
         return _tagged("complex", [value.real, value.imag])
     if isinstance(value, (bytes, bytearray)):

@@ -22,14 +22,18 @@ _CAPABILITY_VERSION_3, _CAP_DAC_READ_SEARCH = 0x20080522, 2
 _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446  # the same numbers on every architecture
 _WRITE_FILE, _READ_FILE, _READ_DIR = 1 << 1, 1 << 2, 1 << 3
 
+_MS_REMOUNT = 32 | 2 | 4  # and still nosuid and nodev
+
 THREADS = 64
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def enter(cfg: dict[str, Any]) -> None:
-    """Confines this process as `cfg` says; see `host.Confinement`. Raises OSError where a step is not possible."""
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    """Confines this process as `cfg` says; see `sandbox.Confinement`. Raises OSError where a step is not possible."""
+    die_with_parent()
+    if cfg["files"] is not None:
+        _limit_files(*cfg["files"])
     limit(cfg["limits"])
     if cfg["uid"] is not None:
         if cfg["landlock"] is not None:
@@ -37,16 +41,26 @@ def enter(cfg: dict[str, Any]) -> None:
         os.setgroups([])
         os.setresgid(cfg["uid"], cfg["uid"], cfg["uid"])
         os.setresuid(cfg["uid"], cfg["uid"], cfg["uid"])
-        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a change of identity clears it
+        die_with_parent()  # a change of identity clears it
     # Threads are counted for each identity in each user namespace: where the trainer's count, there is no limit.
     if cfg["threads"] == "count" or _leave(cfg["threads"]):
-        limit({"nproc": THREADS})
+        limit({"nproc": cfg.get("processes", THREADS)})
     keep = cfg["uid"] is not None and cfg["landlock"] is not None
     _capset(1 << _CAP_DAC_READ_SEARCH if keep else 0)
     _prctl(_PR_SET_DUMPABLE, 0)  # no other process of this user reads or traces it
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
     if cfg["landlock"] is not None:
         _landlock(cfg["landlock"])
+
+
+def die_with_parent() -> None:
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _limit_files(folder: str, size: int, count: int) -> None:
+    """Bounds a tmpfs in files and folders too: each takes a kilobyte of the kernel's memory, however empty it is."""
+    options = f"size={size},nr_inodes={count},mode=1777".encode()
+    _check(_libc.mount(None, folder.encode(), None, ctypes.c_ulong(_MS_REMOUNT), options), f"mount {folder}")
 
 
 def _leave(wish: str | None) -> bool:
@@ -67,16 +81,15 @@ def limit(limits: dict[str, int]) -> None:
 
 def seal(cfg: dict[str, Any]) -> None:
     """The last step before foreign code runs: only the system calls of the filter are left, for good."""
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent()
     seconds = math.ceil(cfg["seconds"]) + 1
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     if cfg["seccomp"] is not None:
-        filter_calls(cfg["seccomp"])
+        filter_calls(base64.b64decode(cfg["seccomp"]))
 
 
-def filter_calls(encoded: str) -> None:
-    """Leaves the system calls of a filter alone; `encoded` is `seccomp.program_filter` in base64."""
-    filters = base64.b64decode(encoded)
+def filter_calls(filters: bytes) -> None:
+    """Leaves the system calls of a filter of seccomp.py alone, for good."""
     code = ctypes.create_string_buffer(filters, len(filters))
     program = struct.pack("HP", len(filters) // 8, ctypes.addressof(code))
     _check(_libc.prctl(_PR_SET_SECCOMP, 2, program, 0, 0), "seccomp")

@@ -1,0 +1,12 @@
+"""Numbers and names that every backend shares. csrc/include/pk/abi.h has the same; a test compares the two."""
+
+NORMALIZE_EPS = 1e-6
+"""Process rewards are divided by their largest return plus this."""
+WHITEN_EPS = 1e-8
+"""Advantages are divided by the square root of the variance plus this."""
+MAX_LOG_RHO = 20.0
+"""PPO ratios are clamped to e^20, beyond which they have no gradient: float32 would overflow to inf and NaN."""
+PRM_KINDS = ("ce", "dpo", "kto", "nca")
+"""The losses of :func:`prime_kernels.prm_loss`."""
+PRM_PAIR_KINDS = ("dpo", "nca")
+"""Those that are means over pairs of responses, and need groups."""
