@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import prime_kernels as pk
 from prime_trainer.data.groups import Group, Response
 from prime_trainer.models import lm_head, traits
 from prime_trainer.prm.items import StepResponse
@@ -244,7 +245,11 @@ def check(model: Any, other: Any) -> str:
     compare_all("gradients", torch.autograd.grad(out @ upstream, params, allow_unused=True), wanted)
     total, gradients = torch.zeros(()), [torch.zeros_like(p) for p in params]
     for micro in batch.micro_batches(everything, 60, pack=True):
-        part = lm_head.nll(model, predicting(model, micro), batch.ids[micro.tokens], batch.num_tokens)
+        head = lm_head.head(model, predicting(model, micro))
+        part = pk.linear_nll(
+            head.hidden, head.weight, batch.ids[micro.tokens], bias=head.bias, denominator=batch.num_tokens,
+            **lm_head.options(model),
+        )  # fmt: skip
         total = total + part.detach()
         for own, more in zip(gradients, torch.autograd.grad(part, params, allow_unused=True), strict=True):
             if more is not None:
@@ -314,16 +319,14 @@ def examine(model_type: str, name: str) -> Finding:
         return Finding(model_type, name, "not built", OTHER_THINGS.get(model_type, "its text model is another class"))
     try:
         model = build(model_type, name)
+        with torch.no_grad():
+            model(input_ids=torch.tensor([groups()[0].prompt_ids]), use_cache=False)
     except Exception as error:  # of 150 configurations each may have its own
         return Finding(model_type, name, "not built", f"{type(error).__name__}: {_line(error)}")
     try:
         found = traits.of(model)
     except traits.UnsupportedModel as error:
         return Finding(model_type, name, "refused", _line(error).split("; supported")[0].removeprefix("model: "))
-    except Exception as error:
-        return Finding(
-            model_type, name, "not built", f"its forward pass ends in {type(error).__name__}: {_line(error)}"
-        )
     try:
         wrong = check(model, build(model_type, name))
     except Exception as error:

@@ -1,6 +1,7 @@
-// The only pybind11 file. Kernels take their arguments by keyword: the name in Python is the name of the struct's member,
-// addresses are integers, and every member listed here must be given. The GIL is released around the kernel, and a
-// status other than PK_OK becomes an exception. Shapes, devices and lifetimes are checked in prime_kernels/_native.
+// The only pybind11 file. Kernels take their arguments by keyword: the name in Python is the name of the struct's
+// member, addresses are integers, and every member listed here must be given. The GIL is released around the kernel,
+// and a status other than PK_OK becomes an exception. Shapes, devices and lifetimes are checked in
+// prime_kernels/_native.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

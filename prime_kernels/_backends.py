@@ -74,6 +74,8 @@ class LinearHead(NamedTuple):
     temperature: float
     rounded: bool
     """Whether logits are rounded to the dtype of ``hidden``, as the model's own layer does; else they are float32."""
+    softcap: float | None = None
+    """c in c * tanh(logits / c), which the temperature divides; None for no cap. By tiles alone."""
 
 
 class HeadGradients(NamedTuple):
@@ -155,7 +157,7 @@ class RlooBatch(NamedTuple):
 
 
 class RlooSettings(NamedTuple):
-    """The options of :func:`prime_kernels.rloo_advantages` that kernels take as they are."""
+    """The options of :func:`prime_kernels.rloo_advantages` that are passed to kernels unchanged."""
 
     gamma_process: float
     gamma_outcome: float

@@ -1,4 +1,4 @@
-"""Numbers and names that every backend shares. csrc/include/pk/abi.h has the same; a test compares the two."""
+"""Numbers and names used by all backends. csrc/include/pk/abi.h has the same values; a test compares them."""
 
 NORMALIZE_EPS = 1e-6
 """Process rewards are divided by their largest return plus this."""

@@ -1,4 +1,4 @@
-// 16-bit floats as they lie in memory, and their values.
+// 16-bit floats: storage and conversion to and from float.
 #pragma once
 
 #include <cstdint>

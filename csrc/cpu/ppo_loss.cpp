@@ -12,8 +12,8 @@ namespace {
 
 constexpr float kMaxLogRho = static_cast<float>(PK_MAX_LOG_RHO);
 
-// e^x for x of at most kMaxLogRho, relative error below 2^-22; 0 instead of subnormals, NaN for NaN. Without branches, so
-// that loops over it vectorise.
+// e^x for x of at most kMaxLogRho, relative error below 2^-22; 0 instead of subnormals, NaN for NaN. Without branches,
+// so that loops over it vectorise.
 PK_INLINE float exp_of(float x) {
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it leaves round(t) in the low mantissa bits
   const float low = x < -87.0f ? -87.0f : x;
@@ -60,8 +60,8 @@ struct Sums {
 PK_INLINE uint32_t bits_if(uint8_t flag) { return 0u - static_cast<uint32_t>(flag != 0); }
 PK_INLINE float kept(float x, uint32_t keep) { return float_of(bits_of(x) & keep); }
 
-// Templates on whether there are a mask and weights, with each column as a separate pointer: a branch inside the loop, or
-// a store that may alias the struct, would prevent vectorisation.
+// Templates on whether there are a mask and weights, with each column as a separate pointer: a branch inside the loop,
+// or a store that may alias the struct, would prevent vectorisation.
 template <bool kMask, bool kWeights>
 PK_INLINE Sums sums_of(const float* logp, const float* old_logp, const float* advantages, const uint8_t* mask,
              const float* weights, int64_t n, float low, float high, float, float*) {
@@ -83,9 +83,10 @@ PK_INLINE Sums sums_of(const float* logp, const float* old_logp, const float* ad
 }
 
 template <bool kMask, bool kWeights>
-PK_INLINE Sums gradient_of(const float* __restrict logp, const float* __restrict old_logp, const float* __restrict advantages,
-                 const uint8_t* __restrict mask, const float* __restrict weights, int64_t n, float low, float high,
-                 float factor, float* __restrict out) {
+PK_INLINE Sums gradient_of(const float* __restrict logp, const float* __restrict old_logp,
+                           const float* __restrict advantages, const uint8_t* __restrict mask,
+                           const float* __restrict weights, int64_t n, float low, float high, float factor,
+                           float* __restrict out) {
   for (int64_t t = 0; t < n; ++t) {
     const Token token = token_of(logp[t], old_logp[t], advantages[t], low, high);
     const uint32_t keep = kMask ? bits_if(mask[t]) : ~0u;

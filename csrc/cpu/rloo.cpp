@@ -1,6 +1,6 @@
-// RLOO returns and whitening. The caller computes the few numbers per response between the two steps. One thread handles
-// a whole response, and sums over responses are taken in order and in double: results do not depend on the number of
-// threads.
+// RLOO returns and whitening. The caller computes the few numbers per response between the two steps. One thread
+// handles a whole response, and sums over responses are taken in order and in double: results do not depend on the
+// number of threads.
 
 #include <algorithm>
 #include <cmath>

@@ -1,5 +1,5 @@
-// The row kernels, written once; row_kernels_{avx512,avx2,portable}.cpp compile them with their flags. No standard
-// library templates here: an inline std::max compiled for AVX-512 could replace the one that everybody else calls.
+// The row kernels; row_kernels_{avx512,avx2,portable}.cpp compile this file with their flags. It uses no standard
+// library templates: the linker could choose an inline std::max compiled for AVX-512 for the whole program.
 
 #include <cmath>
 #include <cstdint>
@@ -12,8 +12,8 @@ namespace pk {
 namespace PK_ISA {
 namespace {
 
-constexpr int64_t kBlock = 4096;         // logits between two looks at the sum; 64 additions a lane at most
-constexpr float kLargestSum = 16384.0f;  // of a block: beyond it the exponents, too, lose digits, and the bias must rise
+constexpr int64_t kBlock = 4096;         // logits between two checks of the sum; at most 64 additions per lane
+constexpr float kLargestSum = 16384.0f;  // of a block: beyond it exponents lose digits, and the bias must be raised
 constexpr float kInf = __builtin_inff();
 
 template <typename T>
@@ -31,7 +31,7 @@ PK_INLINE float16 minus_infinity<float16>() {
   return {0xfc00u};
 }
 
-// The last elements of a row, fewer than a step, filled up with -inf: a whole step for the same code.
+// The last elements of a row, fewer than a step, padded with -inf to a whole step.
 template <typename T>
 struct Tail {
   alignas(64) T step[kStep];
@@ -46,7 +46,7 @@ struct BlockSums {
   F weighted[kVectors];
 };
 
-// What a block is relative to: 0 while every logit was -inf.
+// The reference point of a block's exponents; 0 while all logits were -inf.
 struct Origin {
   F scale;
   F highest;
@@ -65,7 +65,7 @@ PK_INLINE void take_step(const T* z, const Origin& origin, BlockSums& block) {
   load(z, x);
   for (int i = 0; i < kVectors; ++i) {
     if (kWeighted) {
-      // Exactly 1 at the maximum, so that the entropy of a peaked row keeps its digits.
+      // e is exactly 1 at the maximum, so that the entropy of a peaked row keeps its digits.
       const F t = clamp((x[i] - origin.highest) * origin.scale);
       const F e = exp2<true>(t);
       block.sum[i] += e;
@@ -87,7 +87,7 @@ PK_INLINE BlockSums take_block(const T* z, int64_t n, const RowSoftmax& state) {
   return block;
 }
 
-// NaN is passed over.
+// Ignores NaN.
 template <typename T>
 PK_INLINE float highest_of(const T* z, int64_t n) {
   F x[kVectors];
@@ -105,7 +105,7 @@ PK_INLINE float highest_of(const T* z, int64_t n) {
   return max_of(highest);
 }
 
-// Everything so far relative to a higher logit. False if that is out of range.
+// Rescales the sums to a higher logit. False if that is out of range.
 template <bool kWeighted>
 PK_INLINE bool raise_to(float highest, RowSoftmax& state) {
   if (!(highest > state.highest)) return true;
@@ -116,7 +116,7 @@ PK_INLINE bool raise_to(float highest, RowSoftmax& state) {
   if (state.highest != -kInf) {
     const double step = (static_cast<double>(state.highest) - highest) * scale + offset - state.offset;
     const double factor = std::exp2(step);
-    // Where the factor has vanished, step times it must not become inf * 0.
+    // If the factor has vanished, step may be infinite and inf * 0 is NaN.
     state.weighted = factor == 0.0 ? 0.0 : factor * (state.weighted + step * state.sum);
     state.sum *= factor;
   }
@@ -128,7 +128,7 @@ PK_INLINE bool raise_to(float highest, RowSoftmax& state) {
 template <typename T, bool kWeighted>
 bool softmax(const void* logits, int64_t n, RowSoftmax* state) {
   const T* z = static_cast<const T*>(logits);
-  // Without weights no maximum is kept: a first guess at it serves until the sums say that it was far too low.
+  // Without weights no maximum is kept: an estimate is used until the sums show that it is far too low.
   if (!kWeighted && !raise_to<kWeighted>(highest_of(z, n < kStep ? n : kStep), *state)) return false;
   for (int64_t start = 0; start < n; start += kBlock) {
     const int64_t size = n - start < kBlock ? n - start : kBlock;

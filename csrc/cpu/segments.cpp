@@ -79,7 +79,9 @@ extern "C" int pk_cpu_unpack(const pk_pack_args* args) {
       std::memset(to, 0, tokens * token);
     } else {
       // All supported processors are little-endian: an element's bits are the low bytes.
-      for (int64_t i = 0; i < tokens * args->width; ++i) std::memcpy(to + i * args->itemsize, &args->fill, args->itemsize);
+      for (int64_t i = 0; i < tokens * args->width; ++i) {
+        std::memcpy(to + i * args->itemsize, &args->fill, args->itemsize);
+      }
     }
   };
   return pk::for_each_row(args, [=](int64_t row, int64_t skipped, int64_t first, int64_t tokens) {

@@ -1,3 +1,4 @@
+// Work distribution over threads.
 #pragma once
 
 #include <algorithm>
@@ -18,9 +19,9 @@ inline int thread_index() {
 #endif
 }
 
-// Below this many elements a thread costs more to wake than it saves.
+// With fewer elements per thread, starting it costs more than it saves.
 constexpr int64_t kElementsPerThread = 16384;
-// Sums over all tokens are taken block by block and then over blocks in order, whatever the threads do.
+// Sums over all tokens are taken per block and then over blocks in order, for any number of threads.
 constexpr int64_t kTokenBlock = 4096;
 
 inline int thread_count(int64_t requested, int64_t rows, int64_t elements) {
@@ -32,19 +33,19 @@ inline bool valid_offsets(const int64_t* cu, int64_t n_segments, int64_t n_token
   return cu != nullptr && cu[0] == 0 && cu[n_segments] == n_tokens && std::is_sorted(cu, cu + n_segments + 1);
 }
 
-// body(segment, begin, end) for every segment. Each thread takes the segments that begin in its share of the tokens:
-// long and short ones balance out, and every segment is still one thread's from end to end.
+// Calls body(segment, begin, end) for every segment. Each thread takes the segments that begin in its range of tokens,
+// of equal size for all threads; a segment is processed by one thread.
 template <typename Body>
 void for_each_segment(const int64_t* cu, int64_t n_segments, int64_t n_tokens, int n_threads, Body body) {
   const int64_t* cu_end = cu + n_segments + 1;
   const int threads = thread_count(n_threads, n_segments, n_tokens);
 #pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
-  for (int share = 0; share < threads; ++share) {
-    const int64_t from = n_tokens / threads * share + std::min<int64_t>(share, n_tokens % threads);
-    const int64_t upto = n_tokens / threads * (share + 1) + std::min<int64_t>(share + 1, n_tokens % threads);
-    // The last share also takes the empty segments at the very end.
+  for (int thread = 0; thread < threads; ++thread) {
+    const int64_t from = n_tokens / threads * thread + std::min<int64_t>(thread, n_tokens % threads);
+    const int64_t upto = n_tokens / threads * (thread + 1) + std::min<int64_t>(thread + 1, n_tokens % threads);
+    // The last range also has the empty segments at the very end.
     const int64_t first = std::lower_bound(cu, cu_end, from) - cu;
-    const int64_t last = share + 1 == threads ? n_segments : std::lower_bound(cu, cu_end, upto) - cu;
+    const int64_t last = thread + 1 == threads ? n_segments : std::lower_bound(cu, cu_end, upto) - cu;
     for (int64_t segment = first; segment < std::min(last, n_segments); ++segment) {
       body(segment, cu[segment], cu[segment + 1]);
     }

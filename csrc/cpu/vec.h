@@ -1,5 +1,5 @@
-// Vectors as wide as the instruction set that the including file is compiled for. Everything lies in a namespace of that
-// instruction set: the same inline function compiled for two of them must never be merged by the linker.
+// Vectors of the instruction set that the including file is compiled for. Everything is in a namespace of that
+// instruction set, so that the linker never merges an inline function compiled for two of them.
 #pragma once
 
 #include <cstdint>
@@ -81,14 +81,14 @@ PK_INLINE F min(F a, F b) {
 #endif
 }
 
-// What the exponent is clamped to where a factor stands beside 2^t: 2^kLowest is 0, kLowest * 0 is not NaN.
+// Lower clamp of exponents t where t multiplies 2^t: 2^kLowest is 0, and kLowest * 0 is not NaN.
 #if PK_ISA_LANES == 16
 constexpr float kLowest = -151.0f;
 #else
 constexpr float kLowest = -127.0f;
 #endif
 
-// NaN passes.
+// NaN stays NaN.
 PK_INLINE F clamp(F t) { return max(broadcast(kLowest), t); }
 
 // The polynomial 1 + c1 f + c2 f^2 ..., minimax for the relative error of 2^f with its value at 0 fixed.
@@ -99,8 +99,9 @@ PK_INLINE F polynomial(const float (&c)[kTerms], F f) {
   return p * f + 1.0f;
 }
 
-// 2^t, from 2^128 on infinite unless kPrecise, which is for t below 127; exactly 1 at 0, exactly 0 at -inf, NaN for NaN. The relative error is below 1 ulp if kPrecise and
-// below 2 ulp (less than 1e-8 on average) otherwise, which is enough for a sum of thousands.
+// 2^t: exactly 1 at 0, exactly 0 at -inf, NaN for NaN. With kPrecise for t below 127 and with a relative error below 1
+// ulp; otherwise infinite from 2^128 on and with an error below 2 ulp (less than 1e-8 on average), enough for long
+// sums.
 template <bool kPrecise>
 PK_INLINE F exp2(F t) {
 #if PK_ISA_LANES == 16
@@ -118,7 +119,7 @@ PK_INLINE F exp2(F t) {
   constexpr float kSix[6] = {0.6931471824645996f,  0.24022647738456726f,   0.055503323674201965f,
                              0.00961843691766262f, 0.0013398875016719103f, 0.00015353361959569156f};
   t = clamp(t);
-  // A sum may meet what is far above its guess at the maximum, and must see it: the bits of the exponent would wrap.
+  // A logit far above the estimated maximum must give infinity: without the clamp the exponent bits would wrap around.
   if (!kPrecise) t = min(broadcast(128.0f), t);
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it leaves round(t) in the low mantissa bits
   const F shifted = t + magic;
@@ -146,7 +147,7 @@ PK_INLINE float max_of(const F x[kVectors]) {
   return highest;
 }
 
-// --- a step of elements to floats, in an order of its own per type, and back ---------------------------------------
+// --- conversion of a step of elements to floats and back; the order of the elements differs per type ----------------
 
 PK_INLINE void load(const float* p, F x[kVectors]) {
   for (int i = 0; i < kVectors; ++i) x[i] = load_as<F>(p + i * kLanes);
@@ -197,7 +198,7 @@ PK_INLINE void load(const float16* p, F x[kVectors]) {
 #endif
 }
 
-// kStream writes around the cache: for results too large to stay in it. Addresses are then aligned to a vector.
+// With kStream, writes around the cache, for results too large for it; addresses must then be aligned to a vector.
 template <bool kStream, typename V>
 PK_INLINE void put(void* p, V v) {
 #if PK_ISA_LANES == 16

@@ -1,6 +1,6 @@
 // One block per row and model. Each thread keeps an online softmax over 16-byte loads, and the block combines them. The
-// target is excluded from that pass and added at the end in double, as in the CPU kernels: in a float sum near 1 the tail
-// of a peaked row would be rounded away.
+// target is excluded from that pass and added at the end in double, as in the CPU kernels: in a float sum near 1 the
+// tail of a peaked row would be rounded away.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -224,8 +224,8 @@ __global__ void __launch_bounds__(kBlock) backward_kernel(pk_log_probs_grad_args
     return;
   }
 
-  // p_j * (a + b * t) with log p_j = t * ln 2 + residue, as in the CPU kernel. Every thread computes the target's gradient
-  // before any thread writes, as in place its logit is then overwritten.
+  // p_j * (a + b * t) with log p_j = t * ln 2 + residue, as in the CPU kernel. Every thread computes the target's
+  // gradient before any thread writes, as in place its logit is then overwritten.
   const double inverse_temperature = 1.0 / args.temperature;
   const double entropy = args.grad_entropy == nullptr ? 0.0 : args.entropy[row];
   const float scale = static_cast<float>(inverse_temperature * kLog2e);

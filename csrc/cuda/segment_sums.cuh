@@ -12,7 +12,9 @@ __device__ inline void sum_segments(const float* values, const Packed& packed, d
   for (int64_t s = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x; s < packed.segments; s += step) {
     if (packed.cu[s] == packed.cu[s + 1]) out[s] = 0.0;
   }
-  const auto input = [&](int64_t token, const Segment&) { return Affine<1>{1.0, {static_cast<double>(values[token])}}; };
+  const auto input = [&](int64_t token, const Segment&) {
+    return Affine<1>{1.0, {static_cast<double>(values[token])}};
+  };
   const auto store = [&](int64_t token, const Segment& segment, const double* y) {
     if (token == segment.begin) out[segment.index] = y[0];
   };

@@ -1,9 +1,9 @@
 // Segmented scan over packed tokens. Blocks get equal numbers of tokens, independent of segment lengths; each block
 // publishes an affine map, and the maps of the blocks before it give the value that a block starts from.
 //
-// Positions p count tokens in the order in which the recurrence y_p = x_p + w_p * y_{p-1} reads them: from the last token
-// to the first if it runs in reverse. w_p is 0 where a segment begins in that order. All arithmetic is float64, and the
-// order of every sum depends on the sizes and the number of blocks alone: results are bitwise reproducible.
+// Positions p count tokens in the order in which the recurrence y_p = x_p + w_p * y_{p-1} reads them: from the last
+// token to the first if it runs in reverse. w_p is 0 where a segment begins in that order. All arithmetic is float64,
+// and the order of every sum depends on the sizes and the number of blocks alone: results are bitwise reproducible.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -141,7 +141,8 @@ __device__ Affine<K> exclusive_scan(Affine<K> map, Affine<K>& carry) {
 // Scans the tokens of a block and calls visit(token, segment, y) for each. input(token, segment) is the map of a token
 // inside a segment. Starts from `carry`; returns `carry` composed with the maps of all tokens of the block.
 template <int K, typename Input, typename Visit>
-__device__ Affine<K> scan_block(const Packed& packed, const BlockRange& range, Affine<K> carry, Input input, Visit visit) {
+__device__ Affine<K> scan_block(const Packed& packed, const BlockRange& range, Affine<K> carry, Input input,
+                                Visit visit) {
   Segment segment;
   for (int64_t tile = range.begin; tile < range.end; tile += kTile) {
     const int64_t start = tile + static_cast<int64_t>(threadIdx.x) * kItems;
@@ -216,8 +217,8 @@ __device__ inline double block_max(double value) {
   return highest;
 }
 
-// True in the last block to arrive, which sees what the others wrote before they arrived. Resets the counter to 0 for the
-// next launch.
+// True in the last block to arrive, which sees what the others wrote before they arrived. Resets the counter to 0 for
+// the next launch.
 __device__ inline bool arrives_last(uint32_t* arrived) {
   __shared__ bool last;
   __threadfence();

@@ -81,7 +81,8 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(pk_pack_args args) {
   const Packed packed{args.cu_seqlens, args.n_rows, args.n_tokens, false};
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
   Segment row;
-  for (int64_t i = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x; i < args.n_tokens * args.width; i += step) {
+  const int64_t elements = args.n_tokens * args.width;
+  for (int64_t i = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x; i < elements; i += step) {
     const int64_t token = i / args.width;
     row.seek(packed.cu, packed.segments, token);
     const int64_t skipped = args.pad_left != 0 ? args.length - (row.end - row.begin) : 0;
@@ -109,7 +110,9 @@ template <typename T>
 int launch_pack(const pk_pack_args& args, bool unpack, void* stream) {
   const int64_t elements = (unpack ? args.n_rows * args.length : args.n_tokens) * args.width;
   if (elements == 0) return PK_OK;
-  return launch(unpack ? "unpack_kernel" : "pack_kernel", unpack ? unpack_kernel<T> : pack_kernel<T>, blocks_over(elements, 32), false, stream, args);
+  const unsigned blocks = blocks_over(elements, 32);
+  if (unpack) return launch("unpack_kernel", unpack_kernel<T>, blocks, false, stream, args);
+  return launch("pack_kernel", pack_kernel<T>, blocks, false, stream, args);
 }
 
 int pack_or_unpack(const pk_pack_args* args, bool unpack, void* stream) {

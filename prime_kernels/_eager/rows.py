@@ -55,5 +55,5 @@ def logits_gradient(
 
 
 def _finite(log_p: Tensor) -> Tensor:
-    """An impossible token has p = 0 and log p = -inf, whose product is to be 0."""
+    """A token of probability 0 has log p = -inf; p log p is to be 0."""
     return log_p.masked_fill(log_p == -torch.inf, 0.0)

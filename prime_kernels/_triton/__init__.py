@@ -1,4 +1,4 @@
-"""Triton kernels, and whether they can run. Those that hold kernels need triton to be imported; this file does not."""
+"""The Triton backend: whether it can run. Other modules of this folder import triton; this one does so lazily."""
 
 import functools
 
@@ -18,7 +18,7 @@ def unavailable_reason() -> str | None:
 
 
 def interpreted() -> bool:
-    """True where Triton runs kernels in Python, slowly and on CPU tensors too, as TRITON_INTERPRET=1 asks."""
+    """True if Triton runs kernels in its Python interpreter (TRITON_INTERPRET=1), slowly and on CPU tensors too."""
     if _import_error() is not None:
         return False
     from triton import knobs

@@ -1,4 +1,4 @@
-"""How kernels over shares of the tokens are launched: their counters, and phases with a barrier between them."""
+"""Launches of kernels over packed tokens: configuration, phases with barriers between them, device of the launch."""
 
 import contextlib
 import functools
@@ -10,18 +10,18 @@ from torch import Tensor
 
 from prime_kernels._layout import column
 from prime_kernels._triton import interpreted
-from prime_kernels._triton._launch_config import Device, ShareConfig, choose_shares
+from prime_kernels._triton._launch_config import Device, ScanConfig, choose_scan
 
-# Offsets are counted in int32 within kernels, with room for a step of a loop.
+# Kernels index offsets in int32, with room for one loop step beyond the last.
 MAX_SEGMENTS = 2**30
 
 
-def shares(total: int, device: torch.device) -> ShareConfig:
-    return choose_shares(total, device_of(device))
+def scan_config(total: int, device: torch.device) -> ScanConfig:
+    return choose_scan(total, device_of(device))
 
 
-def options(config: ShareConfig) -> dict[str, int]:
-    """What every launch over shares has besides its arguments."""
+def options(config: ScanConfig) -> dict[str, int]:
+    """Compile-time options of every launch over packed tokens."""
     return {
         "BLOCK": config.block,
         "SLOTS": config.slots,
@@ -31,11 +31,11 @@ def options(config: ShareConfig) -> dict[str, int]:
 
 
 def launch_phases(
-    kernel: Any, config: ShareConfig, arguments: tuple[Any, ...], first: int, last: int, **constants: Any
+    kernel: Any, config: ScanConfig, arguments: tuple[Any, ...], first: int, last: int, **constants: Any
 ) -> None:
-    """Phases ``first`` to ``last`` of a kernel whose programs wait for each other between them: one launch.
+    """Phases ``first`` to ``last`` of a kernel with grid-wide barriers between them, in one launch.
 
-    The interpreter runs programs one after another, where waiting would never end: there each phase is a launch.
+    The interpreter runs programs one after another and would never pass a barrier: there each phase is a launch.
     """
     grid, constants = (config.programs,), options(config) | constants
     if interpreted():

@@ -1,8 +1,8 @@
-"""Launch configuration of the row kernels: a pure function of sizes and device."""
+"""Launch configurations: pure functions of sizes and device."""
 
 from dataclasses import dataclass
 
-# Resident programs that fill a multiprocessor: with fewer, memory has idle time that more of them would use.
+# Resident programs per multiprocessor: with fewer, memory bandwidth is not saturated.
 PROGRAMS_PER_MULTIPROCESSOR = 4
 MAX_SPLITS = 64
 MIN_BLOCK = 128
@@ -10,7 +10,7 @@ MIN_BLOCK = 128
 
 @dataclass(frozen=True)
 class Device:
-    """What the choice depends on; the defaults stand for the interpreter, which runs one program at a time."""
+    """Properties that the choice depends on; the defaults are for the interpreter, which runs one program at a time."""
 
     multiprocessors: int = 1
     capability: tuple[int, int] = (9, 0)
@@ -18,15 +18,18 @@ class Device:
 
 @dataclass(frozen=True)
 class Tuning:
-    """What bench/tune.py searches: bytes of a block, bytes of it that a thread takes, stages of the loop."""
+    """The parameters that bench/tune.py searches."""
 
     block_bytes: int
+    """Bytes of a row that a program processes per iteration."""
     bytes_per_thread: int
+    """Of these, bytes per thread."""
     num_stages: int
+    """Pipeline stages of the loop."""
 
 
-# The first entry whose compute capability a device has at least. Reasoned, not yet measured: a thread has four 16-byte
-# loads under way, and blocks are larger where there is more bandwidth to keep busy.
+# The first entry applies whose compute capability the device has at least. Estimated, not yet measured: four 16-byte
+# loads in flight per thread, and larger blocks for more bandwidth.
 TUNED = {
     (9, 0): Tuning(16384, 64, 1),
     (0, 0): Tuning(8192, 64, 1),
@@ -35,18 +38,22 @@ TUNED = {
 
 @dataclass(frozen=True)
 class Config:
-    """Columns of a block, warps of a program, stages of its loop, and programs that share a row."""
+    """Launch configuration of the row kernels."""
 
     block: int
+    """Columns per iteration."""
     num_warps: int
+    """Warps per program."""
     num_stages: int
+    """Pipeline stages of the loop."""
     splits: int
+    """Programs per row."""
 
 
 def choose(rows: int, vocabulary: int, itemsize: int, device: Device, tuning: Tuning | None = None) -> Config:
-    """The configuration for ``rows`` rows in all (of every model) of ``vocabulary`` elements of ``itemsize`` bytes.
+    """The configuration for ``rows`` rows (of all models together) of ``vocabulary`` elements of ``itemsize`` bytes.
 
-    Rows are split only where they are too few to fill the device, and into no more parts than they have blocks.
+    Rows are split only if there are too few to fill the device, and into at most as many parts as they have blocks.
     """
     tuning = tuning or next(found for capability, found in TUNED.items() if device.capability >= capability)
     block = max(MIN_BLOCK, min(power_of_two_from(vocabulary), tuning.block_bytes // itemsize))
@@ -59,27 +66,35 @@ def choose(rows: int, vocabulary: int, itemsize: int, device: Device, tuning: Tu
 
 @dataclass(frozen=True)
 class LinearConfig:
-    """Blocks of a product, warps and stages of its loop, parts of the vocabulary, and programs in all."""
+    """Launch configuration of the fused product and softmax."""
 
     block_rows: int
+    """Tokens per tile."""
     block_columns: int
+    """Vocabulary entries per iteration."""
     block_width: int
+    """Hidden dimensions per step of the product."""
     num_warps: int
+    """Warps per program."""
     num_stages: int
+    """Pipeline stages of the product."""
     splits: int
+    """Parts of the vocabulary."""
     programs: int
+    """Programs in all."""
 
 
-# Whether the product and the softmax of linear_log_probs are one kernel on "triton", or a library product into a tile
-# and the row kernel on it. The latter until a committed measurement favours the former.
+# Whether linear_log_probs on "triton" runs the product and the softmax as one kernel, or a library product per tile
+# followed by the row kernel. bench/gpu.sh measures both (bench/test_linear_log_probs.py); the faster one becomes the
+# default, and the other one goes. That measurement is pending.
 FUSED_LINEAR = False
 
 
 def choose_linear(rows: int, vocabulary: int, itemsize: int, device: Device) -> LinearConfig:
     """The configuration for [rows, D] hidden states of ``itemsize`` bytes and a [vocabulary, D] head.
 
-    Reasoned, not yet measured: a 128 x 256 accumulator on 8 warps is what Hopper's tensor cores ask for; smaller ones
-    have fewer registers and less shared memory. Tiles are at least twice as many as programs, which evens out the end.
+    Estimated, not yet measured: Hopper's tensor cores need a 128 x 256 accumulator on 8 warps; older GPUs have less
+    shared memory. At least twice as many tiles as programs balance the load at the end.
     """
     if itemsize == 4:
         blocks = (64, 64, 32, 4, 2)
@@ -95,68 +110,78 @@ def choose_linear(rows: int, vocabulary: int, itemsize: int, device: Device) -> 
 
 
 def power_of_two_from(value: int) -> int:
-    """The lowest power of two that is at least ``value``."""
+    """The smallest power of two that is at least ``value``."""
     return 1 << (value - 1).bit_length()
 
 
 def power_of_two_to(value: int) -> int:
-    """The highest power of two that is at most ``value``."""
+    """The largest power of two that is at most ``value``."""
     return 1 << (value.bit_length() - 1)
 
 
 @dataclass(frozen=True)
-class ShareTuning:
-    """Tokens of a tile, warps of a program, and tokens that are worth a program of their own."""
+class ScanTuning:
+    """Parameters of kernels over packed tokens."""
 
     block: int
+    """Tokens per tile."""
     num_warps: int
-    worth: int
+    """Warps per program."""
+    tokens_per_program: int
+    """The fewest tokens for which another program is started."""
 
 
-# Reasoned, not yet measured: four or eight tokens a thread, so that a tile's loads are wide and its doubles fit into
-# registers; fewer than two tiles a program would be mostly waiting for the other programs.
-SHARES = ShareTuning(block=2048, num_warps=8, worth=4096)
+# Estimated, not yet measured: four or eight tokens per thread give 16-byte loads, and their doubles fit into registers;
+# with fewer than two tiles a program would mostly wait for the others.
+SCAN_TUNING = ScanTuning(block=2048, num_warps=8, tokens_per_program=4096)
 
 
 @dataclass(frozen=True)
-class ShareConfig:
-    """Tokens of a tile, warps of a program, tiles of a program's share of the tokens, programs, and places for what
-    the programs publish: a power of two that is at least their number."""
+class ScanConfig:
+    """Launch configuration of kernels over packed tokens."""
 
     block: int
+    """Tokens per tile."""
     num_warps: int
+    """Warps per program."""
     tiles: int
+    """Tiles per program."""
     programs: int
+    """Programs in all."""
     slots: int
+    """Size of the arrays that programs publish into: a power of two, at least their number."""
 
     @property
     def registers(self) -> int:
-        """Of a thread, at most: one program has a multiprocessor to itself, and need not spill to let in a second."""
+        """Registers per thread, at most: one program has a multiprocessor to itself and need not spill."""
         return min(255, 65536 // (32 * self.num_warps))
 
 
-def choose_shares(total: int, device: Device, tuning: ShareTuning = SHARES) -> ShareConfig:
-    """Equal shares of ``total`` tokens in whole tiles, whatever the segments; at most one program a multiprocessor.
+def choose_scan(total: int, device: Device, tuning: ScanTuning = SCAN_TUNING) -> ScanConfig:
+    """Equal ranges of ``total`` tokens in whole tiles, independent of segments; one program per multiprocessor at most.
 
-    All programs are then resident at once, as a barrier between them needs. Only the number of tiles and programs
-    depends on ``total``, and no kernel is compiled anew for these.
+    All programs are then resident at once, as barriers between them require. Only the numbers of tiles and programs
+    depend on ``total``, and kernels are not recompiled for them.
     """
-    wanted = max(1, min(-(-total // tuning.worth), device.multiprocessors))
+    wanted = max(1, min(-(-total // tuning.tokens_per_program), device.multiprocessors))
     tiles = max(1, -(-total // (wanted * tuning.block)))
     programs = max(1, -(-total // (tiles * tuning.block)))
-    return ShareConfig(tuning.block, tuning.num_warps, tiles, programs, power_of_two_from(device.multiprocessors))
+    return ScanConfig(tuning.block, tuning.num_warps, tiles, programs, power_of_two_from(device.multiprocessors))
 
 
 @dataclass(frozen=True)
 class PackConfig:
-    """Tokens that a program moves, elements of each, and warps."""
+    """Launch configuration of pack and unpack."""
 
     tokens: int
+    """Tokens per program."""
     width: int
+    """Elements of a token per program."""
     num_warps: int
+    """Warps per program."""
 
 
 def choose_pack(width: int) -> PackConfig:
-    """2048 elements a program: of one token if it is that wide, else of as many as fit."""
-    wide = min(power_of_two_from(width), 2048)
-    return PackConfig(2048 // wide, wide, 4)
+    """2048 elements per program: of one token if it has as many, else of several tokens."""
+    elements = min(power_of_two_from(width), 2048)
+    return PackConfig(2048 // elements, elements, 4)

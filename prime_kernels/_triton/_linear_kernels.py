@@ -1,10 +1,10 @@
-"""Hidden states and a head to the softmax of their logits, which exist only in registers: product and reduction in one.
+"""Product of hidden states and a head fused with the softmax of its logits, which exist only in registers.
 
-A program takes tiles (rows of tokens, part of the vocabulary) in turn, so that as many programs as the device holds at
-once do all of them; tiles of one part of the head come one after another, which keeps that part in the L2 cache. A tile
-walks over its part in blocks: a product accumulated in float32, and the online softmax on the accumulator, never on a
-rounded copy. What it leaves for each row (highest, sum, weighted sum, the target's logit) the combining kernel of
-_log_probs_kernels joins, as it does for rows that are split.
+The kernel is persistent: as many programs as the device holds process all tiles (some tokens x part of the vocabulary).
+Consecutive tiles use the same part of the head, which stays in the L2 cache. A tile processes its part in blocks: a
+product accumulated in float32, then the online softmax on the accumulator, never on a rounded copy. Each row's partial
+results (maximum, sum, weighted sum, the target's logit) are merged by the combine kernel of _log_probs_kernels, as for
+split rows.
 """
 
 import triton
@@ -33,7 +33,7 @@ def linear_forward_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):
-    """hidden and weight are tensor descriptors [rows, width] and [vocabulary, width]; what lies outside reads as 0."""
+    """hidden [rows, width] and weight [vocabulary, width] are tensor descriptors; elements out of range read as 0."""
     scale = inverse * LOG2E
     row_blocks = tl.cdiv(rows, BLOCK_ROWS)
     field = rows.to(tl.int64) * SPLITS
@@ -59,7 +59,7 @@ def linear_forward_kernel(
                 z += tl.load(bias_ptr + column, mask=column < vocabulary, other=0.0).to(tl.float32)[None, :]
             is_target = column[None, :] == id[:, None]
             target += tl.sum(tl.where(is_target, z, 0.0), axis=1)
-            # Columns that pad the last block have no probability; the target is joined at the end, in float64.
+            # Columns beyond the vocabulary get probability 0; the target is added at the end, in float64.
             z = tl.where(is_target | (column >= vocabulary)[None, :], float("-inf"), z)
             highest, total, weighted = _take(z, highest, total, weighted, scale, ENTROPY)
         part_ptr = partial_ptr + row.to(tl.int64) * SPLITS + split

@@ -1,15 +1,15 @@
-"""Rows of logits to log-probabilities and back: an online softmax that reads each row once, in float32.
+"""Token log-probabilities and their gradient: an online softmax in float32 that reads each row once.
 
 With T the temperature, the running sums are sum 2^t and sum t 2^t with t = (z - highest) log2(e) / T. Each lane of a
-program keeps sums of its own and takes 16 bytes of neighbouring columns at a time, so the loop needs no barrier, and of
-nine exponentials (five in float32) one only rescales.
+program keeps its own sums and loads 16 bytes of neighbouring columns at a time, so the loop needs no barrier; one of
+every nine exponentials (five in float32) rescales the sums.
 
-The target is left out of the pass and joined at the end, in float64: beside a 1 the tail of a peaked row would be
-rounded away, and with it every digit of the log-probability of a token that the model is sure of. Only where the most
-likely token is not the target are sums rounded beside a 1; the entropy is then right to about 2^-22 absolute.
+The target is excluded from this pass and added at the end in float64. Otherwise, where the target's probability is near
+1, float32 would round away the tail of the row, and with it every digit of the log-probability. Sums are rounded near 1
+only if another token is the most likely; the entropy then has an absolute error of about 2^-22.
 
-Rows that are too few to fill the device are split over programs, and a second kernel joins the parts: their number
-changes the last bits of a result, as any other order of a sum does, but not from run to run.
+If there are too few rows to fill the device, each is split over several programs and a second kernel merges the parts.
+The number of parts changes the last bits of a result, as any order of summation does; it does not vary between runs.
 """
 
 import triton
@@ -17,15 +17,15 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-# Where 2^t vanishes, the factor beside it must stay finite: 0 * -inf is NaN.
+# t is clamped here where it multiplies 2^t: 0 * -inf is NaN.
 LOWEST = tl.constexpr(-126.0)
 
 
 @triton.jit
 def _take(x, highest, total, weighted, scale, ENTROPY: tl.constexpr):
-    """Take columns x [lanes, width] into the softmax of each lane."""
+    """Add columns x [lanes, width] to the softmax of each lane."""
     raised = tl.maximum(highest, tl.max(x, axis=1))
-    # A lane that has seen nothing but -inf is at -inf, and -inf - -inf must not be formed.
+    # A lane with nothing but -inf so far has maximum -inf, and -inf - -inf is NaN.
     shift = tl.where(raised == float("-inf"), 0.0, raised)
     step = (highest - shift) * scale
     factor = tl.exp2(step)
@@ -40,29 +40,29 @@ def _take(x, highest, total, weighted, scale, ENTROPY: tl.constexpr):
 
 @triton.jit
 def _join(highest, total, weighted, scale):
-    """One softmax out of many [n]."""
-    top = tl.max(highest, axis=0)
-    step = (highest - tl.where(top == float("-inf"), 0.0, top)) * scale
+    """Merge the softmax sums of n lanes or parts."""
+    row_highest = tl.max(highest, axis=0)
+    step = (highest - tl.where(row_highest == float("-inf"), 0.0, row_highest)) * scale
     factor = tl.exp2(step)
     weighted = tl.sum(factor * (weighted + tl.maximum(step, LOWEST) * total), axis=0)
-    return top, tl.sum(factor * total, axis=0), weighted
+    return row_highest, tl.sum(factor * total, axis=0), weighted
 
 
 @triton.jit
 def _store_results(highest, total, weighted, target, inverse, logp_ptr, lse_ptr, entropy_ptr, ENTROPY: tl.constexpr):
-    """Join the target, whose logit is ``target``, with the rest of its row."""
+    """Add the target, whose logit is ``target``, to the rest of its row and store the results."""
     scale = inverse * LOG2E
-    top = tl.maximum(highest, target)
-    shift = tl.where(top == float("-inf"), 0.0, top)
+    row_highest = tl.maximum(highest, target)
+    shift = tl.where(row_highest == float("-inf"), 0.0, row_highest)
     step = (highest - shift) * scale
     factor = tl.exp2(step)
     t = (target - shift) * scale
     p = tl.exp2(t)
     sum_all = (factor * total).to(tl.float64) + p.to(tl.float64)
     log_sum = tl.log(sum_all)
-    tl.store(lse_ptr, (top.to(tl.float64) * inverse + log_sum).to(tl.float32))
-    # Not target / T - lse: the float32 lse would cost the log-probability its last digits.
-    tl.store(logp_ptr, ((target - top).to(tl.float64) * inverse - log_sum).to(tl.float32))
+    tl.store(lse_ptr, (row_highest.to(tl.float64) * inverse + log_sum).to(tl.float32))
+    # Not target / T - lse: rounding lse to float32 would lose the last digits of the log-probability.
+    tl.store(logp_ptr, ((target - row_highest).to(tl.float64) * inverse - log_sum).to(tl.float32))
     if ENTROPY:
         sum_weighted = (factor * (weighted + tl.maximum(step, LOWEST) * total)).to(tl.float64)
         sum_weighted += (p * tl.maximum(t, LOWEST)).to(tl.float64)
@@ -101,14 +101,14 @@ def forward_kernel(
     MASKED: tl.constexpr,
     ENTROPY: tl.constexpr,
     SPLITS: tl.constexpr,
-    UNIT: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Program (row, part of the row, model): results, or with SPLITS > 1 the sums of its part.
 
-    The models a, b, c share ids and mask and differ in address, row stride (in units of UNIT columns) and 1 / T. One
-    body serves them all, so that equal logits give equal bits.
+    The models a, b, c share ids and mask and differ in address, row stride (in multiples of ALIGNMENT columns) and
+    1 / T. They run through the same code, so that equal logits give equal bits.
     """
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
@@ -133,7 +133,7 @@ def forward_kernel(
             logits_ptr = c_ptr
             stride = stride_c
             inverse = inverse_c
-    z_ptr = logits_ptr + row * stride * UNIT
+    z_ptr = logits_ptr + row * stride * ALIGNMENT
     scale = inverse * LOG2E
     id = tl.load(ids_ptr + row)
     target = tl.load(z_ptr + id, mask=(id >= 0) & (id < vocabulary), other=float("nan")).to(tl.float32)
@@ -158,15 +158,23 @@ def forward_kernel(
         x = tl.where(offsets == id - whole, float("-inf"), x)
         highest, total, weighted = _take(x, highest, total, weighted, scale, ENTROPY)
 
-    top, all_total, all_weighted = _join(highest, total, weighted, scale)
+    all_highest, all_total, all_weighted = _join(highest, total, weighted, scale)
     if SPLITS == 1:
         _store_results(
-            top, all_total, all_weighted, target, inverse, logp_ptr + at, lse_ptr + at, entropy_ptr + at, ENTROPY
+            all_highest,
+            all_total,
+            all_weighted,
+            target,
+            inverse,
+            logp_ptr + at,
+            lse_ptr + at,
+            entropy_ptr + at,
+            ENTROPY,
         )
     else:
         part_ptr = partial_ptr + at * SPLITS + split
         field = MODELS * rows * SPLITS
-        tl.store(part_ptr, top)
+        tl.store(part_ptr, all_highest)
         tl.store(part_ptr + field, all_total)
         tl.store(part_ptr + 2 * field, all_weighted)
         tl.store(part_ptr + 3 * field, target)
@@ -191,7 +199,7 @@ def combine_kernel(
 ):
     """Program (row, model): results from the parts of a row.
 
-    Every part has the target's logit, or with ONE_OWNER the part that it lies in, and the others 0.
+    Every part has the target's logit; with ONE_OWNER only the part that contains it, and the others have 0.
     """
     row = tl.program_id(0).to(tl.int64)
     model = tl.program_id(1)
@@ -210,9 +218,9 @@ def combine_kernel(
         target = tl.sum(tl.load(parts_ptr + 3 * field), axis=0)
     else:
         target = tl.load(partial_ptr + 3 * field + at * SPLITS)
-    top, all_total, all_weighted = _join(highest, total, weighted, inverse * LOG2E)
+    all_highest, all_total, all_weighted = _join(highest, total, weighted, inverse * LOG2E)
     _store_results(
-        top, all_total, all_weighted, target, inverse, logp_ptr + at, lse_ptr + at, entropy_ptr + at, ENTROPY
+        all_highest, all_total, all_weighted, target, inverse, logp_ptr + at, lse_ptr + at, entropy_ptr + at, ENTROPY
     )
 
 
@@ -243,24 +251,24 @@ def backward_kernel(
     chunk,
     MASKED: tl.constexpr,
     ENTROPY: tl.constexpr,
-    UNIT: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Program (row, part of the row): d loss / d logits into out, which may be the logits themselves.
 
-    In place is safe because a thread reads every element that it uses before it writes it: those of its own columns,
-    and the target, whose value matters only to the thread that owns that column.
+    In place is safe: a thread reads each of its columns before it writes it. Of other columns it reads only the target,
+    whose value is used by the thread of that column alone.
     """
     row = tl.program_id(0).to(tl.int64)
     start = tl.program_id(1) * chunk
     end = tl.maximum(start, tl.minimum(start + chunk, vocabulary))
-    z_ptr = logits_ptr + row * stride * UNIT
-    gradient_ptr = out_ptr + row * out_stride * UNIT
+    z_ptr = logits_ptr + row * stride * ALIGNMENT
+    gradient_ptr = out_ptr + row * out_stride * ALIGNMENT
     offsets = tl.arange(0, BLOCK)
 
     grad_logp = tl.load(grad_logp_ptr + row)
     lse = tl.load(lse_ptr + row)
-    # A finite lse vouches for the row: no NaN and no infinity hides behind the zero gradient.
+    # With a finite lse the row has no NaN and no +inf that a zero gradient could hide.
     empty = (grad_logp == 0.0) & (tl.abs(lse) < float("inf"))
     if ENTROPY:
         grad_entropy = tl.load(grad_entropy_ptr + row)
@@ -278,7 +286,7 @@ def backward_kernel(
     id = tl.load(ids_ptr + row)
     target = tl.load(z_ptr + id, mask=(id >= 0) & (id < vocabulary), other=float("nan"))
     id = id.to(tl.int32)
-    # 1 - p in float64: it loses every digit in float32 where the model is sure.
+    # 1 - p in float64: in float32 it has no digits left if p is near 1.
     log_p = target.to(tl.float64) * inverse - lse
     p = tl.exp(log_p)
     at_target = grad_logp * (1.0 - p)

@@ -1,4 +1,4 @@
-"""Padded rows to packed tokens and back. Elements are integers of their width: nothing is computed with them."""
+"""Pack and unpack. Elements are copied as integers of the same size."""
 
 import triton
 import triton.language as tl
@@ -19,7 +19,7 @@ def pack_kernel(
     TOKENS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """padded [rows, length, width] to out [total, width]; a program takes TOKENS tokens and WIDTH of their elements."""
+    """padded [rows, length, width] to out [total, width]; a program copies WIDTH elements of TOKENS tokens."""
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     row = segment_of(cu_ptr, token, 0, rows - 1)
     place = token - tl.load(cu_ptr + row)
@@ -56,9 +56,9 @@ def unpack_kernel(
         place -= length - count
     there = (place >= 0) & (place < count)
     element = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    wide = (element < width)[None, :]
+    in_width = (element < width)[None, :]
     source = ((start + place) * width)[:, None] + element[None, :]
-    value = tl.load(values_ptr + source, mask=there[:, None] & wide, other=0)
+    value = tl.load(values_ptr + source, mask=there[:, None] & in_width, other=0)
     padding = (tl.zeros([TOKENS, WIDTH], tl.int64) + fill).to(values_ptr.dtype.element_ty)
     value = tl.where(there[:, None], value, padding)
-    tl.store(out_ptr + (at * width)[:, None] + element[None, :], value, mask=inside[:, None] & wide)
+    tl.store(out_ptr + (at * width)[:, None] + element[None, :], value, mask=inside[:, None] & in_width)

@@ -5,19 +5,19 @@ import triton.language as tl
 
 from prime_kernels import _constants
 from prime_kernels._triton._log_probs_kernels import LN2, LOG2E
-from prime_kernels._triton._segmented_scan import arrives_last, share_of
+from prime_kernels._triton._segmented_scan import arrives_last, program_range
 
 MAX_LOG_RHO = tl.constexpr(_constants.MAX_LOG_RHO)
 
 
 @triton.jit
 def _exp(x):
-    """e^x to about the last bit: the fast 2^t by itself loses digits as |t| grows, so t is split in two."""
+    """e^x to about the last bit: the fast 2^t loses digits as |t| grows, so t is split into two parts."""
     t = x.to(tl.float64) * LOG2E
     high = t.to(tl.float32)
     rest = (t - high.to(tl.float64)).to(tl.float32) * LN2
     y = tl.exp2(high)
-    # Where the exponential is infinite or t is, rest is of no use.
+    # If the exponential or t is infinite, `rest` is meaningless.
     return tl.where(tl.abs(rest) < 1.0, y + y * rest, y)
 
 
@@ -30,7 +30,7 @@ def _losses(logp_ptr, old_ptr, advantages_ptr, mask_ptr, token, total, low, high
     logp = tl.load(logp_ptr + token, mask=valid, other=0.0)
     log_rho = logp - tl.load(old_ptr + token, mask=valid, other=0.0)
     advantage = tl.load(advantages_ptr + token, mask=valid, other=0.0)
-    # By selects, which hand a NaN on.
+    # Selects keep a NaN.
     rho = _exp(tl.where(log_rho > MAX_LOG_RHO, MAX_LOG_RHO, log_rho))
     held = tl.where(rho < low, low, tl.where(rho > high, high, rho))
     return log_rho, -advantage * rho, -advantage * held, valid
@@ -61,9 +61,9 @@ def ppo_forward_kernel(
     BLOCK: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """Sums of shares; who comes last joins them. DENOMINATOR is "count", "number" or "tensor"."""
+    """Sums per program, merged by the last program to finish. DENOMINATOR is "count", "number" or "tensor"."""
     program = tl.program_id(0)
-    first, end = share_of(program, total, tiles, BLOCK, False)
+    first, end = program_range(program, total, tiles, BLOCK, False)
     summed = tl.zeros([BLOCK], tl.float64)
     log_rho_sum = tl.zeros([BLOCK], tl.float64)
     clipped_count = tl.zeros([BLOCK], tl.int32)
@@ -127,7 +127,7 @@ def ppo_backward_kernel(
     log_rho, free, clipped, valid = _losses(
         logp_ptr, old_ptr, advantages_ptr, mask_ptr, token, total, low, high, MASKED
     )
-    # d rho / d logp is rho: the unclipped loss is its own derivative, and the clipped one has none where it wins.
+    # d rho / d logp = rho: the unclipped loss is its own derivative; where clipping applies it is 0.
     gradient = free
     if WEIGHTED:
         gradient *= tl.load(weights_ptr + token, mask=valid, other=0.0)

@@ -1,12 +1,12 @@
-"""Losses of an implicit process reward model with their slopes, with the formulas of ops/prm_loss.py, in float64.
+"""Losses of an implicit process reward model and their slopes in float64, by the formulas of ops/prm_loss.py.
 
-Sums of responses are made over equal shares of the tokens; who comes last does the rest, which counts responses.
+The responses' sums are computed by programs with equal numbers of tokens; the last one to finish computes the losses.
 """
 
 import triton
 import triton.language as tl
 
-from prime_kernels._triton._segmented_scan import add_carries, arrives_last, segment_of, share_totals
+from prime_kernels._triton._segmented_scan import arrives_last, complete_sums, range_sums, segment_of
 
 
 @triton.jit
@@ -17,7 +17,7 @@ def _sigmoid(x):
 
 @triton.jit
 def _softplus(x):
-    """log(1 + e^x), the tail of which keeps its digits: (u - 1) / log u is as wrong as u - 1 is."""
+    """log(1 + e^x) with full precision for small e^x: rounding in u - 1 and in log u cancels in their quotient."""
     e = tl.exp(-tl.abs(x))
     u = 1.0 + e
     log1p = tl.where(u == 1.0, e, tl.log(u) * (e / tl.maximum(u - 1.0, 1e-16)))
@@ -26,7 +26,7 @@ def _softplus(x):
 
 @triton.jit
 def _response(deltas_ptr, outcomes_ptr, cu_ptr, response, use):
-    """(delta, outcome, whether it has tokens) of each response; 0 where it has none or is not to be used."""
+    """(delta, outcome, whether it counts) of each response; 0 if it has no tokens or ``use`` is False."""
     length = tl.load(cu_ptr + response + 1, mask=use, other=0) - tl.load(cu_ptr + response, mask=use, other=0)
     counted = use & (length > 0)
     delta = tl.load(deltas_ptr + response, mask=counted, other=0.0)
@@ -48,8 +48,8 @@ def _mean_delta(deltas_ptr, outcomes_ptr, cu_ptr, responses, RESPONSES: tl.const
 
 
 @triton.jit
-def _of_one(delta, outcome, kl, beta, KIND: tl.constexpr):
-    """(loss, slope) of responses whose loss is their own."""
+def _single_terms(delta, outcome, kl, beta, KIND: tl.constexpr):
+    """(loss, slope) of "ce" and "kto", whose losses are per response."""
     if KIND == "ce":
         return _softplus(beta * delta) - outcome * beta * delta, beta * (_sigmoid(beta * delta) - outcome)
     sign = tl.where(outcome > 0.5, -1.0, 1.0).to(tl.float64)
@@ -58,7 +58,7 @@ def _of_one(delta, outcome, kl, beta, KIND: tl.constexpr):
 
 
 @triton.jit
-def _in_group(
+def _group_terms(
     deltas_ptr,
     outcomes_ptr,
     cu_ptr,
@@ -70,8 +70,11 @@ def _in_group(
     KIND: tl.constexpr,
     RESPONSES: tl.constexpr,
 ):
-    """Of each of a block of responses with the others of its group: (loss and number of the pairs in which it is the
-    better, slope, weight of the pairs in which it comes first, what of it agrees)."""
+    """(loss, pairs, slope, weight, agreed) of each response with the others of its group.
+
+    Loss and number are those of the pairs in which it is the better response; weight sums the outcome differences of
+    the pairs in which it comes first, and agreed those in the right order.
+    """
     inside = response < responses
     delta, outcome, counted = _response(deltas_ptr, outcomes_ptr, cu_ptr, response, inside)
     group = segment_of(groups_ptr, response, 0, groups - 1)
@@ -101,7 +104,7 @@ def _in_group(
         slope *= tl.where(wanted, -beta, beta)
         pairs = tl.where(wanted, partners, 0.0)
     if KIND == "nca":
-        # Each term of a pair depends on one of the two: it counts as often as there are partners.
+        # Each term depends on one response of the pair: it counts once per partner.
         half = 0.5 * _softplus(beta * delta)
         lose = 0.5 * beta * _sigmoid(beta * delta)
         some = partners > 0.0
@@ -113,8 +116,8 @@ def _in_group(
 
 @triton.jit
 def _accuracy(groups_ptr, weight_ptr, agreed_ptr, groups, RESPONSES: tl.constexpr):
-    """Mean over groups of the weight of pairs that agree, 0.5 where there is none."""
-    shares = tl.zeros([RESPONSES], tl.float64)
+    """Mean over groups of agreed / weight, 0.5 for a group without pairs of different outcomes."""
+    accuracies = tl.zeros([RESPONSES], tl.float64)
     for at in range(0, groups, RESPONSES):
         group = at + tl.arange(0, RESPONSES)
         inside = group < groups
@@ -125,13 +128,13 @@ def _accuracy(groups_ptr, weight_ptr, agreed_ptr, groups, RESPONSES: tl.constexp
         for member in range(tl.max(size, axis=0).to(tl.int32)):
             weight += tl.load(weight_ptr + begin + member, mask=member < size, other=0.0)
             agreed += tl.load(agreed_ptr + begin + member, mask=member < size, other=0.0)
-        share = tl.where(weight > 0.0, agreed / tl.where(weight > 0.0, weight, 1.0), 0.5)
-        shares += tl.where(inside, share, 0.0)
-    return tl.where(groups > 0, tl.sum(shares, axis=0) / tl.maximum(groups, 1), 0.5)
+        accuracy = tl.where(weight > 0.0, agreed / tl.where(weight > 0.0, weight, 1.0), 0.5)
+        accuracies += tl.where(inside, accuracy, 0.0)
+    return tl.where(groups > 0, tl.sum(accuracies, axis=0) / tl.maximum(groups, 1), 0.5)
 
 
 @triton.jit
-def _of_responses(
+def _response_losses(
     outcomes_ptr,
     cu_ptr,
     groups_ptr,
@@ -158,14 +161,14 @@ def _of_responses(
         response = at + tl.arange(0, RESPONSES)
         inside = response < responses
         if GROUPED:
-            loss, terms, slope, weight, agreed = _in_group(
+            loss, terms, slope, weight, agreed = _group_terms(
                 deltas_ptr, outcomes_ptr, cu_ptr, groups_ptr, response, responses, groups, beta, KIND, RESPONSES
             )
             tl.store(weight_ptr + response, weight, mask=inside)
             tl.store(agreed_ptr + response, agreed, mask=inside)
         if not PAIRED:
             delta, outcome, counted = _response(deltas_ptr, outcomes_ptr, cu_ptr, response, inside)
-            loss, slope = _of_one(delta, outcome, kl, beta, KIND)
+            loss, slope = _single_terms(delta, outcome, kl, beta, KIND)
             loss = tl.where(counted, loss, 0.0)
             slope = tl.where(counted, slope, 0.0)
             terms = counted.to(tl.float64)
@@ -209,14 +212,14 @@ def prm_kernel(
     BLOCK: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """deltas is [3, responses]: sums of responses, and two columns of what their pairs come to."""
+    """deltas is [3, responses]: the responses' sums, and the weight and agreed columns of their pairs."""
     if total > 0:
-        share_totals(log_ratio_ptr, cu_ptr, deltas_ptr, published_ptr, total, responses, tiles, BLOCK, SLOTS)
+        range_sums(log_ratio_ptr, cu_ptr, deltas_ptr, published_ptr, total, responses, tiles, BLOCK, SLOTS)
     if arrives_last(counter_ptr, 0):
         if total > 0:
-            add_carries(cu_ptr, deltas_ptr, published_ptr, total, responses, tiles, BLOCK, SLOTS)
+            complete_sums(cu_ptr, deltas_ptr, published_ptr, total, responses, tiles, BLOCK, SLOTS)
             tl.debug_barrier()
-        _of_responses(
+        _response_losses(
             outcomes_ptr, cu_ptr, groups_ptr, deltas_ptr, loss_ptr, accuracy_ptr, slope_ptr, responses, groups, beta,
             KIND, GROUPED, RESPONSES,
         )  # fmt: skip

@@ -1,8 +1,8 @@
-"""Leave-one-out returns in one pass with barriers, and whitening: the formulas of ops/rloo_advantages.py.
+"""RLOO returns in one pass with grid-wide barriers, and whitening, by the formulas of ops/rloo_advantages.py.
 
-A token's process reward less its baseline is scale * s + shift with one scale and shift a response, so the running sum
-that a share hands on is scale * S + shift * C of the running sums S of rewards and C of their number: it is published
-before any scale is known. "Carried" are the tokens that have a process reward; what others hold is never looked at.
+A token's process reward less its baseline is scale * s + shift, with one scale and shift per response. The running sum
+that a program publishes is therefore scale * S + shift * C, with the running sums S of rewards and C of their number:
+both are published before any scale is known. Masked tokens have no process reward, and theirs is not read.
 """
 
 import triton
@@ -16,11 +16,11 @@ from prime_kernels._triton._segmented_scan import (
     carry_in_pair,
     open_part,
     power,
+    program_range,
     scan_tile,
     scan_tile_pair,
     segment_of,
-    segments_of_share,
-    share_of,
+    segments_of_range,
     tile_start,
     wait_for_all,
     weights_to_end,
@@ -32,11 +32,11 @@ WHITEN_EPS = tl.constexpr(_constants.WHITEN_EPS)
 
 @triton.jit
 def _reward(rewards_ptr, mask_ptr, token, inside, MASKED: tl.constexpr):
-    """(process reward, whether it is carried) of each token, float64; 0 where it is not."""
-    carried = inside
+    """(process reward, whether there is one) of each token, float64; 0 without."""
+    counted = inside
     if MASKED:
-        carried = inside & (tl.load(mask_ptr + token, mask=inside, other=0) != 0)
-    return tl.load(rewards_ptr + token, mask=carried, other=0.0).to(tl.float64), carried
+        counted = inside & (tl.load(mask_ptr + token, mask=inside, other=0) != 0)
+    return tl.load(rewards_ptr + token, mask=counted, other=0.0).to(tl.float64), counted
 
 
 @triton.jit
@@ -53,10 +53,10 @@ def _publish(
     BLOCK: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """Rows of ``published``: w, sum and number of rewards without a discount; w, sum and number with it."""
+    """Rows of ``published``: w, sum and number of rewards without discount, then w, sum and number with discount."""
     program = tl.program_id(0)
-    first, end = share_of(program, total, tiles, BLOCK, True)
-    low, high = segments_of_share(cu_ptr, first, end, segments)
+    first, end = program_range(program, total, tiles, BLOCK, True)
+    low, high = segments_of_range(cu_ptr, first, end, segments)
     count = tl.cdiv(end - first, BLOCK).to(tl.int32)
     start, stop, fresh = open_part(cu_ptr, first, end, low, high, True)
     weights = weights_to_end(log2_gamma, BLOCK, True)
@@ -68,11 +68,11 @@ def _publish(
     gamma_count = tl.zeros([1], tl.float64)
     for number in range(count - tl.cdiv(stop - first, BLOCK).to(tl.int32), count):
         token = tile_start(first, count, number, BLOCK, True) + tl.arange(0, BLOCK)
-        reward, carried = _reward(rewards_ptr, mask_ptr, token, (token >= start) & (token < stop), MASKED)
+        reward, counted = _reward(rewards_ptr, mask_ptr, token, (token >= start) & (token < stop), MASKED)
         plain_sum += tl.sum(reward, axis=0)
-        plain_count += tl.sum(carried.to(tl.float64), axis=0)
+        plain_count += tl.sum(counted.to(tl.float64), axis=0)
         gamma_sum = gamma_sum * a_tile + tl.sum(reward * weights, axis=0)
-        gamma_count = gamma_count * a_tile + tl.sum(tl.where(carried, weights, 0.0), axis=0)
+        gamma_count = gamma_count * a_tile + tl.sum(tl.where(counted, weights, 0.0), axis=0)
     w = tl.where(fresh, 0.0, power(log2_gamma, (end - first + tl.zeros([1], tl.int64)).to(tl.float64)))
     row_ptr = published_ptr + program + one
     tl.store(row_ptr, tl.where(fresh, 0.0, tl.full([1], 1.0, tl.float64)))
@@ -99,10 +99,10 @@ def _moments(
     BLOCK: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """Sum and number of rewards of each response that starts in the share, and the largest suffix sum of the share."""
+    """Sum and number of rewards of each response that starts in the range, and the range's largest |suffix sum|."""
     program = tl.program_id(0)
-    first, end = share_of(program, total, tiles, BLOCK, True)
-    low, high = segments_of_share(cu_ptr, first, end, segments)
+    first, end = program_range(program, total, tiles, BLOCK, True)
+    low, high = segments_of_range(cu_ptr, first, end, segments)
     count = tl.cdiv(end - first, BLOCK).to(tl.int32)
     largest = tl.zeros([BLOCK], tl.float64)
     if MASKED:
@@ -112,13 +112,13 @@ def _moments(
     for number in range(count):
         token = tile_start(first, count, number, BLOCK, True) + tl.arange(0, BLOCK)
         inside = token < total
-        reward, carried = _reward(rewards_ptr, mask_ptr, token, inside, MASKED)
+        reward, counted = _reward(rewards_ptr, mask_ptr, token, inside, MASKED)
         segment = segment_of(cu_ptr, token, low, high)
         fresh = begins(cu_ptr, token, segment, True)
         starts = inside & begins(cu_ptr, token, segment, False)
         if MASKED:
             y, n, carry, carry_count = scan_tile_pair(
-                reward, carried.to(tl.float64), fresh, 1.0, carry, carry_count, BLOCK, True
+                reward, counted.to(tl.float64), fresh, 1.0, carry, carry_count, BLOCK, True
             )
             tl.store(counts_ptr + segment, n, mask=starts)
         else:
@@ -135,14 +135,14 @@ def _largest_of_all(largest_ptr, SLOTS: tl.constexpr):
 
 
 @triton.jit
-def _mean(sums_ptr, counts_ptr, response, length, inside, unit, MASKED: tl.constexpr):
-    """(mean process reward, whether any is carried) of each response of ``length`` tokens; 0 without."""
+def _mean(sums_ptr, counts_ptr, response, length, inside, factor, MASKED: tl.constexpr):
+    """(mean process reward, whether there is any) of each response of ``length`` tokens; 0 without."""
     count = length.to(tl.float64)
     if MASKED:
         count = tl.load(counts_ptr + response, mask=inside & (length > 0), other=0.0)
-    carries = inside & (count > 0.0)
-    total = tl.load(sums_ptr + response, mask=carries, other=0.0)
-    return tl.where(carries, total * unit / tl.maximum(count, 1.0), 0.0), carries
+    with_reward = inside & (count > 0.0)
+    total = tl.load(sums_ptr + response, mask=with_reward, other=0.0)
+    return tl.where(with_reward, total * factor / tl.maximum(count, 1.0), 0.0), with_reward
 
 
 @triton.jit
@@ -158,13 +158,13 @@ def _leave_one_out(
     response,
     responses,
     groups,
-    unit,
+    factor,
     PROCESS: tl.constexpr,
     MASKED: tl.constexpr,
     PAPER: tl.constexpr,
     RESPONSES: tl.constexpr,
 ):
-    """What a block of responses has to know of the others in their groups."""
+    """Scale and shift of process rewards, and outcome less its baseline, of each response of a block."""
     inside = response < responses
     group = segment_of(groups_ptr, response, 0, groups - 1)
     begin = tl.load(groups_ptr + group).to(tl.int32)
@@ -181,20 +181,20 @@ def _leave_one_out(
         outcome_total += tl.load(outcomes_ptr + other, mask=counted, other=0.0)
         outcome_others += counted.to(tl.float64)
         if PROCESS:
-            mean, carries = _mean(sums_ptr, counts_ptr, other, length, counted, unit, MASKED)
+            mean, with_reward = _mean(sums_ptr, counts_ptr, other, length, counted, factor, MASKED)
             mean_total += mean
-            mean_others += carries.to(tl.float64)
+            mean_others += with_reward.to(tl.float64)
     outcome = tl.load(outcomes_ptr + response, mask=inside, other=0.0)
     tl.store(centred_ptr + response, outcome - outcome_total / tl.maximum(outcome_others, 1.0), mask=inside)
     if PROCESS:
         length = tl.load(cu_ptr + response + 1, mask=inside, other=0) - tl.load(cu_ptr + response, mask=inside, other=0)
-        mean, carries = _mean(sums_ptr, counts_ptr, response, length, inside, unit, MASKED)
+        mean, with_reward = _mean(sums_ptr, counts_ptr, response, length, inside, factor, MASKED)
         shift = -mean_total / tl.maximum(mean_others, 1.0)
-        scale = tl.zeros([RESPONSES], tl.float64) + unit
+        scale = tl.zeros([RESPONSES], tl.float64) + factor
         if not PAPER:
-            share = tl.where(mean_others > 0.0, 1.0 / tl.maximum(mean_others, 1.0), 0.0)
-            scale += unit * share
-            shift -= share * mean
+            weight = tl.where(mean_others > 0.0, 1.0 / tl.maximum(mean_others, 1.0), 0.0)
+            scale += factor * weight
+            shift -= weight * mean
         tl.store(scale_ptr + response, scale, mask=inside)
         tl.store(shift_ptr + response, shift, mask=inside)
 
@@ -222,14 +222,14 @@ def _returns(
     BLOCK: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """Returns of the share, and (count, mean, sum of squares about it) of them."""
+    """Returns of the range and their moments: count, mean, sum of squares about it."""
     program = tl.program_id(0)
-    first, end = share_of(program, total, tiles, BLOCK, True)
-    low, high = segments_of_share(cu_ptr, first, end, segments)
+    first, end = program_range(program, total, tiles, BLOCK, True)
+    low, high = segments_of_range(cu_ptr, first, end, segments)
     count = tl.cdiv(end - first, BLOCK).to(tl.int32)
     if PROCESS:
         carry, carry_count = carry_in_pair(published_ptr + 3 * SLOTS, program, SLOTS)
-        # Of the response that goes on; where one begins it does not count.
+        # Of the response that continues into this range; a carry of 0 weight if one begins here.
         carry = tl.load(scale_ptr + high) * carry + tl.load(shift_ptr + high) * carry_count
     summed = tl.zeros([BLOCK], tl.float64)
     for number in range(count):
@@ -241,9 +241,9 @@ def _returns(
         if log2_gamma_outcome != 0.0:
             value *= power(log2_gamma_outcome, after.to(tl.float64))
         if PROCESS:
-            reward, carried = _reward(rewards_ptr, mask_ptr, token, inside, MASKED)
+            reward, counted = _reward(rewards_ptr, mask_ptr, token, inside, MASKED)
             reward = tl.load(scale_ptr + segment) * reward + tl.load(shift_ptr + segment)
-            y, carry = scan_tile(tl.where(carried, reward, 0.0), after == 0, gamma, carry, BLOCK, True)
+            y, carry = scan_tile(tl.where(counted, reward, 0.0), after == 0, gamma, carry, BLOCK, True)
             value += process_coef * y
         rounded = value.to(tl.float32)
         tl.store(returns_ptr + token, rounded, mask=inside)
@@ -255,8 +255,8 @@ def _returns(
     for number in range(count):
         token = tile_start(first, count, number, BLOCK, True) + tl.arange(0, BLOCK)
         inside = token < total
-        off = tl.load(returns_ptr + token, mask=inside, other=0.0).to(tl.float64) - mean
-        squares += tl.where(inside, off * off, 0.0)
+        deviation = tl.load(returns_ptr + token, mask=inside, other=0.0).to(tl.float64) - mean
+        squares += tl.where(inside, deviation * deviation, 0.0)
     tl.store(stats_ptr + 3 * program, number_of)
     tl.store(stats_ptr + 3 * program + 1, mean)
     tl.store(stats_ptr + 3 * program + 2, tl.sum(squares, axis=0))
@@ -295,11 +295,11 @@ def rloo_kernel(
     BLOCK: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """Phases FIRST to LAST of: 0, publish; 1, sums of responses; 2, what responses take from their groups; 3, returns.
+    """Phases FIRST to LAST of: 0, publish; 1, sums of responses; 2, leave-one-out baselines; 3, returns.
 
     published is [7, SLOTS]: the rows of _publish and the largest suffix sum of each program. columns is [5, responses]:
-    sum and number of rewards, scale, shift, centred outcome. With ACROSS phase 1 leaves the largest of all in largest,
-    a scalar, and phase 2 reads it there: between the two it may have become that of every rank.
+    sum and number of rewards, scale, shift, centred outcome. With ACROSS phase 1 writes the largest suffix sum of
+    all programs to ``largest``, a scalar, and phase 2 reads it: between the two it is combined over ranks.
     """
     program = tl.program_id(0)
     sums_ptr = columns_ptr
@@ -309,7 +309,7 @@ def rloo_kernel(
     centred_ptr = shift_ptr + responses
     maxima_ptr = published_ptr + 6 * SLOTS
     if FIRST <= 0:
-        # What the last program's share adds up to concerns no other.
+        # No program needs the last one's map.
         if program < tl.num_programs(0) - 1:
             _publish(
                 rewards_ptr, mask_ptr, cu_ptr, published_ptr, total, responses, tiles, log2_gamma_process,
@@ -328,16 +328,16 @@ def rloo_kernel(
     if FIRST <= 1 and LAST >= 2:
         wait_for_all(counter_ptr, 2 - FIRST)
     if FIRST <= 2 and LAST >= 2:
-        unit = tl.sum(tl.full([1], 1.0, tl.float64), axis=0)
+        factor = tl.sum(tl.full([1], 1.0, tl.float64), axis=0)
         if NORMALIZE:
             if ACROSS:
-                unit = 1.0 / (tl.load(largest_ptr) + NORMALIZE_EPS)
+                factor = 1.0 / (tl.load(largest_ptr) + NORMALIZE_EPS)
             else:
-                unit = 1.0 / (_largest_of_all(maxima_ptr, SLOTS) + NORMALIZE_EPS)
+                factor = 1.0 / (_largest_of_all(maxima_ptr, SLOTS) + NORMALIZE_EPS)
         for at in range(program * RESPONSES, responses, tl.num_programs(0) * RESPONSES):
             _leave_one_out(
                 outcomes_ptr, cu_ptr, groups_ptr, sums_ptr, counts_ptr, scale_ptr, shift_ptr, centred_ptr,
-                at + tl.arange(0, RESPONSES), responses, groups, unit, PROCESS, MASKED, PAPER, RESPONSES,
+                at + tl.arange(0, RESPONSES), responses, groups, factor, PROCESS, MASKED, PAPER, RESPONSES,
             )  # fmt: skip
     if FIRST <= 2 and LAST >= 3:
         wait_for_all(counter_ptr, 3 - FIRST)
@@ -353,7 +353,7 @@ def rloo_kernel(
 
 @triton.jit(do_not_specialize=["total", "rows"])
 def whiten_kernel(values_ptr, stats_ptr, out_ptr, total: tl.int64, rows, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Every program joins the rows (count, mean, squares about it) in the same order, and so to the same bits."""
+    """Every program merges the moments (count, mean, squares about it) in the same order: equal bits."""
     counts = tl.zeros([ROWS], tl.float64)
     sums = tl.zeros([ROWS], tl.float64)
     for at in range(0, rows, ROWS):
@@ -366,8 +366,8 @@ def whiten_kernel(values_ptr, stats_ptr, out_ptr, total: tl.int64, rows, ROWS: t
     squares = tl.zeros([ROWS], tl.float64)
     for at in range(0, rows, ROWS):
         row = at + tl.arange(0, ROWS)
-        off = tl.load(stats_ptr + 3 * row + 1, mask=row < rows, other=0.0) - mean
-        squares += tl.load(stats_ptr + 3 * row, mask=row < rows, other=0.0) * off * off
+        deviation = tl.load(stats_ptr + 3 * row + 1, mask=row < rows, other=0.0) - mean
+        squares += tl.load(stats_ptr + 3 * row, mask=row < rows, other=0.0) * deviation * deviation
         squares += tl.load(stats_ptr + 3 * row + 2, mask=row < rows, other=0.0)
     variance = tl.sum(squares, axis=0) / tl.maximum(count_all - 1.0, 1.0)
     factor = 1.0 / tl.sqrt(variance + WHITEN_EPS)

@@ -1,11 +1,11 @@
-"""What the kernels over packed segments share: equal shares of the tokens, scans across them, programs that meet.
+"""Segmented scan over packed tokens: programs get equal token counts, independent of segment lengths.
 
-A recurrence y = x + w * y_before, with w = 0 where a segment begins and else gamma, is associative in (w, x): tiles,
-programs and segments may be cut anywhere. Each program owns as many tokens as the others, however long segments are.
-All sums are in float64. "Before" and "begins" are meant in the direction of the scan: with REVERSE a segment begins at
-its last token, and the first program owns the last tokens.
+The recurrence y = x + w * y_before, with w = 0 where a segment begins and else gamma, is an affine map of y_before, and
+maps compose associatively: tiles, programs and segments may be cut anywhere. All sums are in float64. "Before" and
+"begins" refer to the direction of the scan: with REVERSE a segment begins at its last token, and the first program has
+the last tokens.
 
-Where w is 0 what came before is dropped by a select, not by the product: a NaN must not leave its segment.
+Where w is 0, what came before is dropped by a select, not by the product: a NaN must not leave its segment.
 """
 
 import triton
@@ -14,7 +14,7 @@ import triton.language as tl
 
 @triton.jit
 def segment_of(cu_ptr, token, low, high):
-    """The segment of each of a block of tokens, int32, which lies in [low, high]; empty segments own no token."""
+    """The segment, int32, of each token of a block, searched in [low, high]; empty segments have no tokens."""
     below = tl.zeros(token.shape, tl.int32) + low
     above = tl.zeros(token.shape, tl.int32) + high
     span = high - low
@@ -28,8 +28,8 @@ def segment_of(cu_ptr, token, low, high):
 
 
 @triton.jit
-def share_of(program, total, tiles, BLOCK: tl.constexpr, REVERSE: tl.constexpr):
-    """(first token, end) of a program's share."""
+def program_range(program, total, tiles, BLOCK: tl.constexpr, REVERSE: tl.constexpr):
+    """(first token, end) of a program's range."""
     place = program
     if REVERSE:
         place = tl.num_programs(0) - 1 - program
@@ -38,8 +38,8 @@ def share_of(program, total, tiles, BLOCK: tl.constexpr, REVERSE: tl.constexpr):
 
 
 @triton.jit
-def segments_of_share(cu_ptr, first, end, segments):
-    """The segments of the lowest and of the highest token of a share."""
+def segments_of_range(cu_ptr, first, end, segments):
+    """The segments of the lowest and of the highest token of a range."""
     token = tl.where(tl.arange(0, 2) == 0, first, end - 1)
     found = segment_of(cu_ptr, token, 0, segments - 1)
     return tl.min(found, axis=0), tl.max(found, axis=0)
@@ -47,7 +47,7 @@ def segments_of_share(cu_ptr, first, end, segments):
 
 @triton.jit
 def tile_start(first, count, number, BLOCK: tl.constexpr, REVERSE: tl.constexpr):
-    """The lowest token of tile ``number`` of the ``count`` tiles of a share."""
+    """The lowest token of tile ``number`` of the ``count`` tiles of a range."""
     place = number
     if REVERSE:
         place = count - 1 - number
@@ -63,9 +63,9 @@ def begins(cu_ptr, token, segment, REVERSE: tl.constexpr):
 
 @triton.jit
 def open_part(cu_ptr, first, end, low, high, REVERSE: tl.constexpr):
-    """(lowest token, end) of the part of a share that the next program's carry depends on, and whether it begins here.
+    """(lowest token, end, begins) of the segment that is still open at the end of the range, in scan direction.
 
-    ``low`` and ``high`` are the segments at the ends of the share.
+    ``begins`` tells whether it begins in this range. ``low`` and ``high`` are the segments at the ends of the range.
     """
     if REVERSE:
         edge = tl.load(cu_ptr + low + 1)
@@ -76,14 +76,14 @@ def open_part(cu_ptr, first, end, low, high, REVERSE: tl.constexpr):
 
 @triton.jit
 def power(log2_gamma, exponent):
-    """gamma ** exponent for float64 exponents that are whole and at least 0; 0 ** 0 is 1."""
-    # Where gamma is 0 its logarithm is -inf, which must not meet a 0.
+    """gamma ** exponent for float64 exponents that are integers and at least 0; 0 ** 0 is 1."""
+    # For gamma 0 the logarithm is -inf, and 0 * -inf is NaN.
     return tl.where(exponent == 0.0, 1.0, tl.exp2(tl.maximum(exponent, 1.0) * log2_gamma))
 
 
 @triton.jit
 def weights_to_end(log2_gamma, BLOCK: tl.constexpr, REVERSE: tl.constexpr):
-    """What each token of a tile counts in the running sum at the tile's end."""
+    """The weight of each token of a tile in the running sum at the tile's end."""
     after = tl.arange(0, BLOCK)
     if not REVERSE:
         after = BLOCK - 1 - after
@@ -91,12 +91,12 @@ def weights_to_end(log2_gamma, BLOCK: tl.constexpr, REVERSE: tl.constexpr):
 
 
 @triton.jit
-def follow(w1, x1, w2, x2):
+def compose(w1, x1, w2, x2):
     return w1 * w2, tl.where(w2 == 0.0, x2, x2 + w2 * x1)
 
 
 @triton.jit
-def follow_pair(w1, x1, c1, w2, x2, c2):
+def compose_pair(w1, x1, c1, w2, x2, c2):
     fresh = w2 == 0.0
     return w1 * w2, tl.where(fresh, x2, x2 + w2 * x1), tl.where(fresh, c2, c2 + w2 * c1)
 
@@ -112,23 +112,23 @@ def edge_of(y, BLOCK: tl.constexpr, REVERSE: tl.constexpr):
 
 @triton.jit
 def step_weights(fresh, gamma, BLOCK: tl.constexpr):
-    """What the sum before each token counts in it; ``fresh`` where a segment begins."""
+    """The weight w of each token: 0 where a segment begins (``fresh``), else gamma."""
     return tl.where(fresh, 0.0, tl.full([BLOCK], 1.0, tl.float64) * gamma)
 
 
 @triton.jit
 def scan_tile(x, fresh, gamma, carry, BLOCK: tl.constexpr, REVERSE: tl.constexpr):
-    """(running sums, that at the end) of a tile; ``carry`` is the sum before it."""
-    w, y = tl.associative_scan((step_weights(fresh, gamma, BLOCK), x), 0, follow, reverse=REVERSE)
+    """(running sums, last running sum) of a tile; ``carry`` is the running sum before it."""
+    w, y = tl.associative_scan((step_weights(fresh, gamma, BLOCK), x), 0, compose, reverse=REVERSE)
     y = tl.where(w == 0.0, y, y + w * carry)
     return y, edge_of(y, BLOCK, REVERSE)
 
 
 @triton.jit
 def scan_tile_pair(x, c, fresh, gamma, x_carry, c_carry, BLOCK: tl.constexpr, REVERSE: tl.constexpr):
-    """As scan_tile, of two columns."""
+    """As scan_tile, for two columns."""
     w = step_weights(fresh, gamma, BLOCK)
-    w, y, n = tl.associative_scan((w, x, c), 0, follow_pair, reverse=REVERSE)
+    w, y, n = tl.associative_scan((w, x, c), 0, compose_pair, reverse=REVERSE)
     y = tl.where(w == 0.0, y, y + w * x_carry)
     n = tl.where(w == 0.0, n, n + w * c_carry)
     return y, n, edge_of(y, BLOCK, REVERSE), edge_of(n, BLOCK, REVERSE)
@@ -136,31 +136,31 @@ def scan_tile_pair(x, c, fresh, gamma, x_carry, c_carry, BLOCK: tl.constexpr, RE
 
 @triton.jit
 def carry_in(published_ptr, program, SLOTS: tl.constexpr):
-    """The running sum before this program's share, from the rows (w, x) that those before it published."""
+    """The running sum before this program's range, from the maps (w, x) that the programs before it published."""
     slot = tl.arange(0, SLOTS)
     before = slot < program
     w = tl.load(published_ptr + slot, mask=before, other=0.0)
     x = tl.load(published_ptr + SLOTS + slot, mask=before, other=0.0)
-    w, x = tl.associative_scan((w, x), 0, follow)
+    w, x = tl.associative_scan((w, x), 0, compose)
     return tl.sum(tl.where(slot == program - 1, x, 0.0), axis=0)
 
 
 @triton.jit
 def carry_in_pair(published_ptr, program, SLOTS: tl.constexpr):
-    """As carry_in, from rows (w, x, c)."""
+    """As carry_in, from maps (w, x, c) of two columns."""
     slot = tl.arange(0, SLOTS)
     before = slot < program
     w = tl.load(published_ptr + slot, mask=before, other=0.0)
     x = tl.load(published_ptr + SLOTS + slot, mask=before, other=0.0)
     c = tl.load(published_ptr + 2 * SLOTS + slot, mask=before, other=0.0)
-    w, x, c = tl.associative_scan((w, x, c), 0, follow_pair)
+    w, x, c = tl.associative_scan((w, x, c), 0, compose_pair)
     last = slot == program - 1
     return tl.sum(tl.where(last, x, 0.0), axis=0), tl.sum(tl.where(last, c, 0.0), axis=0)
 
 
 @triton.jit
 def wait_for_all(counter_ptr, turn):
-    """Return when every program has come here for the ``turn``-th time, from 1; what they stored is then visible.
+    """Grid-wide barrier number ``turn``, from 1: what programs stored before it is visible after it.
 
     All programs must be resident at once: the launch is cooperative.
     """
@@ -174,7 +174,7 @@ def wait_for_all(counter_ptr, turn):
 
 @triton.jit
 def arrives_last(counter_ptr, turns):
-    """Whether every other program has been here, after ``turns`` turns of wait_for_all; the counter is then 0 again."""
+    """Whether this program is the last to arrive, after ``turns`` barriers; it resets the counter to 0."""
     tl.debug_barrier()
     last = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == (turns + 1) * tl.num_programs(0) - 1
     if last:
@@ -184,7 +184,7 @@ def arrives_last(counter_ptr, turns):
 
 
 @triton.jit
-def share_totals(
+def range_sums(
     values_ptr,
     cu_ptr,
     sums_ptr,
@@ -195,10 +195,10 @@ def share_totals(
     BLOCK: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """Write the sum, as far as this share goes, of each segment whose first token lies in it; publish (w, x)."""
+    """Write the sum in this range of each segment whose first token is in it; publish the map (w, x)."""
     program = tl.program_id(0)
-    first, end = share_of(program, total, tiles, BLOCK, True)
-    low, high = segments_of_share(cu_ptr, first, end, segments)
+    first, end = program_range(program, total, tiles, BLOCK, True)
+    low, high = segments_of_range(cu_ptr, first, end, segments)
     count = tl.cdiv(end - first, BLOCK).to(tl.int32)
     carry = tl.sum(tl.zeros([2], tl.float64), axis=0)
     for number in range(count):
@@ -214,15 +214,15 @@ def share_totals(
 
 
 @triton.jit
-def add_carries(cu_ptr, sums_ptr, published_ptr, total, segments, tiles, BLOCK: tl.constexpr, SLOTS: tl.constexpr):
-    """Complete the sums of segments that end in another share than they start in, those of all programs at once."""
+def complete_sums(cu_ptr, sums_ptr, published_ptr, total, segments, tiles, BLOCK: tl.constexpr, SLOTS: tl.constexpr):
+    """Complete the sums of segments that span several ranges, for all programs at once."""
     slot = tl.arange(0, SLOTS)
     before = slot < tl.num_programs(0) - 1
     w = tl.load(published_ptr + slot, mask=before, other=0.0)
     x = tl.load(published_ptr + SLOTS + slot, mask=before, other=0.0)
-    w, x = tl.associative_scan((w, x), 0, follow)
-    # What stands at a slot is carried into the program after it, whose share is a full one.
-    first, end = share_of(tl.minimum(slot + 1, tl.num_programs(0) - 1), total, tiles, BLOCK, True)
+    w, x = tl.associative_scan((w, x), 0, compose)
+    # The value at a slot is the carry into the next program, whose range is full.
+    first, end = program_range(tl.minimum(slot + 1, tl.num_programs(0) - 1), total, tiles, BLOCK, True)
     segment = segment_of(cu_ptr, end - 1, 0, segments - 1)
     start, stop = tl.load(cu_ptr + segment), tl.load(cu_ptr + segment + 1)
     open = before & (start >= first) & (stop > end)

@@ -1,20 +1,20 @@
-"""Discounted scans, sums and fills over packed segments, each one launch."""
+"""Discounted scans, sums and fills over packed segments, one launch each."""
 
 import triton
 import triton.language as tl
 
 from prime_kernels._triton._segmented_scan import (
-    add_carries,
     arrives_last,
     begins,
     carry_in,
+    complete_sums,
     open_part,
     power,
+    program_range,
+    range_sums,
     scan_tile,
     segment_of,
-    segments_of_share,
-    share_of,
-    share_totals,
+    segments_of_range,
     tile_start,
     wait_for_all,
     weights_to_end,
@@ -39,14 +39,14 @@ def scan_kernel(
     BLOCK: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """Phases FIRST to LAST of: 0, publish (w, x) of the share; 1, scan it. One launch if programs can wait in it."""
+    """Phases FIRST to LAST of: 0, publish the program's map (w, x); 1, scan. One launch if barriers are possible."""
     program = tl.program_id(0)
-    first, end = share_of(program, total, tiles, BLOCK, REVERSE)
-    low, high = segments_of_share(cu_ptr, first, end, segments)
+    first, end = program_range(program, total, tiles, BLOCK, REVERSE)
+    low, high = segments_of_range(cu_ptr, first, end, segments)
     count = tl.cdiv(end - first, BLOCK).to(tl.int32)
     lane = tl.arange(0, BLOCK)
     if FIRST == 0:
-        # The share of the last program concerns no other, and it alone ends in the midst of a tile.
+        # No program needs the last one's map, and only its range may end within a tile.
         if program < tl.num_programs(0) - 1:
             start, stop, fresh = open_part(cu_ptr, first, end, low, high, REVERSE)
             weights = weights_to_end(log2_gamma, BLOCK, REVERSE)
@@ -98,9 +98,9 @@ def sum_kernel(
         start = tl.load(cu_ptr + segment, mask=inside, other=0)
         empty = inside & (tl.load(cu_ptr + segment + 1, mask=inside, other=1) == start)
         tl.store(sums_ptr + segment, tl.zeros([BLOCK], tl.float64), mask=empty)
-    share_totals(values_ptr, cu_ptr, sums_ptr, published_ptr, total, segments, tiles, BLOCK, SLOTS)
+    range_sums(values_ptr, cu_ptr, sums_ptr, published_ptr, total, segments, tiles, BLOCK, SLOTS)
     if arrives_last(counter_ptr, 0):
-        add_carries(cu_ptr, sums_ptr, published_ptr, total, segments, tiles, BLOCK, SLOTS)
+        complete_sums(cu_ptr, sums_ptr, published_ptr, total, segments, tiles, BLOCK, SLOTS)
 
 
 @triton.jit(do_not_specialize=["total", "segments"])

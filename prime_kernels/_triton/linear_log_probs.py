@@ -1,4 +1,4 @@
-"""Launch of the fused product and softmax: what linear_log_probs may call on "triton"."""
+"""Launch of the fused product and softmax of linear_log_probs; see FUSED_LINEAR in _launch_config.py."""
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ ALIGNED_BYTES = 16
 
 
 def supported(hidden: Tensor, weight: Tensor) -> bool:
-    """Bulk copies need rows of unit stride that begin at multiples of 16 bytes."""
+    """Whether bulk copies can read the tensors: last stride 1, rows at multiples of 16 bytes."""
     return all(
         x.stride(1) == 1 and x.stride(0) * x.element_size() % ALIGNED_BYTES == 0 and x.data_ptr() % ALIGNED_BYTES == 0
         for x in (hidden, weight)

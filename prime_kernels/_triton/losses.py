@@ -1,4 +1,4 @@
-"""Launches of the loss kernels on checked tensors: what ppo_loss and prm_loss call."""
+"""Launches of the loss kernels on checked tensors."""
 
 import torch
 from torch import Tensor
@@ -7,12 +7,12 @@ from prime_kernels._backends import PPOResults, PPOTokens, PRMResults
 from prime_kernels._constants import PRM_PAIR_KINDS
 from prime_kernels._launch_counters import arrivals
 from prime_kernels._layout import column, mask_column
-from prime_kernels._triton._launch import offsets, on_device, options, shares
-from prime_kernels._triton._launch_config import ShareConfig
+from prime_kernels._triton._launch import offsets, on_device, options, scan_config
+from prime_kernels._triton._launch_config import ScanConfig
 from prime_kernels._triton._ppo_kernels import ppo_backward_kernel, ppo_forward_kernel
 from prime_kernels._triton._prm_kernels import prm_kernel
 
-# Sums that programs publish; responses that the last one takes at once, and columns it keeps of them.
+# Sums that each program publishes; responses that the last one processes at once, and scratch columns of each.
 PPO_SUMS, RESPONSES, RESPONSE_COLUMNS = 4, 512, 3
 
 
@@ -20,7 +20,7 @@ def ppo_loss_and_scale(
     tokens: PPOTokens,
     clip: tuple[float, float],
     denominator: Tensor | float | None,
-    config: ShareConfig | None = None,
+    config: ScanConfig | None = None,
 ) -> PPOResults:
     """(loss, clip_fraction, approx_kl, 1 / denominator) of (logp, old_logp, advantages, weights or None), [T] float32.
 
@@ -28,11 +28,11 @@ def ppo_loss_and_scale(
     """
     logp, old_logp, advantages, weights, mask = _checked(tokens)
     total, device = logp.numel(), logp.device
-    config = config or shares(total, device)
+    config = config or scan_config(total, device)
     loss, clip_fraction, approx_kl = (logp.new_empty(()) for _ in range(3))
     scale = logp.new_empty((), dtype=torch.float64)
     published = logp.new_empty(PPO_SUMS, config.slots, dtype=torch.float64)
-    # Unused places repeat a tensor that is there: a kernel never touches them.
+    # Unused arguments repeat an existing tensor; the kernel does not read them.
     kind, number, by = "count", 1.0, scale
     if isinstance(denominator, Tensor):
         kind, by = "tensor", column(denominator, torch.float64, 1, device)
@@ -70,7 +70,7 @@ def ppo_gradient(
     clip: tuple[float, float],
     scale: Tensor,
     grad: Tensor,
-    config: ShareConfig | None = None,
+    config: ScanConfig | None = None,
 ) -> Tensor:
     """[T] float32: d loss / d logp times ``grad``, a float32 scalar; ``scale`` is that of the forward. One launch."""
     logp, old_logp, advantages, weights, mask = _checked(tokens)
@@ -78,7 +78,7 @@ def ppo_gradient(
     out = torch.empty_like(logp)
     if total == 0:
         return out
-    config = config or shares(total, device)
+    config = config or scan_config(total, device)
     with on_device(device):
         ppo_backward_kernel[(-(-total // config.block),)](
             logp,
@@ -107,7 +107,7 @@ def prm_loss_and_slope(
     cu_groups: Tensor | None,
     kind: str,
     beta: float,
-    config: ShareConfig | None = None,
+    config: ScanConfig | None = None,
 ) -> PRMResults:
     """(loss, pair accuracy, slope) of [T] float32 log-ratios and [B] float64 outcomes, in one launch.
 
@@ -119,7 +119,7 @@ def prm_loss_and_slope(
     outcomes = column(outcomes, torch.float64, responses, device)
     grouped = cu_groups is not None
     cu_groups, groups = (cu_seqlens, 0) if cu_groups is None else offsets(cu_groups, device)
-    config = config or shares(total, device)
+    config = config or scan_config(total, device)
     loss, accuracy, slope = log_ratio.new_empty(()), log_ratio.new_empty(()), torch.empty_like(outcomes)
     deltas = outcomes.new_empty(RESPONSE_COLUMNS, responses)
     published = outcomes.new_empty(2, config.slots)

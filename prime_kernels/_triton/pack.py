@@ -1,4 +1,4 @@
-"""Launches of the kernels between padded and packed tokens, on checked tensors: what pack and unpack call."""
+"""Launches of pack and unpack on checked tensors."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from prime_kernels._triton._launch import offsets, on_device
 from prime_kernels._triton._launch_config import PackConfig, choose_pack
 from prime_kernels._triton._pack_kernels import pack_kernel, unpack_kernel
 
-# Elements are moved as integers of their width, whatever they stand for.
+# Elements of any dtype are copied as integers of the same size.
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -54,7 +54,7 @@ def unpack_tokens(
     if out.numel() == 0:
         return out
     config = config or choose_pack(width)
-    # Its bits are made on the CPU: nothing waits for the device.
+    # The bits of the fill are computed on the CPU, without waiting for the device.
     bits = _integers(torch.tensor(fill, dtype=values.dtype, device="cpu")).item()
     with on_device(device):
         unpack_kernel[_grid(rows * length, width, config)](

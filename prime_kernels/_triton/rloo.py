@@ -1,4 +1,4 @@
-"""Launches of the return and whitening kernels on checked tensors: what rloo_advantages calls."""
+"""Launches of the return and whitening kernels on checked tensors."""
 
 from collections.abc import Callable
 
@@ -8,13 +8,13 @@ from torch import Tensor
 from prime_kernels._backends import RlooBatch, RlooSettings
 from prime_kernels._launch_counters import arrivals
 from prime_kernels._layout import column, mask_column
-from prime_kernels._triton._launch import launch_phases, log2, offsets, on_device, shares
-from prime_kernels._triton._launch_config import ShareConfig
+from prime_kernels._triton._launch import launch_phases, log2, offsets, on_device, scan_config
+from prime_kernels._triton._launch_config import ScanConfig
 from prime_kernels._triton._rloo_kernels import rloo_kernel, whiten_kernel
 
-# Responses that a program looks up the groups of at once, and statistics that it joins at once.
+# Responses whose groups a program looks up at once, and rows of moments that it merges at once.
 RESPONSES, ROWS = 256, 256
-# Rows of what programs publish, and of what is known of responses.
+# Rows of published values, and scratch columns per response.
 PUBLISHED, COLUMNS = 7, 5
 
 
@@ -22,7 +22,7 @@ def rloo_returns(
     batch: RlooBatch,
     settings: RlooSettings,
     over_ranks: Callable[[Tensor], None] | None,
-    config: ShareConfig | None = None,
+    config: ScanConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(returns [total] float32, statistics [programs, 3] float64), with the formulas of ops/rloo_advantages.py.
 
@@ -44,14 +44,14 @@ def rloo_returns(
         if across is not None:
             across(outcomes.new_zeros(()))
         return returns, outcomes.new_zeros(1, 3)
-    config = config or shares(total, device)
+    config = config or scan_config(total, device)
     stats = outcomes.new_empty(config.programs, 3)
     published = outcomes.new_empty(PUBLISHED, config.slots)
     columns = outcomes.new_empty(COLUMNS, responses)
     largest = outcomes.new_empty(())
     with on_device(device):
         arguments = (
-            # Unused places repeat a tensor that is there: a kernel never touches them.
+            # Unused arguments repeat an existing tensor; the kernel does not read them.
             process_rewards if with_process else returns,
             cu_seqlens if mask is None else mask,
             outcomes,
@@ -90,7 +90,7 @@ def rloo_returns(
     return returns, stats
 
 
-def whiten(values: Tensor, stats: Tensor, config: ShareConfig | None = None) -> Tensor:
+def whiten(values: Tensor, stats: Tensor, config: ScanConfig | None = None) -> Tensor:
     """[T] float32: (value - mean) / sqrt(unbiased variance + 1e-8) of the statistics of rloo_returns, in one launch.
 
     ``stats`` [rows, 3] float64 may hold rows of more tokens than these, such as those of other ranks.
@@ -99,7 +99,7 @@ def whiten(values: Tensor, stats: Tensor, config: ShareConfig | None = None) -> 
     values, out = column(values, torch.float32, total, device), values.new_empty(total)
     if total == 0:
         return out
-    config = config or shares(total, device)
+    config = config or scan_config(total, device)
     rows = stats.shape[0]
     stats = column(stats, torch.float64, 3 * rows, device)
     with on_device(device):

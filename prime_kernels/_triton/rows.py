@@ -1,4 +1,4 @@
-"""Launches of the row kernels on checked tensors: what log_probs and log_ratios call."""
+"""Launches of the row kernels on checked tensors."""
 
 from collections.abc import Sequence
 
@@ -11,9 +11,9 @@ from prime_kernels._triton._launch import device_of, on_device
 from prime_kernels._triton._launch_config import Config, choose
 from prime_kernels._triton._log_probs_kernels import backward_kernel, combine_kernel, forward_kernel
 
-# Columns of 16-byte loads at any dtype; strides and addresses must be multiples for these.
+# 16-byte loads need strides that are multiples of 8 columns (for any dtype) and aligned addresses.
 ALIGNED_COLUMNS, ALIGNED_BYTES = 8, 16
-# What each part of a split row leaves for the second kernel: highest, sum, weighted sum and the target's logit.
+# Results of each part of a split row for the second kernel: maximum, sum, weighted sum and the target's logit.
 PARTIAL_FIELDS = 4
 
 
@@ -41,8 +41,8 @@ def token_log_probs(
     config = config or choose(count * rows, vocabulary, first.element_size(), device_of(first.device))
     splits = config.splits
     partial = lse if splits == 1 else first.new_empty(PARTIAL_FIELDS, count, rows, splits, dtype=torch.float32)
-    unit = _unit(*models)
-    # Unused places repeat a tensor that is there: a kernel never touches them.
+    alignment = _alignment(*models)
+    # Unused arguments repeat an existing tensor; the kernel does not read them.
     padded = [*models, *[first] * (3 - count)]
     inverses = [1.0 / temperature for temperature in (*temperatures, *[1.0] * (3 - count))]
     common = {"MODELS": count, "MASKED": mask is not None, "ENTROPY": with_entropy, "SPLITS": splits}
@@ -51,7 +51,7 @@ def token_log_probs(
     with on_device(first.device):
         forward_kernel[(rows, splits, count)](
             *padded,
-            *[row_stride(z) // unit for z in padded],
+            *[row_stride(z) // alignment for z in padded],
             *inverses,
             ids,
             mask,
@@ -61,7 +61,7 @@ def token_log_probs(
             vocabulary,
             _chunk(vocabulary, config),
             **common,
-            UNIT=unit,
+            ALIGNMENT=alignment,
             WIDTH=ALIGNED_BYTES // first.element_size(),
             BLOCK=config.block,
             num_warps=config.num_warps,
@@ -96,13 +96,13 @@ def logits_gradient(
     grad_logp = torch.zeros_like(lse) if grad_logp is None else grad_logp
     with_entropy = grad_entropy is not None
     config = config or choose(rows, vocabulary, logits.element_size(), device_of(device))
-    unit = _unit(logits, out)
+    alignment = _alignment(logits, out)
     with on_device(device):
         backward_kernel[(rows, config.splits)](
             logits,
             out,
-            row_stride(logits) // unit,
-            row_stride(out) // unit,
+            row_stride(logits) // alignment,
+            row_stride(out) // alignment,
             1.0 / temperature,
             ids,
             ids if mask is None else mask,
@@ -114,7 +114,7 @@ def logits_gradient(
             _chunk(vocabulary, config),
             MASKED=mask is not None,
             ENTROPY=with_entropy,
-            UNIT=unit,
+            ALIGNMENT=alignment,
             BLOCK=config.block,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
@@ -122,15 +122,15 @@ def logits_gradient(
 
 
 def _chunk(vocabulary: int, config: Config) -> int:
-    """Columns of one part of a row: whole blocks, so that every part starts where wide loads may."""
+    """Columns of one part of a row: whole blocks, so that every part starts at an aligned column."""
     blocks = -(-vocabulary // config.block)
     return -(-blocks // config.splits) * config.block
 
 
-def _unit(*tensors: Tensor) -> int:
-    """What every row stride is a multiple of, as far as 16-byte loads go.
+def _alignment(*tensors: Tensor) -> int:
+    """The columns that every row stride is a multiple of: 8 if 16-byte loads are possible, else 1.
 
-    One answer for all models of a launch: equal logits give equal bits whatever the strides they come with.
+    One value for all models of a launch, so that equal logits give equal bits for any strides.
     """
     aligned = all(z.data_ptr() % ALIGNED_BYTES == 0 and row_stride(z) % ALIGNED_COLUMNS == 0 for z in tensors)
     return ALIGNED_COLUMNS if aligned else 1

@@ -5,13 +5,13 @@ from torch import Tensor
 
 from prime_kernels._launch_counters import arrivals
 from prime_kernels._layout import column
-from prime_kernels._triton._launch import launch_phases, log2, offsets, on_device, options, shares
-from prime_kernels._triton._launch_config import ShareConfig
+from prime_kernels._triton._launch import launch_phases, log2, offsets, on_device, options, scan_config
+from prime_kernels._triton._launch_config import ScanConfig
 from prime_kernels._triton._segments_kernels import fill_kernel, scan_kernel, sum_kernel
 
 
 def scan_segments(
-    values: Tensor, cu_seqlens: Tensor, gamma: float, reverse: bool, config: ShareConfig | None = None
+    values: Tensor, cu_seqlens: Tensor, gamma: float, reverse: bool, config: ScanConfig | None = None
 ) -> Tensor:
     """[T] in the dtype of ``values``, float32 or float64: y = x + gamma * y_before in each segment, in one launch."""
     total, device = values.numel(), values.device
@@ -20,7 +20,7 @@ def scan_segments(
     out = torch.empty_like(values)
     if total == 0:
         return out
-    config = config or shares(total, device)
+    config = config or scan_config(total, device)
     published = values.new_empty(2, config.slots, dtype=torch.float64)
     with on_device(device):
         sizes = (total, segments, config.tiles, gamma, log2(gamma))
@@ -29,14 +29,14 @@ def scan_segments(
     return out
 
 
-def sum_segments(values: Tensor, cu_segments: Tensor, config: ShareConfig | None = None) -> Tensor:
+def sum_segments(values: Tensor, cu_segments: Tensor, config: ScanConfig | None = None) -> Tensor:
     """[S] float64: the sum of each segment of [T] float32, 0 where it is empty, in one launch."""
     total, device = values.numel(), values.device
     values, (cu_segments, segments) = column(values, torch.float32, total, device), offsets(cu_segments, device)
     if total == 0:
         return values.new_zeros(segments, dtype=torch.float64)
     sums = values.new_empty(segments, dtype=torch.float64)
-    config = config or shares(total, device)
+    config = config or scan_config(total, device)
     published = values.new_empty(2, config.slots, dtype=torch.float64)
     with on_device(device):
         sum_kernel[(config.programs,)](
@@ -54,7 +54,7 @@ def sum_segments(values: Tensor, cu_segments: Tensor, config: ShareConfig | None
 
 
 def fill_segments(
-    values: Tensor, cu_segments: Tensor, total: int, factor: Tensor | None = None, config: ShareConfig | None = None
+    values: Tensor, cu_segments: Tensor, total: int, factor: Tensor | None = None, config: ScanConfig | None = None
 ) -> Tensor:
     """[total] float32: each token its segment's value of [S] float64 times ``factor``, a scalar, in one launch."""
     device = values.device
@@ -64,7 +64,7 @@ def fill_segments(
     out = values.new_empty(total, dtype=torch.float32)
     if total == 0:
         return out
-    config = config or shares(total, device)
+    config = config or scan_config(total, device)
     with on_device(device):
         fill_kernel[(-(-total // config.block),)](
             values,

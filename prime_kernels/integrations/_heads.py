@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from prime_kernels.integrations.causal_head import CausalHead
+from prime_kernels.ops.linear_log_probs import linear_log_probs
 
 PLAIN = CausalHead()
 
@@ -28,7 +29,7 @@ def head_log_probs(
     dtype = torch.get_autocast_dtype(device) if autocast and hidden.dtype != torch.float64 else hidden.dtype
     hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     with torch.autocast(device, enabled=False):
-        found = head.log_probs(
-            hidden, weight, ids, bias=bias, mask=mask, temperature=temperature, with_entropy=with_entropy
+        found = linear_log_probs(
+            hidden, weight, ids, bias=bias, mask=mask, with_entropy=with_entropy, **head.options(temperature)
         )
     return (found, None) if isinstance(found, Tensor) else found

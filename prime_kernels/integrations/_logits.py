@@ -1,4 +1,4 @@
-"""What the functions of all trainers come down to, where logits are at hand."""
+"""Functions of logits that several trainers' functions are made of."""
 
 import torch
 from torch import Tensor

@@ -11,7 +11,7 @@ from typing import Any
 
 
 class IntegrationError(RuntimeError):
-    """A package cannot be patched; the message says what was found and which versions have what is expected."""
+    """A package cannot be patched; the message names what was found and the versions that are supported."""
 
 
 @dataclass(frozen=True)

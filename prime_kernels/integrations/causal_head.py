@@ -11,15 +11,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from prime_kernels.ops.linear_log_probs import compact, linear_log_probs, spread, whole
-from prime_kernels.ops.log_probs import log_probs
-
-# Capped logits alive at once: 2^24 float32 values are 64 MiB.
-CHUNK_ELEMENTS = 2**24
+from prime_kernels.ops.linear_log_probs import whole
 
 # Names that configurations have for a factor of the logits, and for a cap.
 FACTORS = (
@@ -62,48 +56,12 @@ class CausalHead:
         product = product * self.scale if self.scale != 1.0 else product
         return product if self.softcap is None else self.softcap * torch.tanh(product / self.softcap)
 
-    def log_probs(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        ids: Tensor,
-        *,
-        bias: Tensor | None = None,
-        mask: Tensor | None = None,
-        temperature: float = 1.0,
-        with_entropy: bool = False,
-        process_group: dist.ProcessGroup | None = None,
-    ) -> Any:
-        """:func:`prime_kernels.linear_log_probs` of these logits, with its arguments and its result."""
-        if self.softcap is None:
-            return linear_log_probs(
-                hidden,
-                weight,
-                ids,
-                bias=bias,
-                mask=mask,
-                temperature=temperature / self.scale,
-                with_entropy=with_entropy,
-                process_group=process_group,
-            )
-        if process_group is not None:
-            raise ValueError("process_group: expected None for capped logits, whose head is not shared out")
-        whole_weight, whole_bias = _dense(weight), None if bias is None else _dense(bias)
-        flat, flat_ids, valid = compact(hidden, ids, mask)
-
-        def of_chunk(hidden: Tensor, ids: Tensor) -> Any:
-            logits = self.of(torch.nn.functional.linear(hidden, whole_weight, whole_bias).float())
-            return log_probs(logits, ids, temperature=temperature, with_entropy=with_entropy)
-
-        size = max(1, CHUNK_ELEMENTS // weight.shape[0])
-        # Backward makes the logits of a chunk again.
-        pieces = [
-            checkpoint(of_chunk, *piece, use_reentrant=False, preserve_rng_state=False)
-            for piece in zip(flat.split(size), flat_ids.split(size), strict=True)
-        ]
-        if not with_entropy:
-            return spread(torch.cat(pieces), valid, ids.shape)
-        return tuple(spread(torch.cat(column), valid, ids.shape) for column in zip(*pieces, strict=True))
+    def options(self, temperature: float = 1.0) -> dict[str, Any]:
+        """``temperature`` and ``softcap`` for the linear operations, which are given the output layer alone."""
+        return {
+            "temperature": temperature / self.scale,
+            "softcap": None if self.softcap is None else self.softcap / self.scale,
+        }
 
 
 def output_layer(model: Any) -> OutputLayer:
@@ -167,7 +125,7 @@ def causal_head(model: Any) -> CausalHead:
     if hidden is None:
         raise TypeError(f"model: expected a backbone that gives last_hidden_state, got {type(output).__name__}")
     dtype = hidden.dtype
-    hidden, weight, bias = hidden.float(), _dense(weight), None if bias is None else _dense(bias)
+    hidden, weight, bias = hidden.float(), whole(weight), None if bias is None else whole(bias)
     if hidden.shape[-1] != weight.shape[1] or logits.shape[:-1] != hidden.shape[:-1]:
         raise ValueError(
             f"model: expected {type(model).__name__}'s logits from hidden states [..., {weight.shape[1]}], got logits "
@@ -184,12 +142,6 @@ def causal_head(model: Any) -> CausalHead:
         f"differ by {largest:.2g} of the largest; supported: {SUPPORTED}, factors from the configuration's "
         f"{', '.join(FACTORS)}, caps from {', '.join(CAPS)}"
     )
-
-
-def _dense(parameter: Tensor) -> Tensor:
-    dense = whole(parameter)
-    assert dense is not None
-    return dense
 
 
 def _error(mine: Tensor, theirs: Tensor) -> tuple[float, float]:

@@ -1,1 +1,1 @@
-"""One file an operation: formula, reference, autograd and public function."""
+"""One file per operation: formula, reference, autograd and public function."""

@@ -187,18 +187,18 @@ def linear_log_probs(
     bias: Tensor | None,
     mask: Tensor | None,
     temperature: float,
+    softcap: float | None,
     with_entropy: bool,
     logits_dtype: str,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    arguments = (hidden, weight, ids, bias, mask, temperature, with_entropy, logits_dtype, backend)
+    arguments = (hidden, weight, ids, bias, mask, temperature, softcap, with_entropy, logits_dtype, backend)
     head, ids, settings = linear.check(*arguments)
     head = _as_computed(head, settings)
     tokens = linear.compact(head.hidden, ids, mask)
     if not len(tokens.hidden):
         return _plain(Columns(*(column.zero_() for column in _fake_values(hidden, ids, with_entropy))))
-    options = (settings.temperature, settings.rounded)
-    of_tokens = tiles.LinearHead(tokens.hidden, head.weight, head.bias, tokens.ids, *options)
+    of_tokens = settings.of_product(tokens.hidden, head.weight, head.bias, tokens.ids)
     results = tiles.head_log_probs(of_tokens, with_entropy, settings.backend)
     logp, lse = (linear.spread(column, tokens.places, ids.shape) for column in results[:2])
     if results.entropy is None:
@@ -214,6 +214,7 @@ def _(
     bias: Tensor | None,
     mask: Tensor | None,
     temperature: float,
+    softcap: float | None,
     with_entropy: bool,
     logits_dtype: str,
     backend: str | None,
@@ -233,6 +234,7 @@ def linear_log_probs_backward(
     grad_logp: Tensor | None,
     grad_entropy: Tensor | None,
     temperature: float,
+    softcap: float | None,
     wanted: list[bool],
     logits_dtype: str,
     backend: str | None,
@@ -240,7 +242,7 @@ def linear_log_probs_backward(
     """Gradients of hidden, weight and bias; empty where they are not wanted."""
     ids = _checks.labels("ids", ids, mask, weight.shape[0])
     chosen = _dispatch.resolve("linear_log_probs", hidden, backend)
-    settings = linear.Settings(temperature, False, linear.check_logits_dtype(logits_dtype), chosen)
+    settings = linear.Settings(temperature, softcap, False, linear.check_logits_dtype(logits_dtype), chosen)
     head = _as_computed(linear.Head(hidden, weight, bias), settings)
     tokens = linear.compact(head.hidden, ids, mask)
     gradient = RowGradient(lse, entropy, grad_logp, grad_entropy).flat()
@@ -248,8 +250,7 @@ def linear_log_probs_backward(
         gradient = gradient.rows(tokens.places)
     gradients = [each.new_zeros(each.shape) if want else each.new_empty(0) for each, want in _wanted(head, wanted)]
     if len(tokens.hidden):
-        options = (tokens.ids, temperature, settings.rounded)
-        of_tokens = tiles.LinearHead(tokens.hidden, head.weight, head.bias, *options)
+        of_tokens = settings.of_product(tokens.hidden, head.weight, head.bias, tokens.ids)
         found = tiles.head_gradients(of_tokens, gradient, wanted, chosen)
         if found.hidden is not None:
             at = slice(None) if tokens.places is None else tokens.places
@@ -272,6 +273,7 @@ def _(
     grad_logp: Tensor | None,
     grad_entropy: Tensor | None,
     temperature: float,
+    softcap: float | None,
     wanted: list[bool],
     logits_dtype: str,
     backend: str | None,
@@ -296,7 +298,8 @@ def _as_computed(head: linear.Head, settings: linear.Settings) -> linear.Head:
 
 
 def _keep_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, ids, bias, mask, ctx.temperature, ctx.with_entropy, ctx.logits_dtype, ctx.backend = inputs
+    hidden, weight, ids, bias, mask, ctx.temperature, ctx.softcap, *options = inputs
+    ctx.with_entropy, ctx.logits_dtype, ctx.backend = options
     ctx.save_for_backward(hidden, weight, ids, bias, mask, *output[1:])
 
 
@@ -308,7 +311,7 @@ def _linear_gradient(
         entropy = grad_entropy = None
     wanted = [ctx.needs_input_grad[place] for place in (0, 1, 3)]
     columns = (lse, entropy, grad_logp, grad_entropy)
-    options = (ctx.temperature, wanted, ctx.logits_dtype, ctx.backend)
+    options = (ctx.temperature, ctx.softcap, wanted, ctx.logits_dtype, ctx.backend)
     found = linear_log_probs_backward(hidden, weight, ids, bias, mask, *columns, *options)
     grad_hidden, grad_weight, grad_bias = (each if want else None for each, want in zip(found, wanted, strict=True))
     return grad_hidden, grad_weight, None, grad_bias, None, None, None, None, None

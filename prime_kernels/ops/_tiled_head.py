@@ -14,9 +14,12 @@ import torch
 from torch import Tensor
 
 from prime_kernels import _backends
-from prime_kernels._backends import HeadGradients, LinearHead, RowGradient, RowResults
+from prime_kernels._backends import HeadGradients, LinearHead, RowGradient, RowKernels, RowResults
+from prime_kernels._segment_math import result_dtype
+from prime_kernels.ops._softcap import cap, slope, through_cap
 
-# Backends with kernels for a whole head. They make float32 logits in cache, whatever the sizes below.
+# Backends with kernels for a whole head, unless it caps its logits. They make float32 logits in cache, whatever the
+# sizes below.
 HEAD_KERNELS = frozenset({"cpu"})
 # Tokens of a tile, by device: enough for a product at full speed.
 TOKENS = {"cpu": 1024, "cuda": 8192}
@@ -89,18 +92,27 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
         torch.mm(a.float(), b.float(), out=out)
 
 
+def _has_kernels(head: LinearHead, backend: str) -> bool:
+    return backend in HEAD_KERNELS and head.softcap is None
+
+
 def kept_logits(head: LinearHead, backend: str) -> Tensor | None:
-    """Room for all logits from forward to backward, or None where they are too many or no kernel can use them."""
+    """Room for all logits from forward to backward, or None where they are too many or no kernel can use them.
+
+    Capped logits are not kept: the cap works on a float32 tile at a time.
+    """
+    if head.softcap is not None:
+        return None
     if len(head.hidden) * len(head.weight) * _itemsize(head, backend) > KEPT_BYTES[_kind(head.hidden)]:
         return None
-    if backend in HEAD_KERNELS:
+    if _has_kernels(head, backend):
         return _backends.head(backend).kept_logits(head)
     return None if _fused_kernel(head, backend) else _all_logits(head)
 
 
 def _itemsize(head: LinearHead, backend: str) -> int:
     """Bytes of a logit that is kept."""
-    return 4 if backend in HEAD_KERNELS else logits_dtype(head).itemsize
+    return 4 if _has_kernels(head, backend) else logits_dtype(head).itemsize
 
 
 def _all_logits(head: LinearHead) -> Tensor:
@@ -139,7 +151,7 @@ def head_log_probs(head: LinearHead, with_entropy: bool, backend: str, kept: Ten
     ``kept``, of :func:`kept_logits`, receives the logits if it is given; the results are bitwise the same with and
     without it.
     """
-    if backend in HEAD_KERNELS:
+    if _has_kernels(head, backend):
         return _backends.head(backend).token_log_probs(head, with_entropy, kept)
     if (fused_kernel := _fused_kernel(head, backend)) is not None:
         ids = head.ids.clamp(0, len(head.weight) - 1)
@@ -151,6 +163,7 @@ def head_log_probs(head: LinearHead, with_entropy: bool, backend: str, kept: Ten
         parts = []
         for columns in tiles.column_spans():
             z = tiles.logits(tokens, columns, None if kept is None else kept[tokens, columns])
+            z = z if head.softcap is None else cap(z.to(result_dtype(z)), head.softcap)
             inside = (head.ids[tokens] - columns.start).clamp(0, z.shape[1] - 1)
             found = kernels.token_log_probs([z], inside, None, [head.temperature], with_entropy)
             parts.append(found.only_model())
@@ -166,7 +179,7 @@ def head_gradients(
 
     ``kept`` holds the logits that :func:`head_log_probs` stored there; they may be overwritten.
     """
-    if backend in HEAD_KERNELS:
+    if _has_kernels(head, backend):
         return _backends.head(backend).gradients(head, gradient, wanted, kept)
     hidden, weight, bias = head.hidden, head.weight, head.bias
     kernels = _backends.rows(backend)
@@ -186,7 +199,7 @@ def head_gradients(
         for tokens in tiles.token_spans():
             z = tiles.logits(tokens, columns) if kept is None else kept
             of_rows, inside = gradient.rows(tokens), head.ids[tokens] - columns.start
-            kernels.logits_gradient(z, inside, None, of_rows, head.temperature, z, partial=True)
+            _to_gradient(kernels, head, z, inside, of_rows, partial=True)
             if grad_bias is not None:
                 of_tokens = z.sum(0, dtype=torch.float32)
                 bias_part = of_tokens if bias_part is None else bias_part + of_tokens
@@ -221,7 +234,7 @@ def loss_gradients(
     ``grad_of(logp, tokens)`` is d loss / d logp of a span of tokens. Kernels of a whole head make more logits than they
     can keep twice.
     """
-    if backend in HEAD_KERNELS:
+    if _has_kernels(head, backend):
         kept = kept_logits(head, backend) if any(wanted) else None
         logp, lse, _ = head_log_probs(head, False, backend, kept)
         if not any(wanted):
@@ -241,13 +254,15 @@ def loss_gradients(
     parts = []
     for tokens in tiles.token_spans():
         z = tiles.logits(tokens, columns)
-        found = kernels.token_log_probs([z], head.ids[tokens], None, [head.temperature], False)
+        seen = z if head.softcap is None else cap(z.to(result_dtype(z), copy=True), head.softcap)
+        found = kernels.token_log_probs([seen], head.ids[tokens], None, [head.temperature], False)
         logp, lse, _ = found.only_model()
+        del seen
         parts.append(logp)
         if not any(wanted):
             continue
         gradient = RowGradient(lse, None, grad_of(logp, tokens), None)
-        kernels.logits_gradient(z, head.ids[tokens], None, gradient, head.temperature, z)
+        _to_gradient(kernels, head, z, head.ids[tokens], gradient)
         if grad_bias is not None:
             grad_bias += z.sum(0, dtype=torch.float32)
         z = z.to(hidden.dtype)
@@ -264,12 +279,26 @@ def loss_gradients(
     return torch.cat(parts), HeadGradients(of_hidden, of_weight, of_bias)
 
 
+def _to_gradient(
+    kernels: RowKernels, head: LinearHead, z: Tensor, ids: Tensor, gradient: RowGradient, partial: bool = False
+) -> None:
+    """Logits become their own gradient."""
+    if head.softcap is None:
+        kernels.logits_gradient(z, ids, None, gradient, head.temperature, z, partial=partial)
+        return
+    values = cap(z.to(result_dtype(z)), head.softcap)
+    of_cap = slope(values, head.softcap)
+    kernels.logits_gradient(values, ids, None, gradient, head.temperature, values, partial=partial)
+    z.copy_(through_cap(values, of_cap))
+
+
 def _fused_kernel(head: LinearHead, backend: str) -> Callable[..., RowResults] | None:
     """The Triton kernel that makes no tile at all, where it is the faster way and takes these tensors.
 
-    Its logits are never rounded.
+    Its logits are never rounded or capped.
     """
-    if backend != "triton" or (head.rounded and head.hidden.dtype != torch.float32):
+    rounds = head.rounded and head.hidden.dtype != torch.float32
+    if backend != "triton" or rounds or head.softcap is not None:
         return None
     from prime_kernels._triton import _launch_config
 

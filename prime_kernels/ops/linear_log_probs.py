@@ -1,10 +1,11 @@
 """Log-probabilities straight from hidden states: the logits of all tokens never exist at once.
 
-z = (hidden @ weight.T + bias) / temperature, then as in log_probs. Kernels work as in _tiled_head. The
+z = cap(hidden @ weight.T + bias) / temperature, then as in log_probs. Kernels work as in _tiled_head. The
 reference works on chunks of tokens and recomputes the logits of a chunk in backward: its memory is one chunk of float32
 logits, the head in float32 and its gradient.
 """
 
+import math
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -18,6 +19,7 @@ from prime_kernels._backends import RowGradient, RowResults
 from prime_kernels._segment_math import result_dtype
 from prime_kernels.ops import _tiled_head as tiles
 from prime_kernels.ops import log_probs as rows
+from prime_kernels.ops._softcap import capped, check_softcap
 from prime_kernels.ops.log_ratios import LogRatios
 
 # Logits alive at once: 2^24 float32 values are 64 MiB, enough rows for a product to run at full speed.
@@ -25,21 +27,36 @@ CHUNK_ELEMENTS = 2**24
 
 
 class Head(NamedTuple):
-    """A model's last hidden states [..., D] with its output layer: weight [V, D] and bias [V] or None."""
+    """A model's last hidden states [..., D] with its output layer: weight [V, D] and bias [V] or None.
+
+    Its logits are cap(scale * (hidden @ weight.T + bias)), with cap(x) = softcap * tanh(x / softcap), or x for None.
+    """
 
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+def as_product(head: Head, temperature: float) -> tuple[float, float | None]:
+    """(temperature, softcap) with which the bare product has the head's logits, over ``temperature``."""
+    return temperature / head.scale, None if head.softcap is None else head.softcap / head.scale
 
 
 class Settings(NamedTuple):
     """How log-probs are made: checked options and the backend that runs them."""
 
     temperature: float
+    softcap: float | None
     with_entropy: bool
     rounded: bool
     """logits_dtype "input"."""
     backend: str
+
+    def of_product(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor) -> tiles.LinearHead:
+        """The head of a bare product, whose logits these settings cap and divide."""
+        return tiles.LinearHead(hidden, weight, bias, ids, self.temperature, self.rounded, self.softcap)
 
 
 def reference(
@@ -51,11 +68,13 @@ def reference(
     them: rounding to 16 bits drowns the ratio of two close models.
     """
     dtype = head.hidden.dtype if rounded else result_dtype(head.hidden)
+    temperature, softcap = as_product(head, temperature)
     # Converted once, outside the chunks: the gradient of the head is then also summed in this dtype.
     weight, bias = head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)
 
     def chunk_log_probs(hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        return rows.reference(torch.nn.functional.linear(hidden.to(dtype), weight, bias), ids, None, temperature)
+        logits = capped(torch.nn.functional.linear(hidden.to(dtype), weight, bias), softcap, None, plain=True)
+        return rows.reference(logits, ids, None, temperature)
 
     tokens = compact(head.hidden, ids, mask)
     size = max(1, CHUNK_ELEMENTS // weight.shape[0])
@@ -82,7 +101,7 @@ class TiledLogProbs(torch.autograd.Function):
         with_gradient: bool,
     ) -> tuple[Tensor, Tensor | None]:
         first = 0 if group is None else dist.get_rank(group) * len(weight)
-        head = tiles.LinearHead(hidden, weight, bias, ids - first, settings.temperature, settings.rounded)
+        head = settings.of_product(hidden, weight, bias, ids - first)
         keeps = with_gradient and any(ctx.needs_input_grad)
         kept = tiles.kept_logits(head, settings.backend) if keeps else None
         results = tiles.head_log_probs(head, settings.with_entropy, settings.backend, kept)
@@ -104,7 +123,7 @@ class TiledLogProbs(torch.autograd.Function):
         upstream = (None if grad is None else grad.contiguous() for grad in (grad_logp, grad_entropy))
         gradient = RowGradient(lse, None if grad_entropy is None else entropy, *upstream)
         settings = ctx.settings
-        head = tiles.LinearHead(hidden, weight, bias, ids, settings.temperature, settings.rounded)
+        head = settings.of_product(hidden, weight, bias, ids)
         gradients = tiles.head_gradients(head, gradient, ctx.needs_input_grad[:3], settings.backend, kept)
         grad_hidden = gradients.hidden
         if ctx.group is not None and grad_hidden is not None:
@@ -166,6 +185,8 @@ def check_head(head: Head, ids: Tensor, mask: Tensor | None, prefix: str, shards
         _checks.tensor(bias, head.bias, (head.hidden.dtype,), ndim=1)
         _checks.shape(bias, head.bias, (vocabulary,), f"[V] with the V of {weight}")
         _checks.device(bias, head.bias, head.hidden, hidden)
+    _checks.number(f"{prefix}scale", head.scale, 0.0, math.inf, above_low=True)
+    check_softcap(f"{prefix}softcap", head.softcap)
     return rows.check_arguments(head.hidden, ids, mask, name=hidden, vocabulary=vocabulary * shards)
 
 
@@ -178,6 +199,7 @@ def linear_log_probs(
     bias: Tensor | None = ...,
     mask: Tensor | None = ...,
     temperature: float = ...,
+    softcap: float | None = ...,
     with_entropy: Literal[False] = ...,
     process_group: dist.ProcessGroup | None = ...,
     logits_dtype: str = ...,
@@ -194,6 +216,7 @@ def linear_log_probs(
     bias: Tensor | None = ...,
     mask: Tensor | None = ...,
     temperature: float = ...,
+    softcap: float | None = ...,
     with_entropy: Literal[True],
     process_group: dist.ProcessGroup | None = ...,
     logits_dtype: str = ...,
@@ -210,6 +233,7 @@ def linear_log_probs(
     bias: Tensor | None = ...,
     mask: Tensor | None = ...,
     temperature: float = ...,
+    softcap: float | None = ...,
     with_entropy: bool,
     process_group: dist.ProcessGroup | None = ...,
     logits_dtype: str = ...,
@@ -225,6 +249,7 @@ def linear_log_probs(
     bias: Tensor | None = None,
     mask: Tensor | None = None,
     temperature: float = 1.0,
+    softcap: float | None = None,
     with_entropy: bool = False,
     process_group: dist.ProcessGroup | None = None,
     logits_dtype: str = "float32",
@@ -250,10 +275,13 @@ def linear_log_probs(
         mask: [...], bool, or None for all. Where False the results are exactly 0, nothing is read and nothing is
             computed. "eager" waits for the device once to count valid tokens.
         temperature: above 0, divides the logits.
+        softcap: above 0, caps the logits before the temperature as in :func:`prime_kernels.log_probs`, a tile at a
+            time; None for no cap.
         with_entropy: also return the entropy, in nats.
         process_group: the processes that share the head, each with V / size rows of it in the order of their ranks
-            (``weight`` and ``bias`` are this process's; pad with a bias of -inf). Every process passes the same tokens
-            and gets the same results and the same gradient of ``hidden``; that of ``weight`` is its own.
+            (``weight`` and ``bias`` are this process's; pad with a bias of -inf, which ``softcap`` makes -softcap).
+            Every process passes the same tokens and gets the same results and the same gradient of ``hidden``; that of
+            ``weight`` is its own.
         logits_dtype: "float32", or "input" to round logits to the dtype of ``hidden`` before the softmax, as the
             model's own output layer does. For comparisons with such a model: a bfloat16 logit is off by up to 2^-9 of
             itself.
@@ -271,10 +299,10 @@ def linear_log_probs(
     Source: arXiv 2502.01456, section 2; logits by chunks as in arXiv 2411.09009.
     """
     if torch.compiler.is_compiling() and process_group is None:
-        arguments = (hidden, weight, ids, bias, mask, temperature, with_entropy, logits_dtype, backend)
+        arguments = (hidden, weight, ids, bias, mask, temperature, softcap, with_entropy, logits_dtype, backend)
         logp, _, entropy = torch.ops.prime_kernels.linear_log_probs(*arguments)
         return (logp, entropy) if with_entropy else logp
-    arguments = (hidden, weight, ids, bias, mask, temperature, with_entropy, logits_dtype, backend)
+    arguments = (hidden, weight, ids, bias, mask, temperature, softcap, with_entropy, logits_dtype, backend)
     head, ids, settings = check(*arguments, process_group)
     tokens = None if settings.backend == "eager" and process_group is None else compact(head.hidden, ids, mask)
     if tokens is None or not len(tokens.hidden):
@@ -301,6 +329,7 @@ def check(
     bias: Tensor | None,
     mask: Tensor | None,
     temperature: float,
+    softcap: float | None,
     with_entropy: bool,
     logits_dtype: str,
     backend: str | None,
@@ -308,15 +337,13 @@ def check(
     operation: str = "linear_log_probs",
 ) -> Checked:
     """Check the arguments of :func:`linear_log_probs`; parameters in shards are gathered."""
-    head = whole_head(Head(hidden, weight, bias))
+    head = whole_head(Head(hidden, weight, bias, softcap=softcap))
     shards = 1 if process_group is None else dist.get_world_size(process_group)
     ids = check_head(head, ids, mask, "", shards)
     temperature = rows.check_temperature("temperature", temperature)
     _checks.flag("with_entropy", with_entropy)
-    rounded = check_logits_dtype(logits_dtype)
-    return Checked(
-        head, ids, Settings(temperature, with_entropy, rounded, _dispatch.resolve(operation, hidden, backend))
-    )
+    rounded, chosen = check_logits_dtype(logits_dtype), _dispatch.resolve(operation, hidden, backend)
+    return Checked(head, ids, Settings(temperature, head.softcap, with_entropy, rounded, chosen))
 
 
 def check_logits_dtype(logits_dtype: str) -> bool:
@@ -328,7 +355,7 @@ def check_logits_dtype(logits_dtype: str) -> bool:
 
 def whole_head(head: Head) -> Head:
     """The head with full parameters, where FSDP2 keeps them in shards."""
-    return Head(head.hidden, whole(head.weight), None if head.bias is None else whole(head.bias))
+    return head._replace(weight=whole(head.weight), bias=None if head.bias is None else whole(head.bias))
 
 
 def whole(parameter: Tensor) -> Tensor:
@@ -388,25 +415,19 @@ def linear_log_ratios(
             raise TypeError(f"{name}: expected a Head, got {type(head).__name__}")
 
     if torch.compiler.is_compiling():
-        prm_logp = linear_log_probs(
-            prm.hidden, prm.weight, ids, bias=prm.bias, mask=mask, logits_dtype=logits_dtype, backend=backend
-        )
-        with torch.no_grad():
-            ref_logp = linear_log_probs(
-                ref.hidden, ref.weight, ids, bias=ref.bias, mask=mask, logits_dtype=logits_dtype, backend=backend
-            )
-        policy_logp = None
-        if policy is not None:
-            policy_logp = linear_log_probs(
-                policy.hidden,
-                policy.weight,
-                ids,
-                bias=policy.bias,
-                mask=mask,
-                temperature=policy_temperature,
+
+        def of_head(head: Head, temperature: float = 1.0) -> Tensor:
+            temperature, softcap = as_product(head, temperature)
+            return linear_log_probs(
+                head.hidden, head.weight, ids, bias=head.bias, mask=mask, temperature=temperature, softcap=softcap,
                 logits_dtype=logits_dtype,
                 backend=backend,
-            )
+            )  # fmt: skip
+
+        prm_logp = of_head(prm)
+        with torch.no_grad():
+            ref_logp = of_head(ref)
+        policy_logp = None if policy is None else of_head(policy, policy_temperature)
         return LogRatios(prm_logp - ref_logp, prm_logp, ref_logp, policy_logp)
     heads = {name: whole_head(head) for name, head in heads.items()}
     checked = {name: check_head(head, ids, mask, f"{name}.") for name, head in heads.items()}
@@ -422,7 +443,8 @@ def linear_log_ratios(
             if chosen == "eager" or not len(tokens.hidden):
                 logp[name] = reference(head, checked[name], mask, temperature, rounded)[0]
                 continue
-            options = (Settings(temperature, False, rounded, chosen), None, torch.is_grad_enabled())
+            settings = Settings(*as_product(head, temperature), False, rounded, chosen)
+            options = (settings, None, torch.is_grad_enabled())
             found, _ = TiledLogProbs.apply(tokens.hidden, head.weight, head.bias, tokens.ids, *options)
             logp[name] = spread(found, tokens.places, ids.shape)
     return LogRatios(logp["prm"] - logp["ref"], logp["prm"], logp["ref"], logp.get("policy"))

@@ -41,7 +41,7 @@ class FusedLoss(torch.autograd.Function):
                 return torch.autograd.grad(loss_of(leaf, tokens)[0], leaf)[0]
 
         wanted = ctx.needs_input_grad[:3]
-        head = tiles.LinearHead(hidden, weight, bias, ids, settings.temperature, settings.rounded)
+        head = settings.of_product(hidden, weight, bias, ids)
         logp, gradients = tiles.loss_gradients(head, grad_of, wanted, settings.backend)
         ctx.save_for_backward(*gradients)
         loss, *statistics = loss_of(logp, slice(0, len(logp)))
@@ -70,7 +70,7 @@ class EagerLoss:
         settings: linear.Settings,
         loss_of: LossOf,
     ) -> tuple[Tensor, ...]:
-        head = linear.Head(hidden, weight, bias)
+        head = linear.Head(hidden, weight, bias, softcap=settings.softcap)
         logp, _ = linear.reference(head, ids, None, settings.temperature, settings.rounded)
         return loss_of(logp, slice(0, len(logp)))
 
@@ -93,6 +93,8 @@ def _loss_arguments(
         return loss_of(logp, *(None if column is None else column[span] for column in flat))
 
     function = EagerLoss if settings.backend == "eager" or not len(tokens.hidden) else FusedLoss
+    temperature, softcap = linear.as_product(head, settings.temperature)
+    settings = settings._replace(temperature=temperature, softcap=softcap)
     return function, (tokens.hidden, head.weight, head.bias, tokens.ids, settings, of_span)
 
 
@@ -115,6 +117,7 @@ def linear_nll(
     mask: Tensor | None = None,
     weights: Tensor | None = None,
     temperature: float = 1.0,
+    softcap: float | None = None,
     denominator: Tensor | float | None = None,
     logits_dtype: str = "float32",
     backend: str | None = None,
@@ -132,6 +135,7 @@ def linear_nll(
         mask: [...], bool, or None for all: the tokens that count.
         weights: [...], floating point, or None for 1: factors of the token losses. Constants.
         temperature: above 0, divides the logits.
+        softcap: above 0 or None, as in :func:`prime_kernels.linear_log_probs`.
         denominator: what to divide by: a number or a tensor of one element above 0. Give the token count of the whole
             batch so that micro-batch losses add up. None: the valid tokens given here.
         logits_dtype: "float32" or "input", as in :func:`prime_kernels.linear_log_probs`.
@@ -153,11 +157,12 @@ def linear_nll(
             bias=bias,
             mask=mask,
             temperature=temperature,
+            softcap=softcap,
             logits_dtype=logits_dtype,
             backend=backend,
         )
         return _nll(logp, weights, _count(ids, mask) if denominator is None else denominator)
-    given = (hidden, weight, ids, bias, mask, temperature, False, logits_dtype, backend)
+    given = (hidden, weight, ids, bias, mask, temperature, softcap, False, logits_dtype, backend)
     head, ids, settings = linear.check(*given, operation="linear_nll")
     weights = None if weights is None else _column("weights", weights, ids)
     denominator = _count(ids, mask) if denominator is None else check_denominator(denominator, ids, "ids")
@@ -185,6 +190,7 @@ def linear_ppo_loss(
     mask: Tensor | None = None,
     weights: Tensor | None = None,
     temperature: float = 1.0,
+    softcap: float | None = None,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     denominator: Tensor | float | None = None,
@@ -207,6 +213,7 @@ def linear_ppo_loss(
         mask: [...], bool, or None for all: the tokens that count.
         weights: [...] or None.
         temperature: above 0, divides the logits.
+        softcap: above 0 or None, as in :func:`prime_kernels.linear_log_probs`.
         clip_low: in [0, 1].
         clip_high: at least 0.
         denominator: a number or a tensor of one element above 0, or None for the valid tokens given here.
@@ -229,6 +236,7 @@ def linear_ppo_loss(
             bias=bias,
             mask=mask,
             temperature=temperature,
+            softcap=softcap,
             logits_dtype=logits_dtype,
             backend=backend,
         )
@@ -243,7 +251,7 @@ def linear_ppo_loss(
             clip_high=clip_high,
             denominator=denominator,
         )
-    given = (hidden, weight, ids, bias, mask, temperature, False, logits_dtype, backend)
+    given = (hidden, weight, ids, bias, mask, temperature, softcap, False, logits_dtype, backend)
     head, ids, settings = linear.check(*given, operation="linear_ppo_loss")
     columns = [
         None if old_logp is None else _column("old_logp", old_logp, ids),

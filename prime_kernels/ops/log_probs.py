@@ -1,6 +1,7 @@
 """Log-probability of given tokens under a softmax over logits, and its entropy.
 
-With z = logits / temperature and log p = z - logsumexp(z), per row:
+With z = cap(logits) / temperature, where cap(x) = softcap * tanh(x / softcap), or x without one, and
+log p = z - logsumexp(z), per row:
     logp = log p[id],    entropy = -sum_v p_v log p_v    (terms with p_v = 0 are 0)
     d logp / d z_v    = 1[v = id] - p_v
     d entropy / d z_v = -p_v (log p_v + entropy)
@@ -17,6 +18,7 @@ from prime_kernels import _backends, _checks, _dispatch
 from prime_kernels._autograd import Gradients, first_derivative_only
 from prime_kernels._backends import RowGradient, RowResults
 from prime_kernels._segment_math import result_dtype
+from prime_kernels.ops._softcap import capped, check_softcap
 
 
 def reference(logits: Tensor, ids: Tensor, mask: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
@@ -187,6 +189,7 @@ def log_probs(
     *,
     mask: Tensor | None = ...,
     temperature: float = ...,
+    softcap: float | None = ...,
     with_entropy: Literal[False] = ...,
     inplace_backward: bool = ...,
     backend: str | None = ...,
@@ -200,6 +203,7 @@ def log_probs(
     *,
     mask: Tensor | None = ...,
     temperature: float = ...,
+    softcap: float | None = ...,
     with_entropy: Literal[True],
     inplace_backward: bool = ...,
     backend: str | None = ...,
@@ -213,6 +217,7 @@ def log_probs(
     *,
     mask: Tensor | None = ...,
     temperature: float = ...,
+    softcap: float | None = ...,
     with_entropy: bool,
     inplace_backward: bool = ...,
     backend: str | None = ...,
@@ -225,15 +230,17 @@ def log_probs(
     *,
     mask: Tensor | None = None,
     temperature: float = 1.0,
+    softcap: float | None = None,
     with_entropy: bool = False,
     inplace_backward: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of each token, and optionally the entropy of its distribution, in nats.
 
-    logp = z[id] - logsumexp(z) and entropy = -sum p log p, with z = logits / temperature. Differentiable in ``logits``,
-    which are not changed. A logit of -inf is a token of probability 0, also in the gradient. A row with a NaN or a
-    logit of +inf, the target's included, or with nothing but -inf has no distribution: its results are NaN.
+    logp = z[id] - logsumexp(z) and entropy = -sum p log p, with z = logits / temperature, or
+    z = softcap * tanh(logits / softcap) / temperature. Differentiable in ``logits``, which are not changed. A logit of
+    -inf is a token of probability 0, also in the gradient. A row with a NaN or a logit of +inf, the target's included,
+    or with nothing but -inf has no distribution: its results are NaN.
 
     Args:
         logits: [..., V], any strides; float32, bfloat16 or float16 (float64 on "eager"). Computed in float32.
@@ -242,10 +249,12 @@ def log_probs(
         mask: [...], bool, or None for all. Where False, the results are exactly 0 and the gradient is 0; logits
             and label are not read.
         temperature: above 0.
+        softcap: above 0, caps the logits before the temperature; None for no cap. The capped logits are a copy in
+            float32, in which an infinite logit is one of -softcap or softcap.
         with_entropy: also return the entropy.
         inplace_backward: let backward write the gradient over the storage of ``logits``, which saves their size in
             memory. The logits are lost: a second backward (retain_graph) raises RuntimeError. No effect inside
-            torch.compile.
+            torch.compile and with ``softcap``.
         backend: see :mod:`prime_kernels`.
 
     Returns:
@@ -260,7 +269,9 @@ def log_probs(
 
     Source: the token log-probabilities of arXiv 2502.01456, section 2.
     """
+    softcap = check_softcap("softcap", softcap)
     if torch.compiler.is_compiling():
+        logits = capped(logits, softcap, mask, plain=True)
         # One node of the graph, which checks its arguments and selects its backend at run time. The compiler plans
         # memory, so the gradient is not written in place.
         arguments = (logits, ids, mask, temperature, with_entropy, backend)
@@ -275,6 +286,8 @@ def log_probs(
                 f"inplace_backward: expected logits with a last stride of 1 and no expanded dimension, "
                 f"got strides {list(logits.stride())}"
             )
+    if softcap is not None:
+        logits, inplace_backward = capped(logits, softcap, mask, plain=chosen == "eager"), False
     if chosen == "eager" and not inplace_backward:
         logp, entropy = reference(logits, ids, mask, temperature)
         return (logp, entropy) if with_entropy else logp

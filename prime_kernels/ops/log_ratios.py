@@ -10,6 +10,7 @@ from prime_kernels import _checks, _dispatch
 from prime_kernels._autograd import Gradients, first_derivative_only
 from prime_kernels._backends import RowGradient
 from prime_kernels.ops import log_probs as rows
+from prime_kernels.ops._softcap import capped, check_softcap
 
 # The order of the models in lists.
 PRM, REF, POLICY = 0, 1, 2
@@ -97,6 +98,7 @@ def log_ratios(
     policy_logits: Tensor | None = None,
     mask: Tensor | None = None,
     policy_temperature: float = 1.0,
+    softcap: float | None = None,
     backend: str | None = None,
 ) -> LogRatios:
     """Log-ratio of two models on the same tokens, with the log-probabilities of up to three models.
@@ -111,6 +113,7 @@ def log_ratios(
         policy_logits: [..., V] as well, or None.
         mask: [...], bool, or None for all. Where False every result is exactly 0 and nothing is read.
         policy_temperature: above 0, divides the logits of the policy alone.
+        softcap: above 0, caps the logits of all models as in :func:`prime_kernels.log_probs`; None for no cap.
         backend: see :mod:`prime_kernels`.
 
     Returns:
@@ -124,7 +127,10 @@ def log_ratios(
 
     Source: arXiv 2412.01981 (the implicit reward) and arXiv 2502.01456, section 2.
     """
+    softcap = check_softcap("softcap", softcap)
     if torch.compiler.is_compiling():
+        prm_logits, ref_logits = (capped(z, softcap, mask, plain=True) for z in (prm_logits, ref_logits))
+        policy_logits = None if policy_logits is None else capped(policy_logits, softcap, mask, plain=True)
         # One node of the graph, which checks its arguments and selects its backend at run time.
         arguments = (prm_logits, ref_logits, ids, policy_logits, mask, policy_temperature, backend)
         prm_logp, ref_logp, policy_logp, *_ = torch.ops.prime_kernels.log_ratios(*arguments)
@@ -134,6 +140,7 @@ def log_ratios(
         prm_logits, ref_logits, ids, policy_logits, mask, policy_temperature, backend
     )
     models[REF] = models[REF].detach()
+    models = [capped(z, softcap, mask, plain=chosen == "eager") for z in models]
     if chosen == "eager":
         logp = reference(models, ids, mask, temperatures)
     else:

@@ -102,8 +102,8 @@ def ppo_loss(
     """Clipped PPO loss over tokens. Differentiable in ``logp`` alone; nothing waits for the device.
 
     loss = sum_t weights_t * max(-A_t rho_t, -A_t clip(rho_t, 1 - clip_low, 1 + clip_high)) / denominator with
-    rho = exp(logp - old_logp). Where both terms are equal the unclipped one carries the gradient. Beyond a log-ratio of
-    20 the ratio is clamped to e^20 and has no gradient, so that no loss is infinite.
+    rho = exp(logp - old_logp). Where both terms are equal, the gradient is that of the unclipped one. Beyond a
+    log-ratio of 20 the ratio is clamped to e^20 and has no gradient, so that no loss is infinite.
 
     Args:
         logp: [T] (or any shape), floating point: log-probabilities under the policy being trained.
@@ -120,7 +120,7 @@ def ppo_loss(
 
     Returns:
         PPOLoss of three scalars, float32 (float64 for float64 logp). ``clip_fraction`` and ``approx_kl`` are means over
-        the valid tokens given here, whatever the denominator and the weights. Without valid tokens all are 0.
+        the valid tokens given here, independent of denominator and weights. Without valid tokens all are 0.
 
     Raises:
         TypeError: a wrong type or dtype.

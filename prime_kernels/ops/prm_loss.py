@@ -45,7 +45,7 @@ def ordered_pairs(cu_groups: Tensor, responses: int) -> tuple[Tensor, Tensor]:
 
 
 def pair_accuracy(scores: Tensor, outcomes: Tensor, counted: Tensor, cu_groups: Tensor) -> Tensor:
-    """Mean over groups of the share of pairs i < j whose order agrees with the outcomes, weighted by |a_i - a_j|.
+    """Mean over groups of the fraction of pairs i < j in the order of their outcomes, weighted by |a_i - a_j|.
 
     A group without a pair of different outcomes counts 0.5, and so does a batch without groups.
     """
@@ -136,7 +136,7 @@ def prm_loss(
 ) -> PRMLoss:
     """Loss of an implicit process reward model, and how well it orders responses. Differentiable in ``log_ratio``.
 
-    The formulas stand at the top of this file. "ce" takes soft labels as they are; the other kinds call a response
+    The formulas are at the top of this file. "ce" takes soft labels unchanged; the other kinds call a response
     wanted if its outcome is above 0.5. A response without tokens contributes nothing: it counts in no mean and no pair.
     Without a response, or a pair, the loss is 0 and its gradient zero.
 

@@ -36,7 +36,7 @@ class Advantages(NamedTuple):
 
 
 def reference(batch: RlooBatch, settings: RlooSettings, whiten: bool, process_group: Any) -> Advantages:
-    """All in float64, so that the order in which responses are packed does not show in float32 results."""
+    """All in float64, so that float32 results do not depend on the order of the responses."""
     process_rewards, reward_mask, outcomes, cu_seqlens, cu_groups, total = batch
     token_response = segment_index(cu_seqlens, total)
     outcomes, not_empty = outcomes.double(), cu_seqlens.diff() > 0
@@ -74,7 +74,7 @@ def fused(backend: str, batch: RlooBatch, settings: RlooSettings, whiten: bool, 
     over_ranks = None if process_group is None else lambda largest: _all_reduce_max(largest, process_group)
     returns, moments = kernels.rloo_returns(batch, settings, over_ranks)
     if backend == "cpu" and process_rewards is not None and not moments.isfinite().all():
-        # Finite rewards seldom leave anything else: only now is it worth a pass to find the one that is not.
+        # Finite rewards rarely overflow: only now look for a reward that is not finite.
         _checks.finite("process_rewards", process_rewards, batch.reward_mask)
     if not whiten:
         return Advantages(returns, returns.clone())
@@ -84,7 +84,7 @@ def fused(backend: str, batch: RlooBatch, settings: RlooSettings, whiten: bool, 
 
 
 def _gathered(values: Tensor, process_group: Any) -> Tensor:
-    """[ranks, ...]: what each rank holds."""
+    """[ranks, ...]: the values of each rank."""
     ranks = [torch.empty_like(values) for _ in range(dist.get_world_size(process_group))]
     dist.all_gather(ranks, values.contiguous(), group=process_group)
     return torch.stack(ranks)
@@ -108,7 +108,7 @@ def _largest_return(scores: Tensor, cu_seqlens: Tensor, process_group: Any) -> T
 
 
 def _whitened(values: Tensor, process_group: Any) -> Tensor:
-    """Zero mean and unit variance over the tokens of every rank: first the mean, then the squares around it."""
+    """Zero mean and unit variance over the tokens of all ranks: first the mean, then the squares about it."""
 
     def total(*terms: Tensor) -> Tensor:
         sums = torch.stack(terms)
@@ -142,7 +142,7 @@ def rloo_advantages(
 ) -> Advantages:
     """Token returns and whitened advantages from process and outcome rewards. Targets: computed without gradient.
 
-    The formulas stand at the top of this file. Rules where they are silent:
+    The formulas are at the top of this file. Where they do not apply:
 
     * A response without tokens contributes nothing: it counts neither in its group's n nor in any baseline.
     * A group of one response has no others: its baseline is 0.
@@ -163,8 +163,8 @@ def rloo_advantages(
         whiten: False leaves advantages = returns.
         process_group: a torch.distributed group over which the maximum and the whitening sums are taken. Every rank
             must call, also with no tokens. None: this process alone.
-        reward_mask: [T], bool: the tokens that carry a process reward, such as the last of each step; None for all. The
-            others have process reward 0 (theirs is not read), get no baseline, and do not count in m_i.
+        reward_mask: [T], bool: the tokens that have a process reward, such as the last of each step; None for all. The
+            others have process reward 0 (not read), get no baseline, and do not count in m_i.
         backend: see :mod:`prime_kernels`.
 
     Returns:

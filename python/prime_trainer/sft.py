@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+import prime_kernels as pk
+
 from .config.run_config import RunConfig
 from .data import chat, demonstrations
 from .data.groups import Group, Response, fits
@@ -50,7 +52,11 @@ def run(cfg: RunConfig) -> Path:
         batch = Batch.for_model(model, [examples[i] for i in order[at * size : (at + 1) * size]])
         loss = 0.0
         for micro in batch.micro_batches(range(len(batch.groups)), cfg.micro_batch_tokens, pack=cfg.sft.pack):
-            part = lm_head.nll(model, predicting(model, micro), batch.ids[micro.tokens], batch.num_tokens)
+            head = lm_head.head(model, predicting(model, micro))
+            part = pk.linear_nll(
+                head.hidden, head.weight, batch.ids[micro.tokens], bias=head.bias, denominator=batch.num_tokens,
+                **lm_head.options(model),
+            )  # fmt: skip
             part.backward()
             loss += part.item()
         return {"loss": loss, "tokens": batch.num_tokens}

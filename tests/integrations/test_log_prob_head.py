@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers.support import assert_close
 
-from prime_kernels.integrations import LogProbHead
+from prime_kernels.integrations import CausalHead, LogProbHead
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install '.[train]'")
 
@@ -66,32 +66,82 @@ def test_parameters_are_those_of_the_model(model):
     assert {id(each) for each in head.parameters()} == {id(each) for each in model.parameters()}
 
 
-@pytest.mark.parametrize(
-    "settings, factor",
-    [
-        ({"logit_scale": 0.0625}, 0.0625),
-        ({"lm_head_multiplier": 0.5}, 0.5),
-        ({"logits_scaling": 8.0}, 0.125),
-        ({"logits_scaling": 8.0, "model_type": "hyperclovax"}, 8.0),
-        ({"logit_scale": None}, 1.0),
-    ],
-)
-def test_scaled_logits_are_a_temperature(model, monkeypatch, settings, factor):
-    for name, value in settings.items():
-        monkeypatch.setattr(model.config, name, value, raising=False)
-    assert LogProbHead(model, temperature=2.0).temperature == pytest.approx(2.0 / factor)
+SMALL = {
+    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "initializer_range": 0.3, "pad_token_id": 0,
+}  # fmt: skip
+KINDS = {
+    "Granite divides": ("Granite", {"logits_scaling": 4.0}, CausalHead(0.25)),
+    "HyperCLOVA X multiplies": ("HyperCLOVAX", {"logits_scaling": 4.0}, CausalHead(4.0)),
+    "Cohere": ("Cohere", {"logit_scale": 0.0625}, CausalHead(0.0625)),
+    "Gemma 2 caps": ("Gemma2", {"final_logit_softcapping": 30.0, "head_dim": 16}, CausalHead(1.0, 30.0)),
+    "a factor that is of no effect": ("Llama", {"logit_scale": 0.5}, CausalHead()),
+}
 
 
-def test_granite_is_scored_as_it_scores_itself():
-    config = transformers.GraniteConfig(
-        vocab_size=97, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, logits_scaling=4.0, initializer_range=0.3,
-    )  # fmt: skip
-    granite, ids = transformers.GraniteForCausalLM(config).eval(), torch.randint(97, (2, 5))
-    assert_close("logp", LogProbHead(granite)(ids), exact(granite, ids, None)[0], extent=32.0)
+@pytest.mark.parametrize("kind", KINDS)
+def test_scaled_and_capped_models_are_scored_as_they_score_themselves(kind):
+    name, settings, head = KINDS[kind]
+    config = getattr(transformers, f"{name}Config")(**SMALL | settings)
+    model, ids = getattr(transformers, f"{name}ForCausalLM")(config).eval(), torch.randint(97, (2, 5))
+    found = LogProbHead(model, temperature=0.5, with_entropy=True)
+    assert found.head == head
+    for got, want in zip(found(ids), exact(model, ids, None, 0.5), strict=True):
+        assert_close("logp", got, want, extent=32.0)
 
 
-def test_what_it_refuses(model, monkeypatch):
+def test_padding_on_the_left_predicts_nothing(model):
+    ids, attention = torch.randint(211, (2, 7)), torch.ones(2, 7, dtype=torch.long)
+    attention[1, :3] = 0
+    got = LogProbHead(model)(ids, attention, position_ids=(attention.cumsum(1) - 1).clamp_min(0))
+    assert got[1, :3].abs().sum() == 0
+    alone = LogProbHead(model)(ids[1:, 3:])
+    assert_close("logp", got[1, 3:], alone[0], extent=32.0)
+
+
+class Adapter(torch.nn.Module):
+    """As peft wraps a layer: B is zero at first, so that no probe could tell."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.base_layer = layer
+        self.lora_A = torch.nn.Linear(layer.in_features, 2, bias=False)
+        self.lora_B = torch.nn.Linear(2, layer.out_features, bias=False)
+        torch.nn.init.zeros_(self.lora_B.weight)
+
+    @property
+    def weight(self):
+        return self.base_layer.weight
+
+    def forward(self, x):
+        return self.base_layer(x) + self.lora_B(self.lora_A(x))
+
+
+def test_an_output_layer_that_is_more_than_a_matrix():
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL)).eval()
+    model.lm_head = Adapter(model.lm_head)
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM's output layer to be a matrix .* lora_A\.weight"):
+        LogProbHead(model)
+
+
+def test_a_head_with_layers_of_its_own():
+    config = transformers.BertConfig(**SMALL | {"is_decoder": True})
+    with pytest.raises(ValueError, match=r"BertLMHeadModel's logits are not those of .* differ by .* of the largest"):
+        LogProbHead(transformers.BertLMHeadModel(config).eval())
+
+
+def test_the_probe_leaves_the_model_as_it_was(model):
+    model.train()
+    model.model.layers[0].eval()
+    modes, state = [module.training for module in model.modules()], torch.random.get_rng_state()
+    LogProbHead(model)
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert not model.lm_head._forward_hooks
+    model.eval()
+
+
+def test_what_it_refuses(model):
     with pytest.raises(TypeError, match=r"model: expected a Hugging Face causal language model .* got Linear"):
         LogProbHead(torch.nn.Linear(2, 2))
     with pytest.raises(TypeError, match="got LlamaModel"):
@@ -100,12 +150,6 @@ def test_what_it_refuses(model, monkeypatch):
         LogProbHead(model, temperature=0.0)
     with pytest.raises(TypeError, match="with_entropy: expected True or False"):
         LogProbHead(model, with_entropy=1)
-    monkeypatch.setattr(model.config, "logit_scale", -1.0, raising=False)
-    with pytest.raises(ValueError, match="factor above 0, got -1"):
-        LogProbHead(model)
-    monkeypatch.setattr(model.config, "final_logit_softcapping", 30.0, raising=False)
-    with pytest.raises(ValueError, match="got final_logit_softcapping"):
-        LogProbHead(model)
     head = LogProbHead.__new__(LogProbHead)
     torch.nn.Module.__init__(head)
     head.temperature, head.with_entropy = 1.0, False

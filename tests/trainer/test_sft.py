@@ -187,7 +187,7 @@ def nan_at(monkeypatch):
     def patch(*passes):
         found, count = pk.linear_nll, itertools.count(1)
         monkeypatch.setattr(
-            sft.lm_head.pk, "linear_nll", lambda *a, **k: found(*a, **k) * (math.nan if next(count) in passes else 1)
+            sft.pk, "linear_nll", lambda *a, **k: found(*a, **k) * (math.nan if next(count) in passes else 1)
         )
 
     return patch
@@ -244,3 +244,12 @@ def test_worked_solutions_are_right(run_config):
     ]
     with pytest.raises(ValueError, match="no worked solutions can be made for 'countdown'"):
         demonstrations.worked(Problem("x", [], GymAnswer("countdown", {})))
+
+
+def test_killed_before_its_first_checkpoint_a_stage_logs_every_step_once(run_config, tmp_path):
+    cfg = run_config(sft={"demonstrations": 8, "batch_size": 4})
+    sft.run(cfg)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    sft.run(cfg.model_copy(update={"resume": True}))
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2]

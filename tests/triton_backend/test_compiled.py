@@ -44,7 +44,7 @@ def test_forward(capability, dtype, models, entropy, rows, tmp_path):
     types = COMMON | RESULTS | INVERSES | {f"{model}_ptr": DTYPES[dtype] for model in "abc"}
     types |= {f"stride_{model}": "i64" for model in "abc"}
     constants = {"MODELS": models, "MASKED": True, "ENTROPY": entropy, "SPLITS": config.splits}
-    constants |= {"UNIT": 8, "WIDTH": 16 // dtype.itemsize, "BLOCK": config.block}
+    constants |= {"ALIGNMENT": 8, "WIDTH": 16 // dtype.itemsize, "BLOCK": config.block}
     usage, sass = build(kernels.forward_kernel, types, constants, capability, config.num_warps, tmp_path)
     assert_no_spills(usage, sass)
     # Half of the register file still holds two of the largest programs.
@@ -61,7 +61,7 @@ def test_backward(capability, dtype, entropy, tmp_path):
     config = config_for(dtype, capability)
     types = COMMON | {"logits_ptr": DTYPES[dtype], "out_ptr": DTYPES[dtype], "inverse": "fp32"}
     types |= {"stride": "i64", "out_stride": "i64", "grad_logp_ptr": "*fp32", "grad_entropy_ptr": "*fp32"}
-    constants = {"MASKED": True, "ENTROPY": entropy, "UNIT": 8, "BLOCK": config.block}
+    constants = {"MASKED": True, "ENTROPY": entropy, "ALIGNMENT": 8, "BLOCK": config.block}
     usage, sass = build(kernels.backward_kernel, types, constants, capability, config.num_warps, tmp_path)
     assert_no_spills(usage, sass)
     assert usage["REG"] <= 128

@@ -12,14 +12,14 @@ from prime_kernels._triton import _pack_kernels as pack
 from prime_kernels._triton import _ppo_kernels as ppo
 from prime_kernels._triton import _rloo_kernels as rloo
 from prime_kernels._triton import _segments_kernels as segments
-from prime_kernels._triton._launch_config import Device, choose_pack, choose_shares
+from prime_kernels._triton._launch_config import Device, choose_pack, choose_scan
 from prime_kernels._triton._prm_kernels import prm_kernel
 from prime_kernels._triton.losses import RESPONSES
 from prime_kernels._triton.rloo import RESPONSES as GROUPED_RESPONSES
 from prime_kernels._triton.rloo import ROWS
 
-CONFIG = choose_shares(1_500_000, Device(132, (9, 0)))
-SHARES = {"BLOCK": CONFIG.block, "SLOTS": CONFIG.slots}
+CONFIG = choose_scan(1_500_000, Device(132, (9, 0)))
+SCAN_TUNING = {"BLOCK": CONFIG.block, "SLOTS": CONFIG.slots}
 REGISTERS = 65536
 
 FLOATS = "values out logp old advantages weights grad log_ratio rewards returns loss accuracy clip_fraction approx_kl"
@@ -53,13 +53,13 @@ def barriers(sass):
 
 @pytest.mark.parametrize("dtype, reverse", [("*fp32", False), ("*fp32", True), ("*fp64", True)])
 def test_scan(capability, dtype, reverse, tmp_path):
-    constants = SHARES | {"REVERSE": reverse, "FIRST": 0, "LAST": 1}
+    constants = SCAN_TUNING | {"REVERSE": reverse, "FIRST": 0, "LAST": 1}
     types = {"values_ptr": dtype, "out_ptr": dtype}
     assert barriers(compiled(segments.scan_kernel, constants, capability, tmp_path, types)) == 2
 
 
 def test_sum(capability, tmp_path):
-    assert barriers(compiled(segments.sum_kernel, SHARES, capability, tmp_path)) == 1
+    assert barriers(compiled(segments.sum_kernel, SCAN_TUNING, capability, tmp_path)) == 1
 
 
 def test_fill(capability, tmp_path):
@@ -76,7 +76,7 @@ def test_returns(capability, masked, first, last, meetings, tmp_path):
     process = masked is not None
     constants = {"PROCESS": process, "MASKED": bool(masked), "NORMALIZE": process, "PAPER": False}
     constants |= {"ACROSS": process and last - first == 1, "RESPONSES": GROUPED_RESPONSES, "FIRST": first, "LAST": last}
-    sass = compiled(rloo.rloo_kernel, SHARES | constants, capability, tmp_path)
+    sass = compiled(rloo.rloo_kernel, SCAN_TUNING | constants, capability, tmp_path)
     assert barriers(sass) == meetings
 
 
@@ -94,7 +94,7 @@ def test_ppo(capability, denominator, tmp_path):
 
 @pytest.mark.parametrize("kind, grouped", [("ce", False), ("kto", True), ("dpo", True), ("nca", True)])
 def test_prm(capability, kind, grouped, tmp_path):
-    constants = SHARES | {"KIND": kind, "GROUPED": grouped, "RESPONSES": RESPONSES}
+    constants = SCAN_TUNING | {"KIND": kind, "GROUPED": grouped, "RESPONSES": RESPONSES}
     assert barriers(compiled(prm_kernel, constants, capability, tmp_path)) == 1
 
 

@@ -6,10 +6,10 @@ from prime_kernels._triton._launch_config import (
     MAX_SPLITS,
     Config,
     Device,
-    ShareConfig,
+    ScanConfig,
     choose,
     choose_pack,
-    choose_shares,
+    choose_scan,
 )
 
 H100, A100 = Device(132, (9, 0)), Device(108, (8, 0))
@@ -45,21 +45,21 @@ def test_configurations_are_few():
 
 
 def test_shares_of_many_tokens():
-    want = ShareConfig(block=2048, num_warps=8, tiles=6, programs=123, slots=256)
-    assert choose_shares(1_500_000, H100) == want and want.registers == 255
-    assert choose_shares(1_500_000, A100) == ShareConfig(2048, 8, 7, 105, 128)
+    want = ScanConfig(block=2048, num_warps=8, tiles=6, programs=123, slots=256)
+    assert choose_scan(1_500_000, H100) == want and want.registers == 255
+    assert choose_scan(1_500_000, A100) == ScanConfig(2048, 8, 7, 105, 128)
 
 
 @pytest.mark.parametrize("total", [0, 1, 2048, 2049, 4096, 4097, 8193, 540_672, 540_673, 10**6, 2**33])
 @pytest.mark.parametrize("device", [H100, A100, Device()])
 def test_shares_cover_all_tokens(total, device):
     """Every program has a share that is not empty, and they are resident at once."""
-    config = choose_shares(total, device)
+    config = choose_scan(total, device)
     share = config.tiles * config.block
     assert 1 <= config.programs <= device.multiprocessors <= config.slots
     assert (config.programs - 1) * share < max(total, 1) and total <= config.programs * share
     # What a kernel is compiled for does not depend on the number of tokens.
-    assert (config.block, config.num_warps, config.slots) == (2048, 8, choose_shares(1, device).slots)
+    assert (config.block, config.num_warps, config.slots) == (2048, 8, choose_scan(1, device).slots)
 
 
 def test_blocks_of_padded_tokens():

@@ -26,54 +26,42 @@ def is_split(model: CausalLM) -> bool:
     return getattr(model, "head_group", None) is not None
 
 
-def has_fused_losses(model: CausalLM) -> bool:
-    """Whether losses straight from hidden states take its head: whole on this rank, its logits not capped."""
-    return not is_split(model) and traits.of(model).head.softcap is None
-
-
 def head(model: CausalLM, hidden: Tensor) -> pk.Head:
-    """The whole LM head applied to `hidden` [T, H], as the kernels take it; its logits lack `factor`."""
+    """The whole LM head applied to `hidden` [T, H], as the kernels take it."""
     weight, bias = output_layer(model)
+    form = traits.of(model).head
     return pk.Head(
         hidden,
         sharding.whole(weight, hidden.dtype, hidden.device),
         None if bias is None else sharding.whole(bias, hidden.dtype, hidden.device),
+        form.scale,
+        form.softcap,
     )
 
 
-def factor(model: CausalLM) -> float:
-    """What the model multiplies its logits by: the kernels divide by a temperature."""
-    return traits.of(model).head.scale
-
-
-def nll(model: CausalLM, hidden: Tensor, ids: Tensor, denominator: int) -> Tensor:
-    """Negative log-likelihood of `ids` [T], summed and divided by `denominator`."""
-    if not has_fused_losses(model):
-        return -log_probs(model, hidden, ids)[0].sum() / denominator
-    at = head(model, hidden)
-    return pk.linear_nll(
-        at.hidden, at.weight, ids, bias=at.bias, temperature=1.0 / factor(model), denominator=denominator
-    )
+def options(model: CausalLM, temperature: float = 1.0) -> dict[str, Any]:
+    """`temperature` and `softcap` for operations that take the head's parameters alone: its factor is in them."""
+    return traits.of(model).head.options(temperature)
 
 
 def log_probs(
     model: CausalLM, hidden: Tensor, ids: Tensor, *, temperature: float = 1.0, with_entropy: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """(log-probs [T], entropies [T] or None) of `ids` [T]; logits never exist for more than a tile of tokens."""
-    form, group = traits.of(model).head, getattr(model, "head_group", None)
+    group: dist.ProcessGroup | None = getattr(model, "head_group", None)
     if group is None:
         at = head(model, hidden)
-        found = form.log_probs(
-            at.hidden, at.weight, ids, bias=at.bias, temperature=temperature, with_entropy=with_entropy
+        found = pk.linear_log_probs(
+            at.hidden, at.weight, ids, bias=at.bias, with_entropy=with_entropy, **options(model, temperature)
         )
         return (found, None) if isinstance(found, Tensor) else found
     counts = _gathered(torch.tensor([len(ids)], device=ids.device), [1] * dist.get_world_size(group), group).tolist()
     weight, bias = output_layer(model)
     everyones = _OfAllRanks.apply(hidden, counts, group)
-    found = form.log_probs(
+    found = pk.linear_log_probs(
         everyones, sharding.share(weight, hidden.dtype, hidden.device), _gathered(ids, counts, group),
         bias=None if bias is None else sharding.share(bias, hidden.dtype, hidden.device),
-        temperature=temperature, with_entropy=with_entropy, process_group=group,
+        with_entropy=with_entropy, process_group=group, **options(model, temperature),
     )  # fmt: skip
     columns = (found,) if isinstance(found, Tensor) else found
     mine = [_OfThisRank.apply(column, counts, group) for column in columns]

@@ -97,6 +97,15 @@ def layout_of(models: Sequence[CausalLM]) -> Layout:
     return next(iter(found)) if len(found) == 1 else "rows"
 
 
+def expected_layout(model: CausalLM, attention: str) -> Layout:
+    """The layout that a model's kinds of layers suggest, for one without data; loading it proves the layout."""
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if getattr(model, "_is_stateful", False) or kinds - {"full_attention", "sliding_attention", "chunked_attention"}:
+        return "rows"
+    return "varlen" if attention.startswith("flash_attention") else "shared"
+
+
 @functools.cache
 def _say(line: str) -> None:
     """Once, however many copies of a model are loaded."""
@@ -244,7 +253,7 @@ class _Probe:
         """One response a row, padded on the right."""
         sequences = self._sequences()
         width = max(len(p) + len(r) for p, r in sequences)
-        hidden = self._run([p + r + [0] * (width - len(p) - len(r)) for p, r in sequences])
+        hidden = self._run([p + r + p[:1] * (width - len(p) - len(r)) for p, r in sequences])
         return torch.cat([self._predicting(h, p, r) for h, (p, r) in zip(hidden, sequences, strict=True)])
 
     def stream(self) -> Tensor:

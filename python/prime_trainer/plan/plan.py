@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..config.run_config import RunConfig
-from ..models import meta
+from ..models import meta, traits
 from ..report.markdown import grid
 from ..scale import sharding
 from .footprint import (
@@ -31,6 +31,11 @@ GIB = 2**30
 MASTER_BYTES, ADAM_BYTES, GRAD_BYTES = 4, 8, 4
 
 Parts = dict[str, float]
+LAYOUTS: dict[traits.Layout, str] = {
+    "shared": "fewer where short responses share a row with their prompt",
+    "rows": "one response a row, as its layers keep a state",
+    "varlen": "sequences end to end without padding",
+}
 
 
 @dataclass(frozen=True)
@@ -43,12 +48,15 @@ class Plan:
     passes: int
     """Forward passes of one rank over its share of a step."""
     row: int
-    """Tokens of one pass."""
+    """Tokens of one pass, for responses that each take their prompt along."""
+    layout: traits.Layout
+    """In which the model is expected to be read; shared prompts make passes fewer."""
 
 
 def make(cfg: RunConfig, gpus: int, prompt_tokens: int) -> Plan:
     """The plan of `cfg` on `gpus` GPUs for prompts of `prompt_tokens` and responses of `rollout.max_new_tokens`."""
     model = meta.meta_model(cfg.model)
+    layout = traits.expected_layout(model, cfg.model.attention)
     shape, compute = shape_of(model), torch.empty(0, dtype=getattr(torch, cfg.model.dtype)).element_size()
     cfg = _launched(cfg, gpus)
     offload, needs = set(cfg.scale.offload), cfg.needs
@@ -109,7 +117,7 @@ def make(cfg: RunConfig, gpus: int, prompt_tokens: int) -> Plan:
         steps = cfg.policy.optimizer_steps
         traffic |= {"PRM: forward, backward, gradients": ring * cfg.prm.minibatches if needs.prm else 0.0}
         traffic |= {"policy: forward, backward, gradients": ring * steps}
-    return Plan(shape, memory, traffic, passes, row)
+    return Plan(shape, memory, traffic, passes, row, layout)
 
 
 def _launched(cfg: RunConfig, gpus: int) -> RunConfig:
@@ -214,7 +222,7 @@ def render(plan: Plan, cfg: RunConfig, gpus: int, memory_gib: float) -> str:
         memory = {stage: parts if stage in asleep else parts | share for stage, parts in memory.items()}
     lines = [
         f"{cfg.model.path}: {plan.shape.parameters / 1e9:.2f} billion parameters on {gpus} x {memory_gib:g} GiB, "
-        f"{plan.passes} passes of {plan.row} tokens a rank and step",
+        f"{plan.passes} passes of {plan.row} tokens a rank and step, {LAYOUTS[plan.layout]}",
         "",
     ]
     table: list[list[str]] = []

@@ -18,10 +18,10 @@ import prime_kernels as pk
 
 from ..config.sections import Compat, Splitter
 from ..data.groups import check_length
-from ..models import forward, tokenizers, traits
+from ..models import forward, lm_head, tokenizers, traits
 from ..models.protocols import CausalLM, Tokenizer
 from ..train.batch import Batch, Micro
-from ..train.forward import log_probs
+from ..train.forward import predicting
 from .eurus_card import CARD_BETA, card_micro, encode_card
 from .items import Item, StepGroup, StepResponse, encode, items_of
 
@@ -197,7 +197,8 @@ class StepScorer:
         return [k for ks in members.values() for k in ks], groups
 
     def _log_ratio(self, micro: Micro, ids: Tensor) -> Tensor:
-        return log_probs(self._prm, micro, ids) - log_probs(self._reference, micro, ids)
+        prm, reference = (lm_head.head(model, predicting(model, micro)) for model in (self._prm, self._reference))
+        return pk.linear_log_ratios(prm, reference, ids).log_ratio
 
 
 def _step_offsets(batch: Batch, responses: Sequence[StepResponse]) -> tuple[Tensor, list[slice]]:

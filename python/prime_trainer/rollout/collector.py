@@ -68,8 +68,9 @@ class Collector:
         if not kept and not sampled:
             beside = f" beside {self._bad_rows} bad rows" if self._bad_rows else ""
             raise NothingPasses(
-                f"step {step}: all {too_long} prompts{beside} are too long: with rollout.max_new_tokens = "
-                f"{self.rollout.max_new_tokens} they exceed the {self.sampler.limit} positions of model or engine"
+                f"step {step}: all {too_long} prompts are too long: with rollout.max_new_tokens = "
+                f"{self.rollout.max_new_tokens} they exceed the {self.sampler.limit} positions of model or "
+                f"engine{beside}"
             )
         if not kept:
             mean = sum(g.accuracy for g in sampled) / len(sampled)

@@ -105,7 +105,7 @@ class TransformersSampler:
         device, width, count = self.model.device, max(map(len, prompts)), len(prompts) * n
         if not decoding.reorders:
             prompts = [prompt for prompt in prompts for _ in range(n)]
-        ids = torch.full((len(prompts), width), int(stops[0]), device=device)
+        ids = torch.full((len(prompts), width), int(self.stops[0]), device=device)
         mask = torch.zeros((len(prompts), width), dtype=torch.int64, device=device)
         for row, prompt in enumerate(prompts):
             ids[row, width - len(prompt) :] = torch.tensor(prompt, device=device)

@@ -11,10 +11,12 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from ..errors import RunError
 from .atomic_files import replace_file
 
 Row = dict[str, Any]
@@ -151,10 +153,14 @@ class JsonlWriter:
 
     def __init__(self, path: Path) -> None:
         self.count = cut_torn_tail(path)
-        self._file = path.open("ab", buffering=0)
+        self._path, self._file = path, path.open("ab", buffering=0)
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Writes the rows and waits until they are on the disk. If that fails, the file is as it was before."""
+        """Writes the rows and waits until they are on the disk. If that fails, the file is as it was before.
+
+        Raises RunError where the file is no longer in its place: all further rows would be lost without a word.
+        """
+        self._check_place()
         rows = list(rows)
         start, data = os.fstat(self._file.fileno()).st_size, memoryview(jsonl_text(rows).encode())
         try:
@@ -166,9 +172,11 @@ class JsonlWriter:
             raise
         self.count += len(rows)
 
-    def stat(self) -> os.stat_result:
-        """Of the file that is written to, wherever it is by now."""
-        return os.fstat(self._file.fileno())
+    def _check_place(self) -> None:
+        with suppress(OSError):
+            if os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno())):
+                return
+        raise RunError(f"{self._path} was removed or replaced while rows were appended to it: no more would be kept")
 
     def close(self) -> None:
         self._file.close()

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from ..errors import RunError
 from .jsonl import JsonlWriter, keep_rows
 
 Stage = Literal["sft", "prm", "rl", "eval"]
@@ -50,7 +49,6 @@ class MetricsWriter:
 
     def log(self, stage: Stage, step: int, values: Mapping[str, float]) -> None:
         """Records `values` of one step; NaN and infinity become null."""
-        self._still_there()
         numbers = {key: float(value) for key, value in values.items()}
         finite = {key: value if math.isfinite(value) else None for key, value in numbers.items()}
         self._metrics.append([{"stage": stage, "step": step, "time": time.time(), **finite}])
@@ -71,15 +69,6 @@ class MetricsWriter:
             # A directory each: TensorBoard drops all that is past the purged step, and steps of stages differ.
             self._boards[stage] = EventFile(self._run_dir / "tensorboard" / stage, self._purge.get(stage))
         return self._boards[stage]
-
-    def _still_there(self) -> None:
-        """Raises RunError where the files are no longer in the run's folder: all further rows would be lost."""
-        try:
-            if os.path.samestat(os.stat(self._run_dir / METRICS), self._metrics.stat()):
-                return
-        except OSError:
-            pass
-        raise RunError(f"{self._run_dir} was removed or replaced while the run wrote there: nothing more would be kept")
 
 
 class EventFile:

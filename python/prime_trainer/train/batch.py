@@ -185,6 +185,9 @@ class Batch:
         lengths: list[int] = []
         for row, entries in enumerate(rows):
             at = 0
+            # Padding is an ordinary token: of a pad token, whose embedding some models keep at 0, the gradient of a
+            # norm is NaN, which reaches the parameters even from where nothing is learnt.
+            input_ids[row] = self.groups[entries[0][0]].prompt_ids[0]
             for k_group, (g, members) in enumerate(entries):
                 prompt = self.groups[g].prompt_ids
                 span, at = slice(at, at + len(prompt)), at + len(prompt)

@@ -110,12 +110,12 @@ def _loss(at: _Pass) -> tuple[Tensor, dict[str, Tensor]]:
     def mean(values: Tensor) -> Tensor:
         return (values if at.weights is None else values * at.weights).sum() / at.denominator
 
-    if cfg.fused_loss and lm_head.has_fused_losses(at.model):
+    if cfg.fused_loss and not lm_head.is_split(at.model):
         head = lm_head.head(at.model, hidden)
         ppo = pk.linear_ppo_loss(
             head.hidden, head.weight, at.ids, at.old_logp, at.advantages, bias=head.bias,
-            temperature=at.temperature / lm_head.factor(at.model),
             weights=weights, clip_low=cfg.clip_low, clip_high=cfg.clip_high, denominator=at.denominator,
+            **lm_head.options(at.model, at.temperature),
         )  # fmt: skip
         return ppo.loss, _metrics(ppo, at.share)
     logp, entropy = lm_head.log_probs(

@@ -54,7 +54,8 @@ def fit(
         checkpoint.save(run.output, step, state, saving.keep)
         saved = step
 
-    record = MetricsWriter(run.output, resume_step=None if state is None else step, stages=(stage,))
+    # A run that was killed before its first checkpoint starts again: what it logged goes, too.
+    record = MetricsWriter(run.output, resume_step=step if run.resume else None, stages=(stage,))
     with closing(record) as metrics, progress_bar(stage, total, step) as bar, stop_signal() as stop:
         try:
             while step < total and not stop.is_set():

@@ -89,7 +89,7 @@ def test_a_record_whose_folder_is_gone_says_so(tmp_path):
     writer = MetricsWriter(tmp_path / "run", None)
     writer.log("rl", 1, {"reward": 0.5})
     shutil.rmtree(tmp_path / "run")
-    with pytest.raises(RunError, match=r"run was removed or replaced while the run wrote there"):
+    with pytest.raises(RunError, match=r"run/metrics\.jsonl was removed or replaced while rows"):
         writer.log("rl", 2, {"reward": 0.5})
     writer.close()
     assert not (tmp_path / "run").exists()
@@ -108,7 +108,10 @@ def test_an_output_that_is_removed_ends_the_run_in_one_line(run_config, tmp_path
     assert cli.main([command]) == 1
     said = capfd.readouterr().err
     assert "Traceback" not in said and "Exception in thread" not in said
-    assert said.count("prime-trainer: error: ") == 1 and f"{tmp_path / 'run'} was removed or replaced" in said
+    assert (
+        said.count("prime-trainer: error: ") == 1
+        and f"{tmp_path / 'run' / 'metrics.jsonl'} was removed or replaced" in said
+    )
 
 
 @pytest.mark.parametrize(("run", "owner", "work"), [(loop.run, loop.PRMScorer, "score"), (sft.run, sft, "predicting")])
@@ -177,10 +180,18 @@ def test_a_model_that_was_replaced_is_not_resumed_with(run_config, model_dir, tm
         run(run_config(steps=3, resume=True, **changes))
 
 
-def test_a_run_without_fingerprints_goes_on_with_a_note(run_config, monkeypatch, capsys):
+def test_a_run_of_an_earlier_version_goes_on_with_a_note(run_config, monkeypatch, capsys):
+    """Its checkpoints have no fingerprints, and not every key of today's configuration."""
+    state_dict = loop.Run.state_dict
+
+    def earlier(self):
+        state = {k: v for k, v in state_dict(self).items() if k != "models"}
+        config = json.loads(state["config"])
+        del config["wait_lock"], config["task"]["bad_rows"]
+        return state | {"config": json.dumps(config)}
+
     with monkeypatch.context() as patch:
-        state_dict = loop.Run.state_dict
-        patch.setattr(loop.Run, "state_dict", lambda self: {k: v for k, v in state_dict(self).items() if k != "models"})
+        patch.setattr(loop.Run, "state_dict", earlier)
         loop.run(run_config(steps=1))
     loop.run(run_config(steps=2, resume=True))
     assert "the run kept no fingerprints of its models" in capsys.readouterr().err

@@ -63,11 +63,16 @@ def test_who_waits_in_vain_ends(holder, tmp_path):
 
 
 def test_a_child_does_not_hold_it_for_its_parent(tmp_path):
+    ready, tell = os.pipe()
     with output_lock(tmp_path):
         child = os.fork()
         if not child:
+            os.write(tell, b"x")
             time.sleep(20)
             os._exit(0)
+        os.read(ready, 1)
+    os.close(ready)
+    os.close(tell)
     try:
         with output_lock(tmp_path):
             pass

@@ -206,7 +206,7 @@ class TestRefused:
 
     def test_another_configuration_before_the_first_checkpoint(self, run_config):
         cfg = run_config()
-        checkpoint.write_config(cfg)
-        assert checkpoint.resume_point(run_config(resume=True)) is None
+        checkpoint.write_config(cfg, {})
+        assert checkpoint.resume_point(run_config(resume=True), {}) is None
         with pytest.raises(ValueError, match=r"configuration has changed \(seed: 0 -> 1\)"):
-            checkpoint.resume_point(run_config(resume=True, seed=1))
+            checkpoint.resume_point(run_config(resume=True, seed=1), {})

@@ -125,6 +125,18 @@ def test_a_prm_without_a_reference_is_refused(model_dir, batch):
         scorer(model_dir, ref=False).score(batch)
 
 
+def test_a_response_without_tokens_is_in_no_mean(model_dir):
+    groups = tiny.random_groups(2, 3)
+    groups[0].responses.insert(1, Response([], 1.0))
+    norms = []
+    for tokens in (10_000, 1):
+        found = scorer(model_dir, micro_batch_tokens=tokens).score(Batch(groups))
+        norms.append(found.metrics["prm_grad_norm"])
+    del groups[0].responses[1]
+    norms.append(scorer(model_dir).score(Batch(groups)).metrics["prm_grad_norm"])
+    assert norms == pytest.approx([norms[0]] * 3, rel=1e-4) and norms[0] > 0
+
+
 @pytest.mark.parametrize("minibatches", [1, 2])
 def test_the_update_does_not_depend_on_micro_batches(model_dir, batch, minibatches):
     whole = scorer(model_dir, minibatches=minibatches)

@@ -7,7 +7,7 @@ import pytest
 import triton.language as tl
 from triton.runtime import interpreter
 
-from prime_kernels._triton._launch_config import Device, ShareConfig, ShareTuning, choose_shares
+from prime_kernels._triton._launch_config import Device, ScanConfig, ScanTuning, choose_scan
 
 _patch_tensor = interpreter._patch_lang_tensor
 
@@ -59,10 +59,10 @@ interpreter.ScanOps.generic_scan = _scan
 
 
 @pytest.fixture
-def cut() -> Callable[..., ShareConfig]:
+def cut() -> Callable[..., ScanConfig]:
     """Tokens cut into tiles of 8 and shares of up to five programs, so that a few dozen are several of each."""
 
-    def choose(total: int, programs: int = 5) -> ShareConfig:
-        return choose_shares(total, Device(programs), ShareTuning(block=8, num_warps=1, worth=1))
+    def choose(total: int, programs: int = 5) -> ScanConfig:
+        return choose_scan(total, Device(programs), ScanTuning(block=8, num_warps=1, tokens_per_program=1))
 
     return choose

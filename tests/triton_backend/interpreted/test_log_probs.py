@@ -235,7 +235,7 @@ def test_takes_cpu_tensors_only_because_it_is_interpreted():
 
 
 def test_the_search_for_a_configuration_runs():
-    """bench/tune.py at a small size: rates of every candidate, whatever they are worth here."""
+    """bench/tune.py at a small size: rates of every candidate, whatever they are tokens_per_program here."""
     path = Path(__file__).resolve().parents[3] / "bench" / "tune.py"
     spec = importlib.util.spec_from_file_location("tune", path)
     tune = importlib.util.module_from_spec(spec)
