@@ -108,8 +108,9 @@ def test_every_public_name_has_a_docstring(module):
 
 
 def test_version_is_everywhere_the_same():
-    """pyproject.toml, the package, the change log and the citation."""
+    """pyproject.toml, the package, the change log's latest release and the citation."""
     version = prime_kernels.__version__
     assert f'\nversion = "{version}"\n' in (ROOT / "pyproject.toml").read_text()
     assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
-    assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1] == version
+    headings = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert [heading for heading in headings if heading != "Unreleased"][0] == version
