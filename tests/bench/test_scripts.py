@@ -28,6 +28,7 @@ DEMO = EXAMPLES / "demo.toml"
 HERE = {
     "demo/results", "faults_table", "plan_table", "prm/first_wrong_step", "prm/results", "prm/sample", "rollout",
     "step_share", "trainer_cost", "trl_table", "verify/math_answers", "verify/programs",
+    "verify/rates",
 }  # fmt: skip
 # What other tests of this folder and of packaging, integrations, triton_backend and the trainer run.
 ELSEWHERE = {"conftest", "measure", "readme_charts", "smoke", "table", "trl_steps", "tune", "verify/forms", "zoo"}
@@ -247,3 +248,17 @@ def test_programs(script):
     assert {kind for kind, _ in passed} == set(works)
     for (_, programs), (count, right) in passed.items():
         assert right == ("0" if programs.endswith("wrong") else count), programs
+
+
+@needs_data
+@pytest.mark.skipif(all(map(sandbox.obstacle, sandbox.KINDS)), reason="neither bubblewrap nor Landlock works here")
+def test_rates(script, tmp_path):
+    said = script(
+        "verify/rates", DATA, "--answers", "40", "--hanging", "20", "--workers", "2", "--output", tmp_path / "rates.md"
+    )
+    rows = re.findall(r"^\| ([^|]+) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|", said, re.MULTILINE)
+    counts = {title.strip(): tuple(map(int, found)) for title, *found in rows}
+    assert counts["countdown, every tenth hangs"] == (20, 18, 0, 2)
+    assert counts["reasoning-gym"][:2] == (40, 21)  # one wrong answer is right by chance: as many letters
+    assert counts["formulas, all different"][0] == 40
+    assert (tmp_path / "rates.md").read_text() in said
