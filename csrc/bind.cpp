@@ -203,8 +203,8 @@ std::vector<Member<Args>> head_members() {
   return {PK_INNER(Args, head, hidden),       PK_INNER(Args, head, hidden_stride), PK_INNER(Args, head, weight),
           PK_INNER(Args, head, weight_stride), PK_INNER(Args, head, bias),         PK_INNER(Args, head, dtype),
           PK_INNER(Args, head, rounded),      PK_INNER(Args, head, n_tokens),      PK_INNER(Args, head, n_vocabulary),
-          PK_INNER(Args, head, depth),        PK_INNER(Args, head, temperature),   PK_INNER(Args, head, ids),
-          PK_INNER(Args, head, kept),         PK_INNER(Args, head, n_threads)};
+          PK_INNER(Args, head, depth),        PK_INNER(Args, head, temperature),   PK_INNER(Args, head, softcap),
+          PK_INNER(Args, head, ids),          PK_INNER(Args, head, kept),          PK_INNER(Args, head, n_threads)};
 }
 
 void bind_heads(py::module_& m) {

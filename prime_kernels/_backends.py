@@ -75,7 +75,7 @@ class LinearHead(NamedTuple):
     rounded: bool
     """Whether logits are rounded to the dtype of ``hidden``, as the model's own layer does; else they are float32."""
     softcap: float | None = None
-    """c in c * tanh(logits / c), which the temperature divides; None for no cap. By tiles alone."""
+    """c in c * tanh(logits / c), which the temperature divides; None for no cap."""
 
 
 class HeadGradients(NamedTuple):

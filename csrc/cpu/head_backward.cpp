@@ -25,11 +25,12 @@ constexpr int64_t kStripsOfTask = 16;           // packed or read again and agai
 // A token's gradient: d loss / dz of any column, and what its target has on top.
 struct TokenGradients {
   Buffer bias, a, b;
-  float scale;
+  float scale, inverse_cap;
 
   TokenGradients(const pk_head_backward_args& args, int64_t padded) : bias(padded * 4), a(padded * 4), b(padded * 4) {
     const pk_head& head = args.head;
     scale = static_cast<float>(1.0 / (head.temperature * kLn2));
+    inverse_cap = head.softcap == 0.0 ? 0.0f : static_cast<float>(1.0 / head.softcap);
     // What fills up the last panel has probability 0: its logits are those of the bias alone, which may be large.
     std::fill_n(bias.floats(), padded, -std::numeric_limits<float>::infinity());
     std::fill_n(a.floats(), padded, 0.0f);
@@ -49,7 +50,8 @@ struct TokenGradients {
     }
   }
   LaneGradient at(int64_t token, bool with_entropy) const {
-    return {bias.floats(token), a.floats(token), with_entropy ? b.floats(token) : nullptr, scale};
+    return {bias.floats(token), a.floats(token), with_entropy ? b.floats(token) : nullptr, scale,
+            inverse_cap};
   }
 };
 
@@ -60,8 +62,9 @@ double target_gradient(const pk_head_backward_args& args, int64_t token, double 
   const double log_p = z / args.head.temperature - args.lse[token];
   const double p = std::exp(log_p);
   const double curvature = p == 0.0 ? 0.0 : p * (log_p + entropy);
-  // expm1, because 1 - p loses every digit where the model is sure.
-  return (-grad_logp * std::expm1(log_p) - grad_entropy * curvature) / args.head.temperature;
+  const double share = args.head.softcap == 0.0 ? 0.0 : z / args.head.softcap;
+  // expm1: 1 - p has no digits left if p is near 1.
+  return (-grad_logp * std::expm1(log_p) - grad_entropy * curvature) / args.head.temperature * (1.0 - share * share);
 }
 
 class Backward {

@@ -173,7 +173,7 @@ void forward(const pk_head_forward_args& args) {
 }  // namespace
 
 bool valid_head(const pk_head& head) {
-  return head.n_tokens >= 0 && head.n_vocabulary >= 1 && head.depth >= 1 && head.temperature > 0.0 &&
+  return head.n_tokens >= 0 && head.n_vocabulary >= 1 && head.depth >= 1 && head.temperature > 0.0 && head.softcap >= 0.0 &&
          (head.dtype == PK_FLOAT32 || head.dtype == PK_BFLOAT16 || head.dtype == PK_FLOAT16);
 }
 
@@ -203,8 +203,9 @@ void BlockLogits::logits(const char* panel, float* tile) const {
     }
   }
   const bool rounds = head_.rounded != 0 && head_.dtype != PK_FLOAT32;
-  if (head_.bias == nullptr && !rounds) return;
-  kernels.finish(tile, n_rows_, head_.bias == nullptr ? nullptr : bias_.floats(), rounds ? head_.dtype : PK_FLOAT32);
+  if (head_.bias == nullptr && !rounds && head_.softcap == 0.0) return;
+  kernels.finish(tile, n_rows_, head_.bias == nullptr ? nullptr : bias_.floats(), rounds ? head_.dtype : PK_FLOAT32,
+                 static_cast<float>(head_.softcap));
 }
 
 }  // namespace pk

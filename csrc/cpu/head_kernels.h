@@ -36,12 +36,14 @@ struct LaneSoftmax {
   float* weighted;  // or null
 };
 
-// d loss / dz = 2^t (a + b t), t = z * scale + bias.
+// d loss / dz = 2^t (a + b t), t = z * scale + bias. Where z is capped the logit's own gradient is (1 - (z / softcap)^2)
+// times that.
 struct LaneGradient {
   const float* bias;
   const float* a;
   const float* b;  // or null for 0
   float scale;
+  float inverse_cap;  // 1 / softcap, or 0 for no cap
 };
 
 struct HeadKernels {
@@ -67,8 +69,9 @@ struct HeadKernels {
   void (*product_of_tiles)(const void* tiles, int64_t tile_stride, int64_t n_tiles, const void* panel, float* out,
                            int64_t row_stride, bool add);
 
-  // z + bias of each row (bias or null), rounded to `rounded` if that is a 16-bit dtype.
-  void (*finish)(float* tile, int64_t n_rows, const float* bias, int32_t rounded);
+  // z + bias of each row (bias or null), rounded to `rounded` if that is a 16-bit dtype, then softcap tanh(z / softcap)
+  // unless softcap is 0.
+  void (*finish)(float* tile, int64_t n_rows, const float* bias, int32_t rounded, float softcap);
   // Takes n_rows of a tile. The same bits of highest and sum with and without `weighted`.
   void (*softmax)(const float* tile, int64_t n_rows, float scale, const LaneSoftmax& state);
   // Takes what another state took.

@@ -236,7 +236,22 @@ PK_INLINE F rounded_to_float16(F x) {
 #endif
 }
 
-void finish(float* tile, int64_t n_rows, const float* bias, int32_t rounded) {
+// x + x^3 P(x^2) up to 0.625, P minimax for the relative error; beyond it (1 - e) / (1 + e) with e = exp(-2 |x|). Exactly
+// -1 and 1 at infinity, NaN for NaN.
+PK_INLINE F tanh(F x) {
+  constexpr float kFive[5] = {-0.3333328068256378f, 0.13331441581249237f, -0.05373971536755562f, 0.0206390880048275f,
+                              -0.00570498825982213f};
+  constexpr float kMinusTwoLog2E = -2.8853900817779268f;
+  const U sign = as_u(x) & 0x80000000u;
+  const F size = as_f(as_u(x) ^ sign), square = x * x;
+  F p = broadcast(kFive[4]);
+  for (int i = 3; i >= 0; --i) p = p * square + kFive[i];
+  const F e = exp2<true>(size * kMinusTwoLog2E);
+  const F far = as_f(as_u((1.0f - e) / (1.0f + e)) | sign);
+  return size < 0.625f ? x + x * (square * p) : far;
+}
+
+void finish(float* tile, int64_t n_rows, const float* bias, int32_t rounded, float softcap) {
   for (int64_t r = 0; r < n_rows; ++r) {
     for (int j = 0; j < kPanel; j += kLanes) {
       float* at = tile + r * kPanel + j;
@@ -244,6 +259,7 @@ void finish(float* tile, int64_t n_rows, const float* bias, int32_t rounded) {
       if (bias != nullptr) z = z + bias[r];
       if (rounded == PK_BFLOAT16) z = rounded_to_bfloat16(z);
       if (rounded == PK_FLOAT16) z = rounded_to_float16(z);
+      if (softcap != 0.0f) z = tanh(z * (1.0f / softcap)) * softcap;
       store_as(at, z);
     }
   }
@@ -317,16 +333,21 @@ void merge(const LaneSoftmax& other, float scale, const LaneSoftmax& state) {
   merge_of<true>(other, broadcast(scale), state);
 }
 
-template <bool kWeighted>
+template <bool kWeighted, bool kCapped>
 PK_INLINE F gradient_at(const float* tile, const LaneGradient& by, int j) {
-  F t = load_as<F>(tile + j) * by.scale + load_as<F>(by.bias + j);
+  const F z = load_as<F>(tile + j);
+  F t = z * by.scale + load_as<F>(by.bias + j);
   if (kWeighted) t = clamp(t);
   const F e = exponential(t);
   const F a = load_as<F>(by.a + j);
-  return kWeighted ? e * (a + load_as<F>(by.b + j) * t) : e * a;
+  const F gradient = kWeighted ? e * (a + load_as<F>(by.b + j) * t) : e * a;
+  if (!kCapped) return gradient;
+  const F share = z * by.inverse_cap;
+  // Rounding must not make the slope at the cap itself negative; NaN stays NaN.
+  return gradient * max(F{}, 1.0f - share * share);
 }
 
-template <bool kWeighted>
+template <bool kWeighted, bool kCapped>
 PK_INLINE void gradient_of(const float* tile, int64_t n_rows, const LaneGradient& by, void* rows,
                            [[maybe_unused]] void* pairs) {
 #if defined(__AVX512BF16__)
@@ -334,8 +355,8 @@ PK_INLINE void gradient_of(const float* tile, int64_t n_rows, const LaneGradient
     uint16_t* to = static_cast<uint16_t*>(rows) + r * kPanel;
     uint32_t* pair = static_cast<uint32_t*>(pairs) + r / 2 * kPanel;
     for (int j = 0; j < kPanel; j += kLanes) {
-      const __m256i low = (__m256i)_mm512_cvtneps_pbh((__m512)gradient_at<kWeighted>(tile, by, j));
-      const __m256i high = (__m256i)_mm512_cvtneps_pbh((__m512)gradient_at<kWeighted>(tile + kPanel, by, j));
+      const __m256i low = (__m256i)_mm512_cvtneps_pbh((__m512)gradient_at<kWeighted, kCapped>(tile, by, j));
+      const __m256i high = (__m256i)_mm512_cvtneps_pbh((__m512)gradient_at<kWeighted, kCapped>(tile + kPanel, by, j));
       store_as(to + j, low);
       store_as(to + kPanel + j, high);
       const U upper = (U)_mm512_cvtepu16_epi32(high);
@@ -346,15 +367,19 @@ PK_INLINE void gradient_of(const float* tile, int64_t n_rows, const LaneGradient
   float* to = static_cast<float*>(rows);
   for (int64_t r = 0; r < n_rows; ++r) {
     for (int j = 0; j < kPanel; j += kLanes) {
-      store_as(to + r * kPanel + j, gradient_at<kWeighted>(tile + r * kPanel, by, j));
+      store_as(to + r * kPanel + j, gradient_at<kWeighted, kCapped>(tile + r * kPanel, by, j));
     }
   }
 #endif
 }
 
 void gradient(const float* tile, int64_t n_rows, const LaneGradient& by, void* rows, void* pairs) {
-  if (by.b == nullptr) return gradient_of<false>(tile, n_rows, by, rows, pairs);
-  gradient_of<true>(tile, n_rows, by, rows, pairs);
+  if (by.inverse_cap != 0.0f) {
+    if (by.b == nullptr) return gradient_of<false, true>(tile, n_rows, by, rows, pairs);
+    return gradient_of<true, true>(tile, n_rows, by, rows, pairs);
+  }
+  if (by.b == nullptr) return gradient_of<false, false>(tile, n_rows, by, rows, pairs);
+  gradient_of<true, false>(tile, n_rows, by, rows, pairs);
 }
 
 void convert(const float* in, int64_t n, int32_t dtype, void* out) {

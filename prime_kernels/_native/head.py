@@ -80,6 +80,7 @@ class _Arguments:
             "n_vocabulary": len(weight),
             "depth": hidden.shape[1],
             "temperature": head.temperature,
+            "softcap": 0.0 if head.softcap is None else head.softcap,
             "ids": address(ids),
             "kept": address(kept),
             "n_threads": torch.get_num_threads(),

@@ -1,7 +1,8 @@
 """Capped logits: cap(z) = c * tanh(z / c) before the temperature, as Gemma 2 and nanochat have them.
 
 The row kernels never see the cap. They take capped logits in float32, and what they give for their gradient is
-multiplied by the slope 1 - (cap(z) / c)^2, for a tile of logits while it is in cache.
+multiplied by the slope 1 - (cap(z) / c)^2, for a tile of logits while it is in cache. Kernels for whole heads cap by
+themselves.
 """
 
 import math

@@ -19,7 +19,7 @@ from prime_kernels._backends import HeadGradients, LinearHead, RowGradient, RowK
 from prime_kernels._segment_math import result_dtype
 from prime_kernels.ops._softcap import cap, slope, through_cap
 
-# Backends with kernels for a whole head, unless it caps its logits. Of the sizes below they use KEPT_BYTES alone.
+# Backends with kernels for a whole head. Of the sizes below they use KEPT_BYTES alone.
 HEAD_KERNELS = frozenset({"cpu"})
 # Tokens per tile, by device: enough for a product at full speed.
 TOKENS = {"cpu": 1024, "cuda": 8192}
@@ -101,20 +101,15 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
         torch.mm(a.float(), b.float(), out=out)
 
 
-def _has_kernels(head: LinearHead, backend: str) -> bool:
-    return backend in HEAD_KERNELS and head.softcap is None
-
-
 def can_keep(head: LinearHead, backend: str) -> bool:
     """Whether forward computes all logits and they are few enough to keep for backward.
 
-    Capped logits are not kept: the cap works on a float32 tile at a time.
+    Tiles are capped in place, so their logits are not kept where there is a cap.
     """
-    if head.softcap is not None:
-        return False
-    item = 4 if _has_kernels(head, backend) else logits_dtype(head).itemsize
+    of_head = backend in HEAD_KERNELS
+    item = 4 if of_head else logits_dtype(head).itemsize
     few = len(head.hidden) * len(head.weight) * item <= KEPT_BYTES[_kind(head.hidden)]
-    return few and _fused_kernel(head, backend) is None
+    return few and (of_head or (head.softcap is None and _fused_kernel(head, backend) is None))
 
 
 def _all_logits(head: LinearHead) -> Tensor:
@@ -154,7 +149,7 @@ def head_log_probs(
 
     For ids outside the head logp is meaningless. The results are bitwise the same with and without ``keep``.
     """
-    if _has_kernels(head, backend):
+    if backend in HEAD_KERNELS:
         return _backends.head(backend).token_log_probs(head, with_entropy, keep)
     if (fused_kernel := _fused_kernel(head, backend)) is not None:
         ids = head.ids.clamp(0, len(head.weight) - 1)
@@ -183,7 +178,7 @@ def head_gradients(
 
     ``kept`` are the logits of :func:`head_log_probs`, which may be overwritten.
     """
-    if _has_kernels(head, backend):
+    if backend in HEAD_KERNELS:
         return _backends.head(backend).gradients(head, gradient, wanted, kept)
     hidden, weight, bias = head.hidden, head.weight, head.bias
     kernels = _backends.rows(backend)
@@ -242,7 +237,7 @@ def loss_gradients(
     ``grad_of(logp, tokens)`` is d loss / d logp of a span of tokens. Kernels for a whole head take a second product
     where the logits are too many to keep.
     """
-    if _has_kernels(head, backend):
+    if backend in HEAD_KERNELS:
         of_head = _backends.head(backend)
         (logp, lse, _), kept = of_head.token_log_probs(head, False, any(wanted) and can_keep(head, backend))
         if not any(wanted):

@@ -3,6 +3,7 @@
 They run on the instruction set in use; test_isa.py and test_emulated_isa.py run them on the others.
 """
 
+import functools
 import math
 import subprocess
 import sys
@@ -52,10 +53,11 @@ def inputs(tokens, width, vocabulary, dtype=torch.float32, bias=True, size=4.0):
     return (*leaves[:2], leaves[2] if bias else None), torch.randint(vocabulary, (tokens,))
 
 
-def truth(head, ids, temperature=1.0):
+def truth(head, ids, temperature=1.0, softcap=None):
     """(logp, entropy) in float64 of the same inputs."""
     hidden, weight, bias = (None if each is None else each.double() for each in head)
     z = hidden @ weight.T if bias is None else hidden @ weight.T + bias
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
     log_p = (z / temperature).log_softmax(-1)
     p = log_p.exp()
     return log_p[torch.arange(len(ids)), ids], -(p * log_p.where(p > 0, 0.0)).sum(-1)
@@ -90,6 +92,47 @@ def test_values_and_gradients(keeps, shape, dtype, bias):
         for mine, exact in zip(gradients(got, head, upstream), of_want, strict=True):
             assert mine.dtype == dtype
             assert_near(mine, exact.double(), GRADIENT[dtype])
+
+
+@pytest.mark.parametrize("shape", [(17, 64, 17), (33, 97, 193), (40, 31, 1100)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("softcap", [0.5, 5.0, 300.0])
+def test_capped_logits(keeps, shape, dtype, softcap):
+    """Logits far beyond the cap, about it, and far below it, where tanh is nearly the identity."""
+    head, ids = inputs(*shape, dtype)
+    upstream = torch.randn(shape[0]), torch.randn(shape[0])
+    options = {"temperature": 0.7, "softcap": softcap}
+    got, want = ours(head, ids, **options), truth(head, ids, **options)
+    for mine, exact in zip(got, want, strict=True):
+        torch.testing.assert_close(mine.double(), exact.detach(), rtol=5e-7, atol=2e-5)
+    of_want = gradients(want, head, upstream)
+    for mine, exact in zip(gradients(got, head, upstream), of_want, strict=True):
+        assert mine.dtype == dtype
+        assert_near(mine, exact.double(), GRADIENT[dtype])
+
+
+def test_a_cap_bounds_infinite_logits(keeps):
+    """-inf and inf are -softcap and softcap, without a gradient; NaN stays NaN in its own row."""
+    head, ids = inputs(9, 33, 200)
+    ids = ids % 190 + 5
+    with torch.no_grad():
+        head[2][:5], head[2][5:7] = -torch.inf, torch.inf
+    got, upstream = ours(head, ids, softcap=3.0), (torch.randn(9), torch.randn(9))
+    finite = [leaf.detach().clone().requires_grad_() for leaf in head]
+    with torch.no_grad():
+        finite[2][:5], finite[2][5:7] = -1e4, 1e4
+    want = truth(finite, ids, softcap=3.0)
+    for mine, exact in zip(got, want, strict=True):
+        torch.testing.assert_close(mine.double(), exact.detach(), rtol=5e-7, atol=2e-5)
+    found, exact = gradients(got, head, upstream), gradients(want, finite, upstream)
+    for mine, wanted in zip(found, exact, strict=True):
+        assert_near(mine, wanted.double(), 1e-5)
+    assert not found[2][:7].any() and not found[1][:7].any()
+    with torch.no_grad():
+        head[0][4] = torch.nan
+    after = ours(head, ids, softcap=3.0)
+    others = torch.arange(9) != 4
+    assert after[0][4].isnan() and torch.equal(after[0][others], got[0][others])
 
 
 @pytest.mark.parametrize("frozen", [0, 1, 2])
@@ -158,65 +201,70 @@ def test_a_sure_token_keeps_its_digits():
 @pytest.mark.parametrize(
     ("width", "vocabulary", "largest", "allowed"), [(576, 8000, 20.0, 2e-5), (4096, 2000, 60.0, 1e-4)]
 )
-def test_error_of_a_log_prob(width, vocabulary, largest, allowed):
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_error_of_a_log_prob(width, vocabulary, largest, allowed, softcap):
     """Logits are summed in steps: the error of large ones does not grow with the width."""
     head, ids = inputs(32, width, vocabulary, torch.bfloat16, bias=False)
     with torch.no_grad():
         head[1].mul_(largest / (head[0] @ head[1].T).abs().max())
-    for mine, exact in zip(ours(head, ids), truth(head, ids), strict=True):
+    for mine, exact in zip(ours(head, ids, softcap=softcap), truth(head, ids, softcap=softcap), strict=True):
         assert (mine.double() - exact).abs().max() <= allowed
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_token_has_the_same_bits_whatever_is_beside_it(dtype):
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0}, {"logits_dtype": "input", "temperature": 0.7}], ids=str)
+def test_a_token_has_the_same_bits_whatever_is_beside_it(dtype, options):
     """Alone, in any order, in rows, beside masked ones, on any threads, with and without gradient and entropy."""
     (hidden, weight, bias), ids = inputs(150, 100, 1500, dtype)
     plain = hidden.detach(), weight.detach(), bias.detach()
-    logp, entropy = ours(plain, ids)
+
+    values = functools.partial(ours, **options)
+    logp, entropy = values(plain, ids)
 
     def same(got, place=slice(None)):
         assert torch.equal(got[0].flatten(), logp[place]) and torch.equal(got[1].flatten(), entropy[place])
 
     for place in (0, 77, 149):
-        same(ours((plain[0][place : place + 1], *plain[1:]), ids[place : place + 1]), slice(place, place + 1))
+        same(values((plain[0][place : place + 1], *plain[1:]), ids[place : place + 1]), slice(place, place + 1))
     order = torch.randperm(150)
-    same(ours((plain[0][order], *plain[1:]), ids[order]), order)
-    same(ours((plain[0].view(10, 15, 100), *plain[1:]), ids.view(10, 15)))
-    padded = ours((torch.cat([plain[0] * 9, plain[0]]), *plain[1:]), ids.repeat(2))
+    same(values((plain[0][order], *plain[1:]), ids[order]), order)
+    same(values((plain[0].view(10, 15, 100), *plain[1:]), ids.view(10, 15)))
+    padded = values((torch.cat([plain[0] * 9, plain[0]]), *plain[1:]), ids.repeat(2))
     same([column[150:] for column in padded])
     mask = torch.rand(150) < 0.5
-    masked = ours(plain, ids, mask=mask)
+    masked = values(plain, ids, mask=mask)
     same([column[mask] for column in masked], mask)
-    same(ours((hidden, weight, bias), ids))
-    assert torch.equal(ours(plain, ids, with_entropy=False), logp)
+    same(values((hidden, weight, bias), ids))
+    assert torch.equal(values(plain, ids, with_entropy=False), logp)
     for threads in (1, 2, 3, 7):
         torch.set_num_threads(threads)
-        same(ours(plain, ids))
+        same(values(plain, ids))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gradients_have_the_same_bits(monkeypatch, dtype):
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_gradients_have_the_same_bits(monkeypatch, dtype, softcap):
     """Whatever the threads and whether logits are kept; those of hidden states also whatever is beside them."""
     head, ids = inputs(150, 100, 2500, dtype)
     upstream = torch.randn(150), torch.randn(150)
-    want = gradients(ours(head, ids), head, upstream)
+    want = gradients(ours(head, ids, softcap=softcap), head, upstream)
     for threads, kept in ((1, 2**28), (1, 0), (3, 0), (3, 2**28)):
         torch.set_num_threads(threads)
         monkeypatch.setattr(_tiled_head, "KEPT_BYTES", {"cpu": kept})
-        assert all(map(torch.equal, want, gradients(ours(head, ids), head, upstream)))
+        assert all(map(torch.equal, want, gradients(ours(head, ids, softcap=softcap), head, upstream)))
     one = [leaf.detach().requires_grad_() for leaf in (head[0][99:100], *head[1:])]
-    alone = gradients(ours(one, ids[99:100]), one, [g[99:100] for g in upstream])
+    alone = gradients(ours(one, ids[99:100], softcap=softcap), one, [g[99:100] for g in upstream])
     assert torch.equal(alone[0], want[0][99:100])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_equal_heads_give_a_ratio_of_exactly_zero(dtype):
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_equal_heads_give_a_ratio_of_exactly_zero(dtype, softcap):
     """Though a gradient is wanted of one, and their rows lie apart in memory."""
     head, ids = inputs(70, 50, 900, dtype)
     apart = torch.cat([head[1], head[1]], 1).detach()[:, :50]
-    ratios = pk.linear_log_ratios(
-        pk.Head(*head), pk.Head(head[0].detach(), apart, head[2].detach()), ids, backend="cpu"
-    )
+    others = pk.Head(head[0].detach(), apart, head[2].detach(), softcap=softcap)
+    ratios = pk.linear_log_ratios(pk.Head(*head, softcap=softcap), others, ids, backend="cpu")
     assert not ratios.log_ratio.any() and ratios.prm_logp.requires_grad
 
 

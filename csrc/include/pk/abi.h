@@ -75,7 +75,7 @@ typedef struct pk_log_probs_grad_args {
   int64_t* bad_row;  // CPU, as in pk_log_probs_args
 } pk_log_probs_grad_args;
 
-// An output layer over tokens: z = hidden @ weight.T + bias, in float32 whatever the operands are. CPU only.
+// An output layer over tokens: z = hidden @ weight.T + bias, in float32 for any operands. CPU only.
 typedef struct pk_head {
   const void* hidden;  // [n_tokens, depth], unit last stride
   int64_t hidden_stride;
@@ -88,8 +88,9 @@ typedef struct pk_head {
   int64_t n_vocabulary;
   int64_t depth;
   double temperature;
+  double softcap;      // c in c tanh(z / c), which the temperature divides; 0 for no cap
   const int64_t* ids;  // [n_tokens]; one outside the vocabulary has no logit here
-  // pk_cpu_head_kept_floats floats or null: the forward leaves z there, the backward then need not make it again.
+  // pk_cpu_head_kept_floats floats or null: the forward leaves z there, capped, and the backward need not recompute it.
   float* kept;
   int32_t n_threads;
 } pk_head;
