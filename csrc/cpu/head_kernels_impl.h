@@ -355,8 +355,10 @@ PK_INLINE void gradient_of(const float* tile, int64_t n_rows, const LaneGradient
     uint16_t* to = static_cast<uint16_t*>(rows) + r * kPanel;
     uint32_t* pair = static_cast<uint32_t*>(pairs) + r / 2 * kPanel;
     for (int j = 0; j < kPanel; j += kLanes) {
-      const __m256i low = (__m256i)_mm512_cvtneps_pbh((__m512)gradient_at<kWeighted, kCapped>(tile, by, j));
-      const __m256i high = (__m256i)_mm512_cvtneps_pbh((__m512)gradient_at<kWeighted, kCapped>(tile + kPanel, by, j));
+      const F even = gradient_at<kWeighted, kCapped>(tile, by, j);
+      const F odd = gradient_at<kWeighted, kCapped>(tile + kPanel, by, j);
+      const __m256i low = (__m256i)_mm512_cvtneps_pbh((__m512)even);
+      const __m256i high = (__m256i)_mm512_cvtneps_pbh((__m512)odd);
       store_as(to + j, low);
       store_as(to + kPanel + j, high);
       const U upper = (U)_mm512_cvtepu16_epi32(high);
