@@ -138,6 +138,7 @@ sanitize: $(READY)
 	@$(SANITIZE) LD_PRELOAD="$(SANITIZERS)" $(BIN)/python -c \
 	  'from prime_kernels import _C; assert "$(SANITIZED)" in _C.__file__, _C.__file__'
 	@$(SANITIZE) LD_PRELOAD="$(SANITIZERS)" $(BIN)/python -m pytest -q -p no:cacheprovider tests/native/test_log_probs.py \
+	  tests/native/test_linear_kernels.py \
 	  tests/native/test_segment_scan.py tests/native/test_isa.py tests/ops/test_log_probs.py tests/ops/test_fuzz.py \
 	  tests/ops/test_linear_log_probs.py tests/ops/test_linear_losses.py tests/ops/test_segments.py \
 	  tests/ops/test_rloo_advantages.py tests/ops/test_ppo_loss.py tests/ops/test_prm_loss.py

@@ -20,6 +20,8 @@ class TileSizes(NamedTuple):
     """A tile of `linear_nll` and `linear_ppo_loss`, in bytes: whole rows."""
     added_rows: int
     """Rows of a 16-bit product that are added to a float32 sum at once."""
+    whole_head: bool
+    """Whether kernels of whole heads make the logits in cache: then there are no tiles, and logits only if kept."""
 
     def tile(self, elements: int, tokens: int, vocabulary: int) -> tuple[int, int]:
         """(tokens, columns of the head) of a tile of at most ``elements`` logits of ``tokens`` x ``vocabulary``."""
@@ -37,4 +39,5 @@ def tile_sizes(device_type: str) -> TileSizes:
         tiles.KEPT_BYTES[device_type],
         tiles.FUSED_BYTES,
         tiles.ADDED_ROWS[device_type],
+        device_type in tiles.HEAD_KERNELS,
     )
