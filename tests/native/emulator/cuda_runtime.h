@@ -30,7 +30,7 @@ struct dim3 {
   dim3(unsigned x = 1) : x(x) {}
 };
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorAssert = 710 };
 enum { cudaDevAttrMultiProcessorCount };
 
 namespace emulator {
@@ -52,6 +52,7 @@ struct State {
   std::vector<uint64_t> slots[2];
   std::function<void()>* body = nullptr;
   unsigned launches = 0;
+  bool assertion_failed = false;
 };
 
 inline State& state() {
@@ -186,12 +187,22 @@ cudaError_t cudaLaunchCooperativeKernel(void (*kernel)(P...), dim3 blocks, dim3 
                                         cudaStream_t) {
   return emulator::launch(kernel, blocks, threads, arguments, true);
 }
+// Printed as on a GPU, and an error of the launch; there it is one of what synchronises next.
+inline void __assertfail(const char* message, const char*, unsigned, const char*, size_t) {
+  std::fprintf(stderr, "Assertion `%s` failed.\n", message);
+  emulator::state().assertion_failed = true;
+}
 // A launch fails if the environment variable PK_EMULATED_FAILURE is set.
 inline cudaError_t cudaGetLastError() {
+  if (std::exchange(emulator::state().assertion_failed, false)) return cudaErrorAssert;
   return std::getenv("PK_EMULATED_FAILURE") == nullptr ? cudaSuccess : cudaErrorInvalidValue;
 }
-inline const char* cudaGetErrorString(cudaError_t error) { return error == cudaSuccess ? "no error" : "invalid argument"; }
+inline const char* cudaGetErrorString(cudaError_t error) {
+  if (error == cudaErrorAssert) return "device-side assert triggered";
+  return error == cudaSuccess ? "no error" : "invalid argument";
+}
 inline const char* cudaGetErrorName(cudaError_t error) {
+  if (error == cudaErrorAssert) return "cudaErrorAssert";
   return error == cudaSuccess ? "cudaSuccess" : "cudaErrorInvalidValue";
 }
 inline cudaError_t cudaGetDevice(int* device) {
