@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from prime_kernels import _backends
+from prime_kernels import _backends, _tuning
 from prime_kernels._backends import RowGradient, RowKernels, RowResults
 from prime_kernels._segment_math import result_dtype
 from prime_kernels.ops._softcap import cap, slope, through_cap
@@ -31,6 +31,21 @@ ALIGNED_COLUMNS = 8
 FUSED_BYTES = 2**27
 # Rows of a 16-bit product that is added to a float32 sum, by device: enough for full speed, small next to the sum.
 ADDED_ROWS = {"cpu": 2**12, "cuda": 2**14}
+
+
+def forward_elements(device_type: str) -> int:
+    """Logits of a tile without gradients."""
+    return _tuning.tile("forward_elements", device_type, FORWARD_ELEMENTS[device_type])
+
+
+def backward_elements(device_type: str) -> int:
+    """Logits of a tile that is computed again for its gradient."""
+    return _tuning.tile("backward_elements", device_type, BACKWARD_ELEMENTS[device_type])
+
+
+def fused_bytes(device_type: str) -> int:
+    """Size of a tile over the whole vocabulary."""
+    return _tuning.tile("fused_bytes", device_type, FUSED_BYTES)
 
 
 class HeadGradients(NamedTuple):
@@ -146,7 +161,7 @@ def head_log_probs(
     if softcap is None and (fused_kernel := _fused_kernel(hidden, weight, backend)) is not None:
         return fused_kernel(hidden, weight, bias, ids.clamp(0, len(weight) - 1), temperature, with_entropy)
     kernels = _backends.rows(backend)
-    tiles = Tiles(hidden, weight, bias, FORWARD_ELEMENTS[_kind(hidden)])
+    tiles = Tiles(hidden, weight, bias, forward_elements(_kind(hidden)))
     blocks = []
     for tokens in tiles.token_spans():
         parts = []
@@ -177,7 +192,7 @@ def head_gradients(
     ``kept`` holds the logits that :func:`head_log_probs` stored there; they are overwritten.
     """
     kernels = _backends.rows(backend)
-    elements = BACKWARD_ELEMENTS[_kind(hidden)]
+    elements = backward_elements(_kind(hidden))
     if can_keep(hidden, weight, backend, softcap):
         elements = len(hidden) * len(weight)
         if kept is None:
@@ -216,7 +231,7 @@ def head_gradients(
 
 def _recompute(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The logits that head_log_probs would have kept, by the same tiles: equal bits, hence equal gradients."""
-    tiles = Tiles(hidden, weight, bias, FORWARD_ELEMENTS[_kind(hidden)])
+    tiles = Tiles(hidden, weight, bias, forward_elements(_kind(hidden)))
     logits = all_logits(hidden, weight)
     for tokens in tiles.token_spans():
         for columns in tiles.column_spans():
@@ -240,7 +255,7 @@ def loss_gradients(
     ``grad_of(logp, tokens)`` is d loss / d logp of a span of tokens.
     """
     kernels = _backends.rows(backend)
-    tiles = Tiles(hidden, weight, bias, FUSED_BYTES // hidden.element_size(), whole_rows=True)
+    tiles = Tiles(hidden, weight, bias, fused_bytes(_kind(hidden)) // hidden.element_size(), whole_rows=True)
     columns = slice(0, len(weight))
     one = tiles.tokens >= len(hidden)
     hidden_sum = Sum(hidden, once=True) if wanted[0] else None
