@@ -142,7 +142,9 @@ def picture(rows: list[Row], title: str, path: Path) -> str | None:
 
     bars = _bars(rows)
     ways = list(dict.fromkeys(way for of_ways in bars.values() for way in of_ways))
-    figure, axes = pyplot.subplots(figsize=(9, 1.4 + 0.2 * sum(map(len, bars.values()))), layout="constrained")
+    figure, axes = pyplot.subplots(
+        figsize=(9, 1.4 + 0.22 * sum(1 + len(each) for each in bars.values())), layout="constrained"
+    )
     place, ticks = 0.0, []
     for name, of_ways in bars.items():
         ticks.append((place + (len(of_ways) - 1) / 2, name))
@@ -168,18 +170,19 @@ def picture(rows: list[Row], title: str, path: Path) -> str | None:
 
 
 def _bars(rows: list[Row]) -> dict[str, dict[str, float]]:
-    """Times as fast as eager by pass and way, at the largest size at which eager was measured."""
-    found: dict[str, dict[str, float]] = {}
-    eager: dict[tuple[str, str], Row] = {}
+    """Times as fast as eager by pass and way, at the largest size at which eager and another were measured."""
+    cells: dict[tuple[str, str], dict[int, dict[str, Row]]] = {}
     for row in rows:
-        if row.way == EAGER and row.seconds is not None:
-            before = eager.get((row.op, row.which))
-            if before is None or row.level > before.level:
-                eager[row.op, row.which] = row
-    for row in rows:
-        base = eager.get((row.op, row.which))
-        if base is None or row.way == EAGER or row.level != base.level or row.seconds is None:
+        if row.seconds is not None:
+            cells.setdefault((row.op, row.which), {}).setdefault(row.level, {})[row.way] = row
+    found = {}
+    for (op, which), levels in sorted(cells.items()):
+        fitting = [level for level, ways in levels.items() if EAGER in ways and len(ways) > 1]
+        if not fitting:
             continue
-        assert base.seconds is not None
-        found.setdefault(f"{row.op}, {row.which}\n{row.size}", {})[row.way] = base.seconds / row.seconds
+        ways = levels[max(fitting)]
+        base = ways.pop(EAGER)
+        found[f"{op}, {which}\n{base.size}"] = {
+            way: base.seconds / row.seconds for way, row in ways.items() if base.seconds and row.seconds
+        }
     return found

@@ -48,18 +48,20 @@ class Run:
         """Every row as soon as it is there; those that there is no time or memory for say so."""
         uncompiled = self.seconds * (1 - SHARE_OF_COMPILE)
         for level, sizes in enumerate(self.levels):
-            for case in self._cases(level, sizes):
+            for case in self._cases(sizes, self.ops):
                 ways = {name: (call, False) for name, call in case.others.items()}
                 for backend in backends(self.device):
                     ways[backend] = (_on(case.ours, backend), True)
                 yield from self._case(case, level, ways, uncompiled)
-        # The largest size is what users have; a second size would be compiled again.
-        last = len(self.levels) - 1
-        for case in self._cases(last, self.levels[last]):
-            yield from self._case(case, last, {COMPILE: (torch.compile(case.others[EAGER]), False)}, self.seconds)
-
-    def _cases(self, level: int, sizes: Sizes) -> Iterator[Case]:
+        # At one size, as each is compiled for itself: the largest that has something to compare with.
         for op in self.ops:
+            levels = [row.level for row in self.rows if (row.op, row.way) == (op, EAGER) and row.seconds is not None]
+            level = max(levels, default=0)
+            for case in self._cases(self.levels[level], [op]):
+                yield from self._case(case, level, {COMPILE: (torch.compile(case.others[EAGER]), False)}, self.seconds)
+
+    def _cases(self, sizes: Sizes, ops: list[str]) -> Iterator[Case]:
+        for op in ops:
             fitting = _fitting(op, sizes, self.device)
             for case in cases(fitting, self.device, self.rates.dtype, [op]):
                 yield case

@@ -1,4 +1,4 @@
-"""The CUDA kernels over packed tokens on the emulator in native/, so that their tests run without one.
+"""The CUDA kernels on the emulator in native/, so that their tests run without a GPU.
 
 As a script it builds the extension with them. As a pytest plugin it puts that extension, named by the environment
 variable PRIME_KERNELS_EMULATED, in the place of the real one and lets the backend "cuda" take CPU tensors.
@@ -16,10 +16,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 EMULATOR = ROOT / "tests" / "native" / "emulator"
 SOURCES = [
-    *(ROOT / "csrc" / "cuda" / f"{name}.cu" for name in ("losses", "rloo", "segments", "status")),
+    *(ROOT / "csrc" / "cuda" / f"{name}.cu" for name in ("log_probs", "losses", "rloo", "segments", "status")),
     *sorted((ROOT / "csrc" / "cpu").glob("*.cpp")),
     ROOT / "csrc" / "bind.cpp",
-    EMULATOR / "rest.cpp",
 ]
 WIDE = {"row_kernels_avx2": ["-mavx2", "-mfma", "-mf16c"]}
 WIDE["row_kernels_avx512"] = [*WIDE["row_kernels_avx2"], *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl"))]
@@ -32,7 +31,13 @@ def build(folder: Path) -> Path:
     compiler = shutil.which("c++")
     if compiler is None:
         raise RuntimeError("no C++ compiler")
-    includes = [EMULATOR, ROOT / "csrc" / "include", pybind11.get_include(), sysconfig.get_paths()["include"]]
+    includes = [
+        EMULATOR,
+        ROOT / "csrc",
+        ROOT / "csrc" / "include",
+        pybind11.get_include(),
+        sysconfig.get_paths()["include"],
+    ]
     common = [compiler, "-std=c++17", "-O1", "-w", "-fPIC", "-fvisibility=hidden", "-DPK_HAS_CUDA"]
     common.append("-DPK_SMALL_TILES")
     common += [f'-DPK_BUILD_{name}="emulated"' for name in ("COMPILER", "FLAGS", "CUDA_DETAIL")]
@@ -56,12 +61,25 @@ def run(command: list[str]) -> None:
         raise RuntimeError(done.stderr[-4000:])
 
 
+class Rows:
+    """The extension as the row kernels see it: what they call for CPU tensors goes to the CUDA kernels."""
+
+    def __init__(self, extension) -> None:
+        self.extension = extension
+
+    def log_probs_forward(self, *, n_threads, **arguments) -> None:
+        self.extension.cuda_log_probs_forward(**arguments, stream=0)
+
+    def log_probs_backward(self, *, n_threads, **arguments) -> None:
+        self.extension.cuda_log_probs_backward(**arguments, stream=0)
+
+
 def install(module: Path) -> None:
     spec = importlib.util.spec_from_file_location("prime_kernels._C", module)
     sys.modules["prime_kernels._C"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["prime_kernels._C"])
     from prime_kernels import _dispatch, _native
-    from prime_kernels._native import packed
+    from prime_kernels._native import packed, rows
 
     real = _dispatch._device_types
     _dispatch._device_types = lambda name: ("cpu",) if name == "cuda" else real(name)
@@ -71,6 +89,7 @@ def install(module: Path) -> None:
         getattr(_native._C, f"cuda_{kernel}")(**packed._addresses(arguments), stream=0)
 
     packed.CudaKernels._launch = launch
+    rows._C = Rows(_native._C)
 
 
 if __name__ == "__main__":

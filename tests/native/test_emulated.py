@@ -1,4 +1,4 @@
-"""Every test of the operations on packed tokens, on the CUDA kernels run by an emulator."""
+"""Tests of the operations on the CUDA kernels run by an emulator."""
 
 import os
 import re
@@ -15,6 +15,7 @@ TESTS = [
     f"tests/ops/test_{name}.py"
     for name in ["long_batches", "segments", "rloo_advantages", "ppo_loss", "prm_loss", "pack", "golden"]
 ]
+ROWS = ["log_probs", "fuzz", "linear_log_probs", "linear_losses"]
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,19 @@ def extension(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("multiprocessors", [3, 11])
-def test_emulated(extension, multiprocessors, seed):
+def test_packed_tokens(extension, multiprocessors, seed):
+    # More blocks take part only where tokens are many.
+    emulated(extension, multiprocessors, seed, TESTS if multiprocessors == 3 else TESTS[:1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ROWS)
+def test_rows(extension, name, seed):
+    """Rows of logits, and the operations from hidden states that run on them."""
+    emulated(extension, 3, seed, [f"tests/ops/test_{name}.py"])
+
+
+def emulated(extension, multiprocessors, seed, select):
     environment = {
         "PRIME_KERNELS_EMULATED": str(extension),
         "PK_EMULATED_MULTIPROCESSORS": str(multiprocessors),
@@ -34,8 +47,6 @@ def test_emulated(extension, multiprocessors, seed):
         "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
         "OMP_NUM_THREADS": "1",
     }
-    # More blocks take part only where tokens are many.
-    select = TESTS if multiprocessors == 3 else TESTS[:1]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-rs", "-p", "helpers.emulated", *select],
         cwd=ROOT,
