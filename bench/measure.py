@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+
+from prime_kernels._bench.timing import peak_bytes
 
 DEVICE = os.environ.get("PRIME_BENCH_DEVICE", "cpu")
 # The smallest sizes, to see that a benchmark still works.
@@ -36,32 +36,14 @@ def timed(benchmark, call: Callable[[], object], traffic: int = 0, flops: int = 
     once()
     benchmark.pedantic(once, rounds=rounds, warmup_rounds=1)
     benchmark.extra_info["device"] = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
-    benchmark.extra_info["peak MiB"] = round(peak_bytes(once) / 2**20, 1)
+    peak = peak_bytes(once, torch.device(DEVICE))
+    benchmark.extra_info["peak MiB"] = "" if peak is None else round(peak / 2**20, 1)
     if benchmark.stats is not None:
         median = benchmark.stats.stats.median
         if traffic:
             benchmark.extra_info["GB/s"] = float(f"{traffic / median / 1e9:.3g}")
         if flops:
             benchmark.extra_info["TFLOP/s"] = float(f"{flops / median / 1e12:.3g}")
-
-
-def peak_bytes(call: Callable[[], None]) -> int:
-    """The most memory that ``call`` holds at once beyond what was there before it."""
-    if DEVICE == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        return torch.cuda.max_memory_allocated() - before
-    ctypes.CDLL(None).malloc_trim(0)  # what earlier calls freed would otherwise be taken again unseen
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from what is held now
-    before = _status("VmRSS")
-    call()
-    return max(0, _status("VmHWM") - before)
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def leaf(*shape: int, scale: float = 1.0, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:

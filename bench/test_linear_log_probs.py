@@ -5,19 +5,12 @@ import torch
 from measure import DEVICE, SMALL, compiled, forward_backward, leaf, timed, without_gradients
 
 import prime_kernels as pk
+from prime_kernels._bench import formulas
 
 TOKENS, WIDTH, VOCABULARY = (8192, 4096, 131072) if DEVICE == "cuda" else (1024, 576, 49152)
 if SMALL:
     TOKENS, WIDTH, VOCABULARY = 8, 16, 256
 FLOPS = 2 * TOKENS * WIDTH * VOCABULARY
-
-
-def eager(hidden, weight, ids):
-    return (hidden @ weight.T).float().log_softmax(-1).gather(-1, ids[:, None]).squeeze(-1)
-
-
-def eager_nll(hidden, weight, ids):
-    return torch.nn.functional.cross_entropy((hidden @ weight.T).float(), ids)
 
 
 def peer_nll(**options):
@@ -29,18 +22,8 @@ def peer_nll(**options):
     return loss
 
 
-def eager_ppo(hidden, weight, ids, old, advantages):
-    ratio = (eager(hidden, weight, ids) - old).exp()
-    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(0.8, 1.2)).mean()
-
-
 def kernel_ppo(*columns):
     return pk.linear_ppo_loss(*columns).loss
-
-
-def eager_ratios(prm, ref, policy, weight, ids):
-    prm_logp, ref_logp = eager(prm, weight, ids), eager(ref, weight, ids)
-    return prm_logp - ref_logp, prm_logp, ref_logp, eager(policy, weight, ids)
 
 
 def kernel_ratios(prm, ref, policy, weight, ids):
@@ -59,16 +42,20 @@ def fused(hidden, weight, ids):
         _launch_config.FUSED_LINEAR = before
 
 
-WAYS = {"eager": eager, "compile": compiled(eager), "kernel": pk.linear_log_probs}
+def ways(plain, kernel):
+    return {"eager": plain, "compile": compiled(plain), "kernel": kernel}
+
+
+WAYS = ways(formulas.linear_log_probs, pk.linear_log_probs)
 if DEVICE == "cuda":
     WAYS["fused"] = fused
-NLL = {"eager": eager_nll, "compile": compiled(eager_nll), "kernel": pk.linear_nll}
+NLL = ways(formulas.linear_nll, pk.linear_nll)
 if hasattr(torch.nn.functional, "linear_cross_entropy"):
     NLL["linear_cross_entropy"] = peer_nll()
     if hasattr(torch.nn, "LinearCrossEntropyOptions"):
         NLL["linear_cross_entropy, chunks"] = peer_nll(options=torch.nn.LinearCrossEntropyOptions())
-PPO = {"eager": eager_ppo, "compile": compiled(eager_ppo), "kernel": kernel_ppo}
-RATIOS = {"eager": eager_ratios, "compile": compiled(eager_ratios), "kernel": kernel_ratios}
+PPO = ways(formulas.linear_ppo_loss, kernel_ppo)
+RATIOS = ways(formulas.linear_log_ratios, kernel_ratios)
 
 
 @pytest.fixture

@@ -278,6 +278,12 @@ void bind_rloo(py::module_& m) {
                                               PK_MEMBER(Whiten, out)};
   bind_cpu(m, "whiten", whiten + std::vector{PK_MEMBER(Whiten, n_threads)}, &pk_cpu_whiten);
 #ifdef PK_HAS_CUDA
+  using Check = pk_cuda_rloo_check_args;
+  bind_cuda(m, "rloo_check",
+            std::vector{PK_MEMBER(Check, rewards), PK_MEMBER(Check, mask), PK_MEMBER(Check, outcomes),
+                        PK_MEMBER(Check, cu_seqlens), PK_MEMBER(Check, cu_groups), PK_MEMBER(Check, n_responses),
+                        PK_MEMBER(Check, n_groups), PK_MEMBER(Check, n_tokens)},
+            &pk_cuda_rloo_check);
   using Rloo = pk_cuda_rloo_args;
   bind_cuda(m, "rloo_returns",
             std::vector{PK_MEMBER(Rloo, rewards), PK_MEMBER(Rloo, mask), PK_MEMBER(Rloo, outcomes),

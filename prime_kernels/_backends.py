@@ -245,6 +245,14 @@ class PackedKernels(Protocol):
 class GpuPackedKernels(PackedKernels, Protocol):
     """What a GPU backend has besides: on CPUs the loss of a few responses is plain PyTorch."""
 
+    def checked_batch(self, batch: RlooBatch) -> RlooBatch:
+        """The batch after assertions on the device about its values, in the types that ``rloo_returns`` takes.
+
+        Offsets may be int32, rewards and outcomes of any floating-point type. The assertions, and the conversions in
+        "triton", are one launch; their messages are those of :mod:`prime_kernels._checks`.
+        """
+        ...
+
     def prm_loss_and_slope(
         self,
         log_ratio: Tensor,

@@ -34,10 +34,10 @@ def tile_sizes(device_type: str) -> TileSizes:
         raise ValueError(f"device_type: expected one of {', '.join(map(repr, tiles.TOKENS))}, got {device_type!r}")
     return TileSizes(
         tiles.TOKENS[device_type],
-        tiles.FORWARD_ELEMENTS[device_type],
-        tiles.BACKWARD_ELEMENTS[device_type],
+        tiles.forward_elements(device_type),
+        tiles.backward_elements(device_type),
         tiles.KEPT_BYTES[device_type],
-        tiles.FUSED_BYTES,
+        tiles.fused_bytes(device_type),
         tiles.ADDED_ROWS[device_type],
         device_type in tiles.HEAD_KERNELS,
     )

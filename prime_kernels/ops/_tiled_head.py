@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from prime_kernels import _backends
+from prime_kernels import _backends, _tuning
 from prime_kernels._backends import HeadGradients, LinearHead, RowGradient, RowResults
 from prime_kernels._segment_math import result_dtype
 from prime_kernels.ops._softcap import row_kernels
@@ -36,6 +36,21 @@ ALIGNED_COLUMNS = 8
 FUSED_BYTES = 2**27
 # Rows of a 16-bit product that is added to a float32 sum, by device: enough for full speed, small next to the sum.
 ADDED_ROWS = {"cpu": 2**12, "cuda": 2**14}
+
+
+def forward_elements(device_type: str) -> int:
+    """Logits of a tile without gradients."""
+    return _tuning.tile("forward_elements", device_type, FORWARD_ELEMENTS[device_type])
+
+
+def backward_elements(device_type: str) -> int:
+    """Logits of a tile that is computed again for its gradient."""
+    return _tuning.tile("backward_elements", device_type, BACKWARD_ELEMENTS[device_type])
+
+
+def fused_bytes(device_type: str) -> int:
+    """Size of a tile over the whole vocabulary."""
+    return _tuning.tile("fused_bytes", device_type, FUSED_BYTES)
 
 
 def spans(total: int, size: int) -> Iterator[slice]:
@@ -155,7 +170,7 @@ def head_log_probs(
         ids = head.ids.clamp(0, len(head.weight) - 1)
         return fused_kernel(head.hidden, head.weight, head.bias, ids, head.temperature, with_entropy), None
     kernels = row_kernels(backend, head.softcap)
-    tiles = Tiles(head, FORWARD_ELEMENTS[_kind(head.hidden)])
+    tiles = Tiles(head, forward_elements(_kind(head.hidden)))
     kept = _all_logits(head) if keep else None
     blocks = []
     for tokens in tiles.token_spans():
@@ -181,7 +196,7 @@ def head_gradients(
         return _backends.head(backend).gradients(head, gradient, wanted, kept)
     hidden, weight, bias = head.hidden, head.weight, head.bias
     kernels = row_kernels(backend, head.softcap)
-    elements = BACKWARD_ELEMENTS[_kind(hidden)] * hidden.element_size() // logits_dtype(head).itemsize
+    elements = backward_elements(_kind(hidden)) * hidden.element_size() // logits_dtype(head).itemsize
     if kept is None and can_keep(head, backend):
         kept = _recompute(head)
     if kept is not None:
@@ -218,7 +233,7 @@ def head_gradients(
 
 def _recompute(head: LinearHead) -> Tensor:
     """The logits that head_log_probs would have kept, by the same tiles: equal bits, hence equal gradients."""
-    tiles, logits = Tiles(head, FORWARD_ELEMENTS[_kind(head.hidden)]), _all_logits(head)
+    tiles, logits = Tiles(head, forward_elements(_kind(head.hidden))), _all_logits(head)
     for tokens in tiles.token_spans():
         for columns in tiles.column_spans():
             tiles.logits(tokens, columns, logits[tokens, columns])
@@ -242,7 +257,7 @@ def loss_gradients(
         return logp, of_head.gradients(head, gradient, wanted, kept)
     hidden, weight, bias = head.hidden, head.weight, head.bias
     kernels = row_kernels(backend, head.softcap)
-    tiles = Tiles(head, FUSED_BYTES // logits_dtype(head).itemsize, whole_rows=True)
+    tiles = Tiles(head, fused_bytes(_kind(hidden)) // logits_dtype(head).itemsize, whole_rows=True)
     columns = slice(0, len(weight))
     one = tiles.tokens >= len(hidden)
     grad_hidden = Sum(hidden, once=True) if wanted[0] else None

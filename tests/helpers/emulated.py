@@ -1,4 +1,4 @@
-"""The CUDA kernels over packed tokens on the emulator in native/, so that their tests run without one.
+"""The CUDA kernels on the emulator in native/, so that their tests run without a GPU.
 
 As a script it builds the extension with them. As a pytest plugin it puts that extension, named by the environment
 variable PRIME_KERNELS_EMULATED, in the place of the real one and lets the backend "cuda" take CPU tensors; or the one
@@ -18,9 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 EMULATOR = ROOT / "tests" / "native" / "emulator"
 CPU_SOURCES = [*sorted((ROOT / "csrc" / "cpu").glob("*.cpp")), ROOT / "csrc" / "bind.cpp"]
 SOURCES = [
-    *(ROOT / "csrc" / "cuda" / f"{name}.cu" for name in ("losses", "rloo", "segments", "status")),
+    *(ROOT / "csrc" / "cuda" / f"{name}.cu" for name in ("log_probs", "losses", "rloo", "segments", "status")),
     *CPU_SOURCES,
-    EMULATOR / "rest.cpp",
 ]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl"))]
@@ -55,6 +54,7 @@ def _build(folder: Path, sources: list[Path], flags: list[str], by_stem: dict[st
         raise RuntimeError("no C++ compiler")
     includes = [
         EMULATOR,
+        ROOT / "csrc",
         ROOT / "csrc" / "include",
         ROOT / "csrc" / "cpu",
         pybind11.get_include(),
@@ -82,6 +82,19 @@ def run(command: list[str]) -> None:
         raise RuntimeError(done.stderr[-4000:])
 
 
+class Rows:
+    """The extension as the row kernels see it: what they call for CPU tensors goes to the CUDA kernels."""
+
+    def __init__(self, extension) -> None:
+        self.extension = extension
+
+    def log_probs_forward(self, *, n_threads, **arguments) -> None:
+        self.extension.cuda_log_probs_forward(**arguments, stream=0)
+
+    def log_probs_backward(self, *, n_threads, **arguments) -> None:
+        self.extension.cuda_log_probs_backward(**arguments, stream=0)
+
+
 def load(module: Path) -> None:
     """Put this extension in the place of the real one."""
     spec = importlib.util.spec_from_file_location("prime_kernels._C", module)
@@ -92,7 +105,7 @@ def load(module: Path) -> None:
 def install(module: Path) -> None:
     load(module)
     from prime_kernels import _dispatch, _native
-    from prime_kernels._native import packed
+    from prime_kernels._native import packed, rows
 
     real = _dispatch._device_types
     _dispatch._device_types = lambda name: ("cpu",) if name == "cuda" else real(name)
@@ -102,6 +115,7 @@ def install(module: Path) -> None:
         getattr(_native._C, f"cuda_{kernel}")(**packed._addresses(arguments), stream=0)
 
     packed.CudaKernels._launch = launch
+    rows._C = Rows(_native._C)
 
 
 if __name__ == "__main__":

@@ -206,6 +206,18 @@ typedef struct pk_rloo_returns_args {
   int32_t n_threads;
 } pk_rloo_returns_args;
 
+// Checks of a batch's values on CUDA: those that fail are device-side assertions.
+typedef struct pk_cuda_rloo_check_args {
+  const float* rewards;  // [n_tokens] or null for outcomes alone, whose n_tokens is not known yet
+  const uint8_t* mask;
+  const double* outcomes;     // [n_responses]
+  const int64_t* cu_seqlens;  // [n_responses + 1]
+  const int64_t* cu_groups;   // [n_groups + 1]
+  int64_t n_responses;
+  int64_t n_groups;
+  int64_t n_tokens;
+} pk_cuda_rloo_check_args;
+
 // RLOO on CUDA: both steps in one launch, or one each where `largest` is combined over ranks between them.
 typedef struct pk_cuda_rloo_args {
   const float* rewards;  // [n_tokens] or null for outcomes alone
@@ -311,6 +323,7 @@ int pk_cuda_segment_sum(const pk_segment_sum_args* args, void* stream);
 int pk_cuda_segment_fill(const pk_segment_fill_args* args, void* stream);
 int pk_cuda_pack(const pk_pack_args* args, void* stream);
 int pk_cuda_unpack(const pk_pack_args* args, void* stream);
+int pk_cuda_rloo_check(const pk_cuda_rloo_check_args* args, void* stream);
 int pk_cuda_rloo_returns(const pk_cuda_rloo_args* args, void* stream);
 int pk_cuda_whiten(const pk_whiten_args* args, void* stream);
 int pk_cuda_ppo_loss(const pk_ppo_args* args, void* stream);
