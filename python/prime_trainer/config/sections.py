@@ -326,12 +326,18 @@ class SelectConfig(Section):
 
 
 class ProcessBenchConfig(Section):
-    """`prime-trainer processbench`: where the first wrong step is, from files that `score` wrote."""
+    """`prime-trainer processbench`: where the first wrong step is. A set is a file that `score` wrote, or one of the
+    benchmark's own, which is scored first: `model` and section `score`."""
 
+    data: Path | None = None
+    """The folder of the benchmark's own files: gsm8k.json (the threshold is chosen on it), math.json,
+    olympiadbench.json, omnimath.json, as many as are there."""
     tune: Path | None = None
     """The set on which the threshold is chosen (GSM8K on the cards)."""
     paths: list[Path] = Field(default_factory=list)
-    """The sets on which it is used."""
+    """Further sets on which it is used."""
+    compare: int = Field(default=16, ge=0)
+    """Chains of the first set that are also scored one at a time, each model's logits whole, to compare the speed."""
 
 
 class AlgorithmConfig(Section):
