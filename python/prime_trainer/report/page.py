@@ -143,7 +143,10 @@ def summary_row(record: Record) -> dict[str, str]:
     if (task := _task(record)) is not None:
         row["task"] = task
     if (process := record.setting("algorithm", "process_coef")) is not None:
-        row["method"] = "PRIME" if process > 0 else "outcome-only RLOO"
+        estimator = str(record.setting("algorithm", "estimator") or "rloo").upper()
+        row["method"] = f"outcome-only {estimator}" if process == 0 else "PRIME"
+        if process > 0 and estimator != "RLOO":
+            row["method"] = f"PRIME with {estimator}"
     trained = sorted(record.metrics.get("rl") or record.metrics.get("sft") or {})
     row["steps"] = str(trained[-1] if trained else 0)
     steps, accuracy = record.series("eval", "greedy")
