@@ -11,11 +11,11 @@ from .evaluation import BenchConfig, BenchmarkName, EvalConfig
 from .model import ModelConfig, ScaleConfig
 from .prm import Compat, ProcessBenchConfig, ScoreConfig, SelectConfig, Splitter, TrainPRMConfig
 from .rollout import FilterConfig, RolloutConfig, ServerConfig, VLLMConfig, vllm_installed
-from .train import AlgorithmConfig, CheckpointConfig, PolicyConfig, PRMConfig, PRMKind
+from .train import COUPLED_KINDS, AlgorithmConfig, CheckpointConfig, PolicyConfig, PRMConfig, PRMKind
 
 __all__ = [
-    "AlgorithmConfig", "BenchConfig", "BenchmarkName", "CheckpointConfig", "Compat", "EvalConfig", "FilterConfig",
-    "ModelConfig", "PRMConfig", "PRMKind", "PolicyConfig", "ProcessBenchConfig", "RolloutConfig", "SFTConfig",
-    "ScaleConfig", "ScoreConfig", "Section", "SelectConfig", "ServerConfig", "Splitter", "TaskConfig",
+    "COUPLED_KINDS", "AlgorithmConfig", "BenchConfig", "BenchmarkName", "CheckpointConfig", "Compat", "EvalConfig",
+    "FilterConfig", "ModelConfig", "PRMConfig", "PRMKind", "PolicyConfig", "ProcessBenchConfig", "RolloutConfig",
+    "SFTConfig", "ScaleConfig", "ScoreConfig", "Section", "SelectConfig", "ServerConfig", "Splitter", "TaskConfig",
     "TrainPRMConfig", "VLLMConfig", "vllm_installed",
 ]  # fmt: skip

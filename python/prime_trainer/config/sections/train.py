@@ -12,17 +12,29 @@ PRMKind = Literal["ce", "dpo", "kto", "nca"]
 """Losses of `prime_kernels.prm_loss`, for `rl` and for `prm`."""
 COUPLED_KINDS: tuple[PRMKind, ...] = ("dpo", "kto", "nca")
 """Those in which a response's gradient depends on other responses."""
+BALANCED_KINDS: tuple[PRMKind, ...] = ("ce",)
+"""Those that `prm.balance` is for: a loss of each response by itself."""
 
 
 class PRMConfig(Section):
     update: Literal["after", "before", "reverse", "none"] = "after"
     ref_type: Literal["freeze", "policy"] = "freeze"
     granularity: Literal["token", "step", "whole"] = "token"
+    kind: PRMKind = "ce"
+    """The loss of the update: cross-entropy of the outcome; pairs of right and wrong responses (dpo, nca); kto."""
+    balance: bool = False
+    """Of `ce`: move the boundary by the group's accuracy and weigh responses by rarity in their group."""
     beta: float = Field(default=0.05, gt=0)
     lr: float = Field(default=1e-6, gt=0)
     grad_clip: float = Field(default=10.0, gt=0)
     minibatches: PositiveInt = 1
     """Optimizer steps the PRM takes on a batch; whole groups stay together."""
+
+    @model_validator(mode="after")
+    def _balanced(self) -> PRMConfig:
+        if self.balance and self.kind not in BALANCED_KINDS:
+            raise ValueError(f"prm.balance is for prm.kind {' or '.join(BALANCED_KINDS)}, got {self.kind!r}")
+        return self
 
 
 class AlgorithmConfig(Section):
