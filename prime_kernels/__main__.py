@@ -4,6 +4,7 @@ The exit status is 1 if an operation disagrees with its reference on a backend t
 ``python -m prime_kernels bench`` measures every operation instead; ``bench --help`` lists its options.
 """
 
+import os
 import platform
 import sys
 import time
@@ -74,4 +75,8 @@ def self_test() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except BrokenPipeError:  # of a reader such as head that has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)

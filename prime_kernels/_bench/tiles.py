@@ -21,6 +21,8 @@ def best(device: torch.device, dtype: torch.dtype, sizes: Sizes, seconds: float)
     Only what differs from the size in use is named.
     """
     name, deadline = device.type, time.perf_counter() + seconds
+    if backends(device)[0] in _tiled_head.HEAD_KERNELS:
+        return {}  # its kernels for whole heads have blocks of their own
     used = {
         "forward_elements": _tiled_head.FORWARD_ELEMENTS[name],
         "fused_bytes": _tiled_head.FUSED_BYTES,
