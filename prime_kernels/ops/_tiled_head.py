@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from prime_kernels import _backends
-from prime_kernels._backends import HeadGradients, LinearHead, RowGradient, RowKernels, RowResults
+from prime_kernels._backends import HeadGradients, LinearHead, RowGradient, RowResults
 from prime_kernels._segment_math import result_dtype
-from prime_kernels.ops._softcap import cap, slope, through_cap
+from prime_kernels.ops._softcap import row_kernels
 
 # Backends with kernels for a whole head. Of the sizes below they use KEPT_BYTES alone.
 HEAD_KERNELS = frozenset({"cpu"})
@@ -104,7 +104,7 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
 def can_keep(head: LinearHead, backend: str) -> bool:
     """Whether forward computes all logits and they are few enough to keep for backward.
 
-    Tiles are capped in place, so their logits are not kept where there is a cap.
+    Tiles of capped logits are always made twice.
     """
     of_head = backend in HEAD_KERNELS
     item = 4 if of_head else logits_dtype(head).itemsize
@@ -154,7 +154,7 @@ def head_log_probs(
     if (fused_kernel := _fused_kernel(head, backend)) is not None:
         ids = head.ids.clamp(0, len(head.weight) - 1)
         return fused_kernel(head.hidden, head.weight, head.bias, ids, head.temperature, with_entropy), None
-    kernels = _backends.rows(backend)
+    kernels = row_kernels(backend, head.softcap)
     tiles = Tiles(head, FORWARD_ELEMENTS[_kind(head.hidden)])
     kept = _all_logits(head) if keep else None
     blocks = []
@@ -162,7 +162,6 @@ def head_log_probs(
         parts = []
         for columns in tiles.column_spans():
             z = tiles.logits(tokens, columns, None if kept is None else kept[tokens, columns])
-            z = z if head.softcap is None else cap(z.to(result_dtype(z)), head.softcap)
             inside = (head.ids[tokens] - columns.start).clamp(0, z.shape[1] - 1)
             found = kernels.token_log_probs([z], inside, None, [head.temperature], with_entropy)
             parts.append(found.only_model())
@@ -181,7 +180,7 @@ def head_gradients(
     if backend in HEAD_KERNELS:
         return _backends.head(backend).gradients(head, gradient, wanted, kept)
     hidden, weight, bias = head.hidden, head.weight, head.bias
-    kernels = _backends.rows(backend)
+    kernels = row_kernels(backend, head.softcap)
     elements = BACKWARD_ELEMENTS[_kind(hidden)] * hidden.element_size() // logits_dtype(head).itemsize
     if kept is None and can_keep(head, backend):
         kept = _recompute(head)
@@ -198,10 +197,7 @@ def head_gradients(
         for tokens in tiles.token_spans():
             z = tiles.logits(tokens, columns) if kept is None else kept
             of_rows, inside = gradient.rows(tokens), head.ids[tokens] - columns.start
-            if head.softcap is None:
-                kernels.logits_gradient(z, inside, None, of_rows, head.temperature, z, partial=True)
-            else:
-                _gradient_under_cap(kernels, head, z, inside, of_rows, partial=True)
+            kernels.logits_gradient(z, inside, None, of_rows, head.temperature, z, partial=True)
             if grad_bias is not None:
                 of_tokens = z.sum(0, dtype=torch.float32)
                 bias_part = of_tokens if bias_part is None else bias_part + of_tokens
@@ -245,7 +241,7 @@ def loss_gradients(
         gradient = RowGradient(lse, None, grad_of(logp, slice(0, len(logp))), None)
         return logp, of_head.gradients(head, gradient, wanted, kept)
     hidden, weight, bias = head.hidden, head.weight, head.bias
-    kernels = _backends.rows(backend)
+    kernels = row_kernels(backend, head.softcap)
     tiles = Tiles(head, FUSED_BYTES // logits_dtype(head).itemsize, whole_rows=True)
     columns = slice(0, len(weight))
     one = tiles.tokens >= len(hidden)
@@ -257,18 +253,13 @@ def loss_gradients(
     parts = []
     for tokens in tiles.token_spans():
         z = tiles.logits(tokens, columns)
-        seen = z if head.softcap is None else cap(z.to(result_dtype(z), copy=True), head.softcap)
-        found = kernels.token_log_probs([seen], head.ids[tokens], None, [head.temperature], False)
+        found = kernels.token_log_probs([z], head.ids[tokens], None, [head.temperature], False)
         logp, lse, _ = found.only_model()
-        del seen
         parts.append(logp)
         if not any(wanted):
             continue
         gradient = RowGradient(lse, None, grad_of(logp, tokens), None)
-        if head.softcap is None:
-            kernels.logits_gradient(z, head.ids[tokens], None, gradient, head.temperature, z)
-        else:
-            _gradient_under_cap(kernels, head, z, head.ids[tokens], gradient)
+        kernels.logits_gradient(z, head.ids[tokens], None, gradient, head.temperature, z)
         if grad_bias is not None:
             grad_bias += z.sum(0, dtype=torch.float32)
         z = z.to(hidden.dtype)
@@ -283,17 +274,6 @@ def loss_gradients(
     )
     of_bias = None if grad_bias is None else grad_bias.to(hidden.dtype)
     return torch.cat(parts), HeadGradients(of_hidden, of_weight, of_bias)
-
-
-def _gradient_under_cap(
-    kernels: RowKernels, head: LinearHead, z: Tensor, ids: Tensor, gradient: RowGradient, partial: bool = False
-) -> None:
-    """Logits that are capped become their own gradient."""
-    assert head.softcap is not None
-    values = cap(z.to(result_dtype(z)), head.softcap)
-    of_cap = slope(values, head.softcap)
-    kernels.logits_gradient(values, ids, None, gradient, head.temperature, values, partial=partial)
-    z.copy_(through_cap(values, of_cap))
 
 
 def _fused_kernel(head: LinearHead, backend: str) -> Callable[..., RowResults] | None:
