@@ -119,7 +119,7 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
 def can_keep(head: LinearHead, backend: str) -> bool:
     """Whether forward computes all logits and they are few enough to keep for backward.
 
-    Tiles are capped in place, so their logits are not kept where there is a cap.
+    Tiles of capped logits are always made twice.
     """
     of_head = backend in HEAD_KERNELS
     item = 4 if of_head else logits_dtype(head).itemsize

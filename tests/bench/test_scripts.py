@@ -26,8 +26,8 @@ BENCH = ROOT / "bench"
 EXAMPLES = ROOT / "examples"
 DEMO = EXAMPLES / "demo.toml"
 HERE = {
-    "demo/results", "faults_table", "plan_table", "prm/first_wrong_step", "prm/results", "prm/sample", "rollout",
-    "step_share", "study/study", "trainer_cost", "trl_table", "verify/math_answers", "verify/programs",
+    "demo/results", "faults_table", "plan_table", "precision", "prm/first_wrong_step", "prm/results", "prm/sample",
+    "rollout", "step_share", "study/study", "trainer_cost", "trl_table", "verify/math_answers", "verify/programs",
     "verify/rates",
 }  # fmt: skip
 # What other tests of this folder and of packaging, integrations, triton_backend and the trainer run.
@@ -159,6 +159,19 @@ def test_trainer_cost(small, script):
     assert all(
         re.fullmatch(r"[+-]\d+%", cell) for name in ("freeze", "policy") for cell in values[f"ref_type = {name}"]
     )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_precision(small, script, dtype):
+    said = script("precision", DEMO, "--tokens", "50", *small, "--model.dtype", dtype)
+    rows = [line.strip("| ").split(" | ") for line in said.splitlines() if line.startswith("| ")]
+    assert rows[0] == ["log-probs", "error", "calls of 37 tokens", "another layout"] and len(rows) == 5
+    errors = {row[0]: float(row[1].split(" / ")[1]) for row in rows[2:]}
+    assert "50 next tokens of " in said and "Largest log-ratio of equal weights: 0.0\n" in said
+    assert errors["kernels, float32 logits"] <= 2e-5
+    assert (errors["kernels, rounded logits"] > 1e-4) == (errors["eager PyTorch"] > 1e-4) == (dtype == "bfloat16")
+    if pk.available_backends()["cpu"] is None:
+        assert all(row[2] == "0.0e+00 / 0.0e+00" for row in rows[2:4])
 
 
 def test_plan_table(script):
