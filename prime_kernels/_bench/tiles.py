@@ -22,8 +22,8 @@ def best(device: torch.device, dtype: torch.dtype, sizes: Sizes, seconds: float)
     """
     name, deadline = device.type, time.perf_counter() + seconds
     used = {
-        "forward_elements": _tiled_head.FORWARD_ELEMENTS[name],
-        "fused_bytes": _tiled_head.FUSED_BYTES,
+        "forward_elements": _tiled_head.forward_elements(name),
+        "fused_bytes": _tiled_head.fused_bytes(name),
     }
     tokens = min(sizes.tokens, 8192)
     memory = 0.5 * timing.free_bytes(device)

@@ -14,6 +14,7 @@ from torch import Tensor
 from prime_kernels import _backends, _tuning
 from prime_kernels._backends import RowGradient, RowKernels, RowResults
 from prime_kernels._segment_math import result_dtype
+from prime_kernels.ops import _fused_tiles
 from prime_kernels.ops._softcap import cap, slope, through_cap
 
 # Tokens per tile, by device: enough for a product at full speed.
@@ -27,7 +28,7 @@ KEPT_BYTES = {"cpu": 2**27, "cuda": 2**29}
 # Rows of logits start at multiples of 16 bytes: vector loads are possible for any vocabulary, and a tile gives the same
 # bits at any position.
 ALIGNED_COLUMNS = 8
-# Size of tiles over the whole vocabulary. The gradient of the head is summed over them: the fewer the better.
+# Least size of tiles over the whole vocabulary. The gradient of the head is summed over them: the fewer the better.
 FUSED_BYTES = 2**27
 # Rows of a 16-bit product that is added to a float32 sum, by device: enough for full speed, small next to the sum.
 ADDED_ROWS = {"cpu": 2**12, "cuda": 2**14}
@@ -44,8 +45,9 @@ def backward_elements(device_type: str) -> int:
 
 
 def fused_bytes(device_type: str) -> int:
-    """Size of a tile over the whole vocabulary."""
-    return _tuning.tile("fused_bytes", device_type, FUSED_BYTES)
+    """Size of a tile over the whole vocabulary, unless there is too little memory for it."""
+    default = FUSED_BYTES if device_type == "cpu" else _fused_tiles.size_on_gpu(FUSED_BYTES)
+    return _tuning.tile("fused_bytes", device_type, default)
 
 
 class HeadGradients(NamedTuple):
@@ -255,7 +257,9 @@ def loss_gradients(
     ``grad_of(logp, tokens)`` is d loss / d logp of a span of tokens.
     """
     kernels = _backends.rows(backend)
-    tiles = Tiles(hidden, weight, bias, fused_bytes(_kind(hidden)) // hidden.element_size(), whole_rows=True)
+    all_bytes = len(hidden) * len(weight) * hidden.element_size()
+    size = _fused_tiles.fitting(fused_bytes(_kind(hidden)), all_bytes, hidden.device, FUSED_BYTES)
+    tiles = Tiles(hidden, weight, bias, size // hidden.element_size(), whole_rows=True)
     columns = slice(0, len(weight))
     one = tiles.tokens >= len(hidden)
     hidden_sum = Sum(hidden, once=True) if wanted[0] else None
@@ -349,6 +353,8 @@ class Sum:
             torch.mm(a, b, out=at)
         elif a.dtype == torch.float32:
             at.addmm_(a, b)
+        elif _fused_tiles.sums_in_product(_kind(a)):
+            _fused_tiles.add_product(at, a, b)
         else:
             for block in spans(len(a), ADDED_ROWS[_kind(a)]):
                 at[block].add_(a[block] @ b)
