@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from measure import DEVICE, SMALL, compiled, forward_backward, leaf, timed, without_gradients
+from measure import DEVICE, SMALL, backward_alone, compiled, forward_backward, leaf, timed, without_gradients
 
 import prime_kernels as pk
 from prime_kernels._bench import formulas
+from prime_kernels.ops._tiled_head import KEPT_BYTES
 
 TOKENS, WIDTH, VOCABULARY = (8192, 4096, 131072) if DEVICE == "cuda" else (1024, 576, 49152)
 if SMALL:
@@ -145,3 +146,13 @@ def test_memory(benchmark, tokens):
 @pytest.mark.benchmark(group="linear_log_probs, forward and backward")
 def test_backward(benchmark, inputs, way):
     timed(benchmark, forward_backward(lambda: WAYS[way](*inputs), list(inputs[:2])), flops=3 * FLOPS)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.benchmark(group="linear_log_probs, backward alone")
+def test_backward_alone(benchmark, inputs, way):
+    """Two products, and where the kernels do not keep the logits a third that makes them again."""
+    leaves = list(inputs[:2])
+    kept = way in ("eager", "compile") or KEPT_BYTES["cpu" if DEVICE == "cpu" else "cuda"] >= FLOPS // WIDTH
+    call, before = backward_alone(lambda: WAYS[way](*inputs), leaves)
+    timed(benchmark, call, flops=(2 if kept else 3) * FLOPS, before=before)

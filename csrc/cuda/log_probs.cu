@@ -62,7 +62,7 @@ __device__ __forceinline__ int head_of(const T* row, int n_cols) {
   return head < n_cols ? head : n_cols;
 }
 
-// 2^t in one instruction, without the scaling by which exp2f keeps results below 2^-126: next to a sum of at least 1 they
+// 2^t in one instruction, without the scaling by which exp2f keeps results below 2^-126: next to a sum of 1 or more they
 // are nothing.
 __device__ __forceinline__ float power_of_two(float t) {
 #ifdef __CUDA_ARCH__

@@ -24,8 +24,8 @@ def best(device: torch.device, dtype: torch.dtype, sizes: Sizes, seconds: float)
     if backends(device)[0] in _tiled_head.HEAD_KERNELS:
         return {}  # its kernels for whole heads have blocks of their own
     used = {
-        "forward_elements": _tiled_head.FORWARD_ELEMENTS[name],
-        "fused_bytes": _tiled_head.FUSED_BYTES,
+        "forward_elements": _tiled_head.forward_elements(name),
+        "fused_bytes": _tiled_head.fused_bytes(name),
     }
     tokens = min(sizes.tokens, 8192)
     memory = 0.5 * timing.free_bytes(device)

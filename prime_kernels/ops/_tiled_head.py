@@ -17,6 +17,7 @@ from torch import Tensor
 from prime_kernels import _backends, _tuning
 from prime_kernels._backends import HeadGradients, LinearHead, RowGradient, RowResults
 from prime_kernels._segment_math import result_dtype
+from prime_kernels.ops import _fused_tiles
 from prime_kernels.ops._softcap import row_kernels
 
 # Backends with kernels for a whole head. Of the sizes below they use KEPT_BYTES alone.
@@ -25,14 +26,16 @@ HEAD_KERNELS = frozenset({"cpu"})
 TOKENS = {"cpu": 1024, "cuda": 8192}
 # Logits in memory at once, by device. Forward needs them in the cache; backward gains from larger tiles, with fewer
 # roundings of 16-bit partial sums and larger products.
-FORWARD_ELEMENTS = {"cpu": 2**22, "cuda": 2**27}
-BACKWARD_ELEMENTS = {"cpu": 2**24, "cuda": 2**28}
+# On GPUs 8,192 tokens by 16,896 columns: products of 128 x 256 then fill whole waves of an H100's 132 multiprocessors,
+# where 16,384 columns would leave a last wave of four.
+FORWARD_ELEMENTS = {"cpu": 2**22, "cuda": 8192 * 16896}
+BACKWARD_ELEMENTS = {"cpu": 2**24, "cuda": 8192 * 2 * 16896}
 # Logits kept from forward to backward, at most, in bytes, by device.
 KEPT_BYTES = {"cpu": 2**28, "cuda": 2**29}
 # Rows of logits start at multiples of 16 bytes: vector loads are possible for any vocabulary, and a tile gives the same
 # bits at any position.
 ALIGNED_COLUMNS = 8
-# Size of tiles over the whole vocabulary. The gradient of the head is summed over them: the fewer the better.
+# Least size of tiles over the whole vocabulary. The gradient of the head is summed over them: the fewer the better.
 FUSED_BYTES = 2**27
 # Rows of a 16-bit product that is added to a float32 sum, by device: enough for full speed, small next to the sum.
 ADDED_ROWS = {"cpu": 2**12, "cuda": 2**14}
@@ -49,8 +52,9 @@ def backward_elements(device_type: str) -> int:
 
 
 def fused_bytes(device_type: str) -> int:
-    """Size of a tile over the whole vocabulary."""
-    return _tuning.tile("fused_bytes", device_type, FUSED_BYTES)
+    """Size of a tile over the whole vocabulary, unless there is too little memory for it."""
+    default = FUSED_BYTES if device_type == "cpu" else _fused_tiles.size_on_gpu(FUSED_BYTES)
+    return _tuning.tile("fused_bytes", device_type, default)
 
 
 def spans(total: int, size: int) -> Iterator[slice]:
@@ -257,7 +261,10 @@ def loss_gradients(
         return logp, of_head.gradients(head, gradient, wanted, kept)
     hidden, weight, bias = head.hidden, head.weight, head.bias
     kernels = row_kernels(backend, head.softcap)
-    tiles = Tiles(head, fused_bytes(_kind(hidden)) // logits_dtype(head).itemsize, whole_rows=True)
+    itemsize = logits_dtype(head).itemsize
+    all_bytes = len(hidden) * len(weight) * itemsize
+    size = _fused_tiles.fitting(fused_bytes(_kind(hidden)), all_bytes, hidden.device, FUSED_BYTES)
+    tiles = Tiles(head, size // itemsize, whole_rows=True)
     columns = slice(0, len(weight))
     one = tiles.tokens >= len(hidden)
     grad_hidden = Sum(hidden, once=True) if wanted[0] else None
@@ -332,6 +339,8 @@ class Sum:
             torch.mm(a, b, out=at)
         elif a.dtype == torch.float32:
             at.addmm_(a, b)
+        elif _fused_tiles.sums_in_product(_kind(a)):
+            _fused_tiles.add_product(at, a, b)
         else:
             for block in spans(len(a), ADDED_ROWS[_kind(a)]):
                 at[block].add_(a[block] @ b)
