@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 EMULATOR = ROOT / "tests" / "native" / "emulator"
 SOURCES = [
-    *(ROOT / "csrc" / "cuda" / f"{name}.cu" for name in ("losses", "rloo", "segments", "status")),
+    *(ROOT / "csrc" / "cuda" / f"{name}.cu" for name in ("losses", "prefix_loss", "rloo", "segments", "status")),
     *sorted((ROOT / "csrc" / "cpu").glob("*.cpp")),
     ROOT / "csrc" / "bind.cpp",
     EMULATOR / "rest.cpp",
