@@ -228,7 +228,8 @@ void bind_segments(py::module_& m) {
   using Scan = pk_segment_scan_args;
   const std::vector<Member<Scan>> scan = {
       PK_MEMBER(Scan, values), PK_MEMBER(Scan, cu_seqlens), PK_MEMBER(Scan, n_segments), PK_MEMBER(Scan, n_tokens),
-      PK_MEMBER(Scan, gamma),  PK_MEMBER(Scan, dtype),      PK_MEMBER(Scan, reverse),    PK_MEMBER(Scan, out)};
+      PK_MEMBER(Scan, gamma),  PK_MEMBER(Scan, dtype),      PK_MEMBER(Scan, reverse),    PK_MEMBER(Scan, factor),
+      PK_MEMBER(Scan, out)};
   using Sum = pk_segment_sum_args;
   const std::vector<Member<Sum>> sum = {PK_MEMBER(Sum, values), PK_MEMBER(Sum, cu_seqlens), PK_MEMBER(Sum, n_segments),
                                         PK_MEMBER(Sum, n_tokens), PK_MEMBER(Sum, out)};
@@ -317,6 +318,14 @@ void bind_losses(py::module_& m) {
   bind_cpu(m, "ppo_loss", forward + std::vector{PK_INNER(Ppo, tokens, n_threads)}, &pk_cpu_ppo_loss);
   bind_cpu(m, "ppo_loss_backward", backward + std::vector{PK_INNER(Grad, tokens, n_threads)},
            &pk_cpu_ppo_loss_backward);
+  using Prefix = pk_prefix_args;
+  const std::vector<Member<Prefix>> prefix = {
+      PK_MEMBER(Prefix, log_ratio),   PK_MEMBER(Prefix, outcomes), PK_MEMBER(Prefix, cu_seqlens),
+      PK_MEMBER(Prefix, weights),     PK_MEMBER(Prefix, shift),    PK_MEMBER(Prefix, n_tokens),
+      PK_MEMBER(Prefix, n_responses), PK_MEMBER(Prefix, beta),     PK_MEMBER(Prefix, margin),
+      PK_MEMBER(Prefix, scores),      PK_MEMBER(Prefix, slope)};
+  bind_cpu(m, "prefix_loss", prefix + std::vector{PK_MEMBER(Prefix, losses), PK_MEMBER(Prefix, n_threads)},
+           &pk_cpu_prefix_loss);
 #ifdef PK_HAS_CUDA
   bind_cuda(m, "ppo_loss", forward + std::vector{PK_MEMBER(Ppo, sums), PK_MEMBER(Ppo, arrived)}, &pk_cuda_ppo_loss);
   bind_cuda(m, "ppo_loss_backward", backward, &pk_cuda_ppo_loss_backward);
@@ -324,10 +333,14 @@ void bind_losses(py::module_& m) {
   bind_cuda(m, "prm_loss",
             std::vector{PK_MEMBER(Prm, log_ratio), PK_MEMBER(Prm, outcomes), PK_MEMBER(Prm, cu_seqlens),
                         PK_MEMBER(Prm, cu_groups), PK_MEMBER(Prm, n_tokens), PK_MEMBER(Prm, n_responses),
-                        PK_MEMBER(Prm, n_groups), PK_MEMBER(Prm, beta), PK_MEMBER(Prm, kind), PK_MEMBER(Prm, delta),
-                        PK_MEMBER(Prm, slope), PK_MEMBER(Prm, results), PK_MEMBER(Prm, published),
-                        PK_MEMBER(Prm, arrived)},
+                        PK_MEMBER(Prm, n_groups), PK_MEMBER(Prm, weights), PK_MEMBER(Prm, shift), PK_MEMBER(Prm, beta),
+                        PK_MEMBER(Prm, kind), PK_MEMBER(Prm, delta), PK_MEMBER(Prm, slope), PK_MEMBER(Prm, results),
+                        PK_MEMBER(Prm, published), PK_MEMBER(Prm, arrived)},
             &pk_cuda_prm_loss);
+  bind_cuda(m, "prefix_loss",
+            prefix + std::vector{PK_MEMBER(Prefix, cu_groups), PK_MEMBER(Prefix, n_groups), PK_MEMBER(Prefix, results),
+                                 PK_MEMBER(Prefix, published), PK_MEMBER(Prefix, sums), PK_MEMBER(Prefix, arrived)},
+            &pk_cuda_prefix_loss);
 #endif
 }
 
@@ -365,6 +378,7 @@ void bind_constants(py::module_& m) {
   kinds["dpo"] = static_cast<int>(PK_PRM_DPO);
   kinds["kto"] = static_cast<int>(PK_PRM_KTO);
   kinds["nca"] = static_cast<int>(PK_PRM_NCA);
+  kinds["prefix"] = static_cast<int>(PK_PRM_PREFIX);
   m.attr("PRM_KINDS") = kinds;
 }
 

@@ -185,20 +185,43 @@ class PPOResults(NamedTuple):
     """1 / denominator."""
 
 
+class PRMBatch(NamedTuple):
+    """Log-ratios and outcomes of a batch. Without groups the pair accuracy is NaN."""
+
+    log_ratio: Tensor
+    """[T] float32."""
+    outcomes: Tensor
+    """[B] float64."""
+    cu_seqlens: Tensor
+    """[B + 1] int64."""
+    cu_groups: Tensor | None
+    """[G + 1] int64, counted in responses."""
+    weights: Tensor | None
+    """[B] float64, or None for 1: factors of the responses' losses."""
+    shift: Tensor | None
+    """[B] float64, or None for 0: added to the responses' values."""
+
+
 class PRMResults(NamedTuple):
-    """Two float32 scalars and the slope of each response."""
+    """Two float32 scalars and a slope."""
 
     loss: Tensor
     pair_accuracy: Tensor
     slope: Tensor
-    """d loss / d (sum of a response's log-ratios), [B] float64."""
+    """d loss / d (sum of a response's log-ratios), [B] float64; d loss / d (sum up to each token), [T] float32, for
+    prefixes."""
 
 
 class PackedKernels(Protocol):
     """Kernels over packed tokens. Shapes, dtypes and ranges have been checked; offsets are int64."""
 
-    def scan_segments(self, values: Tensor, cu_seqlens: Tensor, gamma: float, reverse: bool) -> Tensor:
-        """y_t = x_t + gamma * y_{t-1}, or y_{t+1} with ``reverse``, in each segment; float32 or float64 [T]."""
+    def scan_segments(
+        self, values: Tensor, cu_seqlens: Tensor, gamma: float, reverse: bool, factor: Tensor | None = None
+    ) -> Tensor:
+        """y_t = x_t + gamma * y_{t-1}, or y_{t+1} with ``reverse``, in each segment; float32 or float64 [T].
+
+        The results are multiplied by ``factor``, a float32 scalar.
+        """
         ...
 
     def sum_segments(self, values: Tensor, cu_segments: Tensor) -> Tensor:
@@ -233,6 +256,10 @@ class PackedKernels(Protocol):
         """d loss / d logp * ``grad``, [T] float32; ``scale`` is that of the forward pass."""
         ...
 
+    def prefix_loss_and_slope(self, batch: PRMBatch, beta: float, margin: float) -> PRMResults:
+        """The loss of every prefix."""
+        ...
+
     def pack_tokens(self, padded: Tensor, cu_seqlens: Tensor, total: int, pad_left: bool) -> Tensor:
         """Tokens [total, W] of padded rows [B, L, W]; with ``pad_left`` the padding comes first."""
         ...
@@ -253,16 +280,8 @@ class GpuPackedKernels(PackedKernels, Protocol):
         """
         ...
 
-    def prm_loss_and_slope(
-        self,
-        log_ratio: Tensor,
-        outcomes: Tensor,
-        cu_seqlens: Tensor,
-        cu_groups: Tensor | None,
-        kind: str,
-        beta: float,
-    ) -> PRMResults:
-        """The loss of float32 log-ratios [T] and float64 outcomes [B]. Without groups the pair accuracy is NaN."""
+    def prm_loss_and_slope(self, batch: PRMBatch, kind: str, beta: float) -> PRMResults:
+        """The loss of whole responses. Weights and shift are given for PRM_BALANCED_KINDS only."""
         ...
 
 

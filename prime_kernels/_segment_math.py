@@ -37,6 +37,34 @@ def leave_one_out(values: Tensor, counted: Tensor, cu_groups: Tensor) -> tuple[T
     return (indexed_total(values, group, groups)[group] - values) / others.clamp(min=1.0), others
 
 
+def ordered_pairs(cu_groups: Tensor, responses: int) -> tuple[Tensor, Tensor]:
+    """Indices (i, j) of every ordered pair of responses that share a group, i = j included."""
+    sizes = cu_groups.diff()
+    group = segment_index(cu_groups, responses)
+    partners = sizes[group]
+    first = torch.repeat_interleave(partners)
+    # The partner's index in the group: the position of the pair minus that of the first pair of i.
+    rank = torch.arange(first.numel(), dtype=torch.int64, device=first.device) - (partners.cumsum(0) - partners)[first]
+    return first, cu_groups[:-1][group][first] + rank
+
+
+def pair_accuracy(scores: Tensor, outcomes: Tensor, counted: Tensor, cu_groups: Tensor) -> Tensor:
+    """Mean over groups of the fraction of pairs i < j in the order of their outcomes, weighted by |a_i - a_j|.
+
+    A group without a pair of different outcomes counts 0.5, and so does a batch without groups.
+    """
+    groups, responses = cu_groups.numel() - 1, scores.numel()
+    first, second = ordered_pairs(cu_groups, responses)
+    gap = (outcomes[first] - outcomes[second]).abs()
+    gap = gap.where((first < second) & counted[first] & counted[second], 0.0)
+    agrees = (scores[first] > scores[second]) == (outcomes[first] > outcomes[second])
+    group = segment_index(cu_groups, responses)[first]
+    weight = indexed_total(gap, group, groups)
+    share = indexed_total(gap * agrees, group, groups) / weight.where(weight > 0, 1.0)
+    share = share.where(weight > 0, 0.5)
+    return share.mean() if groups else torch.full((), 0.5, dtype=torch.float64, device=scores.device)
+
+
 def merge_moments(moments: Tensor) -> Tensor:
     """[3] from [P, 3] float64: count, mean and sum of squares about the mean of a whole, from those of its parts.
 

@@ -14,18 +14,19 @@ template <typename T>
 void scan(const pk_segment_scan_args& args) {
   const T* values = static_cast<const T*>(args.values);
   T* out = static_cast<T*>(args.out);
+  const double factor = args.factor == nullptr ? 1.0 : static_cast<double>(*args.factor);
   for_each_segment(args.cu_seqlens, args.n_segments, args.n_tokens, args.n_threads,
                    [&](int64_t, int64_t begin, int64_t end) {
                      double y = 0.0;
                      if (args.reverse) {
                        for (int64_t t = end; t-- > begin;) {
                          y = values[t] + args.gamma * y;
-                         out[t] = static_cast<T>(y);
+                         out[t] = static_cast<T>(y * factor);
                        }
                      } else {
                        for (int64_t t = begin; t < end; ++t) {
                          y = values[t] + args.gamma * y;
-                         out[t] = static_cast<T>(y);
+                         out[t] = static_cast<T>(y * factor);
                        }
                      }
                    });

@@ -1,6 +1,7 @@
 // PPO and PRM losses, one launch per direction: the last block to arrive computes the results from the blocks' sums,
 // without a host synchronisation.
 
+#include "prm_math.cuh"
 #include "segment_sums.cuh"
 
 namespace pk {
@@ -88,9 +89,6 @@ __global__ void __launch_bounds__(kThreads) ppo_gradient_kernel(pk_ppo_grad_args
   }
 }
 
-__device__ double softplus(double x) { return fmax(x, 0.0) + log1p(exp(-fabs(x))); }
-__device__ double sigmoid(double x) { return x >= 0.0 ? 1.0 / (1.0 + exp(-x)) : exp(x) / (1.0 + exp(x)); }
-
 // The losses of a response and d (sum of losses) / d Delta, both before the division by the number of `terms`.
 struct Terms {
   double loss;
@@ -102,8 +100,9 @@ __device__ Terms response_terms(const pk_prm_args& args, int64_t r, double kl) {
   const double delta = args.delta[r];
   const double outcome = args.outcomes[r];
   if (args.kind == PK_PRM_CE) {
-    const double z = args.beta * delta;
-    return {softplus(z) - z * outcome, args.beta * (sigmoid(z) - outcome), 1.0};
+    const double z = args.beta * delta + (args.shift == nullptr ? 0.0 : args.shift[r]);
+    const double weight = args.weights == nullptr ? 1.0 : args.weights[r];
+    return {weight * (softplus(z) - z * outcome), weight * args.beta * (sigmoid(z) - outcome), 1.0};
   }
   const double sign = outcome > 0.5 ? -1.0 : 1.0;
   const double p = sigmoid(args.beta * sign * (delta - kl));
@@ -136,28 +135,6 @@ __device__ Terms pair_terms(const pk_prm_args& args, int64_t r, const Segment& g
   return all;
 }
 
-// The mean over groups of the share of pairs in the right order, weighted by the difference of their outcomes.
-__device__ double pair_accuracy(const pk_prm_args& args) {
-  const int64_t* cu = args.cu_seqlens;
-  double shares = 0.0;
-  for (int64_t g = threadIdx.x; g < args.n_groups; g += kThreads) {
-    double gaps = 0.0;
-    double agreeing = 0.0;
-    for (int64_t i = args.cu_groups[g]; i < args.cu_groups[g + 1]; ++i) {
-      if (cu[i] == cu[i + 1]) continue;
-      for (int64_t j = i + 1; j < args.cu_groups[g + 1]; ++j) {
-        if (cu[j] == cu[j + 1]) continue;
-        const double gap = fabs(args.outcomes[i] - args.outcomes[j]);
-        gaps += gap;
-        if ((args.delta[i] > args.delta[j]) == (args.outcomes[i] > args.outcomes[j])) agreeing += gap;
-      }
-    }
-    shares += gaps > 0.0 ? agreeing / gaps : 0.5;
-  }
-  shares = block_sum(shares);
-  return args.n_groups > 0 ? shares / static_cast<double>(args.n_groups) : 0.5;
-}
-
 // For one block, after the sums of all responses.
 __device__ void response_losses(const pk_prm_args& args) {
   const int64_t* cu = args.cu_seqlens;
@@ -188,7 +165,8 @@ __device__ void response_losses(const pk_prm_args& args) {
   const double loss = block_sum(all.loss);
   const double terms = fmax(block_sum(all.terms), 1.0);
   for (int64_t r = threadIdx.x; r < args.n_responses; r += kThreads) args.slope[r] /= terms;
-  const double accuracy = args.cu_groups == nullptr ? nan("") : pair_accuracy(args);
+  const OrderedResponses ordered{args.delta, args.outcomes, args.cu_seqlens};
+  const double accuracy = pair_accuracy(ordered, args.cu_groups, args.n_groups);
   if (threadIdx.x == 0) {
     args.results[0] = static_cast<float>(loss / terms);
     args.results[1] = static_cast<float>(accuracy);
@@ -225,5 +203,6 @@ extern "C" int pk_cuda_prm_loss(const pk_prm_args* args, void* stream) {
   using namespace pk;
   if (args == nullptr || args->n_responses < 0 || args->n_tokens < 0) return PK_BAD_ARGUMENT;
   if (args->n_responses == 0 && args->n_tokens > 0) return PK_BAD_ARGUMENT;
+  if (args->kind < PK_PRM_CE || args->kind > PK_PRM_NCA) return PK_BAD_ARGUMENT;
   return launch("prm_kernel", prm_kernel, blocks_for(args->n_tokens), false, stream, *args);
 }

@@ -1,7 +1,6 @@
 // Scans and sums over packed segments; pack and unpack.
 
-#include <cooperative_groups.h>
-
+#include "block_carry.cuh"
 #include "segment_sums.cuh"
 #include "segmented_scan.cuh"
 
@@ -14,37 +13,22 @@ struct Scan {
   T* out;
   Packed packed;
   double gamma;
+  const float* factor;
   Affine<1>* published;
 };
 
-// Publishes each block's map, for which only the segment that is open at the end of its range matters; then scans.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) scan_kernel(Scan<T> scan) {
   const Packed& packed = scan.packed;
   const BlockRange range(packed.tokens, blockIdx.x, gridDim.x);
-  Affine<1> carry{0.0, {}};
-  if (gridDim.x > 1) {
-    double sum = 0.0;
-    double weight = 1.0;
-    if (!range.empty()) {
-      Segment open;
-      open.seek(packed.cu, packed.segments, packed.token(range.end - 1));
-      const bool begins = packed.first(open) >= range.begin;
-      const int64_t from = begins ? packed.first(open) : range.begin;
-      for (int64_t p = from + threadIdx.x; p < range.end; p += kThreads) {
-        sum += power(scan.gamma, range.end - 1 - p) * static_cast<double>(scan.values[packed.token(p)]);
-      }
-      weight = begins ? 0.0 : power(scan.gamma, range.end - range.begin);
-    }
-    sum = block_sum(sum);
-    if (threadIdx.x == 0) scan.published[blockIdx.x] = {weight, {sum}};
-    cooperative_groups::this_grid().sync();
-    carry = carry_into<1>(blockIdx.x, [&](int64_t block) { return scan.published[block]; });
-  }
+  const Affine<1> carry = carry_over_blocks(scan.values, packed, range, scan.gamma, scan.published);
+  const double factor = scan.factor == nullptr ? 1.0 : static_cast<double>(*scan.factor);
   const auto input = [&](int64_t token, const Segment&) {
     return Affine<1>{scan.gamma, {static_cast<double>(scan.values[token])}};
   };
-  const auto store = [&](int64_t token, const Segment&, const double* y) { scan.out[token] = static_cast<T>(y[0]); };
+  const auto store = [&](int64_t token, const Segment&, const double* y) {
+    scan.out[token] = static_cast<T>(y[0] * factor);
+  };
   scan_block<1>(packed, range, carry, input, store);
 }
 
@@ -53,7 +37,8 @@ int launch_scan(const pk_segment_scan_args& args, void* stream) {
   const Packed packed{args.cu_seqlens, args.n_segments, args.n_tokens, args.reverse != 0};
   static_assert(sizeof(Affine<1>) == sizeof(pk_affine));
   auto* published = reinterpret_cast<Affine<1>*>(args.published);
-  const Scan<T> scan{static_cast<const T*>(args.values), static_cast<T*>(args.out), packed, args.gamma, published};
+  const Scan<T> scan{static_cast<const T*>(args.values), static_cast<T*>(args.out), packed,
+                     args.gamma, args.factor, published};
   return launch("scan_kernel", scan_kernel<T>, blocks_for(args.n_tokens), true, stream, scan);
 }
 

@@ -10,12 +10,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from prime_kernels._backends import PPOResults, PPOTokens, PRMResults, RlooBatch, RlooSettings
+from prime_kernels._backends import PPOResults, PPOTokens, PRMBatch, PRMResults, RlooBatch, RlooSettings
 from prime_kernels._constants import NORMALIZE_EPS
 from prime_kernels._launch_counters import arrivals
 from prime_kernels._layout import column, mask_column, offsets_column
 from prime_kernels._native import _C, DTYPES
-from prime_kernels._segment_math import leave_one_out
+from prime_kernels._segment_math import leave_one_out, pair_accuracy
 
 Argument = Tensor | int | float | None
 
@@ -23,7 +23,9 @@ Argument = Tensor | int | float | None
 class CpuKernels:
     """Packed kernels for CPU tensors, on as many threads as torch has."""
 
-    def scan_segments(self, values: Tensor, cu_seqlens: Tensor, gamma: float, reverse: bool) -> Tensor:
+    def scan_segments(
+        self, values: Tensor, cu_seqlens: Tensor, gamma: float, reverse: bool, factor: Tensor | None = None
+    ) -> Tensor:
         values = values.contiguous()
         assert values.dtype in (torch.float32, torch.float64)
         out = torch.empty_like(values)
@@ -37,6 +39,7 @@ class CpuKernels:
             gamma=gamma,
             dtype=DTYPES[values.dtype],
             reverse=reverse,
+            factor=column(factor, torch.float32, 1, values.device),
             out=out,
         )
         return out
@@ -164,6 +167,18 @@ class CpuKernels:
         self._launch("ppo_loss_backward", device, **_ppo(tokens, clip), scale=scale, grad=grad, out=out)
         return out
 
+    def prefix_loss_and_slope(self, batch: PRMBatch, beta: float, margin: float) -> PRMResults:
+        """Sums of a few responses, and their order, are plain PyTorch."""
+        log_ratio, responses = batch.log_ratio, batch.outcomes.numel()
+        losses, scores = torch.empty(2, responses, dtype=torch.float64, device=log_ratio.device)
+        slope = torch.empty(log_ratio.numel(), dtype=torch.float32, device=log_ratio.device)
+        arguments = _prm(batch) | {"beta": beta, "margin": margin, "scores": scores, "slope": slope}
+        self._launch("prefix_loss", log_ratio.device, **arguments, losses=losses)
+        accuracy = torch.full((), torch.nan, device=log_ratio.device)
+        if batch.cu_groups is not None:
+            accuracy = pair_accuracy(scores, batch.outcomes, batch.cu_seqlens.diff() > 0, batch.cu_groups).float()
+        return PRMResults(losses.sum().float(), accuracy, slope)
+
     def pack_tokens(self, padded: Tensor, cu_seqlens: Tensor, total: int, pad_left: bool) -> Tensor:
         rows, length, width = padded.shape
         out = padded.new_empty(total, width)
@@ -255,38 +270,35 @@ class CudaKernels(CpuKernels):
         self._launch("rloo_returns", device, **arguments, with_sums=with_sums, with_returns=True, largest=largest)
         return out, moments[: int(blocks)]
 
-    def prm_loss_and_slope(
-        self,
-        log_ratio: Tensor,
-        outcomes: Tensor,
-        cu_seqlens: Tensor,
-        cu_groups: Tensor | None,
-        kind: str,
-        beta: float,
-    ) -> PRMResults:
-        device, responses = log_ratio.device, outcomes.numel()
+    def prm_loss_and_slope(self, batch: PRMBatch, kind: str, beta: float) -> PRMResults:
+        device, responses = batch.log_ratio.device, batch.outcomes.numel()
         delta, slope = torch.empty(2, responses, dtype=torch.float64, device=device)
+        return self._launch_prm("prm_loss", batch, slope, beta=beta, kind=_C.PRM_KINDS[kind], delta=delta)
+
+    def prefix_loss_and_slope(self, batch: PRMBatch, beta: float, margin: float) -> PRMResults:
+        device, responses = batch.log_ratio.device, batch.outcomes.numel()
+        sums = torch.empty(_C.MAX_BLOCKS, dtype=torch.float64, device=device)
+        scores = torch.empty(responses, dtype=torch.float64, device=device)
+        slope = torch.empty(batch.log_ratio.numel(), dtype=torch.float32, device=device)
+        return self._launch_prm("prefix_loss", batch, slope, beta=beta, margin=margin, scores=scores, sums=sums)
+
+    def _launch_prm(self, kernel: str, batch: PRMBatch, slope: Tensor, **arguments: Argument) -> PRMResults:
+        device = batch.log_ratio.device
         results = torch.empty(2, dtype=torch.float32, device=device)
         self._launch(
-            "prm_loss",
+            kernel,
             device,
             **self._published(device),
             **self._arrived(device),
-            log_ratio=column(log_ratio, torch.float32, log_ratio.numel(), device),
-            outcomes=column(outcomes, torch.float64, responses, device),
-            cu_seqlens=offsets_column(cu_seqlens, device),
-            cu_groups=None if cu_groups is None else offsets_column(cu_groups, device),
-            n_tokens=log_ratio.numel(),
-            n_responses=responses,
-            n_groups=0 if cu_groups is None else cu_groups.numel() - 1,
-            beta=beta,
-            kind=_C.PRM_KINDS[kind],
-            delta=delta,
+            **_prm(batch),
+            **arguments,
+            cu_groups=None if batch.cu_groups is None else offsets_column(batch.cu_groups, device),
+            n_groups=0 if batch.cu_groups is None else batch.cu_groups.numel() - 1,
             slope=slope,
             results=results,
         )
-        loss, pair_accuracy = (each.clone() for each in results)
-        return PRMResults(loss, pair_accuracy, slope)
+        loss, accuracy = (each.clone() for each in results)
+        return PRMResults(loss, accuracy, slope)
 
     def _launch(self, kernel: str, device: torch.device, **arguments: Argument) -> None:
         # A launch goes to the current device, which need not be that of the tensors.
@@ -355,6 +367,19 @@ def _ppo(tokens: PPOTokens, clip: tuple[float, float]) -> dict[str, Argument]:
         "n_tokens": total,
         "clip_low": clip[0],
         "clip_high": clip[1],
+    }
+
+
+def _prm(batch: PRMBatch) -> dict[str, Argument]:
+    total, responses, device = batch.log_ratio.numel(), batch.outcomes.numel(), batch.log_ratio.device
+    return {
+        "log_ratio": column(batch.log_ratio, torch.float32, total, device),
+        "outcomes": column(batch.outcomes, torch.float64, responses, device),
+        "cu_seqlens": offsets_column(batch.cu_seqlens, device),
+        "weights": column(batch.weights, torch.float64, responses, device),
+        "shift": column(batch.shift, torch.float64, responses, device),
+        "n_tokens": total,
+        "n_responses": responses,
     }
 
 

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from prime_kernels._layout import column
 from prime_kernels._triton import interpreted
-from prime_kernels._triton._launch_config import Device, ScanConfig, choose_scan
+from prime_kernels._triton._launch_config import SCAN_TUNING, Device, ScanConfig, ScanTuning, choose_scan
 
 # Kernels index offsets in int32, with room for one loop step beyond the last.
 MAX_SEGMENTS = 2**30
 
 
-def scan_config(total: int, device: torch.device) -> ScanConfig:
-    return choose_scan(total, device_of(device))
+def scan_config(total: int, device: torch.device, tuning: ScanTuning = SCAN_TUNING) -> ScanConfig:
+    return choose_scan(total, device_of(device), tuning)
 
 
 def options(config: ScanConfig) -> dict[str, int]:

@@ -134,6 +134,8 @@ class ScanTuning:
 # Estimated, not yet measured: four or eight tokens per thread give 16-byte loads, and their doubles fit into registers;
 # with fewer than two tiles a program would mostly wait for the others.
 SCAN_TUNING = ScanTuning(block=2048, num_warps=8, tokens_per_program=4096)
+# The losses of prefixes take more registers a token, and spill with twice as many tokens.
+PREFIX_TUNING = ScanTuning(block=1024, num_warps=8, tokens_per_program=4096)
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,13 @@ from prime_kernels._triton._segmented_scan import arrives_last, complete_sums, r
 
 
 @triton.jit
-def _sigmoid(x):
+def sigmoid(x):
     e = tl.exp(-tl.abs(x))
     return tl.where(x >= 0.0, 1.0, e) / (1.0 + e)
 
 
 @triton.jit
-def _softplus(x):
+def softplus(x):
     """log(1 + e^x) with full precision for small e^x: rounding in u - 1 and in log u cancels in their quotient."""
     e = tl.exp(-tl.abs(x))
     u = 1.0 + e
@@ -48,17 +48,30 @@ def _mean_delta(deltas_ptr, outcomes_ptr, cu_ptr, responses, RESPONSES: tl.const
 
 
 @triton.jit
-def _single_terms(delta, outcome, kl, beta, KIND: tl.constexpr):
-    """(loss, slope) of "ce" and "kto", whose losses are per response."""
-    if KIND == "ce":
-        return _softplus(beta * delta) - outcome * beta * delta, beta * (_sigmoid(beta * delta) - outcome)
-    sign = tl.where(outcome > 0.5, -1.0, 1.0).to(tl.float64)
-    p = _sigmoid(sign * beta * (delta - kl))
-    return p, sign * beta * p * _sigmoid(-sign * beta * (delta - kl))
+def balance(weights_ptr, shift_ptr, response, use, WEIGHTED: tl.constexpr, SHIFTED: tl.constexpr):
+    """(weight, shift) of each response, 1 and 0 where they are not given."""
+    weight = tl.full(response.shape, 1.0, tl.float64)
+    shift = tl.zeros(response.shape, tl.float64)
+    if WEIGHTED:
+        weight = tl.load(weights_ptr + response, mask=use, other=0.0)
+    if SHIFTED:
+        shift = tl.load(shift_ptr + response, mask=use, other=0.0)
+    return weight, shift
 
 
 @triton.jit
-def _group_terms(
+def _single_terms(delta, outcome, weight, shift, kl, beta, KIND: tl.constexpr):
+    """(loss, slope) of "ce" and "kto", whose losses are per response."""
+    if KIND == "ce":
+        value = beta * delta + shift
+        return weight * (softplus(value) - outcome * value), weight * beta * (sigmoid(value) - outcome)
+    sign = tl.where(outcome > 0.5, -1.0, 1.0).to(tl.float64)
+    p = sigmoid(sign * beta * (delta - kl))
+    return p, sign * beta * p * sigmoid(-sign * beta * (delta - kl))
+
+
+@triton.jit
+def group_terms(
     deltas_ptr,
     outcomes_ptr,
     cu_ptr,
@@ -98,24 +111,24 @@ def _group_terms(
         partners += pair.to(tl.float64)
         if KIND == "dpo":
             ahead = beta * tl.where(wanted, delta - other_delta, other_delta - delta)
-            loss += tl.where(pair & wanted, _softplus(-ahead), 0.0)
-            slope += tl.where(pair, _sigmoid(-ahead), 0.0)
+            loss += tl.where(pair & wanted, softplus(-ahead), 0.0)
+            slope += tl.where(pair, sigmoid(-ahead), 0.0)
     if KIND == "dpo":
         slope *= tl.where(wanted, -beta, beta)
         pairs = tl.where(wanted, partners, 0.0)
     if KIND == "nca":
         # Each term depends on one response of the pair: it counts once per partner.
-        half = 0.5 * _softplus(beta * delta)
-        lose = 0.5 * beta * _sigmoid(beta * delta)
+        half = 0.5 * softplus(beta * delta)
+        lose = 0.5 * beta * sigmoid(beta * delta)
         some = partners > 0.0
-        loss = tl.where(some, partners * tl.where(wanted, _softplus(-beta * delta) + half, half), 0.0)
-        slope = tl.where(some, partners * tl.where(wanted, lose - beta * _sigmoid(-beta * delta), lose), 0.0)
+        loss = tl.where(some, partners * tl.where(wanted, softplus(-beta * delta) + half, half), 0.0)
+        slope = tl.where(some, partners * tl.where(wanted, lose - beta * sigmoid(-beta * delta), lose), 0.0)
         pairs = tl.where(wanted, partners, 0.0)
     return loss, pairs, slope, weight, agreed
 
 
 @triton.jit
-def _accuracy(groups_ptr, weight_ptr, agreed_ptr, groups, RESPONSES: tl.constexpr):
+def mean_accuracy(groups_ptr, weight_ptr, agreed_ptr, groups, RESPONSES: tl.constexpr):
     """Mean over groups of agreed / weight, 0.5 for a group without pairs of different outcomes."""
     accuracies = tl.zeros([RESPONSES], tl.float64)
     for at in range(0, groups, RESPONSES):
@@ -138,6 +151,8 @@ def _response_losses(
     outcomes_ptr,
     cu_ptr,
     groups_ptr,
+    weights_ptr,
+    shift_ptr,
     deltas_ptr,
     loss_ptr,
     accuracy_ptr,
@@ -147,6 +162,8 @@ def _response_losses(
     beta,
     KIND: tl.constexpr,
     GROUPED: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    SHIFTED: tl.constexpr,
     RESPONSES: tl.constexpr,
 ):
     PAIRED: tl.constexpr = KIND == "dpo" or KIND == "nca"
@@ -161,14 +178,15 @@ def _response_losses(
         response = at + tl.arange(0, RESPONSES)
         inside = response < responses
         if GROUPED:
-            loss, terms, slope, weight, agreed = _group_terms(
+            loss, terms, slope, weight, agreed = group_terms(
                 deltas_ptr, outcomes_ptr, cu_ptr, groups_ptr, response, responses, groups, beta, KIND, RESPONSES
             )
             tl.store(weight_ptr + response, weight, mask=inside)
             tl.store(agreed_ptr + response, agreed, mask=inside)
         if not PAIRED:
             delta, outcome, counted = _response(deltas_ptr, outcomes_ptr, cu_ptr, response, inside)
-            loss, slope = _single_terms(delta, outcome, kl, beta, KIND)
+            factor, shift = balance(weights_ptr, shift_ptr, response, inside, WEIGHTED, SHIFTED)
+            loss, slope = _single_terms(delta, outcome, factor, shift, kl, beta, KIND)
             loss = tl.where(counted, loss, 0.0)
             slope = tl.where(counted, slope, 0.0)
             terms = counted.to(tl.float64)
@@ -183,7 +201,7 @@ def _response_losses(
         slope = tl.load(slope_ptr + response, mask=response < responses, other=0.0)
         tl.store(slope_ptr + response, slope / count, mask=response < responses)
     if GROUPED:
-        accuracy = _accuracy(groups_ptr, weight_ptr, agreed_ptr, groups, RESPONSES)
+        accuracy = mean_accuracy(groups_ptr, weight_ptr, agreed_ptr, groups, RESPONSES)
         tl.store(accuracy_ptr, accuracy.to(tl.float32))
     else:
         tl.store(accuracy_ptr, float("nan"))
@@ -195,6 +213,8 @@ def prm_kernel(
     outcomes_ptr,
     cu_ptr,
     groups_ptr,
+    weights_ptr,
+    shift_ptr,
     loss_ptr,
     accuracy_ptr,
     slope_ptr,
@@ -208,6 +228,8 @@ def prm_kernel(
     beta: tl.float64,
     KIND: tl.constexpr,
     GROUPED: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    SHIFTED: tl.constexpr,
     RESPONSES: tl.constexpr,
     BLOCK: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -220,6 +242,6 @@ def prm_kernel(
             complete_sums(cu_ptr, deltas_ptr, published_ptr, total, responses, tiles, BLOCK, SLOTS)
             tl.debug_barrier()
         _response_losses(
-            outcomes_ptr, cu_ptr, groups_ptr, deltas_ptr, loss_ptr, accuracy_ptr, slope_ptr, responses, groups, beta,
-            KIND, GROUPED, RESPONSES,
+            outcomes_ptr, cu_ptr, groups_ptr, weights_ptr, shift_ptr, deltas_ptr, loss_ptr, accuracy_ptr, slope_ptr,
+            responses, groups, beta, KIND, GROUPED, WEIGHTED, SHIFTED, RESPONSES,
         )  # fmt: skip

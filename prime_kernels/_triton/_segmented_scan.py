@@ -135,6 +135,44 @@ def scan_tile_pair(x, c, fresh, gamma, x_carry, c_carry, BLOCK: tl.constexpr, RE
 
 
 @triton.jit
+def publish_open_sum(
+    values_ptr,
+    cu_ptr,
+    published_ptr,
+    total,
+    segments,
+    tiles,
+    log2_gamma,
+    BLOCK: tl.constexpr,
+    SLOTS: tl.constexpr,
+    REVERSE: tl.constexpr,
+):
+    """Publish the map (w, x) of this program's range, in which only the segment that is open at its end matters."""
+    program = tl.program_id(0)
+    # No program needs the last one's map, and only its range may end within a tile.
+    if program < tl.num_programs(0) - 1:
+        first, end = program_range(program, total, tiles, BLOCK, REVERSE)
+        low, high = segments_of_range(cu_ptr, first, end, segments)
+        count = tl.cdiv(end - first, BLOCK).to(tl.int32)
+        start, stop, fresh = open_part(cu_ptr, first, end, low, high, REVERSE)
+        weights = weights_to_end(log2_gamma, BLOCK, REVERSE)
+        a_tile = power(log2_gamma, tl.full([1], BLOCK, tl.float64))
+        x = tl.zeros([1], tl.float64)
+        skipped = ((start - first) // BLOCK).to(tl.int32)
+        if REVERSE:
+            skipped = count - tl.cdiv(stop - first, BLOCK).to(tl.int32)
+        for number in range(skipped, count):
+            token = tile_start(first, count, number, BLOCK, REVERSE) + tl.arange(0, BLOCK)
+            inside = (token >= start) & (token < stop)
+            value = tl.load(values_ptr + token, mask=inside, other=0.0).to(tl.float64)
+            x = x * a_tile + tl.sum(value * weights, axis=0)
+        w = tl.where(fresh, 0.0, power(log2_gamma, (end - first + tl.zeros([1], tl.int64)).to(tl.float64)))
+        one = tl.arange(0, 1)
+        tl.store(published_ptr + program + one, w)
+        tl.store(published_ptr + SLOTS + program + one, x)
+
+
+@triton.jit
 def carry_in(published_ptr, program, SLOTS: tl.constexpr):
     """The running sum before this program's range, from the maps (w, x) that the programs before it published."""
     slot = tl.arange(0, SLOTS)

@@ -8,16 +8,14 @@ from prime_kernels._triton._segmented_scan import (
     begins,
     carry_in,
     complete_sums,
-    open_part,
-    power,
     program_range,
+    publish_open_sum,
     range_sums,
     scan_tile,
     segment_of,
     segments_of_range,
     tile_start,
     wait_for_all,
-    weights_to_end,
 )
 
 
@@ -25,6 +23,7 @@ from prime_kernels._triton._segmented_scan import (
 def scan_kernel(
     values_ptr,
     cu_ptr,
+    factor_ptr,
     out_ptr,
     published_ptr,
     counter_ptr,
@@ -34,6 +33,7 @@ def scan_kernel(
     gamma: tl.float64,
     log2_gamma: tl.float64,
     REVERSE: tl.constexpr,
+    SCALED: tl.constexpr,
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -46,24 +46,9 @@ def scan_kernel(
     count = tl.cdiv(end - first, BLOCK).to(tl.int32)
     lane = tl.arange(0, BLOCK)
     if FIRST == 0:
-        # No program needs the last one's map, and only its range may end within a tile.
-        if program < tl.num_programs(0) - 1:
-            start, stop, fresh = open_part(cu_ptr, first, end, low, high, REVERSE)
-            weights = weights_to_end(log2_gamma, BLOCK, REVERSE)
-            a_tile = power(log2_gamma, tl.full([1], BLOCK, tl.float64))
-            x = tl.zeros([1], tl.float64)
-            skipped = ((start - first) // BLOCK).to(tl.int32)
-            if REVERSE:
-                skipped = count - tl.cdiv(stop - first, BLOCK).to(tl.int32)
-            for number in range(skipped, count):
-                token = tile_start(first, count, number, BLOCK, REVERSE) + lane
-                inside = (token >= start) & (token < stop)
-                value = tl.load(values_ptr + token, mask=inside, other=0.0).to(tl.float64)
-                x = x * a_tile + tl.sum(value * weights, axis=0)
-            w = tl.where(fresh, 0.0, power(log2_gamma, (end - first + tl.zeros([1], tl.int64)).to(tl.float64)))
-            one = tl.arange(0, 1)
-            tl.store(published_ptr + program + one, w)
-            tl.store(published_ptr + SLOTS + program + one, x)
+        publish_open_sum(
+            values_ptr, cu_ptr, published_ptr, total, segments, tiles, log2_gamma, BLOCK, SLOTS, REVERSE
+        )  # fmt: skip
     if FIRST < LAST:
         wait_for_all(counter_ptr, 1)
     if LAST == 1:
@@ -74,6 +59,8 @@ def scan_kernel(
             value = tl.load(values_ptr + token, mask=inside, other=0.0).to(tl.float64)
             fresh = begins(cu_ptr, token, segment_of(cu_ptr, token, low, high), REVERSE)
             y, carry = scan_tile(value, fresh, gamma, carry, BLOCK, REVERSE)
+            if SCALED:
+                y *= tl.load(factor_ptr).to(tl.float64)
             tl.store(out_ptr + token, y.to(out_ptr.dtype.element_ty), mask=inside)
     if FIRST < LAST:
         arrives_last(counter_ptr, 1)

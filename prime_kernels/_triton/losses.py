@@ -3,13 +3,14 @@
 import torch
 from torch import Tensor
 
-from prime_kernels._backends import PPOResults, PPOTokens, PRMResults
+from prime_kernels._backends import PPOResults, PPOTokens, PRMBatch, PRMResults
 from prime_kernels._constants import PRM_PAIR_KINDS
 from prime_kernels._launch_counters import arrivals
 from prime_kernels._layout import column, mask_column
-from prime_kernels._triton._launch import offsets, on_device, options, scan_config
-from prime_kernels._triton._launch_config import ScanConfig
+from prime_kernels._triton._launch import launch_phases, offsets, on_device, options, scan_config
+from prime_kernels._triton._launch_config import PREFIX_TUNING, ScanConfig
 from prime_kernels._triton._ppo_kernels import ppo_backward_kernel, ppo_forward_kernel
+from prime_kernels._triton._prefix_kernels import prefix_kernel
 from prime_kernels._triton._prm_kernels import prm_kernel
 
 # Sums that each program publishes; responses that the last one processes at once, and scratch columns of each.
@@ -100,52 +101,74 @@ def ppo_gradient(
     return out
 
 
-def prm_loss_and_slope(
-    log_ratio: Tensor,
-    outcomes: Tensor,
-    cu_seqlens: Tensor,
-    cu_groups: Tensor | None,
-    kind: str,
-    beta: float,
-    config: ScanConfig | None = None,
-) -> PRMResults:
-    """(loss, pair accuracy, slope) of [T] float32 log-ratios and [B] float64 outcomes, in one launch.
+def prm_loss_and_slope(batch: PRMBatch, kind: str, beta: float, config: ScanConfig | None = None) -> PRMResults:
+    """(loss, pair accuracy, slope), in one launch: the slope is d loss / d Delta of each response, [B] float64."""
+    assert batch.cu_groups is not None or kind not in PRM_PAIR_KINDS
+    config = config or scan_config(batch.log_ratio.numel(), batch.log_ratio.device)
+    launch = _PRMLaunch(batch, config, rows=2)
+    slope = torch.empty_like(launch.outcomes)
+    with on_device(slope.device):
+        arguments = launch.arguments(slope, beta)
+        prm_kernel[(config.programs,)](*arguments, KIND=kind, **launch.constants, **options(config))
+    return PRMResults(launch.loss, launch.accuracy, slope)
 
-    Two float32 scalars, and d loss / d Delta of each response, [B] float64. Without groups the accuracy is NaN.
-    """
-    total, device = log_ratio.numel(), log_ratio.device
-    assert cu_groups is not None or kind not in PRM_PAIR_KINDS
-    log_ratio, (cu_seqlens, responses) = column(log_ratio, torch.float32, total, device), offsets(cu_seqlens, device)
-    outcomes = column(outcomes, torch.float64, responses, device)
-    grouped = cu_groups is not None
-    cu_groups, groups = (cu_seqlens, 0) if cu_groups is None else offsets(cu_groups, device)
-    config = config or scan_config(total, device)
-    loss, accuracy, slope = log_ratio.new_empty(()), log_ratio.new_empty(()), torch.empty_like(outcomes)
-    deltas = outcomes.new_empty(RESPONSE_COLUMNS, responses)
-    published = outcomes.new_empty(2, config.slots)
-    with on_device(device):
-        prm_kernel[(config.programs,)](
-            log_ratio,
-            outcomes,
-            cu_seqlens,
-            cu_groups,
-            loss,
-            accuracy,
+
+def prefix_loss_and_slope(batch: PRMBatch, beta: float, margin: float, config: ScanConfig | None = None) -> PRMResults:
+    """(loss, pair accuracy, slope), in one launch: the slope is d loss / d (sum up to each token), [T] float32."""
+    config = config or scan_config(batch.log_ratio.numel(), batch.log_ratio.device, PREFIX_TUNING)
+    launch = _PRMLaunch(batch, config, rows=3)
+    slope = torch.empty_like(launch.log_ratio)
+    with on_device(slope.device):
+        arguments = (*launch.arguments(slope, beta), margin)
+        launch_phases(prefix_kernel, config, arguments, 0, 1, **launch.constants)
+    return PRMResults(launch.loss, launch.accuracy, slope)
+
+
+class _PRMLaunch:
+    """What the launches of the PRM losses share: columns of the batch, results and scratch memory."""
+
+    def __init__(self, batch: PRMBatch, config: ScanConfig, rows: int) -> None:
+        total, responses, device = batch.log_ratio.numel(), batch.outcomes.numel(), batch.log_ratio.device
+        self.log_ratio = column(batch.log_ratio, torch.float32, total, device)
+        self.outcomes = column(batch.outcomes, torch.float64, responses, device)
+        self.cu_seqlens, _ = offsets(batch.cu_seqlens, device)
+        # Unused arguments repeat an existing tensor; the kernels do not read them.
+        grouped = batch.cu_groups is not None
+        self.cu_groups, self.groups = (self.cu_seqlens, 0)
+        if batch.cu_groups is not None:
+            self.cu_groups, self.groups = offsets(batch.cu_groups, device)
+        self.weights, self.shift = (column(each, torch.float64, responses, device) for each in batch[4:])
+        self.loss, self.accuracy = self.log_ratio.new_empty(()), self.log_ratio.new_empty(())
+        self.scratch = self.outcomes.new_empty(RESPONSE_COLUMNS, responses)
+        self.published = self.outcomes.new_empty(rows, config.slots)
+        self.tiles = config.tiles
+        self.constants = {
+            "GROUPED": grouped,
+            "WEIGHTED": self.weights is not None,
+            "SHIFTED": self.shift is not None,
+            "RESPONSES": RESPONSES,
+        }
+
+    def arguments(self, slope: Tensor, beta: float) -> tuple[Tensor | float, ...]:
+        return (
+            self.log_ratio,
+            self.outcomes,
+            self.cu_seqlens,
+            self.cu_groups,
+            self.outcomes if self.weights is None else self.weights,
+            self.outcomes if self.shift is None else self.shift,
+            self.loss,
+            self.accuracy,
             slope,
-            deltas,
-            published,
-            arrivals(device),
-            total,
-            responses,
-            groups,
-            config.tiles,
+            self.scratch,
+            self.published,
+            arrivals(slope.device),
+            self.log_ratio.numel(),
+            self.outcomes.numel(),
+            self.groups,
+            self.tiles,
             beta,
-            KIND=kind,
-            GROUPED=grouped,
-            RESPONSES=RESPONSES,
-            **options(config),
         )
-    return PRMResults(loss, accuracy, slope)
 
 
 def _checked(tokens: PPOTokens) -> PPOTokens:

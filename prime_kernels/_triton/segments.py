@@ -11,9 +11,17 @@ from prime_kernels._triton._segments_kernels import fill_kernel, scan_kernel, su
 
 
 def scan_segments(
-    values: Tensor, cu_seqlens: Tensor, gamma: float, reverse: bool, config: ScanConfig | None = None
+    values: Tensor,
+    cu_seqlens: Tensor,
+    gamma: float,
+    reverse: bool,
+    factor: Tensor | None = None,
+    config: ScanConfig | None = None,
 ) -> Tensor:
-    """[T] in the dtype of ``values``, float32 or float64: y = x + gamma * y_before in each segment, in one launch."""
+    """[T] in the dtype of ``values``, float32 or float64: y = x + gamma * y_before in each segment, in one launch.
+
+    The results are multiplied by ``factor``, a float32 scalar.
+    """
     total, device = values.numel(), values.device
     assert values.dtype in (torch.float32, torch.float64)
     values, (cu_seqlens, segments) = column(values, values.dtype, total, device), offsets(cu_seqlens, device)
@@ -24,8 +32,9 @@ def scan_segments(
     published = values.new_empty(2, config.slots, dtype=torch.float64)
     with on_device(device):
         sizes = (total, segments, config.tiles, gamma, log2(gamma))
-        arguments = (values, cu_seqlens, out, published, arrivals(device), *sizes)
-        launch_phases(scan_kernel, config, arguments, 0, 1, REVERSE=reverse)
+        by = values if factor is None else column(factor, torch.float32, 1, device)
+        arguments = (values, cu_seqlens, by, out, published, arrivals(device), *sizes)
+        launch_phases(scan_kernel, config, arguments, 0, 1, REVERSE=reverse, SCALED=factor is not None)
     return out
 
 

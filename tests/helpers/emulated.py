@@ -18,7 +18,10 @@ ROOT = Path(__file__).resolve().parents[2]
 EMULATOR = ROOT / "tests" / "native" / "emulator"
 CPU_SOURCES = [*sorted((ROOT / "csrc" / "cpu").glob("*.cpp")), ROOT / "csrc" / "bind.cpp"]
 SOURCES = [
-    *(ROOT / "csrc" / "cuda" / f"{name}.cu" for name in ("log_probs", "losses", "rloo", "segments", "status")),
+    *(
+        ROOT / "csrc" / "cuda" / f"{name}.cu"
+        for name in ("log_probs", "losses", "prefix_loss", "rloo", "segments", "status")
+    ),
     *CPU_SOURCES,
 ]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]

@@ -86,7 +86,9 @@ def unrolled_loop(kernel):
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
-@pytest.mark.parametrize("op, wide", [("log_probs", True), ("losses", False), ("rloo", False), ("segments", False)])
+@pytest.mark.parametrize(
+    "op, wide", [("log_probs", True), ("losses", False), ("prefix_loss", False), ("rloo", False), ("segments", False)]
+)
 def test_cuda_kernels_keep_to_registers(nvcc, nvdisasm, tmp_path, op, wide, architecture):
     """No spills, no local memory, and 16 bytes a load where a row is read."""
     source, cubin = ROOT / "csrc" / "cuda" / f"{op}.cu", tmp_path / "a.cubin"

@@ -184,6 +184,9 @@ OF_NUMBERS = {
     ),
     "ppo_loss": lambda x, v, o, on: pk.ppo_loss(v, v - 0.3, v, clip_low=x, clip_high=x, backend=on).loss,
     "prm_loss": lambda x, v, o, on: pk.prm_loss(v, o, CU, beta=x, backend=on).loss,
+    "prm_loss of prefixes": lambda x, v, o, on: (
+        pk.prm_loss(v, o, CU, kind="prefix", beta=x, margin=2 * x, weights=o + 1, shift=o - 0.5, backend=on).loss
+    ),
     "log_probs": lambda x, v, o, on: pk.log_probs(v[:50].view(5, 10), CU[:5] % 10, temperature=x, backend=on),
 }
 

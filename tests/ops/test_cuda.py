@@ -50,6 +50,7 @@ OPERATIONS = {
     "rloo": (lambda a: pk.rloo_advantages(a["x"], a["outcomes"], a["cu"], a["groups"]), None, False),
     "ppo_loss": (lambda a: pk.ppo_loss(a["x"], a["y"], a["y"], mask=a["mask"])[:1], "x", False),
     "prm_loss ce": (lambda a: pk.prm_loss(a["x"], a["outcomes"], a["cu"])[:1], "x", False),
+    "prm_loss prefix": (lambda a: pk.prm_loss(a["x"], a["outcomes"], a["cu"], kind="prefix")[:1], "x", False),
     "prm_loss dpo": (
         lambda a: pk.prm_loss(a["x"], a["outcomes"], a["cu"], cu_groups=a["groups"], kind="dpo")[:1],
         "x",

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import prime_kernels as pk
 from prime_kernels import _selftest
 
 CASES = _selftest._cases(torch.Generator().manual_seed(0), "cpu")
@@ -64,3 +65,19 @@ def test_a_graph_that_is_not_differentiated_is_no_error(op, backend):
     results = CASES[op][0](backend, plain, *leaves[1:])
     sum(each.double().sum() for each in results if each.requires_grad).backward()
     assert torch.equal(made.detach(), plain.grad)
+
+
+def test_prefix_loss_refuses_second_derivatives(backend):
+    """Though the other kinds of "prm_loss" have them on CPUs."""
+    outcomes, cu = torch.tensor([1.0, 0.0]), torch.tensor([0, 3, 5])
+    x = torch.randn(5, requires_grad=True)
+
+    def run(y):
+        return pk.prm_loss(y, outcomes, cu, kind="prefix", beta=1.0, margin=0.5, backend=backend).loss
+
+    if backend == "eager":
+        assert torch.autograd.gradgradcheck(run, x.detach().double().requires_grad_())
+    else:
+        (made,) = torch.autograd.grad(run(x), x, create_graph=True)
+        with pytest.raises(RuntimeError, match=r"prm_loss: expected a first derivative, got a second one"):
+            (made.sum() + x.square().sum()).backward()

@@ -8,7 +8,7 @@ from helpers.support import offsets
 
 import prime_kernels as pk
 
-NAN = float("nan")
+NAN, INF = float("nan"), float("inf")
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -123,7 +123,7 @@ def ppo_loss(backend=None, **changed):
 
 def prm_loss(backend=None, **changed):
     a = tensors() | changed
-    options = {k: v for k, v in changed.items() if k in ("kind", "beta")}
+    options = {k: v for k, v in changed.items() if k in ("kind", "beta", "margin", "weights", "shift")}
     return pk.prm_loss(a["values"], a["outcomes"], a["cu"], cu_groups=a["groups"], backend=backend, **options)
 
 
@@ -245,8 +245,22 @@ CASES = [
     (prm_loss, {"outcomes": t(1.0)}, ValueError, "outcomes: expected shape [3]", "[1]"),
     (prm_loss, {"groups": t(0, 4)}, ValueError, "cu_groups: expected to end at 3 responses", "got 4"),
     (prm_loss, {"groups": None, "kind": "dpo"}, ValueError, "cu_groups: expected the offsets of prompt groups", "None"),
-    (prm_loss, {"kind": "mse"}, ValueError, "kind: expected one of 'ce', 'dpo', 'kto', 'nca'", "got 'mse'"),
+    (prm_loss, {"kind": "mse"}, ValueError, "kind: expected one of 'ce', 'dpo', 'kto', 'nca', 'prefix'", "got 'mse'"),
     (prm_loss, {"beta": 0.0}, ValueError, "beta: expected a finite number in (0, inf)", "got 0.0"),
+    (prm_loss, {"margin": -1.0}, ValueError, "margin: expected a finite number in [0, inf)", "got -1.0"),
+    (prm_loss, {"weights": t(1.0, 2.0)}, ValueError, "weights: expected shape [3] as of outcomes", "[2]"),
+    (prm_loss, {"weights": t(1.0, NAN, 1.0)}, ValueError, "weights: expected finite values", "got nan at [1]"),
+    (prm_loss, {"shift": t(1, 2, 3)}, TypeError, "shift: expected dtype float32", "int64"),
+    (prm_loss, {"shift": t(0.0, 0.0, -INF)}, ValueError, "shift: expected finite values", "got -inf at [2]"),
+    (prm_loss, {"shift": torch.zeros(3, **META)}, ValueError, "shift: expected device cpu as of outcomes", "meta"),
+    (prm_loss, {"shift": torch.zeros(3), "kind": "dpo"}, ValueError, "shift: expected None for kind='dpo'", "a tensor"),
+    (
+        prm_loss,
+        {"weights": torch.ones(3), "kind": "kto"},
+        ValueError,
+        "weights: expected None for kind='kto'",
+        "tensor",
+    ),
 ]
 OPERATIONS = sorted({case[0] for case in CASES}, key=lambda call: call.__name__)
 

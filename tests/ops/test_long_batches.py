@@ -125,11 +125,17 @@ def test_ppo_loss(backend, batch, masked, weighted, denominator):
         assert_close("grad.float32", got, want, extent=float(want.abs().max()))
 
 
-@pytest.mark.parametrize("kind", ["ce", "dpo", "kto", "nca"])
-def test_prm_loss(backend, batch, kind):
+@pytest.mark.parametrize(
+    "kind, balanced",
+    [("ce", False), ("ce", True), ("dpo", False), ("kto", False), ("nca", False), ("prefix", False), ("prefix", True)],
+)
+def test_prm_loss(backend, batch, kind, balanced):
+    outcomes = batch["outcomes"]
+    options = {"weights": 1.5 - outcomes, "shift": outcomes - 0.5} if balanced else {}
+    options |= {"kind": kind, "beta": 3.0 if kind == "prefix" else 0.05, "margin": 0.5, "cu_groups": batch["groups"]}
+
     def call(x, where):
-        tensors = (x, batch["outcomes"], batch["cu"])
-        return pk.prm_loss(*tensors, cu_groups=batch["groups"], kind=kind, beta=0.05, backend=where)
+        return pk.prm_loss(x, outcomes, batch["cu"], backend=where, **options)
 
     for got, want in both(call, batch["x"], torch.tensor(1.3), backend):
         assert_close("sums", got, want)
@@ -140,11 +146,12 @@ def test_the_same_bits_again(backend, batch):
         x = batch["x"].clone().requires_grad_()
         columns = (batch["outcomes"], batch["cu"], batch["groups"])
         loss = pk.prm_loss(x, batch["outcomes"], batch["cu"], cu_groups=batch["groups"], kind="nca", backend=backend)
+        prefix = pk.prm_loss(x, batch["outcomes"], batch["cu"], kind="prefix", backend=backend)
         ppo = pk.ppo_loss(x, batch["old"], batch["upstream"], mask=batch["mask"], backend=backend)
-        (loss.loss + ppo.loss).backward()
+        (loss.loss + prefix.loss + ppo.loss).backward()
         rloo = pk.rloo_advantages(batch["x"], *columns, gamma_process=0.9, backend=backend)
         scan = pk.segment_scan(batch["x"], batch["cu"], gamma=0.9, backend=backend)
-        return [*rloo, scan, x.grad, loss.loss.detach(), ppo.loss.detach()]
+        return [*rloo, scan, x.grad, loss.loss.detach(), prefix.loss.detach(), ppo.loss.detach()]
 
     first = run()
     for _ in range(2):

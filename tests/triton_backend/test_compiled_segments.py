@@ -13,7 +13,8 @@ from prime_kernels._triton import _ppo_kernels as ppo
 from prime_kernels._triton import _rloo_kernels as rloo
 from prime_kernels._triton import _segments_kernels as segments
 from prime_kernels._triton._check_kernels import check_rloo_kernel
-from prime_kernels._triton._launch_config import Device, choose_pack, choose_scan
+from prime_kernels._triton._launch_config import PREFIX_TUNING, Device, choose_pack, choose_scan
+from prime_kernels._triton._prefix_kernels import prefix_kernel
 from prime_kernels._triton._prm_kernels import prm_kernel
 from prime_kernels._triton.losses import RESPONSES
 from prime_kernels._triton.rloo import CHECKED, ROWS
@@ -24,13 +25,13 @@ SCAN_TUNING = {"BLOCK": CONFIG.block, "SLOTS": CONFIG.slots}
 REGISTERS = 65536
 
 FLOATS = "values out logp old advantages weights grad log_ratio rewards returns loss accuracy clip_fraction approx_kl"
-DOUBLES = "published sums factor denominator scale outcomes slope deltas stats columns largest"
+DOUBLES = "published sums factor denominator scale outcomes slope deltas scores shift stats columns largest"
 TYPES = {f"{name}_ptr": "*fp32" for name in FLOATS.split()} | {f"{name}_ptr": "*fp64" for name in DOUBLES.split()}
 TYPES |= {"mask_ptr": "*u8", "counter_ptr": "*i32", "cu_ptr": "*i64", "groups_ptr": "*i64"}
 TYPES |= {name: "i64" for name in ("total", "places", "length", "fill")}
 TYPES |= {name: "i32" for name in ("segments", "responses", "groups", "tiles", "rows", "width")}
 TYPES |= {name: "fp64" for name in ("gamma", "log2_gamma", "gamma_process", "log2_gamma_process", "log2_gamma_outcome")}
-TYPES |= {name: "fp64" for name in ("process_coef", "outcome_coef", "beta", "denominator")} | {
+TYPES |= {name: "fp64" for name in ("process_coef", "outcome_coef", "beta", "margin", "denominator")} | {
     "low": "fp32",
     "high": "fp32",
 }
@@ -54,8 +55,8 @@ def barriers(sass):
 
 @pytest.mark.parametrize("dtype, reverse", [("*fp32", False), ("*fp32", True), ("*fp64", True)])
 def test_scan(capability, dtype, reverse, tmp_path):
-    constants = SCAN_TUNING | {"REVERSE": reverse, "FIRST": 0, "LAST": 1}
-    types = {"values_ptr": dtype, "out_ptr": dtype}
+    constants = SCAN_TUNING | {"REVERSE": reverse, "SCALED": reverse, "FIRST": 0, "LAST": 1}
+    types = {"values_ptr": dtype, "out_ptr": dtype, "factor_ptr": "*fp32"}
     assert barriers(compiled(segments.scan_kernel, constants, capability, tmp_path, types)) == 2
 
 
@@ -95,8 +96,18 @@ def test_ppo(capability, denominator, tmp_path):
 
 @pytest.mark.parametrize("kind, grouped", [("ce", False), ("kto", True), ("dpo", True), ("nca", True)])
 def test_prm(capability, kind, grouped, tmp_path):
-    constants = SCAN_TUNING | {"KIND": kind, "GROUPED": grouped, "RESPONSES": RESPONSES}
-    assert barriers(compiled(prm_kernel, constants, capability, tmp_path)) == 1
+    balanced = {"WEIGHTED": kind == "ce", "SHIFTED": kind == "ce"}
+    constants = SCAN_TUNING | balanced | {"KIND": kind, "GROUPED": grouped, "RESPONSES": RESPONSES}
+    types = {"weights_ptr": "*fp64"}
+    assert barriers(compiled(prm_kernel, constants, capability, tmp_path, types)) == 1
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_prefix(capability, balanced, tmp_path):
+    constants = {"GROUPED": True, "WEIGHTED": balanced, "SHIFTED": balanced, "RESPONSES": RESPONSES}
+    constants |= SCAN_TUNING | {"BLOCK": PREFIX_TUNING.block, "FIRST": 0, "LAST": 1}
+    types = {"slope_ptr": "*fp32", "weights_ptr": "*fp64"}
+    assert barriers(compiled(prefix_kernel, constants, capability, tmp_path, types)) == 2
 
 
 @pytest.mark.parametrize("kind, width", [("*i16", 4096), ("*i64", 1)])

@@ -27,6 +27,7 @@ def operations(x: Tensor, ids: Tensor, cu: Tensor, flag: bool) -> None:
     assert_type(pk.rloo_advantages(None, x, cu, cu).advantages, Tensor)
     assert_type(pk.ppo_loss(x, x, x, clip_high=0.3).clip_fraction, Tensor)
     assert_type(pk.prm_loss(x, x, cu, kind="dpo").pair_accuracy, Tensor)
+    assert_type(pk.prm_loss(x, x, cu, kind="prefix", beta=10.0, margin=5.0, weights=x, shift=x).loss, Tensor)
     assert_type(pk.available_backends(), dict[str, str | None])
     with pk.use_backend("eager"):
         pass

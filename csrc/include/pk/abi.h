@@ -27,7 +27,13 @@ typedef enum pk_dtype {
 #define PK_WHITEN_EPS 1e-8     // advantages are divided by sqrt(variance + this)
 #define PK_MAX_LOG_RHO 20.0    // PPO ratios are clamped to e^20, beyond which they have no gradient
 
-typedef enum pk_prm_kind { PK_PRM_CE = 0, PK_PRM_DPO = 1, PK_PRM_KTO = 2, PK_PRM_NCA = 3 } pk_prm_kind;
+typedef enum pk_prm_kind {
+  PK_PRM_CE = 0,
+  PK_PRM_DPO = 1,
+  PK_PRM_KTO = 2,
+  PK_PRM_NCA = 3,
+  PK_PRM_PREFIX = 4,  // of every token, in pk_*_prefix_loss
+} pk_prm_kind;
 
 enum { PK_MAX_MODELS = 3 };
 
@@ -131,7 +137,8 @@ typedef struct pk_segment_scan_args {
   double gamma;
   int32_t dtype;    // PK_FLOAT32 or PK_FLOAT64
   int32_t reverse;  // not 0: from the last token of each segment to the first
-  void* out;        // [n_tokens]; may be the values themselves
+  const float* factor;  // one number that all results are multiplied by, or null for 1
+  void* out;            // [n_tokens]; may be the values themselves
   int32_t n_threads;     // CPU
   pk_affine* published;  // CUDA: [PK_MAX_BLOCKS]
 } pk_segment_scan_args;
@@ -290,6 +297,8 @@ typedef struct pk_prm_args {
   int64_t n_tokens;
   int64_t n_responses;
   int64_t n_groups;
+  const double* weights;  // [n_responses] or null for 1: factors of the responses' losses; only with PK_PRM_CE
+  const double* shift;    // [n_responses] or null for 0: added to beta * delta; only with PK_PRM_CE
   double beta;
   int32_t kind;          // pk_prm_kind
   double* delta;         // [n_responses]: sums of log-ratios, scratch
@@ -298,6 +307,29 @@ typedef struct pk_prm_args {
   pk_affine* published;  // [PK_MAX_BLOCKS]
   uint32_t* arrived;
 } pk_prm_args;
+
+// The loss of every prefix of a response, whose value is beta * (mean of the log-ratios so far) + shift.
+typedef struct pk_prefix_args {
+  const float* log_ratio;     // [n_tokens]
+  const double* outcomes;     // [n_responses]
+  const int64_t* cu_seqlens;  // [n_responses + 1]
+  const int64_t* cu_groups;   // CUDA: [n_groups + 1] or null
+  const double* weights;      // [n_responses] or null for 1
+  const double* shift;        // [n_responses] or null for 0
+  int64_t n_tokens;
+  int64_t n_responses;
+  int64_t n_groups;  // CUDA
+  double beta;
+  double margin;
+  double* scores;        // [n_responses]: mean log-ratio of each response that has tokens
+  float* slope;          // [n_tokens]: d loss / d (sum of the log-ratios so far)
+  double* losses;        // CPU: [n_responses], the summands of the loss
+  float* results;        // CUDA: [2], as in pk_prm_args
+  pk_affine* published;  // CUDA: [PK_MAX_BLOCKS]
+  double* sums;          // CUDA: [PK_MAX_BLOCKS]
+  uint32_t* arrived;     // CUDA
+  int32_t n_threads;     // CPU
+} pk_prefix_args;
 
 int pk_cpu_log_probs_forward(const pk_log_probs_args* args);
 int pk_cpu_log_probs_backward(const pk_log_probs_grad_args* args);
@@ -314,6 +346,7 @@ int pk_cpu_rloo_returns(const pk_rloo_returns_args* args);
 int pk_cpu_whiten(const pk_whiten_args* args);
 int pk_cpu_ppo_loss(const pk_ppo_args* args);
 int pk_cpu_ppo_loss_backward(const pk_ppo_grad_args* args);
+int pk_cpu_prefix_loss(const pk_prefix_args* args);
 
 // `stream` is a cudaStream_t. The launch is asynchronous, and all addresses are device addresses unless noted.
 int pk_cuda_log_probs_forward(const pk_log_probs_args* args, void* stream);
@@ -329,6 +362,7 @@ int pk_cuda_whiten(const pk_whiten_args* args, void* stream);
 int pk_cuda_ppo_loss(const pk_ppo_args* args, void* stream);
 int pk_cuda_ppo_loss_backward(const pk_ppo_grad_args* args, void* stream);
 int pk_cuda_prm_loss(const pk_prm_args* args, void* stream);
+int pk_cuda_prefix_loss(const pk_prefix_args* args, void* stream);
 
 // After PK_CUDA_ERROR, in the same thread: which launch failed and cudaGetErrorString of its error.
 const char* pk_cuda_error(void);

@@ -7,10 +7,10 @@ import torch
 from helpers.support import assert_close, offsets
 
 import prime_kernels as pk
-from prime_kernels._backends import PPOTokens
-from prime_kernels._constants import PRM_KINDS
+from prime_kernels._backends import PPOTokens, PRMBatch
+from prime_kernels._constants import PRM_BALANCED_KINDS, PRM_KINDS
 from prime_kernels._triton import losses as kernels
-from prime_kernels._triton.segments import fill_segments
+from prime_kernels._triton.segments import fill_segments, scan_segments
 from prime_kernels.ops import ppo_loss
 
 TOTAL = 67
@@ -98,17 +98,26 @@ LENGTHS = [0, 3, 0, 17, 1, 1, 30, 0, 9, 6]
 GROUPS = [1, 0, 4, 5]
 
 
-def prm_check(log_ratio, outcomes, lengths, groups, kind, beta, config):
+def prm_check(log_ratio, outcomes, lengths, groups, kind, beta, config, weights=None, shift=None):
     cu, cu_groups = offsets(lengths), None if groups is None else offsets(groups)
     leaf = log_ratio.double().requires_grad_()
-    want = pk.prm_loss(leaf, outcomes, cu, cu_groups=cu_groups, kind=kind, beta=beta, backend="eager")
-    loss, accuracy, slope = kernels.prm_loss_and_slope(log_ratio, outcomes, cu, cu_groups, kind, beta, config)
+    options = {"weights": weights, "shift": shift, "margin": 0.3}
+    want = pk.prm_loss(leaf, outcomes, cu, cu_groups=cu_groups, kind=kind, beta=beta, backend="eager", **options)
+    batch = PRMBatch(log_ratio, outcomes, cu, cu_groups, weights, shift)
+    if kind == "prefix":
+        loss, accuracy, slope = kernels.prefix_loss_and_slope(batch, beta, 0.3, config)
+    else:
+        loss, accuracy, slope = kernels.prm_loss_and_slope(batch, kind, beta, config)
     assert loss.shape == accuracy.shape == () and loss.dtype == accuracy.dtype == torch.float32
     assert_close("golden", loss, want.loss)
     assert_close("golden", accuracy, want.pair_accuracy)
     gradient = torch.autograd.grad(want.loss, leaf)[0]
-    assert slope.dtype == torch.float64 and (slope[torch.tensor(lengths) == 0] == 0.0).all()
-    got = fill_segments(slope, cu, log_ratio.numel(), None, config)
+    if kind == "prefix":
+        assert slope.dtype == torch.float32
+        got = scan_segments(slope, cu, 1.0, True, torch.tensor(2.0), config) / 2
+    else:
+        assert slope.dtype == torch.float64 and (slope[torch.tensor(lengths) == 0] == 0.0).all()
+        got = fill_segments(slope, cu, log_ratio.numel(), None, config)
     assert_close("grad.float32", got, gradient)
 
 
@@ -125,7 +134,15 @@ def test_prm(kind, soft, cut):
         prm_check(log_ratio, outcomes, LENGTHS, GROUPS, kind, beta, cut(TOTAL))
 
 
-@pytest.mark.parametrize("kind", ["ce", "kto"])
+@pytest.mark.parametrize("weighted, shifted", [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("kind", PRM_BALANCED_KINDS)
+def test_prm_balanced(kind, weighted, shifted, cut):
+    log_ratio, (outcomes, weights, shift) = torch.randn(TOTAL), torch.rand(3, len(LENGTHS), dtype=torch.float64)
+    balance = (weights if weighted else None, 4 * shift - 2 if shifted else None)
+    prm_check(log_ratio, outcomes, LENGTHS, GROUPS, kind, 0.7, cut(TOTAL), *balance)
+
+
+@pytest.mark.parametrize("kind", ["ce", "kto", "prefix"])
 def test_prm_without_groups(kind, cut):
     log_ratio, outcomes = torch.randn(TOTAL) + 1.0, torch.rand(len(LENGTHS), dtype=torch.float64)
     prm_check(log_ratio, outcomes, LENGTHS, None, kind, 0.5, cut(TOTAL))
@@ -138,7 +155,7 @@ def test_prm_of_little(kind, lengths, groups, cut):
     prm_check(log_ratio, outcomes, lengths, groups, kind, 0.05, cut(sum(lengths)))
 
 
-@pytest.mark.parametrize("kind", ["ce", "dpo"])
+@pytest.mark.parametrize("kind", ["ce", "dpo", "prefix"])
 def test_prm_of_more_responses_than_a_block(kind):
     lengths, groups = [index % 3 for index in range(600)], [9] * 66 + [6]
     log_ratio, outcomes = torch.randn(sum(lengths)), (torch.rand(600) < 0.5).double()
@@ -156,22 +173,21 @@ def test_prm_of_extreme_sums(cut):
 def test_prm_nan_leaves_slopes_of_others(cut):
     log_ratio, outcomes = torch.randn(TOTAL), torch.tensor([0.0, 1.0] * 5, dtype=torch.float64)
     log_ratio[-1] = math.nan
-    loss, _, slope = kernels.prm_loss_and_slope(log_ratio, outcomes, offsets(LENGTHS), None, "ce", 0.05, cut(TOTAL))
+    batch = PRMBatch(log_ratio, outcomes, offsets(LENGTHS), None, None, None)
+    loss, _, slope = kernels.prm_loss_and_slope(batch, "ce", 0.05, cut(TOTAL))
     assert loss.isnan() and slope.isnan().nonzero().tolist() == [[9]]
+    loss, _, slope = kernels.prefix_loss_and_slope(batch, 0.05, 5.0, cut(TOTAL))
+    assert loss.isnan() and slope.isnan().nonzero().tolist() == [[TOTAL - 1]]
 
 
 def test_bits_do_not_change(cut):
     columns, config = tokens(), cut(TOTAL)
     first, second = (kernels.ppo_loss_and_scale(PPOTokens(*columns, None), CLIP, None, config) for _ in range(2))
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
-    arguments = (
-        columns[0],
-        torch.rand(10, dtype=torch.float64),
-        offsets(LENGTHS),
-        offsets(GROUPS),
-        "dpo",
-        0.05,
-        config,
-    )
-    first, second = (kernels.prm_loss_and_slope(*arguments) for _ in range(2))
-    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+    outcomes = torch.rand(10, dtype=torch.float64)
+    batch = PRMBatch(columns[0], outcomes, offsets(LENGTHS), offsets(GROUPS), None, None)
+    for run in (
+        lambda: kernels.prm_loss_and_slope(batch, "dpo", 0.05, config),
+        lambda: kernels.prefix_loss_and_slope(batch, 1.0, 0.5, config),
+    ):
+        assert all(torch.equal(one, other) for one, other in zip(run(), run(), strict=True))

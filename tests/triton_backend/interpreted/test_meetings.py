@@ -14,7 +14,7 @@ from helpers.support import offsets
 from triton.runtime import interpreter
 
 from prime_kernels import _launch_counters
-from prime_kernels._backends import PPOTokens, RlooBatch, RlooSettings
+from prime_kernels._backends import PPOTokens, PRMBatch, RlooBatch, RlooSettings
 from prime_kernels._triton import _launch, rloo, segments
 from prime_kernels._triton import losses as loss_kernels
 
@@ -38,7 +38,9 @@ def returns(config, **options):
 
 def scans(config):
     torch.manual_seed(2)
-    return [segments.scan_segments(torch.randn(TOTAL), offsets(LENGTHS), 0.9, way, config) for way in (False, True)]
+    return [
+        segments.scan_segments(torch.randn(TOTAL), offsets(LENGTHS), 0.9, way, None, config) for way in (False, True)
+    ]
 
 
 def sums(config):
@@ -51,8 +53,15 @@ def losses(config):
     tokens = PPOTokens(*(torch.randn(TOTAL) for _ in range(3)), weights=None, mask=None)
     outcomes = torch.rand(len(LENGTHS), dtype=torch.float64)
     ppo = loss_kernels.ppo_loss_and_scale(tokens, (0.2, 0.2), None, config)
-    prm = loss_kernels.prm_loss_and_slope(tokens.logp, outcomes, offsets(LENGTHS), offsets(GROUPS), "dpo", 0.5, config)
-    return [*ppo, *prm]
+    batch = PRMBatch(tokens.logp, outcomes, offsets(LENGTHS), offsets(GROUPS), None, None)
+    return [*ppo, *loss_kernels.prm_loss_and_slope(batch, "dpo", 0.5, config), *prefixes(config)]
+
+
+def prefixes(config):
+    torch.manual_seed(5)
+    log_ratio, outcomes = torch.randn(TOTAL), torch.rand(len(LENGTHS), dtype=torch.float64)
+    batch = PRMBatch(log_ratio, outcomes, offsets(LENGTHS), offsets(GROUPS), outcomes + 0.5, None)
+    return loss_kernels.prefix_loss_and_slope(batch, 2.0, 0.5, config)
 
 
 def same_bits(one, other):
@@ -122,11 +131,12 @@ def run_at_once(kernel, config, arguments, first, last, **constants):
     "run, options, launches",
     [
         (scans, {}, 2),
+        (prefixes, {}, 1),
         (returns, {}, 1),
         (returns, {"over_ranks": lambda largest: largest.mul_(1.5)}, 2),
         (returns, {"normalize_process": False, "process_baseline": "paper"}, 1),
     ],
-    ids=["two scans", "returns", "returns over ranks", "returns not normalised"],
+    ids=["two scans", "losses of prefixes", "returns", "returns over ranks", "returns not normalised"],
 )
 def test_programs_at_once(run, options, launches, cut, counters, monkeypatch):
     want = run(cut(TOTAL), **options)
@@ -136,7 +146,7 @@ def test_programs_at_once(run, options, launches, cut, counters, monkeypatch):
         seen.append(kernel)
         run_at_once(kernel, *arguments, **constants)
 
-    for module in (segments, rloo):
+    for module in (segments, rloo, loss_kernels):
         monkeypatch.setattr(module, "launch_phases", launch)
     assert cut(TOTAL).programs == PROGRAMS
     assert same_bits(run(cut(TOTAL), **options), want) and len(seen) == launches

@@ -27,7 +27,7 @@ both_directions = pytest.mark.parametrize("reverse", [False, True], ids=["forwar
 def test_scan(lengths, reverse, cut):
     values, cu = torch.randn(sum(lengths)), offsets(lengths)
     for gamma, programs in ((1.0, 5), (0.95, 5), (0.95, 1)):
-        got = kernels.scan_segments(values, cu, gamma, reverse, cut(values.numel(), programs))
+        got = kernels.scan_segments(values, cu, gamma, reverse, None, cut(values.numel(), programs))
         want = segment_scan.reference(values.double(), cu, gamma, reverse)
         assert got.dtype == torch.float32
         assert_close("sums", got, want)
@@ -37,7 +37,7 @@ def test_scan(lengths, reverse, cut):
 def test_scan_of_float64(reverse, cut):
     values, cu = torch.randn(67, dtype=torch.float64), offsets(LENGTHS["straddling"])
     for gamma in (0.7, 0.0, 1e-200):
-        got = kernels.scan_segments(values, cu, gamma, reverse, cut(67))
+        got = kernels.scan_segments(values, cu, gamma, reverse, None, cut(67))
         assert got.dtype == torch.float64
         assert_close("float64", got, segment_scan.reference(values, cu, gamma, reverse))
 
@@ -45,7 +45,7 @@ def test_scan_of_float64(reverse, cut):
 @both_directions
 def test_scan_of_whole_tiles_and_of_strides(reverse, cut):
     values, cu = torch.randn(80)[::2], offsets([15, 25])
-    got = kernels.scan_segments(values, cu, 0.9, reverse, cut(40))
+    got = kernels.scan_segments(values, cu, 0.9, reverse, None, cut(40))
     assert_close("sums", got, segment_scan.reference(values.double(), cu, 0.9, reverse))
 
 
@@ -54,13 +54,13 @@ def test_bad_values_stay_in_their_segment(cut):
     """Wherever the segment lies: in the midst of a tile, over several shares, at the edges of both."""
     lengths = [3, 21, 8, 1, 34]
     values, cu, config = torch.randn(67), offsets(lengths), cut(67)
-    wanted = [kernels.scan_segments(values, cu, 0.9, reverse, config).split(lengths) for reverse in (False, True)]
+    wanted = [kernels.scan_segments(values, cu, 0.9, reverse, None, config).split(lengths) for reverse in (False, True)]
     for segment, bad in enumerate([math.nan, math.inf, math.nan, math.inf, math.nan]):
         broken = values.clone()
         broken[int(cu[segment]) + lengths[segment] // 2] = bad
         others = [number != segment for number in range(len(lengths))]
         for reverse, want in enumerate(wanted):
-            got = kernels.scan_segments(broken, cu, 0.9, bool(reverse), config).split(lengths)
+            got = kernels.scan_segments(broken, cu, 0.9, bool(reverse), None, config).split(lengths)
             assert [torch.equal(*pair) for pair in zip(want, got, strict=True)] == others
         assert kernels.sum_segments(broken, cu, config).isfinite().tolist() == others
 
