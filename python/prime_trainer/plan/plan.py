@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..config.run_config import RunConfig
+from ..config.sections import COUPLED_KINDS
 from ..models import meta, traits
 from ..report.markdown import grid
 from ..scale import sharding
@@ -106,10 +107,12 @@ def make(cfg: RunConfig, gpus: int, prompt_tokens: int) -> Plan:
         gather += (compute * hidden - compute * head) * sent
         backward += (compute * hidden + 2 * GRAD_BYTES * hidden - (compute + GRAD_BYTES) * head) * sent
     rounds = passes * cfg.policy.epochs
+    # All log-ratios come before the first gradient where responses are coupled.
+    again = int(cfg.prm.kind in COUPLED_KINDS and cfg.prm.update != "none")
     traffic = {
         "rollout: the policy gathered once": compute * shape.parameters * sent if ranks > 1 else 0.0,
         "score: forward passes of policy and reference": passes * scoring * gather,
-        "PRM: forward, backward, gradients": passes * backward if needs.prm else 0.0,
+        "PRM: forward, backward, gradients": passes * (backward + again * gather) if needs.prm else 0.0,
         "policy: forward, backward, gradients": rounds * backward,
     }
     if ranks == 1 and gpus > 1:  # whole copies add their gradients up once an optimizer step

@@ -159,6 +159,14 @@ def test_shares_and_offload(run_config):
     assert one.traffic["policy: forward, backward, gradients"] == one.passes * (2 * 2 + 4) * size * 7 / 8
 
 
+def test_a_loss_that_couples_responses_reads_the_prm_twice(run_config):
+    """Forward, backward and the gradients in float32; before them, of pairs, all log-ratios."""
+    prm = "PRM: forward, backward, gradients"
+    for kind, passes in (("ce", 2), ("prefix", 2), ("dpo", 3), ("kto", 3), ("nca", 3)):
+        found = plan.make(run_config(prm={"kind": kind}, model={"dtype": "bfloat16"}), 8, 64)
+        assert found.traffic[prm] == found.passes * (2 * passes + 4) * found.shape.parameters * 7 / 8
+
+
 def test_an_engine_in_process_has_its_share_of_the_gpu(run_config):
     def rows(gpus, **vllm):
         cfg = run_config(rollout={"engine": "vllm", "vllm": vllm})
