@@ -39,12 +39,14 @@ RATES = ("5e-6", "1e-5", "2e-5")
 SEARCH_SEED = 1000
 OUTCOMES_ALONE = ("--algorithm.process_coef", "0")
 BALANCED = ("--prm.balance", "true")
+BALANCED_GAE = (*BALANCED, "--algorithm.process_return", "gae", "--algorithm.whiten_of", "source")
 ARMS: dict[str, tuple[int, tuple[str, ...]]] = {
     "rloo": (5, OUTCOMES_ALONE),
     "grpo": (3, (*OUTCOMES_ALONE, "--algorithm.estimator", "grpo", "--algorithm.whiten", "false")),
     "prime": (5, ()),
     "balanced": (3, BALANCED),
-    "balanced-gae": (3, (*BALANCED, "--algorithm.process_return", "gae", "--algorithm.whiten_of", "source")),
+    "balanced-gae": (3, BALANCED_GAE),
+    "prefix": (3, (*BALANCED_GAE, "--prm.kind", "prefix")),
 }
 """Seeds and settings of each; the first is what the others are compared with."""
 REPORTED = ("config.json", "metrics.jsonl")
