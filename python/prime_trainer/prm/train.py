@@ -125,7 +125,7 @@ def _content(group: StepGroup) -> bytes:
 def _backward_outcomes(model: CausalLM, labelled: _Labelled, cfg: TrainPRMConfig, max_tokens: int) -> dict[str, float]:
     batch = Batch.for_model(model, labelled.groups)
     everything = range(len(batch.groups))
-    objective = Objective(batch, everything, cfg.kind, cfg.beta)
+    objective = Objective(batch, everything, cfg.kind, cfg.scale, margin=cfg.margin)
     ref_logp = labelled.ref_logp.to(batch.device)
     coupled = cfg.kind in COUPLED_KINDS
     logp = backward(model, batch, everything, ref_logp, objective.loss, max_tokens, coupled=coupled)
@@ -152,7 +152,7 @@ def _backward_steps(model: CausalLM, labelled: _Labelled, cfg: TrainPRMConfig, m
     known = ~labels.isnan()
 
     def loss_of(log_ratio: Tensor) -> Tensor:
-        rewards = pk.step_rewards(cfg.beta * log_ratio, cu_steps, batch.cu_seqlens)
+        rewards = pk.step_rewards(cfg.scale * log_ratio, cu_steps, batch.cu_seqlens)
         return (torch.sigmoid(rewards[known]) - labels[known]).square().mean()
 
     def scaled(log_ratio: Tensor) -> Tensor:
@@ -172,7 +172,7 @@ def _log_ratio(model: CausalLM, batch: Batch, ref_logp: Tensor, micros: Sequence
 
 
 def _evaluate(model: CausalLM, source: _Source, cfg: TrainPRMConfig, max_tokens: int) -> dict[str, float]:
-    """Loss, pair accuracy and AUC of the summed rewards over all held-out responses."""
+    """Loss, pair accuracy and AUC over all held-out responses: of their summed rewards, of the means for "prefix"."""
     ratios = []
     for labelled in source.batches:
         batch = Batch.for_model(model, labelled.groups)
@@ -182,9 +182,11 @@ def _evaluate(model: CausalLM, source: _Source, cfg: TrainPRMConfig, max_tokens:
     log_ratio = torch.cat(ratios)
     found = pk.prm_loss(
         log_ratio, everything.outcomes, everything.cu_seqlens,
-        cu_groups=everything.cu_groups, kind=cfg.kind, beta=cfg.beta,
+        cu_groups=everything.cu_groups, kind=cfg.kind, beta=cfg.scale, margin=cfg.margin,
     )  # fmt: skip
     scores = pk.segment_sum(log_ratio, everything.cu_seqlens)
+    if cfg.kind == "prefix":
+        scores = scores / everything.cu_seqlens.diff().clamp(min=1)
     return {
         "eval_loss": found.loss.item(),
         "eval_pair_accuracy": found.pair_accuracy.item(),

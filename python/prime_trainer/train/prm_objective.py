@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits
 
 import prime_kernels as pk
 
@@ -18,7 +17,7 @@ from .forward import log_probs
 
 @dataclass(frozen=True)
 class Balance:
-    """Of each response, [B] float32: the factor of its loss, and what is added to its value beta * Delta."""
+    """Of each response, [B] float32: the factor of its loss, and what is added to its value."""
 
     weights: Tensor
     shift: Tensor
@@ -53,7 +52,9 @@ class Objective:
     kind: str
     beta: float
     balance: Balance | None = None
-    """Of the whole batch; for kind "ce"."""
+    """Of the whole batch; for the kinds "ce" and "prefix"."""
+    margin: float = 5.0
+    """Of the kind "prefix"."""
 
     def __post_init__(self) -> None:
         if list(self.part) != list(range(self.part[0], self.part[0] + len(self.part))):
@@ -70,15 +71,12 @@ class Objective:
         cu_seqlens = batch.cu_seqlens[low : high + 1]
         log_ratio = log_ratio[cu_seqlens[0] : cu_seqlens[-1]]
         cu_seqlens, outcomes = cu_seqlens - cu_seqlens[0], batch.outcomes[low:high]
-        found = pk.prm_loss(log_ratio, outcomes, cu_seqlens, cu_groups=cu_groups, kind=self.kind, beta=self.beta)
-        if self.balance is None:
-            return found
-        values = self.beta * pk.segment_sum(log_ratio, cu_seqlens) + self.balance.shift[low:high]
-        losses = binary_cross_entropy_with_logits(
-            values, outcomes, weight=self.balance.weights[low:high], reduction="none"
-        )
-        counted = cu_seqlens.diff() > 0
-        return pk.PRMLoss(losses.where(counted, 0.0).sum() / counted.sum().clamp(min=1), found.pair_accuracy)
+        balance = self.balance
+        return pk.prm_loss(
+            log_ratio, outcomes, cu_seqlens, cu_groups=cu_groups, kind=self.kind, beta=self.beta, margin=self.margin,
+            weights=None if balance is None else balance.weights[low:high],
+            shift=None if balance is None else balance.shift[low:high],
+        )  # fmt: skip
 
 
 def backward(

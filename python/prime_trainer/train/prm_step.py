@@ -116,7 +116,8 @@ class PRMScorer:
         return found
 
     def _objective(self, batch: Batch, part: Sequence[int]) -> Objective:
-        return Objective(batch, part, self.cfg.kind, self.cfg.beta, balance_of(batch) if self.cfg.balance else None)
+        cfg = self.cfg
+        return Objective(batch, part, cfg.kind, cfg.scale, balance_of(batch) if cfg.balance else None, cfg.margin)
 
     def _update(self, batch: Batch, parts: Parts, reference: Tensor) -> tuple[Tensor, float]:
         """One optimizer step for each of `parts`; returns log-probs [T] from before each step, and the last norm."""
@@ -141,7 +142,7 @@ class Rewards:
 def process_rewards(log_ratio: Tensor, batch: Batch, cfg: PRMConfig, step_ends: Tensor | None) -> Rewards:
     """beta * log-ratio at the configured granularity. `step_ends`, bool [V], are the tokens that end a step; it is
     required for `prm.granularity = "step"`."""
-    values = cfg.beta * log_ratio
+    values = cfg.scale * log_ratio
     if cfg.granularity == "token":
         return Rewards(values, None)
     mask = torch.zeros_like(values, dtype=torch.bool)

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from helpers import tiny
+from pydantic import ValidationError
 
 from prime_kernels import prm_loss
 from prime_trainer.cli import main
@@ -43,7 +44,7 @@ def records(cfg):
     return [json.loads(line) for line in (cfg.output / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("kind", ["ce", "dpo", "kto", "nca"])
+@pytest.mark.parametrize("kind", ["ce", "dpo", "kto", "nca", "prefix"])
 @pytest.mark.parametrize("max_tokens", [40, 10_000])
 def test_gradients_are_those_of_the_whole_batch(model_dir, kind, max_tokens):
     """Also where responses of a pair, or of KTO's mean, are in different forward passes."""
@@ -57,13 +58,15 @@ def test_gradients_are_those_of_the_whole_batch(model_dir, kind, max_tokens):
         ref_logp = log_probs(reference, whole, batch.ids[whole.tokens])
         ref_logp = torch.empty_like(ref_logp).index_put((whole.tokens,), ref_logp)
     labelled = train._Labelled(groups, ref_logp)
-    cfg = TrainPRMConfig(kind=kind, beta=0.3)
+    margin = 1.5 if kind == "prefix" else 5.0
+    cfg = TrainPRMConfig(kind=kind, beta=0.3, margin=margin)
     values = train._backward_outcomes(prm, labelled, cfg, max_tokens)
     got = [weight.grad.clone() for weight in prm.parameters()]
     prm.zero_grad()
     logp = log_probs(prm, whole, batch.ids[whole.tokens])
     ratio = torch.empty_like(logp).index_put((whole.tokens,), logp) - ref_logp
-    want = prm_loss(ratio, batch.outcomes, batch.cu_seqlens, cu_groups=batch.cu_groups, kind=kind, beta=0.3)
+    options = {"cu_groups": batch.cu_groups, "kind": kind, "beta": 0.3, "margin": margin}
+    want = prm_loss(ratio, batch.outcomes, batch.cu_seqlens, **options)
     want.loss.backward()
     assert values["loss"] == pytest.approx(want.loss.item(), abs=1e-5)
     assert values["pair_accuracy"] == pytest.approx(want.pair_accuracy.item(), abs=1e-6)
@@ -120,6 +123,22 @@ def test_it_learns_and_its_checkpoint_scores(prm_config, tokenizer):
     test = [{"prompt": "What is 20 + 3?", "completions": ["\\boxed{5}", "so 2 + 3 7"]}]
     right, wrong = score_steps(test, prm=prm, reference=reference, tokenizer=tokenizer, beta=0.5)
     assert right.cumulative[-1] > 0 > wrong.cumulative[-1]
+
+
+def test_prefixes_learn_and_are_judged_by_their_means(prm_config, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train, "auc", lambda scores, wanted: seen.append(scores) or auc(scores, wanted))
+    cfg = prm_config(kind="prefix", beta=10.0, epochs=6, eval_every=0)
+    train.run(cfg)
+    found = records(cfg)
+    assert found[0]["loss"] == pytest.approx(math.log1p(math.exp(5)), abs=1e-5)
+    assert found[-1]["eval_pair_accuracy"] > 0.9 and found[-1]["eval_auc"] > 0.9 and found[-1]["eval_loss"] < 2.0
+    assert len(seen) == 1 and seen[0].abs().max() < 5  # log-ratios a token, not their sums
+
+
+def test_step_labels_do_not_go_with_prefixes(tmp_path):
+    with pytest.raises(ValidationError, match=r"train_prm\.step_path fits sums of rewards .* got both"):
+        TrainPRMConfig(kind="prefix", step_path=tmp_path / "steps.jsonl")
 
 
 def test_reference_log_probs_are_computed_once(prm_config, monkeypatch, tmp_path, model_dir, prm_dir, tokenizer):

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from torch.nn.functional import logsigmoid
 
 import prime_kernels as pk
+from prime_trainer.config.load import load
 from prime_trainer.config.sections import PRMConfig
 from prime_trainer.data.groups import Group, Response
 from prime_trainer.models.loading import frozen
@@ -143,8 +144,13 @@ def test_a_response_without_tokens_is_in_no_mean(model_dir):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"balance": True, "beta": 0.5}, {"kind": "dpo"}, {"kind": "kto"}, {"kind": "nca"}], ids=str
-)
+    "options",
+    [
+        {}, {"balance": True, "beta": 0.5}, {"kind": "dpo"}, {"kind": "kto"}, {"kind": "nca"}, {"kind": "prefix"},
+        {"kind": "prefix", "balance": True, "margin": 1.0},
+    ],
+    ids=str,
+)  # fmt: skip
 @pytest.mark.parametrize("minibatches", [1, 2])
 def test_the_update_does_not_depend_on_micro_batches(model_dir, batch, minibatches, options):
     whole = scorer(model_dir, minibatches=minibatches, **options)
@@ -209,38 +215,45 @@ class TestGranularity:
         torch.testing.assert_close(totals, pk.segment_sum(0.2 * q, packed.cu_seqlens), rtol=0, atol=1e-6)
 
 
-def sums_of(batch, q):
-    """[[(sum of log-ratios, outcome) of each response with tokens] of each group]"""
+def ratios_of(batch, q):
+    """[[(log-ratios, outcome) of each response with tokens] of each group]"""
     starts, at, groups = batch.cu_seqlens.tolist(), 0, []
     for group in batch.groups:
-        own = [
-            (q[starts[at + k] : starts[at + k + 1]].sum(), r.outcome) for k, r in enumerate(group.responses) if r.ids
-        ]
+        own = [(q[starts[at + k] : starts[at + k + 1]], r.outcome) for k, r in enumerate(group.responses) if r.ids]
         groups.append(own)
         at += len(group.responses)
     return groups
 
 
-def loss_by_hand(groups, kind, beta, balance):
+def loss_by_hand(groups, kind, beta, balance, margin):
     """The formulas of `prm_loss` and of `balance_of`, response by response."""
+    ratios, groups = groups, [[(q.sum(), a) for q, a in group] for group in groups]
     everyone = [pair for group in groups for pair in group]
     if kind == "kto":
         kl = torch.stack([d.detach() for d, _ in everyone]).mean().clamp(min=0)
         return torch.stack([torch.sigmoid(beta * ((kl - d) if a > 0.5 else (d - kl))) for d, a in everyone]).mean()
-    if kind == "ce":
+    if kind in ("ce", "prefix"):
         losses = []
-        for group in groups:
+        for group in ratios:
             mu = sum(a for _, a in group) / len(group)
-            for d, a in group:
+            for q, a in group:
                 shift = math.log(mu / (1 - mu)) if balance and 0 < mu < 1 else 0.0
                 weight = (a * (1 - mu) + (1 - a) * mu) if balance else 1.0
-                losses.append(-weight * (a * logsigmoid(beta * d + shift) + (1 - a) * logsigmoid(-beta * d - shift)))
+                values, apart = beta * q.sum() + shift, 0.0
+                if kind == "prefix":
+                    means = torch.stack([q[: t + 1].sum() / (t + 1) for t in range(len(q))])
+                    values, apart = beta * means + shift, margin
+                each = a * logsigmoid(values - apart) + (1 - a) * logsigmoid(-values - apart)
+                losses.append(-weight * each.mean())
         return torch.stack(losses).mean()
     pairs = [(w, lo) for group in groups for w, a in group for lo, b in group if a > 0.5 >= b]
     return torch.stack([-logsigmoid(beta * (w - lo)) for w, lo in pairs]).mean()
 
 
-@pytest.mark.parametrize(("kind", "balance"), [("ce", False), ("ce", True), ("kto", False), ("dpo", False)])
+@pytest.mark.parametrize(
+    ("kind", "balance"),
+    [("ce", False), ("ce", True), ("kto", False), ("dpo", False), ("prefix", False), ("prefix", True)],
+)
 @pytest.mark.parametrize("part", [(0, 1, 2, 3), (1, 2)])
 def test_objectives_are_the_formulas(kind, balance, part):
     groups = tiny.random_groups(4, 4)
@@ -249,25 +262,56 @@ def test_objectives_are_the_formulas(kind, balance, part):
     groups[1].responses.insert(2, Response([], 1.0))  # is in no mean, of its group's outcomes neither
     batch = Batch(groups)
     q = torch.randn(batch.num_tokens, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    objective = Objective(batch, part, kind, 0.3, balance_of(batch) if balance else None)
+    objective = Objective(batch, part, kind, 0.3, balance_of(batch) if balance else None, margin=0.7)
     loss = objective(q).loss
-    want = loss_by_hand([sums_of(batch, q)[g] for g in part], kind, 0.3, balance)
+    want = loss_by_hand([ratios_of(batch, q)[g] for g in part], kind, 0.3, balance, 0.7)
     assert loss.item() == pytest.approx(want.item(), abs=1e-6)
     (got,), (expected,) = torch.autograd.grad(loss, q), torch.autograd.grad(want, q)
     torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-5)
     assert expected.abs().max() > 1e-3
 
 
-def test_a_balanced_loss_does_not_learn_from_groups_that_are_all_alike(model_dir):
+def test_prefixes_start_at_the_margin_and_learn_the_outcomes(model_dir, batch):
+    """Of equal weights every value is 0: -log sigmoid(-5). Pairs are ordered by means, which lengths do not move."""
+    s = scorer(model_dir, kind="prefix", lr=3e-3)
+    assert (s.cfg.scale, s.cfg.margin) == (10.0, 5.0)
+    metrics = [s.score(batch).metrics for _ in range(12)]
+    assert metrics[0]["prm_loss"] == pytest.approx(math.log1p(math.exp(5)), abs=1e-5)
+    assert metrics[-1]["prm_loss"] < 1.0 and metrics[-1]["prm_pair_accuracy"] == 1.0
+
+
+def test_beta_depends_on_the_kind_only_where_it_is_not_given(tmp_path):
+    def beta(words, text=""):
+        path = tmp_path / "run.toml"
+        path.write_text(text)
+        cfg = load(path, words)
+        return cfg.prm.scale, cfg.train_prm.scale
+
+    assert beta([]) == (0.05, 0.05)
+    assert beta(["--prm.kind", "prefix"]) == (10.0, 0.05)
+    assert beta(["--prm.kind", "prefix", "--prm.beta", "0.05"]) == (0.05, 0.05)
+    assert beta([], '[prm]\nkind = "prefix"\nbeta = 3\n[train_prm]\nkind = "prefix"\n') == (3.0, 10.0)
+    assert beta(["--prm.kind", "ce"], '[prm]\nkind = "prefix"\n') == (0.05, 0.05)
+    q = torch.randn(11)
+    batch = Batch([Group([3], [Response([5, 9, 6]), Response([2] * 8)])])
+    torch.testing.assert_close(process_rewards(q, batch, PRMConfig(kind="prefix"), None).values, 10.0 * q)
+
+
+@pytest.mark.parametrize("kind", ["ce", "prefix"])
+def test_a_balanced_loss_does_not_learn_from_groups_that_are_all_alike(model_dir, kind):
     groups = tiny.random_groups(2, 3)
     for group in groups:
         group.responses[:] = [replace(r, outcome=1.0) for r in group.responses]
-    assert scorer(model_dir, balance=True).score(Batch(groups)).metrics["prm_grad_norm"] == 0.0
-    assert scorer(model_dir).score(Batch(groups)).metrics["prm_grad_norm"] > 0.0
+    assert scorer(model_dir, kind=kind, balance=True).score(Batch(groups)).metrics["prm_grad_norm"] == 0.0
+    assert scorer(model_dir, kind=kind).score(Batch(groups)).metrics["prm_grad_norm"] > 0.0
 
 
 def test_what_an_objective_is_not_for_is_refused(batch):
-    with pytest.raises(ValidationError, match=r"prm\.balance is for prm\.kind ce, got 'dpo'"):
+    with pytest.raises(ValidationError, match=r"prm\.balance is for prm\.kind ce or prefix, got 'dpo'"):
         PRMConfig(kind="dpo", balance=True)
+    with pytest.raises(ValidationError, match=r"margin is for kind 'prefix', got margin 2 with kind 'ce'"):
+        PRMConfig(margin=2.0)
+    with pytest.raises(ValidationError, match=r"margin\n.*greater than or equal to 0"):
+        PRMConfig(kind="prefix", margin=-1.0)
     with pytest.raises(ValueError, match=r"part: expected consecutive groups, got \[0, 2\]"):
         Objective(batch, [0, 2], "ce", 0.05)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 
 from .base import Section
-from .train import PRMKind
+from .train import PRMLossConfig
 
 
-class TrainPRMConfig(Section):
+class TrainPRMConfig(PRMLossConfig):
     """`prime-trainer prm`: offline training of an implicit PRM; `model` is what it starts from."""
 
     path: Path | None = None
@@ -23,8 +23,6 @@ class TrainPRMConfig(Section):
     """Stage 2: rows with steps and step_labels, mixed in."""
     reference: Path | None = None
     """The frozen reference, a model directory; without it, the model that training starts from."""
-    kind: PRMKind = "ce"
-    beta: float = Field(default=0.05, gt=0)
     lr: float = Field(default=5e-7, gt=0)
     warmup: float = Field(default=0.03, ge=0.0, le=1.0)
     """Share of the steps over which the learning rate rises; after that a cosine to a tenth."""
@@ -46,6 +44,14 @@ class TrainPRMConfig(Section):
     """Steps between held-out evaluations; 0 evaluates only at the end."""
     cache: Path = Path("runs/reference-cache")
     """Cached log-probs of the reference, keyed by model, data and tokenizer, so never stale."""
+
+    @model_validator(mode="after")
+    def _steps_are_sums(self) -> TrainPRMConfig:
+        if self.kind == "prefix" and self.step_path is not None:
+            raise ValueError(
+                "train_prm.step_path fits sums of rewards to step labels, train_prm.kind = 'prefix' means: got both"
+            )
+        return self
 
 
 Compat = Literal["eurus-card"]

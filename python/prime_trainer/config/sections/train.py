@@ -8,23 +8,47 @@ from pydantic import Field, PositiveInt, model_validator
 
 from .base import Section
 
-PRMKind = Literal["ce", "dpo", "kto", "nca"]
+PRMKind = Literal["ce", "dpo", "kto", "nca", "prefix"]
 """Losses of `prime_kernels.prm_loss`, for `rl` and for `prm`."""
 COUPLED_KINDS: tuple[PRMKind, ...] = ("dpo", "kto", "nca")
 """Those in which a response's gradient depends on other responses."""
-BALANCED_KINDS: tuple[PRMKind, ...] = ("ce",)
+BALANCED_KINDS: tuple[PRMKind, ...] = ("ce", "prefix")
 """Those that `prm.balance` is for: a loss of each response by itself."""
+_MARGIN = 5.0
+"""Of "prefix" (arXiv 2604.13197)."""
 
 
-class PRMConfig(Section):
+class PRMLossConfig(Section):
+    """The loss of a PRM, online and offline."""
+
+    kind: PRMKind = "ce"
+    """The loss of outcomes: cross-entropy; pairs of right and wrong responses (dpo, nca); kto; or the cross-entropy of
+    every prefix with a margin (prefix)."""
+    beta: float | None = Field(default=None, gt=0)
+    """Reward of a log-ratio of 1. Without it 0.05; 10 for `prefix`, whose values are means over tokens."""
+    margin: float = Field(default=_MARGIN, ge=0)
+    """Of `prefix`: how far beyond the boundary values are wanted."""
+
+    @property
+    def scale(self) -> float:
+        """`beta` with its default resolved."""
+        if self.beta is not None:
+            return self.beta
+        return 10.0 if self.kind == "prefix" else 0.05
+
+    @model_validator(mode="after")
+    def _has_margin(self) -> PRMLossConfig:
+        if self.margin != _MARGIN and self.kind != "prefix":
+            raise ValueError(f"margin is for kind 'prefix', got margin {self.margin:g} with kind {self.kind!r}")
+        return self
+
+
+class PRMConfig(PRMLossConfig):
     update: Literal["after", "before", "reverse", "none"] = "after"
     ref_type: Literal["freeze", "policy"] = "freeze"
     granularity: Literal["token", "step", "whole"] = "token"
-    kind: PRMKind = "ce"
-    """The loss of the update: cross-entropy of the outcome; pairs of right and wrong responses (dpo, nca); kto."""
     balance: bool = False
-    """Of `ce`: move the boundary by the group's accuracy and weigh responses by rarity in their group."""
-    beta: float = Field(default=0.05, gt=0)
+    """Of `ce` and `prefix`: move the boundary by the group's accuracy, weigh responses by rarity in their group."""
     lr: float = Field(default=1e-6, gt=0)
     grad_clip: float = Field(default=10.0, gt=0)
     minibatches: PositiveInt = 1
