@@ -19,6 +19,7 @@ from helpers import tiny
 import prime_kernels as pk
 from prime_kernels.ops import segment_sum
 from prime_trainer import cli, loop
+from prime_trainer.config.load import load
 from prime_trainer.verify import sandbox
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -285,6 +286,9 @@ def test_study(small, module, tmp_path, monkeypatch, capsys):
         called.append(words)
         assert cli.main(list(words)) == 0
 
+    for seeds, settings in study.ARMS.values():  # none of them a misspelt key or a value out of range
+        assert seeds > 0 and load(study.CONFIG, [*settings]).prm.lr == 3e-5
+    assert load(study.CONFIG, [*study.ARMS["prefix"][1]]).prm.scale == 10.0
     monkeypatch.setattr(study, "call", call)
     monkeypatch.setattr(study, "RATES", ("1e-5", "2e-5"))
     out = tmp_path / "out"
