@@ -94,6 +94,13 @@ class RunConfig(Bounded, BaseSettings):
         return self
 
     @model_validator(mode="after")
+    def _betas(self) -> RunConfig:
+        # As above; and a run says what it runs with.
+        self.prm = self.prm.model_copy(update={"beta": self.prm.scale})
+        self.train_prm = self.train_prm.model_copy(update={"beta": self.train_prm.scale})
+        return self
+
+    @model_validator(mode="after")
     def _one_temperature(self) -> RunConfig:
         if self.rollout.temperature != 1 and (self.policy.kl_coef > 0 or self.needs.policy_is_reference):
             raise ValueError(
