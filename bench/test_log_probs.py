@@ -4,6 +4,8 @@
 sizes that a GPU is measured at.
 """
 
+import math
+
 import pytest
 import torch
 from measure import DEVICE, SMALL, compiled, forward_backward, leaf, timed, without_gradients
@@ -45,6 +47,16 @@ def kernel_in_place(logits, ids, **options):
     return pk.log_probs(logits, ids, inplace_backward=True, **options)
 
 
+def eager_candidates(logits, ids):
+    log_p = logits.float().log_softmax(-1)
+    best, places = log_p.topk(10, -1)
+    return log_p.gather(-1, ids[:, None]).squeeze(-1), best.where(best >= math.log(0.1), -torch.inf), places
+
+
+def kernel_candidates(logits, ids, **options):
+    return pk.candidates(logits, ids, min_prob=0.1, **options)
+
+
 def trl(logits, ids):
     trl_utils = pytest.importorskip("trl.trainer.utils", reason="trl is not installed")
     return trl_utils.selective_log_softmax(logits, ids)
@@ -84,6 +96,7 @@ def ways(plain, ours, peers):
 RATIOS = ways(eager_ratios, kernel_ratios, {})
 SINGLE = ways(eager, kernel, PEERS)
 ENTROPY = ways(eager_entropy, kernel_entropy, {})
+CANDIDATES = ways(eager_candidates, kernel_candidates, {})
 
 
 @pytest.fixture
@@ -100,6 +113,13 @@ def logits():
 def test_log_ratios(benchmark, ids, way):
     models = [logits() for _ in range(3)]
     timed(benchmark, without_gradients(lambda: RATIOS[way](*models, ids)), sum(z.nbytes for z in models))
+
+
+@pytest.mark.parametrize("way", CANDIDATES)
+@pytest.mark.benchmark(group="candidates, forward")
+def test_candidates(benchmark, ids, way):
+    z = logits()
+    timed(benchmark, without_gradients(lambda: CANDIDATES[way](z, ids)), z.nbytes)
 
 
 @pytest.mark.parametrize("way", SINGLE)

@@ -60,19 +60,21 @@ class RowGradient(NamedTuple):
         return RowGradient(self.lse.reshape(-1), entropy, grad_logp, grad_entropy)
 
 
-class RowKernels(Protocol):
-    """Kernels over rows of logits. Shapes, dtypes and ranges have been checked."""
+class RowCandidates(NamedTuple):
+    """Log-probs of rows of logits, and their most probable tokens."""
 
-    def token_log_probs(
-        self,
-        models: Sequence[Tensor],
-        ids: Tensor,
-        mask: Tensor | None,
-        temperatures: Sequence[float],
-        with_entropy: bool,
-    ) -> RowResults:
-        """Results [models, N] of one to three models' logits [N, V], which share ids and mask. Masked rows are 0."""
-        ...
+    logp: Tensor
+    """[N], as in :class:`RowResults`."""
+    lse: Tensor
+    """[N]."""
+    found_ids: Tensor
+    """[N, slots] int64: ascending, -1 where there are none."""
+    found: Tensor
+    """[N, slots]: their logits, -inf where there are none."""
+
+
+class GradientKernel(Protocol):
+    """The gradient of rows of logits."""
 
     def logits_gradient(
         self,
@@ -88,6 +90,36 @@ class RowKernels(Protocol):
 
         With ``partial`` these are some columns of longer rows: lse and entropy are those of the whole row, and ids may
         lie outside the columns.
+        """
+        ...
+
+
+class RowKernels(GradientKernel, Protocol):
+    """Kernels over rows of logits. Shapes, dtypes and ranges have been checked."""
+
+    def token_log_probs(
+        self,
+        models: Sequence[Tensor],
+        ids: Tensor,
+        mask: Tensor | None,
+        temperatures: Sequence[float],
+        with_entropy: bool,
+    ) -> RowResults:
+        """Results [models, N] of one to three models' logits [N, V], which share ids and mask. Masked rows are 0."""
+        ...
+
+    def token_candidates(
+        self,
+        logits: Tensor,
+        ids: Tensor,
+        mask: Tensor | None,
+        temperature: float,
+        log_min_prob: float,
+        slots: int,
+    ) -> RowCandidates:
+        """Results of one model's logits, and its tokens with log p >= log_min_prob, within 1e-5; masked rows have none.
+
+        ``slots`` is more than a row can have.
         """
         ...
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from prime_kernels import _backends
-from prime_kernels._backends import RowGradient, RowKernels, RowResults
+from prime_kernels._backends import GradientKernel, RowGradient, RowResults
 from prime_kernels._segment_math import result_dtype
 from prime_kernels.ops._softcap import cap, slope, through_cap
 
@@ -171,12 +171,14 @@ def head_gradients(
     backend: str,
     kept: Tensor | None = None,
     softcap: float | None = None,
+    kernels: GradientKernel | None = None,
 ) -> HeadGradients:
     """Gradients of hidden, weight and bias where ``wanted``. Ids may lie outside the head.
 
-    ``kept`` holds the logits that :func:`head_log_probs` stored there; they are overwritten.
+    ``kept`` holds the logits that :func:`head_log_probs` stored there; they are overwritten. ``kernels`` stands for
+    those of the backend where a token has several ids.
     """
-    kernels = _backends.rows(backend)
+    kernels = kernels or _backends.rows(backend)
     elements = BACKWARD_ELEMENTS[_kind(hidden)]
     if can_keep(hidden, weight, backend, softcap):
         elements = len(hidden) * len(weight)
@@ -278,7 +280,7 @@ def loss_gradients(
 
 
 def _gradient_under_cap(
-    kernels: RowKernels,
+    kernels: GradientKernel,
     z: Tensor,
     ids: Tensor,
     gradient: RowGradient,

@@ -81,6 +81,26 @@ typedef struct pk_log_probs_grad_args {
   int64_t* bad_row;  // CPU, as in pk_log_probs_args
 } pk_log_probs_grad_args;
 
+// Log-probabilities of one id per row and, of the same pass, the logits with a probability of at least exp(log_min_prob).
+typedef struct pk_candidates_args {
+  const void* logits;  // [n_rows, n_cols], last stride 1
+  int64_t stride;
+  int32_t dtype;
+  int32_t n_threads;
+  const int64_t* ids;
+  const uint8_t* mask;
+  int64_t n_rows;
+  int64_t n_cols;
+  double temperature;
+  double log_min_prob;
+  int64_t n_slots;    // at most this many of a row are written
+  float* logp;        // [n_rows]
+  float* lse;         // [n_rows]
+  int64_t* found_ids;  // [n_rows, n_slots]: ascending, then -1
+  float* found;       // [n_rows, n_slots]: their logits, then -inf
+  int64_t* bad_row;
+} pk_candidates_args;
+
 // CUDA kernels over packed tokens get scratch memory from the caller: `published` holds what each block publishes for
 // the blocks after it, `arrived` counts blocks and is 0 before and after every launch.
 enum { PK_MAX_BLOCKS = 1024, PK_RLOO_WORKSPACE = 6 * 8 * PK_MAX_BLOCKS };
@@ -283,6 +303,7 @@ typedef struct pk_prefix_args {
 
 int pk_cpu_log_probs_forward(const pk_log_probs_args* args);
 int pk_cpu_log_probs_backward(const pk_log_probs_grad_args* args);
+int pk_cpu_candidates(const pk_candidates_args* args);
 int pk_cpu_segment_scan(const pk_segment_scan_args* args);
 int pk_cpu_segment_sum(const pk_segment_sum_args* args);
 int pk_cpu_segment_fill(const pk_segment_fill_args* args);
