@@ -335,3 +335,31 @@ def test_errors_of_the_loss():
     ):
         with pytest.raises(error, match=message):
             pk.distribution_ppo_loss(**({"logp": x, "old_logp": x, "advantages": x} | changes))
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_several_ids_are_plain_pytorch_in_a_graph(linear):
+    logits, ids = torch.randn(4, 30), torch.randint(30, (4, 3))
+    hidden, weight = torch.randn(4, 5), torch.randn(30, 5)
+
+    def call(leaf):
+        return pk.linear_log_probs(leaf, weight, ids) if linear else pk.log_probs(leaf, ids)
+
+    leaf = (hidden if linear else logits).requires_grad_()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    results = [call(leaf), compiled(leaf)]
+    gradients = [torch.autograd.grad((each * torch.arange(3.0)).sum(), leaf)[0] for each in results]
+    assert_close("logp", results[1], results[0].detach(), extent=8.0)
+    torch.testing.assert_close(*gradients)
+
+
+def test_several_ids_and_a_shared_head():
+    """Refused, not computed for one shard alone."""
+    dist = torch.distributed
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        ids = torch.zeros(4, 2, dtype=torch.int64)
+        with pytest.raises(ValueError, match=r"ids: expected shape \[4\] with process_group, got \[4, 2\]"):
+            pk.linear_log_probs(torch.zeros(4, 3), torch.zeros(9, 3), ids, process_group=dist.group.WORLD)
+    finally:
+        dist.destroy_process_group()
