@@ -28,7 +28,7 @@ SUPPORTED = "logits = cap(scale * (weight @ hidden + bias)) of base_model's last
 
 # Of the probe: rows and tokens, and how far beyond a cap logits go. Without one they go to UNCAPPED, where the caps
 # that models have (15 to 50) show.
-PROBE_SHAPE = (2, 12)
+PROBE_SHAPE = (2, 6)
 BEYOND_CAP = 3.0
 UNCAPPED = 100.0
 # Largest error of the probe's logits relative to the largest of them: a few roundings of the dtype.

@@ -38,12 +38,13 @@ def _values(
     ids: Tensor,
     mask: Tensor | None,
     temperatures: list[float],
+    softcap: float | None,
     with_entropy: bool,
     backend: str,
 ) -> list[Columns]:
     """Results of each model, in separate memory: results of an operator must not share any."""
     dense = [z if z.stride(-1) == 1 else z.contiguous() for z in models]
-    results = rows.log_probs_of_views(dense, ids, mask, temperatures, with_entropy, backend)
+    results = rows.log_probs_of_views(dense, ids, mask, temperatures, with_entropy, backend, softcap)
     found = []
     for place in range(len(models)):
         logp, lse = (rows.of_model(column, place, ids.shape) for column in results[:2])
@@ -63,15 +64,27 @@ def _no_values(like: Tensor) -> Columns:
 
 @torch.library.custom_op("prime_kernels::log_probs", mutates_args=())
 def log_probs(
-    logits: Tensor, ids: Tensor, mask: Tensor | None, temperature: float, with_entropy: bool, backend: str | None
+    logits: Tensor,
+    ids: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    with_entropy: bool,
+    backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     ids, temperature, chosen = rows.check(logits, ids, mask, temperature, with_entropy, backend)
-    return _plain(_values([logits], ids, mask, [temperature], with_entropy, chosen)[0])
+    return _plain(_values([logits], ids, mask, [temperature], softcap, with_entropy, chosen)[0])
 
 
 @log_probs.register_fake
 def _(
-    logits: Tensor, ids: Tensor, mask: Tensor | None, temperature: float, with_entropy: bool, backend: str | None
+    logits: Tensor,
+    ids: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    with_entropy: bool,
+    backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _plain(_fake_values(logits, ids, with_entropy))
 
@@ -86,6 +99,7 @@ def log_probs_backward(
     grad_logp: Tensor | None,
     grad_entropy: Tensor | None,
     temperature: float,
+    softcap: float | None,
     backend: str | None,
 ) -> Tensor:
     ids = _checks.labels("ids", ids, mask, logits.shape[-1])
@@ -93,7 +107,7 @@ def log_probs_backward(
     dense = logits if logits.stride(-1) == 1 else logits.contiguous()
     out = torch.empty_like(dense, memory_format=torch.contiguous_format)
     gradient = RowGradient(lse, entropy, grad_logp, grad_entropy)
-    rows.gradient_of_views(dense, ids, mask, gradient, temperature, out, chosen)
+    rows.gradient_of_views(dense, ids, mask, gradient, temperature, out, chosen, softcap)
     return out
 
 
@@ -103,7 +117,7 @@ def _(logits: Tensor, *_options: Any) -> Tensor:
 
 
 def _keep_log_probs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, ids, mask, ctx.temperature, ctx.with_entropy, ctx.backend = inputs
+    logits, ids, mask, ctx.temperature, ctx.softcap, ctx.with_entropy, ctx.backend = inputs
     _, lse, entropy = output
     ctx.save_for_backward(logits, ids, mask, lse, entropy)
 
@@ -115,7 +129,8 @@ def _log_probs_gradient(
     if not ctx.with_entropy:
         entropy = grad_entropy = None
     columns = (ids, mask, lse, entropy, grad_logp, grad_entropy)
-    return log_probs_backward(logits, *columns, ctx.temperature, ctx.backend), None, None, None, None, None
+    found = log_probs_backward(logits, *columns, ctx.temperature, ctx.softcap, ctx.backend)
+    return found, None, None, None, None, None, None
 
 
 log_probs.register_autograd(_log_probs_gradient, setup_context=_keep_log_probs)
@@ -129,12 +144,13 @@ def log_ratios(
     policy_logits: Tensor | None,
     mask: Tensor | None,
     policy_temperature: float,
+    softcap: float | None,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     models, ids, temperatures, chosen = ratios.check(
         prm_logits, ref_logits, ids, policy_logits, mask, policy_temperature, backend
     )
-    values = _values(models, ids, mask, temperatures, False, chosen)
+    values = _values(models, ids, mask, temperatures, softcap, False, chosen)
     prm, ref = values[ratios.PRM], values[ratios.REF]
     policy = values[ratios.POLICY] if len(values) > ratios.POLICY else _no_values(prm.logp)
     return prm.logp, ref.logp, policy.logp, prm.lse, policy.lse
@@ -148,6 +164,7 @@ def _(
     policy_logits: Tensor | None,
     mask: Tensor | None,
     policy_temperature: float,
+    softcap: float | None,
     backend: str | None,
 ) -> tuple[Tensor, ...]:
     prm, ref = (_fake_values(logits, ids, False) for logits in (prm_logits, ref_logits))
@@ -156,7 +173,7 @@ def _(
 
 
 def _keep_log_ratios(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    prm_logits, _, ids, policy_logits, mask, ctx.policy_temperature, ctx.backend = inputs
+    prm_logits, _, ids, policy_logits, mask, ctx.policy_temperature, ctx.softcap, ctx.backend = inputs
     ctx.save_for_backward(prm_logits, policy_logits, ids, mask, *output[3:])
 
 
@@ -166,14 +183,14 @@ def _log_ratios_gradient(
     prm_logits, policy_logits, ids, mask, prm_lse, policy_lse = ctx.saved_tensors
 
     def gradient(logits: Tensor, lse: Tensor, grad: Tensor | None, temperature: float) -> Tensor:
-        return log_probs_backward(logits, ids, mask, lse, None, grad, None, temperature, ctx.backend)
+        return log_probs_backward(logits, ids, mask, lse, None, grad, None, temperature, ctx.softcap, ctx.backend)
 
     prm = policy = None
     if ctx.needs_input_grad[0]:
         prm = gradient(prm_logits, prm_lse, grad_prm, 1.0)
     if policy_logits is not None and ctx.needs_input_grad[3]:
         policy = gradient(policy_logits, policy_lse, grad_policy, ctx.policy_temperature)
-    return prm, None, None, policy, None, None, None
+    return prm, None, None, policy, None, None, None, None
 
 
 log_ratios.register_autograd(_log_ratios_gradient, setup_context=_keep_log_ratios)

@@ -15,12 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from prime_kernels import _backends
 from prime_kernels._autograd import Gradients, first_derivative_only
 from prime_kernels._backends import RowGradient, RowResults
-from prime_kernels._segment_math import result_dtype
 from prime_kernels.ops import _tiled_head as tiles
-from prime_kernels.ops._softcap import cap
+from prime_kernels.ops._softcap import row_kernels
 
 
 class Search(NamedTuple):
@@ -58,11 +56,18 @@ class Rows(NamedTuple):
         return Rows(*(None if column[0] is None else torch.cat(column) for column in columns))  # type: ignore[arg-type]
 
 
-def of_all_ids(results: RowResults, own: Tensor, mask: Tensor | None, temperature: float) -> Tensor:
+def of_all_ids(
+    results: RowResults, own: Tensor, mask: Tensor | None, temperature: float, softcap: float | None
+) -> Tensor:
     """logp [N, K] from the first id's and the ids' logits [N, K]; 0 in masked rows."""
-    logp = (own.double() / temperature - results.lse.double().unsqueeze(1)).to(results.logp.dtype)
+    logp = (_capped(own, softcap) / temperature - results.lse.double().unsqueeze(1)).to(results.logp.dtype)
     logp[:, 0] = results.logp
     return logp if mask is None else logp.masked_fill_(~mask.unsqueeze(1), 0.0)
+
+
+def _capped(own: Tensor, softcap: float | None) -> Tensor:
+    """In float64."""
+    return own.double() if softcap is None else softcap * torch.tanh(own.double() / softcap)
 
 
 def rows_of_head(
@@ -81,7 +86,7 @@ def rows_of_head(
     A token's probability among those of its tile is at least that among all, so what is found in the tiles has all
     that the whole row has.
     """
-    kernels = _backends.rows(backend)
+    kernels = row_kernels(backend, softcap)
     tiled = tiles.Tiles(hidden, weight, bias, tiles.FORWARD_ELEMENTS[tiles._kind(hidden)])
     last = -(-len(weight) // tiled.columns) - 1
     blocks = []
@@ -90,7 +95,6 @@ def rows_of_head(
         own: Tensor | None = None
         for columns in tiled.column_spans():
             z = tiled.logits(tokens, columns)
-            z = z if softcap is None else cap(z.to(result_dtype(z)), softcap)
             places = ids[tokens] - columns.start
             inside = (places >= 0) & (places < z.shape[1])
             places = places.clamp(0, z.shape[1] - 1)
@@ -107,15 +111,15 @@ def rows_of_head(
         assert own is not None
         joined = tiles.join(parts, (ids[tokens][:, 0] // tiled.columns).clamp(0, last))
         searched = (torch.cat(found_ids, 1), torch.cat(found, 1)) if found else (None, None)
-        blocks.append(Rows(of_all_ids(joined, own, None, temperature), joined.lse, joined.entropy, *searched))
+        blocks.append(Rows(of_all_ids(joined, own, None, temperature, softcap), joined.lse, joined.entropy, *searched))
     return Rows.cat(blocks)
 
 
 class SeveralIds:
     """The row kernels of a backend for gradients of ids [N, K]; ids outside the logits belong to other parts."""
 
-    def __init__(self, backend: str) -> None:
-        self.kernels = _backends.rows(backend)
+    def __init__(self, backend: str, softcap: float | None) -> None:
+        self.kernels, self.softcap = row_kernels(backend, softcap), softcap
 
     def logits_gradient(
         self,
@@ -136,7 +140,8 @@ class SeveralIds:
         inside = (ids >= 0) & (ids < logits.shape[1])
         at = ids.clamp(0, logits.shape[1] - 1)
         # Before the logits are overwritten.
-        log_p = logits.gather(1, at).double() / temperature - lse.double().unsqueeze(1)
+        own = _capped(logits.gather(1, at), self.softcap)
+        log_p = own / temperature - lse.double().unsqueeze(1)
         upstream = grad_logp.double()
         total = upstream.sum(1, keepdim=True)
         together = gradient._replace(grad_logp=total.squeeze(1).to(grad_logp.dtype))
@@ -151,6 +156,8 @@ class SeveralIds:
             values = values - grad_entropy.double().unsqueeze(1) * log_p.exp() * (
                 finite + entropy.double().unsqueeze(1)
             )
+        if self.softcap is not None:
+            values = values * (1.0 - (own / self.softcap).square())
         values = (values / temperature).to(out.dtype)
         if mask is not None:
             values = values.masked_fill(~mask.unsqueeze(1), 0.0)
@@ -171,14 +178,15 @@ class LogitsLogProbs(torch.autograd.Function):
         ids: Tensor,
         mask: Tensor | None,
         temperature: float,
+        softcap: float | None,
         with_entropy: bool,
         backend: str,
     ) -> tuple[Tensor, Tensor | None]:
-        kernels, first = _backends.rows(backend), ids[:, 0].contiguous()
+        kernels, first = row_kernels(backend, softcap), ids[:, 0].contiguous()
         results = kernels.token_log_probs([logits], first, mask, [temperature], with_entropy).only_model()
-        logp = of_all_ids(results, logits.gather(1, ids), mask, temperature)
+        logp = of_all_ids(results, logits.gather(1, ids), mask, temperature, softcap)
         ctx.save_for_backward(logits, ids, mask, results.lse, results.entropy)
-        ctx.temperature, ctx.backend = temperature, backend
+        ctx.temperature, ctx.softcap, ctx.backend = temperature, softcap, backend
         ctx.set_materialize_grads(False)
         return logp, results.entropy
 
@@ -187,13 +195,13 @@ class LogitsLogProbs(torch.autograd.Function):
     def backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None) -> Gradients:
         logits, ids, mask, lse, entropy = ctx.saved_tensors
         if grad_logp is None and grad_entropy is None:
-            return (None,) * 6
+            return (None,) * 7
         if mask is not None:
             grad_logp = None if grad_logp is None else grad_logp.masked_fill(~mask.unsqueeze(1), 0.0)
         out = torch.empty_like(logits, memory_format=torch.contiguous_format)
         gradient = RowGradient(lse, None if grad_entropy is None else entropy, grad_logp, grad_entropy)
-        SeveralIds(ctx.backend).logits_gradient(logits, ids, mask, gradient, ctx.temperature, out)
-        return out, None, None, None, None, None
+        SeveralIds(ctx.backend, ctx.softcap).logits_gradient(logits, ids, mask, gradient, ctx.temperature, out)
+        return out, None, None, None, None, None, None
 
 
 class HeadLogProbs(torch.autograd.Function):
@@ -225,5 +233,5 @@ class HeadLogProbs(torch.autograd.Function):
             return (None,) * 8
         gradient = RowGradient(lse, None if grad_entropy is None else entropy, grad_logp, grad_entropy)
         arguments = (ids, ctx.temperature, gradient, ctx.needs_input_grad[:3], ctx.backend, None, ctx.softcap)
-        gradients = tiles.head_gradients(hidden, weight, bias, *arguments, kernels=SeveralIds(ctx.backend))
+        gradients = tiles.head_gradients(hidden, weight, bias, *arguments, kernels=SeveralIds(ctx.backend, ctx.softcap))
         return *gradients, None, None, None, None, None

@@ -11,10 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from prime_kernels import _backends
 from prime_kernels._backends import GradientKernel, RowGradient, RowResults
-from prime_kernels._segment_math import result_dtype
-from prime_kernels.ops._softcap import cap, slope, through_cap
+from prime_kernels.ops._softcap import row_kernels
 
 # Tokens per tile, by device: enough for a product at full speed.
 TOKENS = {"cpu": 1024, "cuda": 8192}
@@ -145,14 +143,13 @@ def head_log_probs(
     """
     if softcap is None and (fused_kernel := _fused_kernel(hidden, weight, backend)) is not None:
         return fused_kernel(hidden, weight, bias, ids.clamp(0, len(weight) - 1), temperature, with_entropy)
-    kernels = _backends.rows(backend)
+    kernels = row_kernels(backend, softcap)
     tiles = Tiles(hidden, weight, bias, FORWARD_ELEMENTS[_kind(hidden)])
     blocks = []
     for tokens in tiles.token_spans():
         parts = []
         for columns in tiles.column_spans():
             z = tiles.logits(tokens, columns, None if kept is None else kept[tokens, columns])
-            z = z if softcap is None else cap(z.to(result_dtype(z)), softcap)
             inside = (ids[tokens] - columns.start).clamp(0, z.shape[1] - 1)
             parts.append(kernels.token_log_probs([z], inside, None, [temperature], with_entropy).only_model())
         last = -(-len(weight) // tiles.columns) - 1
@@ -178,7 +175,7 @@ def head_gradients(
     ``kept`` holds the logits that :func:`head_log_probs` stored there; they are overwritten. ``kernels`` stands for
     those of the backend where a token has several ids.
     """
-    kernels = kernels or _backends.rows(backend)
+    kernels = kernels or row_kernels(backend, softcap)
     elements = BACKWARD_ELEMENTS[_kind(hidden)]
     if can_keep(hidden, weight, backend, softcap):
         elements = len(hidden) * len(weight)
@@ -196,10 +193,7 @@ def head_gradients(
             z = tiles.logits(tokens, columns) if kept is None else kept
             of_rows = gradient.rows(tokens)
             inside = ids[tokens] - columns.start
-            if softcap is None:
-                kernels.logits_gradient(z, inside, None, of_rows, temperature, z, partial=True)
-            else:
-                _gradient_under_cap(kernels, z, inside, of_rows, temperature, softcap, partial=True)
+            kernels.logits_gradient(z, inside, None, of_rows, temperature, z, partial=True)
             if hidden_sum is not None:
                 hidden_sum.add(z, weight[columns], tokens)
             if part is not None:
@@ -241,7 +235,7 @@ def loss_gradients(
 
     ``grad_of(logp, tokens)`` is d loss / d logp of a span of tokens.
     """
-    kernels = _backends.rows(backend)
+    kernels = row_kernels(backend, softcap)
     tiles = Tiles(hidden, weight, bias, FUSED_BYTES // hidden.element_size(), whole_rows=True)
     columns = slice(0, len(weight))
     one = tiles.tokens >= len(hidden)
@@ -253,17 +247,12 @@ def loss_gradients(
     parts = []
     for tokens in tiles.token_spans():
         z = tiles.logits(tokens, columns)
-        seen = z if softcap is None else cap(z.to(result_dtype(z), copy=True), softcap)
-        logp, lse, _ = kernels.token_log_probs([seen], ids[tokens], None, [temperature], False).only_model()
-        del seen
+        logp, lse, _ = kernels.token_log_probs([z], ids[tokens], None, [temperature], False).only_model()
         parts.append(logp)
         if not any(wanted):
             continue
         gradient = RowGradient(lse, None, grad_of(logp, tokens), None)
-        if softcap is None:
-            kernels.logits_gradient(z, ids[tokens], None, gradient, temperature, z)
-        else:
-            _gradient_under_cap(kernels, z, ids[tokens], gradient, temperature, softcap)
+        kernels.logits_gradient(z, ids[tokens], None, gradient, temperature, z)
         if hidden_sum is not None:
             hidden_sum.add(z, weight, tokens)
         if weight_sum is not None:
@@ -277,22 +266,6 @@ def loss_gradients(
     return torch.cat(parts), HeadGradients(
         grad_hidden, grad_weight, None if grad_bias is None else grad_bias.to(hidden.dtype)
     )
-
-
-def _gradient_under_cap(
-    kernels: GradientKernel,
-    z: Tensor,
-    ids: Tensor,
-    gradient: RowGradient,
-    temperature: float,
-    softcap: float,
-    partial: bool = False,
-) -> None:
-    """Logits that are capped become their own gradient."""
-    values = cap(z.to(result_dtype(z)), softcap)
-    of_cap = slope(values, softcap)
-    kernels.logits_gradient(values, ids, None, gradient, temperature, values, partial=partial)
-    z.copy_(through_cap(values, of_cap))
 
 
 def _fused_kernel(hidden: Tensor, weight: Tensor, backend: str) -> Callable[..., RowResults] | None:

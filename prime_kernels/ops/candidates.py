@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from prime_kernels import _backends, _checks, _dispatch
+from prime_kernels import _checks, _dispatch
 from prime_kernels._segment_math import result_dtype
 from prime_kernels.ops import _several_ids
 from prime_kernels.ops import linear_log_probs as linear
 from prime_kernels.ops import log_probs as rows
-from prime_kernels.ops._softcap import capped, check_softcap
+from prime_kernels.ops._softcap import check_softcap, row_kernels
 from prime_kernels.ops.ppo_loss import PPOLoss, check_denominator, ppo_loss
 
 # A probability that rounding of lse in float32 may have lowered still counts, in nats.
@@ -108,9 +108,9 @@ def candidates(
         shape, given = scored.shape[:-1], _given(ids, scored)
         checked = rows.check_arguments(scored, given, mask, name="logits", vocabulary=scored.shape[-1])
         chosen = _dispatch.resolve("candidates", scored, backend)
-        flat = capped(scored.detach(), softcap, mask, plain=False).reshape(-1, scored.shape[-1])
+        flat = scored.detach().reshape(-1, scored.shape[-1])
         flat = flat if flat.stride(-1) == 1 else flat.contiguous()
-        flat_mask, kernels = None if mask is None else mask.reshape(-1), _backends.rows(chosen)
+        flat_mask, kernels = None if mask is None else mask.reshape(-1), row_kernels(chosen, softcap)
         arguments = (flat, checked.reshape(-1), flat_mask, temperature, search.log_min, search.slots)
         of_rows = kernels.token_candidates(*arguments)
         found = _several_ids.Rows(of_rows.logp.unsqueeze(1), of_rows.lse, None, of_rows.found_ids, of_rows.found)

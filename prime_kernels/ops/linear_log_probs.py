@@ -17,10 +17,11 @@ from prime_kernels import _checks, _dispatch
 from prime_kernels._autograd import Gradients, first_derivative_only
 from prime_kernels._backends import RowGradient, RowResults
 from prime_kernels._segment_math import result_dtype
+from prime_kernels.ops import _softcap
 from prime_kernels.ops import _tiled_head as tiles
 from prime_kernels.ops import log_probs as rows
 from prime_kernels.ops._several_ids import HeadLogProbs
-from prime_kernels.ops._softcap import capped, check_softcap
+from prime_kernels.ops._softcap import check_softcap
 from prime_kernels.ops.log_ratios import LogRatios
 
 # Logits alive at once: 2^24 float32 values are 64 MiB, enough rows for a product to run at full speed.
@@ -56,8 +57,8 @@ def reference(head: Head, ids: Tensor, mask: Tensor | None, temperature: float) 
     weight, bias = head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)
 
     def chunk_log_probs(hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        logits = capped(torch.nn.functional.linear(hidden.to(dtype), weight, bias), softcap, None, plain=True)
-        return rows.reference(logits, ids, None, temperature)
+        logits = torch.nn.functional.linear(hidden.to(dtype), weight, bias)
+        return rows.reference(_softcap.reference(logits, softcap, None), ids, None, temperature)
 
     tokens = compact(head.hidden, ids, mask)
     size = max(1, CHUNK_ELEMENTS // weight.shape[0])

@@ -14,12 +14,13 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from prime_kernels import _backends, _checks, _dispatch
+from prime_kernels import _checks, _dispatch
 from prime_kernels._autograd import Gradients, first_derivative_only
 from prime_kernels._backends import RowGradient, RowResults
 from prime_kernels._segment_math import result_dtype
+from prime_kernels.ops import _softcap
 from prime_kernels.ops._several_ids import LogitsLogProbs
-from prime_kernels.ops._softcap import capped, check_softcap
+from prime_kernels.ops._softcap import check_softcap
 
 
 def reference(logits: Tensor, ids: Tensor, mask: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
@@ -66,11 +67,13 @@ class LogProbs(torch.autograd.Function):
         with_entropy: bool,
         inplace: bool,
         backend: str,
+        softcap: float | None,
     ) -> tuple[Tensor, Tensor | None]:
-        results = log_probs_of_views([logits], ids, mask, [temperature], with_entropy, backend)
+        results = log_probs_of_views([logits], ids, mask, [temperature], with_entropy, backend, softcap)
         logp, lse, entropy = as_one(results, ids.shape)
         ctx.save_for_backward(logits, ids, mask, lse, entropy)
         ctx.temperature, ctx.inplace, ctx.backend, ctx.overwritten = temperature, inplace, backend, False
+        ctx.softcap = softcap
         ctx.set_materialize_grads(False)
         return logp, entropy
 
@@ -84,15 +87,15 @@ class LogProbs(torch.autograd.Function):
             )
         logits, ids, mask, lse, entropy = ctx.saved_tensors
         if grad_logp is None and grad_entropy is None:
-            return (None,) * 7
+            return (None,) * 8
         out = logits.detach() if ctx.inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
         gradient = RowGradient(lse, entropy, grad_logp, grad_entropy)
-        gradient_of_views(logits, ids, mask, gradient, ctx.temperature, out, ctx.backend)
+        gradient_of_views(logits, ids, mask, gradient, ctx.temperature, out, ctx.backend, ctx.softcap)
         if ctx.inplace:
             ctx.overwritten = True
             # Others that saved these logits for backward now get an error from autograd, not a wrong gradient.
             torch.autograd.graph.increment_version(logits)
-        return out, None, None, None, None, None, None
+        return out, None, None, None, None, None, None, None
 
 
 def log_probs_of_views(
@@ -102,9 +105,10 @@ def log_probs_of_views(
     temperatures: Sequence[float],
     with_entropy: bool,
     backend: str,
+    softcap: float | None = None,
 ) -> RowResults:
     """Results [models, N] of the N rows of the models' logits [..., V], of any leading strides, in one pass."""
-    kernels = _backends.rows(backend)
+    kernels = _softcap.row_kernels(backend, softcap)
     flat_ids, flat_mask = ids.reshape(-1), None if mask is None else mask.reshape(-1)
     parts: list[RowResults] = []
     start = 0
@@ -138,9 +142,10 @@ def gradient_of_views(
     temperature: float,
     out: Tensor,
     backend: str,
+    softcap: float | None = None,
 ) -> None:
     """Write the gradient of the logits [..., V] to ``out``: dense, or the logits themselves."""
-    kernels = _backends.rows(backend)
+    kernels = _softcap.row_kernels(backend, softcap)
     flat_ids, flat_mask, flat = ids.reshape(-1), None if mask is None else mask.reshape(-1), gradient.flat()
     start = 0
     # In place, the logits and the gradient are walked by the same views; otherwise both in row order.
@@ -271,12 +276,12 @@ def log_probs(
         mask: [...], bool, or None for all. Where False, the results are exactly 0 and the gradient is 0; logits
             and label are not read.
         temperature: above 0.
-        softcap: above 0, caps the logits before the temperature; None for no cap. The capped logits are a copy in
-            float32, in which an infinite logit is one of -softcap or softcap.
+        softcap: above 0, caps the logits before the temperature; None for no cap. An infinite logit is one of
+            -softcap or softcap. Capped logits exist for a block of rows at a time, in float32.
         with_entropy: also return the entropy.
         inplace_backward: let backward write the gradient over the storage of ``logits``, which saves their size in
             memory. The logits are lost: a second backward (retain_graph) raises RuntimeError. No effect inside
-            torch.compile and with ``softcap``; not with ids [..., K].
+            torch.compile; not with ids [..., K].
         backend: see :mod:`prime_kernels`.
 
     Returns:
@@ -295,10 +300,9 @@ def log_probs(
     softcap = check_softcap("softcap", softcap)
     # Several ids are plain PyTorch in a graph, as the reference has them.
     if torch.compiler.is_compiling() and ids.ndim != logits.ndim:
-        logits = capped(logits, softcap, mask, plain=True)
         # One node of the graph, which checks its arguments and selects its backend at run time. The compiler plans
         # memory, so the gradient is not written in place.
-        arguments = (logits, ids, mask, temperature, with_entropy, backend)
+        arguments = (logits, ids, mask, temperature, softcap, with_entropy, backend)
         logp, _, entropy = torch.ops.prime_kernels.log_probs(*arguments)
         return (logp, entropy) if with_entropy else logp
     ids, temperature, chosen = check(logits, ids, mask, temperature, with_entropy, backend, several=True)
@@ -313,21 +317,19 @@ def log_probs(
                 f"inplace_backward: expected logits with a last stride of 1 and no expanded dimension, "
                 f"got strides {list(logits.stride())}"
             )
-    if softcap is not None:
-        logits, inplace_backward = capped(logits, softcap, mask, plain=chosen == "eager"), False
     if chosen == "eager" and not inplace_backward:
-        logp, entropy = reference(logits, ids, mask, temperature)
+        logp, entropy = reference(_softcap.reference(logits, softcap, mask), ids, mask, temperature)
         return (logp, entropy) if with_entropy else logp
     if logits.stride(-1) != 1 and not inplace_backward:
         logits = logits.contiguous()
     if several:
         columns = (logits.reshape(-1, logits.shape[-1]), ids.reshape(-1, ids.shape[-1]))
         flat = (*columns, None if mask is None else mask.reshape(-1))
-        logp, entropy = LogitsLogProbs.apply(*flat, temperature, with_entropy, chosen)
+        logp, entropy = LogitsLogProbs.apply(*flat, temperature, softcap, with_entropy, chosen)
         return (logp.view(ids.shape), entropy.view(ids.shape[:-1])) if with_entropy else logp.view(ids.shape)
     if chosen != "eager" and not (logits.requires_grad and torch.is_grad_enabled()):
-        results = log_probs_of_views([logits], ids, mask, [temperature], with_entropy, chosen)
+        results = log_probs_of_views([logits], ids, mask, [temperature], with_entropy, chosen, softcap)
         logp, _, entropy = as_one(results, ids.shape)
     else:
-        logp, entropy = LogProbs.apply(logits, ids, mask, temperature, with_entropy, inplace_backward, chosen)
+        logp, entropy = LogProbs.apply(logits, ids, mask, temperature, with_entropy, inplace_backward, chosen, softcap)
     return (logp, entropy) if with_entropy else logp

@@ -9,8 +9,9 @@ from torch import Tensor
 from prime_kernels import _checks, _dispatch
 from prime_kernels._autograd import Gradients, first_derivative_only
 from prime_kernels._backends import RowGradient
+from prime_kernels.ops import _softcap
 from prime_kernels.ops import log_probs as rows
-from prime_kernels.ops._softcap import capped, check_softcap
+from prime_kernels.ops._softcap import check_softcap
 
 # The order of the models in lists.
 PRM, REF, POLICY = 0, 1, 2
@@ -42,12 +43,13 @@ class LogRatiosOnePass(torch.autograd.Function):
         mask: Tensor | None,
         temperatures: Sequence[float],
         backend: str,
+        softcap: float | None,
         *models: Tensor,
     ) -> tuple[Tensor, ...]:
-        results = rows.log_probs_of_views(models, ids, mask, temperatures, False, backend)
-        wanted = [z if need else None for z, need in zip(models, ctx.needs_input_grad[4:], strict=True)]
+        results = rows.log_probs_of_views(models, ids, mask, temperatures, False, backend, softcap)
+        wanted = [z if need else None for z, need in zip(models, ctx.needs_input_grad[5:], strict=True)]
         ctx.save_for_backward(ids, mask, results.lse, *wanted)
-        ctx.temperatures, ctx.backend = temperatures, backend
+        ctx.temperatures, ctx.backend, ctx.softcap = temperatures, backend, softcap
         ctx.set_materialize_grads(False)
         outputs = [rows.of_model(results.logp, place, ids.shape) for place in range(len(models))]
         ctx.mark_non_differentiable(outputs[REF])
@@ -63,8 +65,8 @@ class LogRatiosOnePass(torch.autograd.Function):
                 continue
             out = gradients[place] = torch.empty_like(z, memory_format=torch.contiguous_format)
             gradient = RowGradient(lse[place], None, grad, None)
-            rows.gradient_of_views(z, ids, mask, gradient, ctx.temperatures[place], out, ctx.backend)
-        return None, None, None, None, *gradients
+            rows.gradient_of_views(z, ids, mask, gradient, ctx.temperatures[place], out, ctx.backend, ctx.softcap)
+        return None, None, None, None, None, *gradients
 
 
 def check(
@@ -129,10 +131,8 @@ def log_ratios(
     """
     softcap = check_softcap("softcap", softcap)
     if torch.compiler.is_compiling():
-        prm_logits, ref_logits = (capped(z, softcap, mask, plain=True) for z in (prm_logits, ref_logits))
-        policy_logits = None if policy_logits is None else capped(policy_logits, softcap, mask, plain=True)
         # One node of the graph, which checks its arguments and selects its backend at run time.
-        arguments = (prm_logits, ref_logits, ids, policy_logits, mask, policy_temperature, backend)
+        arguments = (prm_logits, ref_logits, ids, policy_logits, mask, policy_temperature, softcap, backend)
         prm_logp, ref_logp, policy_logp, *_ = torch.ops.prime_kernels.log_ratios(*arguments)
         ref_logp = ref_logp.detach()
         return LogRatios(prm_logp - ref_logp, prm_logp, ref_logp, None if policy_logits is None else policy_logp)
@@ -140,14 +140,13 @@ def log_ratios(
         prm_logits, ref_logits, ids, policy_logits, mask, policy_temperature, backend
     )
     models[REF] = models[REF].detach()
-    models = [capped(z, softcap, mask, plain=chosen == "eager") for z in models]
     if chosen == "eager":
-        logp = reference(models, ids, mask, temperatures)
+        logp = reference([_softcap.reference(z, softcap, mask) for z in models], ids, mask, temperatures)
     else:
         dense = [z if z.stride(-1) == 1 else z.contiguous() for z in models]
         if torch.is_grad_enabled() and any(z.requires_grad for z in models):
-            logp = LogRatiosOnePass.apply(ids, mask, temperatures, chosen, *dense)
+            logp = LogRatiosOnePass.apply(ids, mask, temperatures, chosen, softcap, *dense)
         else:
-            results = rows.log_probs_of_views(dense, ids, mask, temperatures, False, chosen)
+            results = rows.log_probs_of_views(dense, ids, mask, temperatures, False, chosen, softcap)
             logp = [rows.of_model(results.logp, place, ids.shape) for place in range(len(models))]
     return LogRatios(logp[PRM] - logp[REF], logp[PRM], logp[REF], logp[POLICY] if len(logp) > POLICY else None)

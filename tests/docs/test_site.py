@@ -113,4 +113,4 @@ def test_version_is_everywhere_the_same():
     assert f'\nversion = "{version}"\n' in (ROOT / "pyproject.toml").read_text()
     assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
     headings = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
-    assert [heading for heading in headings if heading != "Unreleased"][0] == version
+    assert next(heading for heading in headings if heading != "Unreleased") == version

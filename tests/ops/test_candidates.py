@@ -363,3 +363,25 @@ def test_several_ids_and_a_shared_head():
             pk.linear_log_probs(torch.zeros(4, 3), torch.zeros(9, 3), ids, process_group=dist.group.WORLD)
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_caps_of_logits(masked):
+    """Candidates, log-probs and gradients of softcap * tanh(z / softcap)."""
+    logits, ids = near(6, 130, 9.0), torch.randint(130, (6, 3))
+    mask = torch.tensor([True, False, True, True, False, True]) if masked else None
+    exact = logits.double().requires_grad_()
+    capped = 7.0 * torch.tanh(exact / 7.0)
+    got = pk.candidates(logits, ids[:, 0], min_prob=0.03, mask=mask, temperature=0.9, softcap=7.0)
+    rows = loop(capped.detach(), 0.03, 0.9)
+    assert_candidates(got, [row if mask is None or mask[n] else [] for n, row in enumerate(rows)], 0.03, extent=16.0)
+    upstream = torch.randn(6, 3)
+    keep = torch.ones(6, 1, dtype=torch.bool) if mask is None else mask.unsqueeze(1)
+    want = (capped / 0.9).log_softmax(-1).gather(1, ids).where(keep, 0.0)
+    (want * upstream).sum().backward()
+    leaf = logits.clone().requires_grad_()
+    logp = pk.log_probs(leaf, ids, mask=mask, temperature=0.9, softcap=7.0)
+    (logp * upstream).sum().backward()
+    assert_close("logp", logp, want.detach(), extent=16.0)
+    assert torch.equal(got.token_logp, logp[:, 0].detach())
+    assert_close("grad.float32", leaf.grad, exact.grad)

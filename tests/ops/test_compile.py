@@ -118,14 +118,14 @@ def test_inplace_backward_leaves_the_logits_alone_in_a_graph(backend):
 def test_operators_keep_their_promises(backend, with_entropy):
     prm, ref, policy, ids, mask = inputs()
     ops = torch.ops.prime_kernels
-    opcheck(ops.log_probs.default, (prm, ids, mask, 0.7, with_entropy, backend))
-    opcheck(ops.log_probs.default, (prm.detach()[:, :, ::2], ids.clamp(0, 60), None, 1.0, with_entropy, backend))
-    opcheck(ops.log_ratios.default, (prm, ref, ids, policy, mask, 0.9, backend))
-    opcheck(ops.log_ratios.default, (prm, ref, ids, None, mask, 1.0, backend))
-    logp, lse, entropy = ops.log_probs(prm.detach(), ids, mask, 0.7, with_entropy, backend)
+    opcheck(ops.log_probs.default, (prm, ids, mask, 0.7, 3.0, with_entropy, backend))
+    opcheck(ops.log_probs.default, (prm.detach()[:, :, ::2], ids.clamp(0, 60), None, 1.0, None, with_entropy, backend))
+    opcheck(ops.log_ratios.default, (prm, ref, ids, policy, mask, 0.9, 3.0, backend))
+    opcheck(ops.log_ratios.default, (prm, ref, ids, None, mask, 1.0, None, backend))
+    logp, lse, entropy = ops.log_probs(prm.detach(), ids, mask, 0.7, 3.0, with_entropy, backend)
     upstream = (torch.randn_like(logp), torch.randn_like(logp) if with_entropy else None)
     columns = (ids, mask, lse, entropy if with_entropy else None, *upstream)
-    opcheck(ops.log_probs_backward.default, (prm.detach(), *columns, 0.7, backend))
+    opcheck(ops.log_probs_backward.default, (prm.detach(), *columns, 0.7, 3.0, backend))
 
 
 def linear_inputs(dtype=torch.float32):

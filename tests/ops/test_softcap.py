@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import prime_kernels as pk
-from prime_kernels.ops import _tiled_head
+from prime_kernels.ops import _softcap, _tiled_head
 
 CAP, TEMPERATURE, VOCABULARY = 3.0, 0.7, 67
 # Of log-probs, in nats, and of gradients as a share of the largest: the product's logits are rounded to the dtype.
@@ -40,9 +40,17 @@ def tiles(request, monkeypatch):
         monkeypatch.setattr(_tiled_head, "FUSED_BYTES", 4 * 7 * VOCABULARY)
 
 
+@pytest.fixture(params=["one block", "blocks"])
+def blocks(request, monkeypatch):
+    """Capped logits of all rows at once, or of two at a time."""
+    if request.param == "blocks":
+        elements = {"cpu": 2 * VOCABULARY // torch.get_num_threads() + 1, "cuda": 2 * VOCABULARY}
+        monkeypatch.setattr(_softcap, "BLOCK_ELEMENTS", elements)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("inplace", [False, True])
-def test_log_probs(backend, dtype, inplace):
+def test_log_probs(backend, dtype, inplace, blocks):
     z = (4 * torch.randn(2, 9, VOCABULARY)).to(dtype)
     ids, mask = torch.randint(VOCABULARY, (2, 9)), torch.rand(2, 9) < 0.7
     z[~mask] = math.nan
@@ -58,12 +66,13 @@ def test_log_probs(backend, dtype, inplace):
     (got,) = torch.autograd.grad((found[0] * up[0] + found[1] * up[1]).sum(), leaf)
     (wanted,) = torch.autograd.grad((want[0] * up[0] + want[1] * up[1]).sum(), want_leaf)
     assert got.dtype == dtype and torch.equal(got[~mask], torch.zeros_like(got[~mask]))
+    assert torch.equal(given.detach().nan_to_num(7.0), got) == inplace
     compare([got], [wanted], {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}[dtype])
     without = pk.log_probs(z.nan_to_num(0.0), ids, mask=mask, temperature=TEMPERATURE, backend=backend)
     assert (without - found[0]).abs().max() > 1
 
 
-def test_log_ratios_of_three_models(backend):
+def test_log_ratios_of_three_models(backend, blocks):
     prm, ref, policy = (4 * torch.randn(11, VOCABULARY) for _ in range(3))
     ids, leaf, exact_leaf = (
         torch.randint(VOCABULARY, (11,)),
@@ -96,6 +105,19 @@ def test_linear_log_probs(backend, dtype, tiles):
     got = torch.autograd.grad((found[0] * up[0] + found[1] * up[1]).sum(), (hidden, weight, bias))
     wanted = torch.autograd.grad((want[0] * up[0] + want[1] * up[1]).sum(), doubles)
     compare(got, wanted, ROUNDING[dtype])
+
+
+def test_a_cap_keeps_no_capped_logits(backend):
+    """What a kernel keeps for the gradient are the logits themselves and columns."""
+    if backend == "eager":
+        pytest.skip("PyTorch's own operations keep what each of them needs")
+    logits = torch.randn(8, VOCABULARY).bfloat16().requires_grad_()
+    ids, kept = torch.randint(VOCABULARY, (8,)), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        pk.log_probs(logits, ids, softcap=CAP, backend=backend)
+        pk.log_ratios(logits, logits, ids, softcap=CAP, backend=backend)
+    assert len(kept) >= 4
+    assert all(t.numel() < VOCABULARY or t.data_ptr() == logits.data_ptr() for t in kept)
 
 
 def test_three_heads_of_different_kinds(backend):

@@ -29,6 +29,9 @@ SHARED_ROW_LIMIT = 1024
 
 # Of the probe: groups of a prompt and responses, in tokens.
 PROBE = ((7, (6, 3, 5)), (3, (4, 6)))
+# Where the configuration has no distance beyond which attention changes: as few as show a response that sees its
+# sibling, and a group that sees the one before it. Loading takes as long as these passes.
+SHORT_PROBE = ((4, (3, 2)), (2, (3,)))
 # Largest relative error (root mean square over the hidden states that predict) that is rounding, by dtype; where a
 # state or a window leaks it is above 0.1.
 ROUNDING = {torch.float64: 1e-6, torch.float32: 2e-3, torch.bfloat16: 6e-2, torch.float16: 2e-2}
@@ -99,7 +102,7 @@ def layout_of(models: Sequence[CausalLM]) -> Layout:
 
 def expected_layout(model: CausalLM, attention: str) -> Layout:
     """The layout that a model's kinds of layers suggest, for one without data; loading it proves the layout."""
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    config = _text_config(model.config)
     kinds = set(getattr(config, "layer_types", None) or ())
     if getattr(model, "_is_stateful", False) or kinds - {"full_attention", "sliding_attention", "chunked_attention"}:
         return "rows"
@@ -154,7 +157,7 @@ def _prove(model: CausalLM, attention: str) -> Traits:
         what = str(problem) if known else f"{name}'s forward pass ends in {first_line(problem)}"
         raise UnsupportedModel(what.removeprefix("model: ")) from None
     with torch.no_grad():
-        probe = _Probe(model, PROBE)
+        probe = _Probe(model, PROBE if _distances(model.config) else SHORT_PROBE)
         reason = "a stream of sequences leaks"
         if attention.startswith("flash_attention"):
             if _exact(probe, probe.stream) is None:
@@ -190,12 +193,8 @@ def first_line(problem: Exception) -> str:
 
 def _far_exact(model: CausalLM, masks: Masks) -> str | None:
     """The same of a row in which responses stand beyond every window that rows can exceed."""
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    distances = [
-        value
-        for name, value in vars(config).items()
-        if REACH.search(name) and type(value) is int and sum(PROBE[0][1]) < value < SHARED_ROW_LIMIT
-    ]
+    config = _text_config(model.config)
+    distances = [value for value in _distances(config) if sum(PROBE[0][1]) < value < SHARED_ROW_LIMIT]
     longest = getattr(config, "max_position_embeddings", None)
     own = 6
     prompt = max(distances, default=0) + 4
@@ -207,9 +206,20 @@ def _far_exact(model: CausalLM, masks: Masks) -> str | None:
     return _exact(probe, lambda: probe.shared(masks))
 
 
+def _text_config(config: Any) -> Any:
+    """The language model's part of a configuration."""
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _distances(config: Any) -> list[int]:
+    """Numbers of a configuration that may be distances beyond which attention changes."""
+    named = vars(_text_config(config)).items()
+    return [value for name, value in named if REACH.search(name) and type(value) is int and value > 0]
+
+
 def _mask_forms(config: Any) -> Iterator[Masks]:
     """The likeliest first. One mask where the layer types are alike, else one a type."""
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    config = _text_config(config)
     window = getattr(config, "sliding_window", None)
     window = window if isinstance(window, int) and window > 0 else None
     kinds = set(getattr(config, "layer_types", None) or ())
@@ -238,7 +248,7 @@ class _Probe:
         alone = [self._run([prompt + response])[0] for prompt, response in self._sequences()]
         self._alone = torch.cat([self._predicting(h, p, r) for h, (p, r) in zip(alone, self._sequences(), strict=True)])
         prompt, response = self._sequences()[0]
-        again = self._run([[*prompt, *response]] * 3)[2]
+        again = self._run([[*prompt, *response]] * 2)[1]
         noise = _relative(again, alone[0])
         self.rounding = max(ROUNDING[self._alone.dtype], 4 * noise)
         if noise > 0.1:
