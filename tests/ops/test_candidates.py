@@ -107,7 +107,7 @@ def test_sure_tokens_and_large_logits():
 def test_head(backend, masked, bias, monkeypatch):
     """Several tiles of tokens and of the vocabulary; logits of the products as the backend has them."""
     monkeypatch.setitem(_tiled_head.TOKENS, "cpu", 4)
-    monkeypatch.setitem(_tiled_head.FORWARD_ELEMENTS, "cpu", 64)
+    monkeypatch.setitem(_tiled_head.FORWARD_ELEMENTS, "cpu", 160)
     hidden, weight = torch.randn(11, 8), 1.5 * torch.randn(101, 8)
     head = pk.Head(hidden, weight, torch.randn(101) if bias else None, scale=0.8, softcap=20.0)
     mask = torch.rand(11) < 0.7 if masked else None
@@ -190,7 +190,7 @@ def test_several_ids_of_a_head(masked, tiled, monkeypatch):
     if tiled:
         monkeypatch.setitem(_tiled_head.TOKENS, "cpu", 4)
         for elements in (_tiled_head.FORWARD_ELEMENTS, _tiled_head.BACKWARD_ELEMENTS):
-            monkeypatch.setitem(elements, "cpu", 64)
+            monkeypatch.setitem(elements, "cpu", 128)
         monkeypatch.setitem(_tiled_head.KEPT_BYTES, "cpu", 0)
     leaves = [torch.randn(2, 6, 8), torch.randn(67, 8), torch.randn(67)]
     ids, mask = torch.randint(67, (2, 6, 3)), torch.rand(2, 6) < 0.7 if masked else None
