@@ -21,7 +21,8 @@ help:
 	@echo "make package  sdist and wheel into dist/, built in isolation, and the tests of them"
 	@echo "make sanitize  the kernel tests on an extension built with the address and undefined-behaviour sanitizers"
 	@echo "make faults  30 kills with resume, hostile programs, broken inputs: what held, in bench/results/faults"
-	@echo "make bench   time every operation against plain PyTorch and write bench/results/ops"
+	@echo "make bench   time every operation against plain PyTorch and write bench/results/ops; a short form with a"
+	@echo "             verdict for each: python -m prime_kernels bench"
 	@echo "make bench-integrations  GRPO steps of TRL with and without the patch: bench/results/integrations"
 	@echo "make docs    the documentation as a static site with the API reference, in build/docs"
 	@echo "make lint    ruff check, ruff format --check (make format repairs) and mypy on the public API"
@@ -138,6 +139,7 @@ sanitize: $(READY)
 	@$(SANITIZE) LD_PRELOAD="$(SANITIZERS)" $(BIN)/python -c \
 	  'from prime_kernels import _C; assert "$(SANITIZED)" in _C.__file__, _C.__file__'
 	@$(SANITIZE) LD_PRELOAD="$(SANITIZERS)" $(BIN)/python -m pytest -q -p no:cacheprovider tests/native/test_log_probs.py \
+	  tests/native/test_linear_kernels.py \
 	  tests/native/test_segment_scan.py tests/native/test_isa.py tests/ops/test_log_probs.py tests/ops/test_fuzz.py \
 	  tests/ops/test_linear_log_probs.py tests/ops/test_linear_losses.py tests/ops/test_segments.py \
 	  tests/ops/test_rloo_advantages.py tests/ops/test_ppo_loss.py tests/ops/test_prm_loss.py

@@ -80,6 +80,8 @@ for phase in "${phases[@]}"; do
       part smoke 90 "$python" bench/smoke.py || echo "== smoke: what failed is above; the tables below may hold wrong numbers"
       ;;
     measure)
+      # Every operation against eager and, while time is left, installed peers and torch.compile; written as it goes.
+      part bench 150 "$python" -m prime_kernels bench --device cuda --minutes 2 --output "$results/bench"
       measured measure_ceiling 30 bench/test_ceiling.py
       measured measure_log_probs 60 bench/test_log_probs.py -k "triton or cuda or eager"
       measured measure_linear 90 bench/test_linear_log_probs.py -k "(kernel or fused or eager or product) and not memory"

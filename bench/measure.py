@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+
+from prime_kernels._bench.timing import peak_bytes
 
 DEVICE = os.environ.get("PRIME_BENCH_DEVICE", "cpu")
 # The smallest sizes, to see that a benchmark still works.
@@ -17,7 +17,14 @@ ROUNDS = 2 if SMALL else 9
 COMPILER = "aot_eager" if SMALL else "inductor"
 
 
-def timed(benchmark, call: Callable[[], object], traffic: int = 0, flops: int = 0, rounds: int = ROUNDS) -> None:
+def timed(
+    benchmark,
+    call: Callable[..., object],
+    traffic: int = 0,
+    flops: int = 0,
+    rounds: int = ROUNDS,
+    before: Callable[[], object] | None = None,
+) -> None:
     """Time ``call`` (median of some rounds after one to warm up) and record rates and peak memory.
 
     Args:
@@ -26,42 +33,33 @@ def timed(benchmark, call: Callable[[], object], traffic: int = 0, flops: int = 
         traffic: bytes that must move at least once.
         flops: floating-point operations that are needed at least.
         rounds: how often.
+        before: makes the argument of each call, untimed.
     """
 
-    def once() -> None:
-        call()
+    def once(*arguments: object) -> None:
+        call(*arguments)
         if DEVICE == "cuda":
             torch.cuda.synchronize()
 
-    once()
-    benchmark.pedantic(once, rounds=rounds, warmup_rounds=1)
+    def argument() -> tuple[tuple[object, ...], dict[str, object]]:
+        made = () if before is None else (before(),)
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        return made, {}
+
+    once(*argument()[0])
+    # With a function that makes arguments, each round is one call, the warm-up too.
+    benchmark.pedantic(once, setup=argument, rounds=rounds, warmup_rounds=1)
+    ready = argument()[0]
     benchmark.extra_info["device"] = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
-    benchmark.extra_info["peak MiB"] = round(peak_bytes(once) / 2**20, 1)
+    peak = peak_bytes(lambda: once(*ready), torch.device(DEVICE))
+    benchmark.extra_info["peak MiB"] = "" if peak is None else round(peak / 2**20, 1)
     if benchmark.stats is not None:
         median = benchmark.stats.stats.median
         if traffic:
             benchmark.extra_info["GB/s"] = float(f"{traffic / median / 1e9:.3g}")
         if flops:
             benchmark.extra_info["TFLOP/s"] = float(f"{flops / median / 1e12:.3g}")
-
-
-def peak_bytes(call: Callable[[], None]) -> int:
-    """The most memory that ``call`` holds at once beyond what was there before it."""
-    if DEVICE == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        return torch.cuda.max_memory_allocated() - before
-    ctypes.CDLL(None).malloc_trim(0)  # what earlier calls freed would otherwise be taken again unseen
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from what is held now
-    before = _status("VmRSS")
-    call()
-    return max(0, _status("VmHWM") - before)
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def leaf(*shape: int, scale: float = 1.0, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -82,6 +80,17 @@ def forward_backward(run: Callable[[], torch.Tensor], leaves: list[torch.Tensor]
             one.grad = None
 
     return once
+
+
+def backward_alone(
+    run: Callable[[], torch.Tensor], leaves: list[torch.Tensor]
+) -> tuple[Callable[[torch.Tensor], None], Callable[[], torch.Tensor]]:
+    """(a call that takes the gradient of a result and drops it, what makes the result), for ``timed``."""
+
+    def once(result: torch.Tensor) -> None:
+        torch.autograd.grad(result, leaves, torch.ones_like(result))
+
+    return once, run
 
 
 def compiled(function: Callable) -> Callable:

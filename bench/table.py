@@ -14,7 +14,7 @@ from pathlib import Path
 from prime_trainer.run.provenance import environment
 
 RATES = ("GB/s", "TFLOP/s")
-COLUMNS = (*RATES, "of ceiling", "peak MiB")
+COLUMNS = (*RATES, "of ceiling", "peak MiB", "worst error")
 CEILING = "ceiling: "
 # What is drawn: ours. Others of the same group are what it is compared with.
 OURS = ("cpu", "triton", "cuda", "kernel")

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from measure import DEVICE, SMALL, compiled, forward_backward, leaf, timed, without_gradients
+from measure import DEVICE, SMALL, backward_alone, compiled, forward_backward, leaf, timed, without_gradients
 
 import prime_kernels as pk
+from prime_kernels._bench import formulas
+from prime_kernels.ops._tiled_head import KEPT_BYTES
 
 TOKENS, WIDTH, VOCABULARY = (8192, 4096, 131072) if DEVICE == "cuda" else (1024, 576, 49152)
 if SMALL:
@@ -12,26 +14,17 @@ if SMALL:
 FLOPS = 2 * TOKENS * WIDTH * VOCABULARY
 
 
-def eager(hidden, weight, ids):
-    return (hidden @ weight.T).float().log_softmax(-1).gather(-1, ids[:, None]).squeeze(-1)
+def peer_nll(**options):
+    """torch's own loss from hidden states; with chunks where this torch has them."""
 
+    def loss(hidden, weight, ids):
+        return torch.nn.functional.linear_cross_entropy(hidden, weight, ids, **options)
 
-def eager_nll(hidden, weight, ids):
-    return torch.nn.functional.cross_entropy((hidden @ weight.T).float(), ids)
-
-
-def eager_ppo(hidden, weight, ids, old, advantages):
-    ratio = (eager(hidden, weight, ids) - old).exp()
-    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(0.8, 1.2)).mean()
+    return loss
 
 
 def kernel_ppo(*columns):
     return pk.linear_ppo_loss(*columns).loss
-
-
-def eager_ratios(prm, ref, policy, weight, ids):
-    prm_logp, ref_logp = eager(prm, weight, ids), eager(ref, weight, ids)
-    return prm_logp - ref_logp, prm_logp, ref_logp, eager(policy, weight, ids)
 
 
 def kernel_ratios(prm, ref, policy, weight, ids):
@@ -50,12 +43,20 @@ def fused(hidden, weight, ids):
         _launch_config.FUSED_LINEAR = before
 
 
-WAYS = {"eager": eager, "compile": compiled(eager), "kernel": pk.linear_log_probs}
+def ways(plain, kernel):
+    return {"eager": plain, "compile": compiled(plain), "kernel": kernel}
+
+
+WAYS = ways(formulas.linear_log_probs, pk.linear_log_probs)
 if DEVICE == "cuda":
     WAYS["fused"] = fused
-NLL = {"eager": eager_nll, "compile": compiled(eager_nll), "kernel": pk.linear_nll}
-PPO = {"eager": eager_ppo, "compile": compiled(eager_ppo), "kernel": kernel_ppo}
-RATIOS = {"eager": eager_ratios, "compile": compiled(eager_ratios), "kernel": kernel_ratios}
+NLL = ways(formulas.linear_nll, pk.linear_nll)
+if hasattr(torch.nn.functional, "linear_cross_entropy"):
+    NLL["linear_cross_entropy"] = peer_nll()
+    if hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        NLL["linear_cross_entropy, chunks"] = peer_nll(options=torch.nn.LinearCrossEntropyOptions())
+PPO = ways(formulas.linear_ppo_loss, kernel_ppo)
+RATIOS = ways(formulas.linear_log_ratios, kernel_ratios)
 
 
 @pytest.fixture
@@ -64,16 +65,29 @@ def inputs():
     return leaf(TOKENS, WIDTH), leaf(VOCABULARY, WIDTH, scale=0.1), ids
 
 
+def error(logp, inputs):
+    """The largest error of some tokens' log-probs, in nats, against float64 of the same inputs."""
+    hidden, weight, ids = inputs[0][:512].detach().double(), inputs[1].detach().double(), inputs[2][:512]
+    exact = (hidden @ weight.T).log_softmax(-1).gather(-1, ids[:, None]).squeeze(-1)
+    return f"{(logp[: len(ids)].double() - exact).abs().max().item():.1e}"
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.benchmark(group="linear_log_probs, forward")
 def test_forward(benchmark, inputs, way):
     timed(benchmark, without_gradients(lambda: WAYS[way](*inputs)), flops=FLOPS)
+    with torch.no_grad():
+        benchmark.extra_info["worst error"] = error(WAYS[way](*inputs), inputs)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.benchmark(group="linear_log_probs, forward")
-def test_product_alone(benchmark, inputs):
-    """Into a buffer that is there already: what no kernel on top of a library product can beat."""
-    hidden, weight, _ = inputs
+def test_product_alone(benchmark, inputs, dtype):
+    """Into a buffer that is there already: what no kernel on top of a library product can beat.
+
+    Processors without bfloat16 instructions multiply float32 faster; the faster of the two is the one to compare with.
+    """
+    hidden, weight = (each.detach().to(getattr(torch, dtype)) for each in inputs[:2])
     buffer = torch.empty(TOKENS, VOCABULARY, dtype=hidden.dtype, device=DEVICE)
     timed(benchmark, without_gradients(lambda: torch.mm(hidden, weight.T, out=buffer)), flops=FLOPS)
 
@@ -102,10 +116,11 @@ def test_ppo(benchmark, inputs, way):
     timed(benchmark, forward_backward(lambda: PPO[way](*columns), [hidden, weight]), flops=3 * FLOPS)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.benchmark(group="linear_nll, forward and backward")
-def test_three_products_alone(benchmark, inputs):
+def test_three_products_alone(benchmark, inputs, dtype):
     """Logits and both gradients into buffers that are there already."""
-    hidden, weight, _ = inputs
+    hidden, weight = (each.detach().to(getattr(torch, dtype)) for each in inputs[:2])
     buffer = torch.empty(TOKENS, VOCABULARY, dtype=hidden.dtype, device=DEVICE)
     grad_hidden, grad_weight = torch.empty_like(hidden), torch.empty_like(weight)
 
@@ -131,3 +146,13 @@ def test_memory(benchmark, tokens):
 @pytest.mark.benchmark(group="linear_log_probs, forward and backward")
 def test_backward(benchmark, inputs, way):
     timed(benchmark, forward_backward(lambda: WAYS[way](*inputs), list(inputs[:2])), flops=3 * FLOPS)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.benchmark(group="linear_log_probs, backward alone")
+def test_backward_alone(benchmark, inputs, way):
+    """Two products, and where the kernels do not keep the logits a third that makes them again."""
+    leaves = list(inputs[:2])
+    kept = way in ("eager", "compile") or KEPT_BYTES["cpu" if DEVICE == "cpu" else "cuda"] >= FLOPS // WIDTH
+    call, before = backward_alone(lambda: WAYS[way](*inputs), leaves)
+    timed(benchmark, call, flops=(2 if kept else 3) * FLOPS, before=before)

@@ -4,31 +4,16 @@
 sizes that a GPU is measured at.
 """
 
-import math
-
 import pytest
 import torch
 from measure import DEVICE, SMALL, compiled, forward_backward, leaf, timed, without_gradients
 
 import prime_kernels as pk
+from prime_kernels._bench import formulas
 
 TOKENS, VOCABULARY = (8192, 151936) if DEVICE == "cuda" else (1024, 49152)
 if SMALL:
     TOKENS, VOCABULARY = 8, 256
-
-
-def eager(logits, ids):
-    return logits.float().log_softmax(-1).gather(-1, ids[:, None]).squeeze(-1)
-
-
-def eager_ratios(prm, ref, policy, ids):
-    prm_logp, ref_logp = eager(prm, ids), eager(ref, ids)
-    return prm_logp - ref_logp, prm_logp, ref_logp, eager(policy, ids)
-
-
-def eager_entropy(logits, ids):
-    log_p = logits.float().log_softmax(-1)
-    return log_p.gather(-1, ids[:, None]).squeeze(-1), -(log_p.exp() * log_p).sum(-1)
 
 
 def kernel(logits, ids, **options):
@@ -47,29 +32,19 @@ def kernel_in_place(logits, ids, **options):
     return pk.log_probs(logits, ids, inplace_backward=True, **options)
 
 
-def eager_candidates(logits, ids):
-    log_p = logits.float().log_softmax(-1)
-    best, places = log_p.topk(10, -1)
-    return log_p.gather(-1, ids[:, None]).squeeze(-1), best.where(best >= math.log(0.1), -torch.inf), places
-
-
 def kernel_candidates(logits, ids, **options):
     return pk.candidates(logits, ids, min_prob=0.1, **options)
 
 
-def trl(logits, ids):
-    trl_utils = pytest.importorskip("trl.trainer.utils", reason="trl is not installed")
-    return trl_utils.selective_log_softmax(logits, ids)
+def peer(name):
+    """Another package's function; the benchmark is skipped where it is not installed."""
+    module, _, function = formulas.PEERS["log_probs"][name]
 
+    def call(*arguments):
+        pytest.importorskip(module, reason=f"{module} is not installed")
+        return function(*arguments)
 
-def liger(logits, ids):
-    ops = pytest.importorskip("liger_kernel.transformers.functional", reason="liger-kernel is not installed")
-    return -ops.liger_cross_entropy(logits, ids, reduction="none")
-
-
-def quack(logits, ids):
-    ops = pytest.importorskip("quack.cross_entropy", reason="quack-kernels is not installed")
-    return -ops.cross_entropy(logits, ids, reduction="none")
+    return call
 
 
 def on(backend, function):
@@ -86,17 +61,17 @@ def on(backend, function):
 
 
 BACKENDS = ("triton", "cuda") if DEVICE == "cuda" else ("cpu",)
-PEERS = {"trl": trl, "liger": liger, "quack": quack} if DEVICE == "cuda" else {}
+PEERS = {name: peer(name) for name in formulas.PEERS["log_probs"]} if DEVICE == "cuda" else {}
 
 
 def ways(plain, ours, peers):
     return {"eager": plain, "compile": compiled(plain)} | {name: on(name, ours) for name in BACKENDS} | peers
 
 
-RATIOS = ways(eager_ratios, kernel_ratios, {})
-SINGLE = ways(eager, kernel, PEERS)
-ENTROPY = ways(eager_entropy, kernel_entropy, {})
-CANDIDATES = ways(eager_candidates, kernel_candidates, {})
+RATIOS = ways(formulas.log_ratios, kernel_ratios, {})
+SINGLE = ways(formulas.log_probs, kernel, PEERS)
+ENTROPY = ways(formulas.entropy, kernel_entropy, {})
+CANDIDATES = ways(formulas.candidates, kernel_candidates, {})
 
 
 @pytest.fixture

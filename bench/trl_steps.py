@@ -126,10 +126,10 @@ def run(model: Path, *, patch: bool, steps: int, tokens: int, dtype: str) -> dic
 
 def part(model: Path, *, dtype: str, tokens: int = 1024, rounds: int = 7) -> dict:
     """The log-prob part alone on the model's head, TRL's and ours in turn: seconds of every call, and MiB held."""
-    from measure import peak_bytes
     from transformers import AutoModelForCausalLM
     from trl.trainer import utils
 
+    from prime_kernels._bench.timing import peak_bytes
     from prime_kernels.integrations import trl as integration
 
     weight = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).get_output_embeddings().weight
@@ -153,7 +153,8 @@ def part(model: Path, *, dtype: str, tokens: int = 1024, rounds: int = 7) -> dic
 
     for name, function in functions.items():
         once(function)
-        found[name] = {"forward": [], "backward": [], "peak_MiB": peak_bytes(lambda f=function: once(f)) / 2**20}
+        peak = peak_bytes(lambda f=function: once(f), torch.device("cpu"))
+        found[name] = {"forward": [], "backward": [], "peak_MiB": peak / 2**20}
     for _ in range(rounds):
         for name, function in functions.items():
             for key, seconds in zip(("forward", "backward"), once(function), strict=True):

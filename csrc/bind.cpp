@@ -13,7 +13,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "cpu/row_kernels.h"
+#include "cpu/isa.h"
 #include "pk/abi.h"
 
 namespace py = pybind11;
@@ -206,6 +206,32 @@ void bind_rows(py::module_& m) {
 #endif
 }
 
+template <typename Args>
+std::vector<Member<Args>> head_members() {
+  return {PK_INNER(Args, head, hidden),       PK_INNER(Args, head, hidden_stride), PK_INNER(Args, head, weight),
+          PK_INNER(Args, head, weight_stride), PK_INNER(Args, head, bias),         PK_INNER(Args, head, dtype),
+          PK_INNER(Args, head, rounded),      PK_INNER(Args, head, n_tokens),      PK_INNER(Args, head, n_vocabulary),
+          PK_INNER(Args, head, depth),        PK_INNER(Args, head, temperature),   PK_INNER(Args, head, softcap),
+          PK_INNER(Args, head, ids),          PK_INNER(Args, head, kept),          PK_INNER(Args, head, n_threads)};
+}
+
+void bind_heads(py::module_& m) {
+  using Forward = pk_head_forward_args;
+  bind_cpu(m, "head_forward",
+           head_members<Forward>() +
+               std::vector{PK_MEMBER(Forward, logp), PK_MEMBER(Forward, lse), PK_MEMBER(Forward, entropy)},
+           &pk_cpu_head_forward);
+  using Backward = pk_head_backward_args;
+  bind_cpu(m, "head_backward",
+           head_members<Backward>() +
+               std::vector{PK_MEMBER(Backward, lse), PK_MEMBER(Backward, entropy), PK_MEMBER(Backward, grad_logp),
+                           PK_MEMBER(Backward, grad_entropy), PK_MEMBER(Backward, grad_hidden),
+                           PK_MEMBER(Backward, grad_weight), PK_MEMBER(Backward, grad_bias)},
+           &pk_cpu_head_backward);
+  m.def("head_kept_floats", &pk_cpu_head_kept_floats, py::kw_only(), py::arg("n_tokens"), py::arg("n_vocabulary"),
+        py::arg("depth"), py::arg("dtype"));
+}
+
 void bind_segments(py::module_& m) {
   using Scan = pk_segment_scan_args;
   const std::vector<Member<Scan>> scan = {
@@ -261,6 +287,12 @@ void bind_rloo(py::module_& m) {
                                               PK_MEMBER(Whiten, out)};
   bind_cpu(m, "whiten", whiten + std::vector{PK_MEMBER(Whiten, n_threads)}, &pk_cpu_whiten);
 #ifdef PK_HAS_CUDA
+  using Check = pk_cuda_rloo_check_args;
+  bind_cuda(m, "rloo_check",
+            std::vector{PK_MEMBER(Check, rewards), PK_MEMBER(Check, mask), PK_MEMBER(Check, outcomes),
+                        PK_MEMBER(Check, cu_seqlens), PK_MEMBER(Check, cu_groups), PK_MEMBER(Check, n_responses),
+                        PK_MEMBER(Check, n_groups), PK_MEMBER(Check, n_tokens)},
+            &pk_cuda_rloo_check);
   using Rloo = pk_cuda_rloo_args;
   bind_cuda(m, "rloo_returns",
             std::vector{PK_MEMBER(Rloo, rewards), PK_MEMBER(Rloo, mask), PK_MEMBER(Rloo, outcomes),
@@ -324,7 +356,7 @@ py::dict build_info() {
   py::dict info;
   info["compiler"] = PK_BUILD_COMPILER;
   info["flags"] = PK_BUILD_FLAGS;
-  info["cpu"] = pk::row_kernels().name;
+  info["cpu"] = pk::isa_name(pk::cpu_isa());
 #ifdef _OPENMP
   info["openmp"] = true;
 #else
@@ -362,10 +394,11 @@ void bind_constants(py::module_& m) {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of prime_kernels; called through prime_kernels._native.";
-  pk::row_kernels();  // an unavailable instruction set fails the import, not the first kernel
+  pk::cpu_isa();  // an unavailable instruction set fails the import, not the first kernel
   m.def("build_info", &build_info);
   bind_constants(m);
   bind_rows(m);
+  bind_heads(m);
   bind_segments(m);
   bind_rloo(m);
   bind_losses(m);

@@ -1,11 +1,14 @@
 """``python -m prime_kernels``: versions, build, available backends with reasons for the others, and a self-test.
 
 The exit status is 1 if an operation disagrees with its reference on a backend that says it can run.
+``python -m prime_kernels bench`` measures every operation instead; ``bench --help`` lists its options.
 """
 
+import os
 import platform
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,8 +17,15 @@ import prime_kernels
 from prime_kernels import _selftest
 
 
-def main() -> int:
-    """Print the report; the exit status."""
+def main(words: Sequence[str]) -> int:
+    """Print the report, or run the named command; the exit status."""
+    if words and words[0] == "bench":
+        from prime_kernels._bench import command
+
+        return command.main(words[1:])
+    if words:
+        print(f"usage: python -m prime_kernels [bench ..]: unknown command {words[0]!r}", file=sys.stderr)
+        return 2
     print(f"prime_kernels {prime_kernels.__version__} in {Path(prime_kernels.__file__).parent}")
     print(f"Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}")
     print(f"build: {build()}")
@@ -65,4 +75,8 @@ def self_test() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except BrokenPipeError:  # of a reader such as head that has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)

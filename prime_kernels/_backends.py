@@ -60,6 +60,35 @@ class RowGradient(NamedTuple):
         return RowGradient(self.lse.reshape(-1), entropy, grad_logp, grad_entropy)
 
 
+class LinearHead(NamedTuple):
+    """Tokens and the output layer that makes their logits: hidden @ weight.T + bias, divided by the temperature."""
+
+    hidden: Tensor
+    """[N, D]."""
+    weight: Tensor
+    """[V, D], the dtype of ``hidden``."""
+    bias: Tensor | None
+    """[V], the dtype of ``hidden``."""
+    ids: Tensor
+    """[N] int64, or [N, K] for ops/_several_ids.py. Of one outside [0, V) the log-probability is meaningless."""
+    temperature: float
+    rounded: bool
+    """Whether logits are rounded to the dtype of ``hidden``, as the model's own layer does; else they are float32."""
+    softcap: float | None = None
+    """c in c * tanh(logits / c), which the temperature divides; None for no cap."""
+
+
+class HeadGradients(NamedTuple):
+    """Gradients of an output layer and its input; None where not wanted."""
+
+    hidden: Tensor | None
+    """[N, D]."""
+    weight: Tensor | None
+    """[V, D]."""
+    bias: Tensor | None
+    """[V]."""
+
+
 class RowCandidates(NamedTuple):
     """Log-probs of rows of logits, and their most probable tokens."""
 
@@ -121,6 +150,22 @@ class RowKernels(GradientKernel, Protocol):
 
         ``slots`` is more than a row can have.
         """
+        ...
+
+
+class HeadKernels(Protocol):
+    """Kernels over tokens and an output layer. Shapes, dtypes and ranges have been checked."""
+
+    def token_log_probs(
+        self, head: LinearHead, with_entropy: bool, keep: bool = False
+    ) -> tuple[RowResults, Tensor | None]:
+        """Results [N], and with ``keep`` the logits. The bits depend on neither option, nor on other tokens."""
+        ...
+
+    def gradients(
+        self, head: LinearHead, gradient: RowGradient, wanted: Sequence[bool], kept: Tensor | None = None
+    ) -> HeadGradients:
+        """Gradients where ``wanted``, from the logits that the forward kept, or from new ones."""
         ...
 
 
@@ -259,6 +304,14 @@ class PackedKernels(Protocol):
 class GpuPackedKernels(PackedKernels, Protocol):
     """What a GPU backend has besides: on CPUs the loss of a few responses is plain PyTorch."""
 
+    def checked_batch(self, batch: RlooBatch) -> RlooBatch:
+        """The batch after assertions on the device about its values, in the types that ``rloo_returns`` takes.
+
+        Offsets may be int32, rewards and outcomes of any floating-point type. The assertions, and the conversions in
+        "triton", are one launch; their messages are those of :mod:`prime_kernels._checks`.
+        """
+        ...
+
     def prm_loss_and_slope(self, batch: PRMBatch, kind: str, beta: float) -> PRMResults:
         """The loss of whole responses. Weights and shift are given for PRM_BALANCED_KINDS only."""
         ...
@@ -277,6 +330,14 @@ def rows(backend: str) -> RowKernels:
     from prime_kernels._native import rows as native_rows
 
     return native_rows
+
+
+def head(backend: str) -> HeadKernels:
+    """The kernels for whole heads; "cpu" alone has them, the others go by tiles (ops/_tiled_head.py)."""
+    assert backend == "cpu"
+    from prime_kernels._native import head as native_head
+
+    return native_head
 
 
 def packed(backend: str) -> PackedKernels:

@@ -97,11 +97,7 @@ def offsets(name: str, value: object, total: int | None, unit: str, other: Tenso
         other: a tensor on the device they must share.
         source: the argument ``other``.
     """
-    checked = tensor(name, value, INTEGERS, ndim=1)
-    device(name, checked, other, source)
-    if checked.numel() == 0:
-        raise ValueError(f"{name}: expected at least one offset, got shape [0]")
-    checked = checked.long().contiguous()
+    checked = offsets_unread(name, value, other, source).long().contiguous()
     _require(
         checked[0] == 0,
         lambda: ValueError(f"{name}: expected to start at 0, got {int(checked[0])}"),
@@ -119,6 +115,15 @@ def offsets(name: str, value: object, total: int | None, unit: str, other: Tenso
             lambda: ValueError(f"{name}: expected to end at {total} {unit}, got {int(checked[-1])}"),
             f"{name}: expected to end at {total} {unit}",
         )
+    return checked
+
+
+def offsets_unread(name: str, value: object, other: Tensor, source: str) -> Tensor:
+    """What :func:`offsets` checks without reading the values; returned as they are."""
+    checked = tensor(name, value, INTEGERS, ndim=1)
+    device(name, checked, other, source)
+    if checked.numel() == 0:
+        raise ValueError(f"{name}: expected at least one offset, got shape [0]")
     return checked
 
 

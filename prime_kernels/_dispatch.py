@@ -1,7 +1,7 @@
 """Which backend runs an operation.
 
 Selection: the ``backend`` argument, then :func:`use_backend`, then the environment variable ``PRIME_KERNELS_BACKEND``,
-then the fastest backend for the device of the tensors.
+then the file that ``PRIME_KERNELS_TUNING`` names, then the fastest backend for the device of the tensors.
 
 * The argument is strict: a backend that is unavailable or cannot take the tensors is an error; nothing falls back.
 * ``use_backend`` and the environment variable apply to many operations. The backend must be available, but an operation
@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
+
+from prime_kernels import _tuning
 
 BACKENDS = ("eager", "cpu", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "PRIME_KERNELS_BACKEND"
@@ -100,6 +102,12 @@ def resolve(op: str, tensor: torch.Tensor, backend: str | None) -> str:
         _require_available(source, preferred)
         if _can_run(op, tensor, preferred):
             return preferred
+    else:
+        tuned = _tuning.backend(op, tensor.device.type)
+        if tuned is not None:
+            _require_available(_tuning.ENVIRONMENT_VARIABLE, tuned)
+            if _can_run(op, tensor, tuned):
+                return tuned
     for name in _FASTEST.get(tensor.device.type, ()):
         if not _can_run(op, tensor, name):
             continue

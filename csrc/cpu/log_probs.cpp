@@ -8,12 +8,9 @@
 #include <limits>
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "pk/abi.h"
 #include "half.h"
+#include "pages.h"
 #include "row_kernels.h"
 #include "threads.h"
 
@@ -26,7 +23,6 @@ constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 constexpr int64_t kRowsPerChunk = 4;  // small, as masked rows take no time
 // Results larger than this leave the caches before they are read: they are written around the cache.
 constexpr int64_t kStreamBytes = int64_t{8} << 20;
-constexpr int64_t kHugePage = int64_t{2} << 20;
 
 int64_t item_size(int32_t dtype) { return dtype == PK_FLOAT32 ? 4 : 2; }
 
@@ -249,19 +245,6 @@ void backward_row(const pk_log_probs_grad_args& args, int64_t row, bool stream) 
   const double curvature = p == 0.0 ? 0.0 : p * (log_p + entropy);
   const double target = -grad_logp * std::expm1(log_p) - grad_entropy * curvature;
   put_at(out, id, args.dtype, static_cast<float>(target / args.temperature));
-}
-
-// New memory is mapped in 4 KiB pages at one fault each; before first use, the system can be asked for 2 MiB pages.
-// This is a hint that may be ignored.
-void ask_for_huge_pages(void* begin, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  const uintptr_t first = (reinterpret_cast<uintptr_t>(begin) + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t last = (reinterpret_cast<uintptr_t>(begin) + static_cast<uintptr_t>(bytes)) / kHugePage * kHugePage;
-  if (last > first) (void)madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#else
-  (void)begin;
-  (void)bytes;
-#endif
 }
 
 }  // namespace

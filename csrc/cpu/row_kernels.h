@@ -55,8 +55,7 @@ extern const RowKernels row_kernels_avx2;
 extern const RowKernels row_kernels_avx512;
 #endif
 
-// The widest instruction set of this processor, or the one named by the environment variable PRIME_KERNELS_CPU_ISA
-// (portable, avx2, avx512). Throws std::runtime_error for a name that is unknown or unavailable here.
+// Those of the instruction set in use (isa.h).
 const RowKernels& row_kernels();
 
 }  // namespace pk

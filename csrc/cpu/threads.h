@@ -4,7 +4,20 @@
 #include <algorithm>
 #include <cstdint>
 
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
 namespace pk {
+
+// Of the team of a parallel region.
+inline int thread_index() {
+#if defined(_OPENMP)
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
+}
 
 // With fewer elements per thread, starting it costs more than it saves.
 constexpr int64_t kElementsPerThread = 16384;

@@ -11,7 +11,13 @@
 #include <immintrin.h>
 #endif
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
+#if defined(__AMX_BF16__)
+#define PK_ISA amx
+#define PK_ISA_LANES 16
+#elif defined(__AVX512BF16__)
+#define PK_ISA avx512_bf16
+#define PK_ISA_LANES 16
+#elif defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
 #define PK_ISA avx512
 #define PK_ISA_LANES 16
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)

@@ -12,10 +12,16 @@
 namespace {
 
 constexpr int kWarp = 32;
+#ifdef PK_SMALL_TILES  // for tests: short rows take every path, and few threads are emulated
+constexpr int kThreads = 64;
+constexpr int kManyThreads = 128;
+constexpr int64_t kFewRows = 8;
+#else
 constexpr int kThreads = 256;
 // Threads per row where there are too few rows to fill the device.
 constexpr int kManyThreads = 1024;
 constexpr int64_t kFewRows = 512;
+#endif
 // Outstanding loads per thread: latency times bandwidth requires about 40 KiB in flight per multiprocessor.
 constexpr int kUnroll = 4;
 constexpr double kLn2 = 0.693147180559945309;
@@ -47,12 +53,25 @@ struct alignas(16) Pack {
   T value[kSize];
 };
 
-// Elements of a row before its first 16-byte boundary: rows of odd length or of a slice start at any element.
+// Elements of a row before its first 16-byte boundary: rows of odd length or of a slice start at any element. Columns
+// are int32 throughout, as comparing an int64 with the target takes two instructions for each element.
 template <typename T>
-__device__ __forceinline__ int64_t head_of(const T* row, int64_t n_cols) {
-  const int64_t misaligned = static_cast<int64_t>((reinterpret_cast<uintptr_t>(row) & 15) / sizeof(T));
-  const int64_t head = misaligned == 0 ? 0 : Pack<T>::kSize - misaligned;
+__device__ __forceinline__ int head_of(const T* row, int n_cols) {
+  const int misaligned = static_cast<int>((reinterpret_cast<uintptr_t>(row) & 15) / sizeof(T));
+  const int head = misaligned == 0 ? 0 : Pack<T>::kSize - misaligned;
   return head < n_cols ? head : n_cols;
+}
+
+// 2^t in one instruction, without the scaling by which exp2f keeps results below 2^-126: next to a sum of 1 or more they
+// are nothing.
+__device__ __forceinline__ float power_of_two(float t) {
+#ifdef __CUDA_ARCH__
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(t));
+  return result;
+#else
+  return exp2f(t);
+#endif
 }
 
 // Keeps the factor of a vanished 2^t finite (0 * -inf is NaN); NaN stays NaN.
@@ -68,7 +87,7 @@ struct Softmax {
     if (!(value > highest)) return;
     if (highest != -INFINITY) {
       const float step = (highest - value) * scale;
-      const float factor = exp2f(step);
+      const float factor = power_of_two(step);
       weighted = factor * (weighted + clamp_exponent(step) * sum);
       sum *= factor;
     }
@@ -78,7 +97,7 @@ struct Softmax {
   template <bool kEntropy>
   __device__ __forceinline__ void add(float z, float scale) {
     const float t = (z - (highest == -INFINITY ? 0.0f : highest)) * scale;
-    const float e = exp2f(t);
+    const float e = power_of_two(t);
     sum += e;
     if (kEntropy) weighted += e * clamp_exponent(t);
   }
@@ -104,8 +123,7 @@ __device__ __forceinline__ Softmax warp_combine(Softmax mine, float scale) {
 
 // Adds a pack of logits, with the target replaced by -inf.
 template <typename T, bool kEntropy>
-__device__ __forceinline__ void take_pack(Softmax& softmax, const Pack<T>& pack, int64_t column, int64_t id,
-                                          float scale) {
+__device__ __forceinline__ void take_pack(Softmax& softmax, const Pack<T>& pack, int column, int id, float scale) {
   float z[Pack<T>::kSize];
 #pragma unroll
   for (int k = 0; k < Pack<T>::kSize; ++k) z[k] = column + k == id ? -INFINITY : to_float(pack.value[k]);
@@ -129,29 +147,31 @@ __global__ void __launch_bounds__(kBlock) forward_kernel(pk_log_probs_args args,
   const int64_t row = blockIdx.x;
   const pk_log_probs_model model = args.models[first_model + blockIdx.y];
   const bool masked = args.mask != nullptr && args.mask[row] == 0;
-  const int64_t id = masked ? 0 : args.ids[row];
-  if (masked || id < 0 || id >= args.n_cols) {
+  const int64_t label = masked ? 0 : args.ids[row];
+  if (masked || label < 0 || label >= args.n_cols) {
     if (threadIdx.x == 0) {
       const double value = masked ? 0.0 : NAN;
       store_results(model, row, value, value, value);
     }
     return;
   }
+  const int id = static_cast<int>(label);
+  const int n_cols = static_cast<int>(args.n_cols);
   const T* z = static_cast<const T*>(model.logits) + row * model.stride;
   const double inverse_temperature = 1.0 / model.temperature;
   const float scale = static_cast<float>(inverse_temperature * kLog2e);
-  const int64_t head = head_of(z, args.n_cols);
-  const int64_t packs = (args.n_cols - head) / Pack<T>::kSize;
+  const int head = head_of(z, n_cols);
+  const int packs = (n_cols - head) / Pack<T>::kSize;
   const Pack<T>* body = reinterpret_cast<const Pack<T>*>(z + head);
 
   Softmax softmax{-INFINITY, 0.0f, 0.0f};
-  const auto take_one = [&](int64_t column) {
+  const auto take_one = [&](int column) {
     const float value = column == id ? -INFINITY : to_float(z[column]);
     softmax.raise_to(value, scale);
     softmax.add<kEntropy>(value, scale);
   };
-  for (int64_t i = threadIdx.x; i < head; i += kBlock) take_one(i);
-  int64_t i = threadIdx.x;
+  for (int i = threadIdx.x; i < head; i += kBlock) take_one(i);
+  int i = threadIdx.x;
   for (; i + (kUnroll - 1) * kBlock < packs; i += kUnroll * kBlock) {
     Pack<T> pack[kUnroll];
 #pragma unroll
@@ -165,7 +185,7 @@ __global__ void __launch_bounds__(kBlock) forward_kernel(pk_log_probs_args args,
     const Pack<T> pack = body[i];  // one 16-byte load
     take_pack<T, kEntropy>(softmax, pack, head + i * Pack<T>::kSize, id, scale);
   }
-  for (int64_t c = head + packs * Pack<T>::kSize + threadIdx.x; c < args.n_cols; c += kBlock) take_one(c);
+  for (int c = head + packs * Pack<T>::kSize + threadIdx.x; c < n_cols; c += kBlock) take_one(c);
 
   __shared__ Softmax partial[kBlock / kWarp];
   softmax = warp_combine(softmax, scale);
@@ -198,29 +218,31 @@ __global__ void __launch_bounds__(kBlock) backward_kernel(pk_log_probs_grad_args
   const int64_t row = blockIdx.x;
   T* out = static_cast<T*>(args.out) + row * args.out_stride;
   const bool masked = args.mask != nullptr && args.mask[row] == 0;
-  const int64_t id = masked ? 0 : args.ids[row];
+  const int64_t label = masked ? 0 : args.ids[row];
+  const int n_cols = static_cast<int>(args.n_cols);
   const double grad_logp = args.grad_logp == nullptr ? 0.0 : args.grad_logp[row];
   const double grad_entropy = args.grad_entropy == nullptr ? 0.0 : args.grad_entropy[row];
   const double lse = args.lse[row];
-  const bool has_target = id >= 0 && id < args.n_cols;
+  const bool has_target = label >= 0 && label < args.n_cols;
+  const int id = has_target ? static_cast<int>(label) : -1;
   const bool valid = has_target || args.partial != 0;
   // With a finite lse the row has no NaN and no +inf that a zero gradient could hide.
   const bool nothing = masked || (valid && grad_logp == 0.0 && grad_entropy == 0.0 && isfinite(lse));
   const T* z = static_cast<const T*>(args.logits) + row * args.logits_stride;
   const bool packable = ((reinterpret_cast<uintptr_t>(z) ^ reinterpret_cast<uintptr_t>(out)) & 15) == 0;
-  const int64_t head = packable ? head_of(z, args.n_cols) : args.n_cols;
-  const int64_t packs = (args.n_cols - head) / Pack<T>::kSize;
+  const int head = packable ? head_of(z, n_cols) : n_cols;
+  const int packs = (n_cols - head) / Pack<T>::kSize;
   Pack<T>* out_body = reinterpret_cast<Pack<T>*>(out + head);
-  const int64_t tail = head + packs * Pack<T>::kSize;
+  const int tail = head + packs * Pack<T>::kSize;
 
   if (nothing || !valid) {
     const T value = from_float<T>(nothing ? 0.0f : NAN);
     Pack<T> pack;
 #pragma unroll
     for (int k = 0; k < Pack<T>::kSize; ++k) pack.value[k] = value;
-    for (int64_t i = threadIdx.x; i < head; i += kBlock) out[i] = value;
-    for (int64_t i = threadIdx.x; i < packs; i += kBlock) out_body[i] = pack;
-    for (int64_t i = tail + threadIdx.x; i < args.n_cols; i += kBlock) out[i] = value;
+    for (int i = threadIdx.x; i < head; i += kBlock) out[i] = value;
+    for (int i = threadIdx.x; i < packs; i += kBlock) out_body[i] = pack;
+    for (int i = tail + threadIdx.x; i < n_cols; i += kBlock) out[i] = value;
     return;
   }
 
@@ -241,22 +263,22 @@ __global__ void __launch_bounds__(kBlock) backward_kernel(pk_log_probs_grad_args
       static_cast<float>((-grad_logp * expm1(log_p) - grad_entropy * curvature) * inverse_temperature);
   __syncthreads();
 
-  const auto gradient = [&](float value, int64_t column) {
+  const auto gradient = [&](float value, int column) {
     const float t = fmaf(value, scale, bias);
-    const float others = exp2f(t) * (a + b * clamp_exponent(t));
+    const float others = power_of_two(t) * (a + b * clamp_exponent(t));
     return column == id ? target : others;
   };
   const Pack<T>* body = reinterpret_cast<const Pack<T>*>(z + head);
-  for (int64_t i = threadIdx.x; i < head; i += kBlock) out[i] = from_float<T>(gradient(to_float(z[i]), i));
-  const auto put_pack = [&](Pack<T> pack, int64_t i) {
-    const int64_t column = head + i * Pack<T>::kSize;
+  for (int i = threadIdx.x; i < head; i += kBlock) out[i] = from_float<T>(gradient(to_float(z[i]), i));
+  const auto put_pack = [&](Pack<T> pack, int i) {
+    const int column = head + i * Pack<T>::kSize;
 #pragma unroll
     for (int k = 0; k < Pack<T>::kSize; ++k) {
       pack.value[k] = from_float<T>(gradient(to_float(pack.value[k]), column + k));
     }
     out_body[i] = pack;
   };
-  int64_t i = threadIdx.x;
+  int i = threadIdx.x;
   for (; i + (kUnroll - 1) * kBlock < packs; i += kUnroll * kBlock) {
     Pack<T> pack[kUnroll];
 #pragma unroll
@@ -265,9 +287,15 @@ __global__ void __launch_bounds__(kBlock) backward_kernel(pk_log_probs_grad_args
     for (int u = 0; u < kUnroll; ++u) put_pack(pack[u], i + u * kBlock);
   }
   for (; i < packs; i += kBlock) put_pack(body[i], i);
-  for (int64_t c = tail + threadIdx.x; c < args.n_cols; c += kBlock) {
+  for (int c = tail + threadIdx.x; c < n_cols; c += kBlock) {
     out[c] = from_float<T>(gradient(to_float(z[c]), c));
   }
+}
+
+template <typename... Parameters>
+void launch(void (*kernel)(Parameters...), dim3 grid, int threads, cudaStream_t stream, Parameters... arguments) {
+  void* addresses[] = {&arguments...};
+  cudaLaunchKernel(kernel, grid, dim3(threads), addresses, 0, stream);
 }
 
 template <typename T>
@@ -276,13 +304,13 @@ void launch_forward(const pk_log_probs_args& args, int first_model, int n_models
   const bool entropy = args.models[first_model].entropy != nullptr;
   const bool few = args.n_rows * n_models < kFewRows;
   if (few && entropy) {
-    forward_kernel<T, kManyThreads, true><<<grid, kManyThreads, 0, stream>>>(args, first_model);
+    launch(forward_kernel<T, kManyThreads, true>, grid, kManyThreads, stream, args, first_model);
   } else if (few) {
-    forward_kernel<T, kManyThreads, false><<<grid, kManyThreads, 0, stream>>>(args, first_model);
+    launch(forward_kernel<T, kManyThreads, false>, grid, kManyThreads, stream, args, first_model);
   } else if (entropy) {
-    forward_kernel<T, kThreads, true><<<grid, kThreads, 0, stream>>>(args, first_model);
+    launch(forward_kernel<T, kThreads, true>, grid, kThreads, stream, args, first_model);
   } else {
-    forward_kernel<T, kThreads, false><<<grid, kThreads, 0, stream>>>(args, first_model);
+    launch(forward_kernel<T, kThreads, false>, grid, kThreads, stream, args, first_model);
   }
 }
 
@@ -290,13 +318,18 @@ template <typename T>
 void launch_backward(const pk_log_probs_grad_args& args, cudaStream_t stream) {
   const unsigned rows = static_cast<unsigned>(args.n_rows);
   if (args.n_rows < kFewRows) {
-    backward_kernel<T, kManyThreads><<<rows, kManyThreads, 0, stream>>>(args);
+    launch(backward_kernel<T, kManyThreads>, dim3(rows), kManyThreads, stream, args);
   } else {
-    backward_kernel<T, kThreads><<<rows, kThreads, 0, stream>>>(args);
+    launch(backward_kernel<T, kThreads>, dim3(rows), kThreads, stream, args);
   }
 }
 
-bool valid_sizes(int64_t n_rows, int64_t n_cols) { return n_rows >= 0 && n_rows <= INT32_MAX && n_cols >= 1; }
+// Columns are int32, with room for one loop step beyond the last.
+constexpr int64_t kMaxColumns = int64_t{1} << 30;
+
+bool valid_sizes(int64_t n_rows, int64_t n_cols) {
+  return n_rows >= 0 && n_rows <= INT32_MAX && n_cols >= 1 && n_cols <= kMaxColumns;
+}
 
 bool known_dtype(int32_t dtype) { return dtype == PK_FLOAT32 || dtype == PK_BFLOAT16 || dtype == PK_FLOAT16; }
 

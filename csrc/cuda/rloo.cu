@@ -6,6 +6,12 @@
 
 #include "segmented_scan.cuh"
 
+#ifdef __CUDACC__
+// CUDA's own function behind assert(), whose declaration comes and goes with NDEBUG.
+extern "C" __device__ void __assertfail(const char* message, const char* file, unsigned line, const char* function,
+                                        size_t char_size);
+#endif
+
 namespace pk {
 namespace {
 
@@ -205,6 +211,40 @@ __global__ void __launch_bounds__(kThreads) rloo_kernel(Rloo rloo) {
   returns(rloo, range);
 }
 
+__device__ void require(bool condition, const char* message) {
+  // Unlike assert() also in builds with NDEBUG.
+  if (!condition) __assertfail(message, "prime_kernels", 0, "rloo_advantages", sizeof(char));
+}
+
+__device__ bool finite(double value) { return fabs(value) <= 1.7976931348623157e308; }
+
+__global__ void __launch_bounds__(kThreads) check_kernel(pk_cuda_rloo_check_args args) {
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
+  const int64_t* cu = args.cu_seqlens;
+  const int64_t* groups = args.cu_groups;
+  const int64_t start = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
+  if (start == 0) {
+    require(cu[0] == 0, "cu_seqlens: expected to start at 0");
+    require(groups[0] == 0, "cu_groups: expected to start at 0");
+    require(groups[args.n_groups] == args.n_responses, "cu_groups: expected to end at the number of responses");
+    if (args.rewards != nullptr) {
+      require(cu[args.n_responses] == args.n_tokens, "cu_seqlens: expected to end at the number of tokens");
+    }
+  }
+  for (int64_t i = start; i < args.n_responses; i += step) {
+    require(cu[i] <= cu[i + 1], "cu_seqlens: expected non-decreasing offsets");
+    require(finite(args.outcomes[i]), "outcomes: expected finite values");
+  }
+  for (int64_t i = start; i < args.n_groups; i += step) {
+    require(groups[i] <= groups[i + 1], "cu_groups: expected non-decreasing offsets");
+  }
+  if (args.rewards == nullptr) return;
+  for (int64_t t = start; t < args.n_tokens; t += step) {
+    if (args.mask != nullptr && args.mask[t] == 0) continue;
+    require(finite(args.rewards[t]), "process_rewards: expected finite values");
+  }
+}
+
 // Every block merges the moments of all parts, in the same order.
 __global__ void __launch_bounds__(kThreads) whiten_kernel(pk_whiten_args args) {
   double count = 0.0;
@@ -229,6 +269,14 @@ __global__ void __launch_bounds__(kThreads) whiten_kernel(pk_whiten_args args) {
 
 }  // namespace
 }  // namespace pk
+
+extern "C" int pk_cuda_rloo_check(const pk_cuda_rloo_check_args* args, void* stream) {
+  using namespace pk;
+  if (args == nullptr || args->n_responses < 0 || args->n_groups < 0 || args->n_tokens < 0) return PK_BAD_ARGUMENT;
+  const int64_t most = args->n_tokens > args->n_groups ? args->n_tokens : args->n_groups;
+  const unsigned blocks = blocks_over(most > args->n_responses ? most : args->n_responses, 8);
+  return launch("check_kernel", check_kernel, blocks, false, stream, *args);
+}
 
 extern "C" int pk_cuda_rloo_returns(const pk_cuda_rloo_args* args, void* stream) {
   using namespace pk;

@@ -1,6 +1,6 @@
 """The compiled extension: whether it is available and how it was built.
 
-rows.py and packed.py turn tensors into addresses, sizes and strides and call its kernels; nothing else does.
+rows.py, head.py and packed.py turn tensors into addresses, sizes and strides and call its kernels; nothing else does.
 """
 
 import torch
@@ -43,7 +43,7 @@ def build_info() -> dict[str, str | bool]:
     """The build and what runs.
 
     Keys: compiler, flags, openmp, cuda, cuda_detail (the architectures, or why there are none) and cpu (the instruction
-    set of the CPU kernels in use: avx512, avx2 or portable).
+    set of the CPU kernels in use: amx, avx512_bf16, avx512, avx2 or portable).
     """
     info: dict[str, str | bool] = _C.build_info()
     return info

@@ -228,6 +228,18 @@ class CpuKernels:
 class CudaKernels(CpuKernels):
     """Packed kernels for CUDA tensors."""
 
+    def checked_batch(self, batch: RlooBatch) -> RlooBatch:
+        responses, device = batch.outcomes.numel(), batch.outcomes.device
+        rewards = None if batch.process_rewards is None else batch.process_rewards.float()
+        checked = batch._replace(
+            process_rewards=column(rewards, torch.float32, batch.total, device),
+            outcomes=column(batch.outcomes.double(), torch.float64, responses, device),
+            cu_seqlens=offsets_column(batch.cu_seqlens.long(), device),
+            cu_groups=offsets_column(batch.cu_groups.long(), device),
+        )
+        self._launch("rloo_check", device, **_rloo(checked))
+        return checked
+
     def rloo_returns(
         self, batch: RlooBatch, settings: RlooSettings, over_ranks: Callable[[Tensor], None] | None
     ) -> tuple[Tensor, Tensor]:
@@ -236,17 +248,9 @@ class CudaKernels(CpuKernels):
         out = torch.empty(batch.total, dtype=torch.float32, device=device)
         moments = torch.empty(_C.MAX_BLOCKS, 3, dtype=torch.float64, device=device)
         doubles = _C.RLOO_WORKSPACE // 8 + _C.MAX_BLOCKS + 5 * responses
-        rewards = column(batch.process_rewards, torch.float32, batch.total, device)
         blocks = torch.zeros(1, dtype=torch.int64, device="cpu")
         arguments: dict[str, Argument] = {
-            "rewards": rewards,
-            "mask": mask_column(batch.reward_mask, batch.total, device),
-            "outcomes": column(batch.outcomes, torch.float64, responses, device),
-            "cu_seqlens": offsets_column(batch.cu_seqlens, device),
-            "cu_groups": offsets_column(batch.cu_groups, device),
-            "n_responses": responses,
-            "n_groups": batch.cu_groups.numel() - 1,
-            "n_tokens": batch.total,
+            **_rloo(batch),
             "gamma_process": settings.gamma_process,
             "gamma_outcome": settings.gamma_outcome,
             "process_coef": settings.process_coef,
@@ -258,7 +262,7 @@ class CudaKernels(CpuKernels):
             "out": out,
             "n_blocks": blocks,
         }
-        largest, with_sums = None, rewards is not None
+        largest, with_sums = None, batch.process_rewards is not None
         if over_ranks is not None and settings.normalize_process and with_sums:
             largest, with_sums = torch.empty((), dtype=torch.float64, device=device), False
             self._launch("rloo_returns", device, **arguments, with_sums=True, with_returns=False, largest=largest)
@@ -335,6 +339,21 @@ def _process_terms(means: Tensor, with_rewards: Tensor, cu_groups: Tensor, basel
 
 def _segments(offsets: Tensor, device: torch.device) -> dict[str, Argument]:
     return {"cu_seqlens": offsets_column(offsets, device), "n_segments": offsets.numel() - 1}
+
+
+def _rloo(batch: RlooBatch) -> dict[str, Argument]:
+    responses, device = batch.outcomes.numel(), batch.outcomes.device
+    rewards = column(batch.process_rewards, torch.float32, batch.total, device)
+    return {
+        "rewards": rewards,
+        "mask": None if rewards is None else mask_column(batch.reward_mask, batch.total, device),
+        "outcomes": column(batch.outcomes, torch.float64, responses, device),
+        "cu_seqlens": offsets_column(batch.cu_seqlens, device),
+        "cu_groups": offsets_column(batch.cu_groups, device),
+        "n_responses": responses,
+        "n_groups": batch.cu_groups.numel() - 1,
+        "n_tokens": batch.total,
+    }
 
 
 def _ppo(tokens: PPOTokens, clip: tuple[float, float]) -> dict[str, Argument]:

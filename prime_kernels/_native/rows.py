@@ -58,8 +58,7 @@ def token_candidates(
     """Results and candidates of logits [N, V]: one pass on CPUs; on CUDA torch.topk comes after the kernel."""
     (rows, vocabulary), device = logits.shape, logits.device
     if device.type != "cpu":
-        results = token_log_probs([logits], ids, mask, [temperature], False).only_model()
-        return searched(results, logits, mask, temperature, log_min_prob, slots)
+        return candidates_after(logits, ids, mask, temperature, log_min_prob, slots)
     assert is_rows(logits)
     ids, mask = column(ids, torch.int64, rows, device), mask_column(mask, rows, device)
     logp, lse = torch.empty(2, rows, dtype=torch.float32, device=device)
@@ -83,6 +82,14 @@ def token_candidates(
         n_threads=torch.get_num_threads(),
     )
     return RowCandidates(logp, lse, found_ids, found)
+
+
+def candidates_after(
+    logits: Tensor, ids: Tensor, mask: Tensor | None, temperature: float, log_min_prob: float, slots: int
+) -> RowCandidates:
+    """What :func:`token_candidates` is on CUDA."""
+    results = token_log_probs([logits], ids, mask, [temperature], False).only_model()
+    return searched(results, logits, mask, temperature, log_min_prob, slots)
 
 
 def logits_gradient(

@@ -8,14 +8,65 @@ from torch import Tensor
 from prime_kernels._backends import RlooBatch, RlooSettings
 from prime_kernels._launch_counters import arrivals
 from prime_kernels._layout import column, mask_column
+from prime_kernels._triton._check_kernels import check_rloo_kernel
 from prime_kernels._triton._launch import launch_phases, log2, offsets, on_device, scan_config
 from prime_kernels._triton._launch_config import ScanConfig
 from prime_kernels._triton._rloo_kernels import rloo_kernel, whiten_kernel
 
 # Responses whose groups a program looks up at once, and rows of moments that it merges at once.
 RESPONSES, ROWS = 256, 256
+# Elements of every tensor that a program checks.
+CHECKED = 1024
 # Rows of published values, and scratch columns per response.
 PUBLISHED, COLUMNS = 7, 5
+
+
+def checked_batch(batch: RlooBatch) -> RlooBatch:
+    """The batch in the types of :class:`RlooBatch`, after device-side assertions about its values: one launch."""
+    rewards, mask, outcomes, cu_seqlens, cu_groups, total = batch
+    device, responses, groups = outcomes.device, outcomes.numel(), cu_groups.numel() - 1
+    of_outcomes, copy_outcomes = _given_and_copy(outcomes, torch.float64)
+    of_cu, copy_cu = _given_and_copy(cu_seqlens, torch.int64)
+    of_groups, copy_groups = _given_and_copy(cu_groups, torch.int64)
+    of_rewards, copy_rewards = (None, None) if rewards is None else _given_and_copy(rewards, torch.float32)
+    bytes_of_mask = None if rewards is None else mask_column(mask, total, device)
+    largest = max(responses, groups, total) + 1
+    with on_device(device):
+        check_rloo_kernel[(-(-largest // CHECKED),)](
+            # Unused arguments repeat an existing tensor; the kernel does not read them.
+            of_outcomes if of_rewards is None else of_rewards,
+            of_outcomes if copy_rewards is None else copy_rewards,
+            of_cu if bytes_of_mask is None else bytes_of_mask,
+            of_outcomes,
+            of_outcomes if copy_outcomes is None else copy_outcomes,
+            of_cu,
+            of_cu if copy_cu is None else copy_cu,
+            of_groups,
+            of_groups if copy_groups is None else copy_groups,
+            total,
+            responses,
+            groups,
+            PROCESS=rewards is not None,
+            MASKED=bytes_of_mask is not None,
+            COPY_REWARDS=copy_rewards is not None,
+            COPY_OUTCOMES=copy_outcomes is not None,
+            COPY_CU=copy_cu is not None,
+            COPY_GROUPS=copy_groups is not None,
+            BLOCK=CHECKED,
+        )
+    return RlooBatch(
+        of_rewards if copy_rewards is None else copy_rewards,
+        mask,
+        of_outcomes if copy_outcomes is None else copy_outcomes,
+        of_cu if copy_cu is None else copy_cu,
+        of_groups if copy_groups is None else copy_groups,
+        total,
+    )
+
+
+def _given_and_copy(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """The values, contiguous, and where they have another dtype an uninitialised tensor for them in this one."""
+    return values.contiguous(), None if values.dtype == dtype else values.new_empty(values.shape, dtype=dtype)
 
 
 def rloo_returns(

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from prime_kernels.ops import _tiled_head as tiles
+from prime_kernels.ops._fused_tiles import sums_in_product
 
 
 class TileSizes(NamedTuple):
@@ -19,7 +20,9 @@ class TileSizes(NamedTuple):
     fused_bytes: int
     """A tile of `linear_nll` and `linear_ppo_loss`, in bytes: whole rows."""
     added_rows: int
-    """Rows of a 16-bit product that are added to a float32 sum at once."""
+    """Rows of a 16-bit product that are added to a float32 sum at once; 0 where the product adds itself."""
+    whole_head: bool
+    """Whether kernels of whole heads make the logits in cache: then there are no tiles, and logits only if kept."""
 
     def tile(self, elements: int, tokens: int, vocabulary: int) -> tuple[int, int]:
         """(tokens, columns of the head) of a tile of at most ``elements`` logits of ``tokens`` x ``vocabulary``."""
@@ -27,14 +30,18 @@ class TileSizes(NamedTuple):
 
 
 def tile_sizes(device_type: str) -> TileSizes:
-    """The sizes in use on "cpu" or "cuda". Raises ValueError for another device."""
+    """The sizes in use on "cpu" or "cuda": of the current GPU, or without one of a GPU of 80 GiB.
+
+    Raises ValueError for another device.
+    """
     if device_type not in tiles.TOKENS:
         raise ValueError(f"device_type: expected one of {', '.join(map(repr, tiles.TOKENS))}, got {device_type!r}")
     return TileSizes(
         tiles.TOKENS[device_type],
-        tiles.FORWARD_ELEMENTS[device_type],
-        tiles.BACKWARD_ELEMENTS[device_type],
+        tiles.forward_elements(device_type),
+        tiles.backward_elements(device_type),
         tiles.KEPT_BYTES[device_type],
-        tiles.FUSED_BYTES,
-        tiles.ADDED_ROWS[device_type],
+        tiles.fused_bytes(device_type),
+        0 if sums_in_product(device_type) else tiles.ADDED_ROWS[device_type],
+        device_type in tiles.HEAD_KERNELS,
     )

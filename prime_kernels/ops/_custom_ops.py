@@ -206,17 +206,17 @@ def linear_log_probs(
     temperature: float,
     softcap: float | None,
     with_entropy: bool,
+    logits_dtype: str,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    head, ids, temperature, chosen = linear.check(
-        hidden, weight, ids, bias, mask, temperature, softcap, with_entropy, backend
-    )
-    head = _as_computed(head, chosen)
+    arguments = (hidden, weight, ids, bias, mask, temperature, softcap, with_entropy, logits_dtype, backend)
+    head, ids, settings = linear.check(*arguments)
+    head = _as_computed(head, settings)
     tokens = linear.compact(head.hidden, ids, mask)
     if not len(tokens.hidden):
         return _plain(Columns(*(column.zero_() for column in _fake_values(hidden, ids, with_entropy))))
-    arguments = (tokens.ids, temperature, with_entropy, chosen)
-    results = tiles.head_log_probs(tokens.hidden, head.weight, head.bias, *arguments, softcap=softcap)
+    of_tokens = settings.of_product(tokens.hidden, head.weight, head.bias, tokens.ids)
+    results, _ = tiles.head_log_probs(of_tokens, with_entropy, settings.backend)
     logp, lse = (linear.spread(column, tokens.places, ids.shape) for column in results[:2])
     if results.entropy is None:
         return logp, lse, logp.new_empty(0)
@@ -233,6 +233,7 @@ def _(
     temperature: float,
     softcap: float | None,
     with_entropy: bool,
+    logits_dtype: str,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _plain(_fake_values(hidden, ids, with_entropy))
@@ -252,20 +253,22 @@ def linear_log_probs_backward(
     temperature: float,
     softcap: float | None,
     wanted: list[bool],
+    logits_dtype: str,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias; empty where they are not wanted."""
     ids = _checks.labels("ids", ids, mask, weight.shape[0])
     chosen = _dispatch.resolve("linear_log_probs", hidden, backend)
-    head = _as_computed(linear.Head(hidden, weight, bias), chosen)
+    settings = linear.Settings(temperature, softcap, False, linear.check_logits_dtype(logits_dtype), chosen)
+    head = _as_computed(linear.Head(hidden, weight, bias), settings)
     tokens = linear.compact(head.hidden, ids, mask)
     gradient = RowGradient(lse, entropy, grad_logp, grad_entropy).flat()
     if tokens.places is not None:
         gradient = gradient.rows(tokens.places)
     gradients = [each.new_zeros(each.shape) if want else each.new_empty(0) for each, want in _wanted(head, wanted)]
     if len(tokens.hidden):
-        arguments = (tokens.ids, temperature, gradient, wanted, chosen)
-        found = tiles.head_gradients(tokens.hidden, head.weight, head.bias, *arguments, softcap=softcap)
+        of_tokens = settings.of_product(tokens.hidden, head.weight, head.bias, tokens.ids)
+        found = tiles.head_gradients(of_tokens, gradient, wanted, chosen)
         if found.hidden is not None:
             at = slice(None) if tokens.places is None else tokens.places
             gradients[0].view(-1, hidden.shape[-1])[at] = found.hidden
@@ -289,6 +292,7 @@ def _(
     temperature: float,
     softcap: float | None,
     wanted: list[bool],
+    logits_dtype: str,
     backend: str | None,
 ) -> tuple[Tensor, ...]:
     each_wanted = _wanted(linear.Head(hidden, weight, bias), wanted)
@@ -301,9 +305,9 @@ def _wanted(head: linear.Head, wanted: list[bool]) -> list[tuple[Tensor, bool]]:
     return [(head.hidden, wanted[0]), (head.weight, wanted[1]), (bias, wanted[2] and head.bias is not None)]
 
 
-def _as_computed(head: linear.Head, backend: str) -> linear.Head:
-    """On "eager" the product is float32 for any inputs."""
-    if backend != "eager":
+def _as_computed(head: linear.Head, settings: linear.Settings) -> linear.Head:
+    """On "eager" the product is float32 for any inputs, unless logits are to be rounded."""
+    if settings.backend != "eager" or settings.rounded:
         return head
     dtype = result_dtype(head.hidden)
     bias = None if head.bias is None else head.bias.to(dtype)
@@ -311,7 +315,8 @@ def _as_computed(head: linear.Head, backend: str) -> linear.Head:
 
 
 def _keep_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, ids, bias, mask, ctx.temperature, ctx.softcap, ctx.with_entropy, ctx.backend = inputs
+    hidden, weight, ids, bias, mask, ctx.temperature, ctx.softcap, *options = inputs
+    ctx.with_entropy, ctx.logits_dtype, ctx.backend = options
     ctx.save_for_backward(hidden, weight, ids, bias, mask, *output[1:])
 
 
@@ -323,10 +328,10 @@ def _linear_gradient(
         entropy = grad_entropy = None
     wanted = [ctx.needs_input_grad[place] for place in (0, 1, 3)]
     columns = (lse, entropy, grad_logp, grad_entropy)
-    options = (ctx.temperature, ctx.softcap, wanted, ctx.backend)
+    options = (ctx.temperature, ctx.softcap, wanted, ctx.logits_dtype, ctx.backend)
     found = linear_log_probs_backward(hidden, weight, ids, bias, mask, *columns, *options)
     grad_hidden, grad_weight, grad_bias = (each if want else None for each, want in zip(found, wanted, strict=True))
-    return grad_hidden, grad_weight, None, grad_bias, None, None, None, None, None
+    return grad_hidden, grad_weight, None, grad_bias, None, None, None, None, None, None
 
 
 linear_log_probs.register_autograd(_linear_gradient, setup_context=_keep_linear)

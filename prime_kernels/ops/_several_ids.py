@@ -1,7 +1,8 @@
 """Several ids a row: log-probs [N, K] of ids [N, K] from one pass over logits [N, V] or the tiles of a head.
 
 The kernels score the first id and give the row's lse. The others are z[id] / temperature - lse, with logits gathered
-from the tile that the kernels have just read. With upstream gradients g [N, K] and G = sum_k g_k
+from the tile that the kernels have just read, or computed from their rows of the head where the kernels take a whole
+head. With upstream gradients g [N, K] and G = sum_k g_k
 
     d loss / d z_v = (sum_{k: id_k = v} g_k - G p_v) / temperature,
 
@@ -16,9 +17,12 @@ import torch
 from torch import Tensor
 
 from prime_kernels._autograd import Gradients, first_derivative_only
-from prime_kernels._backends import RowGradient, RowResults
+from prime_kernels._backends import LinearHead, RowGradient, RowResults
 from prime_kernels.ops import _tiled_head as tiles
 from prime_kernels.ops._softcap import row_kernels
+
+# Elements of the rows of a head that are alive at once, in float64.
+GATHERED_ELEMENTS = 2**21
 
 
 class Search(NamedTuple):
@@ -70,25 +74,32 @@ def _capped(own: Tensor, softcap: float | None) -> Tensor:
     return own.double() if softcap is None else softcap * torch.tanh(own.double() / softcap)
 
 
-def rows_of_head(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    ids: Tensor,
-    temperature: float,
-    softcap: float | None,
-    with_entropy: bool,
-    backend: str,
-    search: Search | None = None,
-) -> Rows:
-    """Results of ids [N, K] and hidden states [N, D], by the tiles of _tiled_head.
+def logits_of_ids(head: LinearHead) -> Tensor:
+    """[N, K] of ids [N, K], in float64, or rounded as the head's logits are."""
+    n_tokens, several = head.ids.shape
+    blocks = []
+    for tokens in tiles.spans(n_tokens, max(1, GATHERED_ELEMENTS // (several * head.hidden.shape[1]))):
+        ids, hidden = head.ids[tokens], head.hidden[tokens].double()
+        z = (head.weight[ids].double() @ hidden.unsqueeze(2)).squeeze(2)
+        blocks.append(z if head.bias is None else z + head.bias[ids].double())
+    z = torch.cat(blocks)
+    return z.to(head.hidden.dtype) if head.rounded else z
+
+
+def rows_of_head(head: LinearHead, with_entropy: bool, backend: str, search: Search | None = None) -> Rows:
+    """Results of a head with ids [N, K]; of a search by the tiles of _tiled_head on every backend.
 
     A token's probability among those of its tile is at least that among all, so what is found in the tiles has all
     that the whole row has.
     """
+    ids, temperature, softcap = head.ids, head.temperature, head.softcap
+    if search is None and backend in tiles.HEAD_KERNELS:
+        results, _ = tiles.head_log_probs(head._replace(ids=ids[:, 0]), with_entropy, backend)
+        logp = of_all_ids(results, logits_of_ids(head), None, temperature, softcap)
+        return Rows(logp, results.lse, results.entropy, None, None)
     kernels = row_kernels(backend, softcap)
-    tiled = tiles.Tiles(hidden, weight, bias, tiles.FORWARD_ELEMENTS[tiles._kind(hidden)])
-    last = -(-len(weight) // tiled.columns) - 1
+    tiled = tiles.Tiles(head, tiles.forward_elements(tiles._kind(head.hidden)))
+    last = -(-len(head.weight) // tiled.columns) - 1
     blocks = []
     for tokens in tiled.token_spans():
         parts, found_ids, found = [], [], []
@@ -214,24 +225,25 @@ class HeadLogProbs(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         ids: Tensor,
-        temperature: float,
-        softcap: float | None,
+        product: tuple[float, bool, float | None],
         with_entropy: bool,
         backend: str,
     ) -> tuple[Tensor, Tensor | None]:
-        rows = rows_of_head(hidden, weight, bias, ids, temperature, softcap, with_entropy, backend)
+        """``product`` is (temperature, rounded, softcap) of a LinearHead."""
+        rows = rows_of_head(LinearHead(hidden, weight, bias, ids, *product), with_entropy, backend)
         ctx.save_for_backward(hidden, weight, bias, ids, rows.lse, rows.entropy)
-        ctx.temperature, ctx.softcap, ctx.backend = temperature, softcap, backend
+        ctx.product, ctx.backend = product, backend
         ctx.set_materialize_grads(False)
         return rows.logp, rows.entropy
 
     @staticmethod
     @first_derivative_only("linear_log_probs")
     def backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None) -> Gradients:
-        hidden, weight, bias, ids, lse, entropy = ctx.saved_tensors
+        *columns, lse, entropy = ctx.saved_tensors
         if grad_logp is None and grad_entropy is None:
-            return (None,) * 8
+            return (None,) * 7
         gradient = RowGradient(lse, None if grad_entropy is None else entropy, grad_logp, grad_entropy)
-        arguments = (ids, ctx.temperature, gradient, ctx.needs_input_grad[:3], ctx.backend, None, ctx.softcap)
-        gradients = tiles.head_gradients(hidden, weight, bias, *arguments, kernels=SeveralIds(ctx.backend, ctx.softcap))
-        return *gradients, None, None, None, None, None
+        head = LinearHead(*columns, *ctx.product)
+        kernels = SeveralIds(ctx.backend, head.softcap)
+        gradients = tiles.head_gradients(head, gradient, ctx.needs_input_grad[:3], ctx.backend, kernels=kernels)
+        return *gradients, None, None, None, None

@@ -2,7 +2,8 @@
 
 The kernels of a backend take capped logits in float32. :class:`CappedRows` makes these for a block of rows at a time,
 while they are in cache, and multiplies what the kernels give for their gradient by the slope 1 - (cap(z) / c)^2. Only
-the logits themselves are kept for the gradient, so a cap costs no memory that grows with their number.
+the logits themselves are kept for the gradient, so a cap costs no memory that grows with their number. Kernels for
+whole heads (_native/head.py) cap by themselves.
 """
 
 import math

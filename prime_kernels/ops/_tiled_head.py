@@ -1,42 +1,60 @@
-"""An output layer in tiles: a library product into a buffer, then the row kernels on it while it is in the cache.
+"""Log-probs of an output layer without all of its logits at once, and their gradients.
 
-A tile holds the logits of some tokens and part of the vocabulary. Forward merges the softmax of a token's tiles;
-backward recomputes a tile and overwrites it with its gradient. Scratch memory is one tile for any number of tokens and
-any vocabulary. If all logits are few enough, they are kept instead, which saves one of four products.
+CPUs have kernels for a whole head and one id a token (_native/head.py). Everything else works in tiles: a library
+product into a buffer, then the row kernels on it while it is in the cache. A tile holds the logits of some tokens and
+part of the vocabulary. Forward merges the softmax of a token's tiles; backward recomputes a tile and overwrites it with
+its gradient. Scratch memory is one tile for any number of tokens and any vocabulary. If all logits are few enough, they
+are kept instead, which saves one of four products.
+
+Logits are float32, for 16-bit inputs too, unless the head rounds them as its own layer does.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from prime_kernels._backends import GradientKernel, RowGradient, RowResults
+from prime_kernels import _backends, _tuning
+from prime_kernels._backends import GradientKernel, HeadGradients, LinearHead, RowGradient, RowResults
+from prime_kernels._segment_math import result_dtype
+from prime_kernels.ops import _fused_tiles
 from prime_kernels.ops._softcap import row_kernels
 
+# Backends with kernels for a whole head. Of the sizes below they use KEPT_BYTES alone.
+HEAD_KERNELS = frozenset({"cpu"})
 # Tokens per tile, by device: enough for a product at full speed.
 TOKENS = {"cpu": 1024, "cuda": 8192}
 # Logits in memory at once, by device. Forward needs them in the cache; backward gains from larger tiles, with fewer
 # roundings of 16-bit partial sums and larger products.
-FORWARD_ELEMENTS = {"cpu": 2**22, "cuda": 2**27}
-BACKWARD_ELEMENTS = {"cpu": 2**24, "cuda": 2**28}
+# On GPUs 8,192 tokens by 16,896 columns: products of 128 x 256 then fill whole waves of an H100's 132 multiprocessors,
+# where 16,384 columns would leave a last wave of four.
+FORWARD_ELEMENTS = {"cpu": 2**22, "cuda": 8192 * 16896}
+BACKWARD_ELEMENTS = {"cpu": 2**24, "cuda": 8192 * 2 * 16896}
 # Logits kept from forward to backward, at most, in bytes, by device.
-KEPT_BYTES = {"cpu": 2**27, "cuda": 2**29}
+KEPT_BYTES = {"cpu": 2**28, "cuda": 2**29}
 # Rows of logits start at multiples of 16 bytes: vector loads are possible for any vocabulary, and a tile gives the same
 # bits at any position.
 ALIGNED_COLUMNS = 8
-# Size of tiles over the whole vocabulary. The gradient of the head is summed over them: the fewer the better.
+# Least size of tiles over the whole vocabulary. The gradient of the head is summed over them: the fewer the better.
 FUSED_BYTES = 2**27
 # Rows of a 16-bit product that is added to a float32 sum, by device: enough for full speed, small next to the sum.
 ADDED_ROWS = {"cpu": 2**12, "cuda": 2**14}
 
 
-class HeadGradients(NamedTuple):
-    """Gradients of hidden states and an output layer, None where not wanted."""
+def forward_elements(device_type: str) -> int:
+    """Logits of a tile without gradients."""
+    return _tuning.tile("forward_elements", device_type, FORWARD_ELEMENTS[device_type])
 
-    hidden: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
+
+def backward_elements(device_type: str) -> int:
+    """Logits of a tile that is computed again for its gradient."""
+    return _tuning.tile("backward_elements", device_type, BACKWARD_ELEMENTS[device_type])
+
+
+def fused_bytes(device_type: str) -> int:
+    """Size of a tile over the whole vocabulary, unless there is too little memory for it."""
+    default = FUSED_BYTES if device_type == "cpu" else _fused_tiles.size_on_gpu(FUSED_BYTES)
+    return _tuning.tile("fused_bytes", device_type, default)
 
 
 def spans(total: int, size: int) -> Iterator[slice]:
@@ -59,47 +77,64 @@ def tile_shape(elements: int, n_tokens: int, vocabulary: int, most_tokens: int) 
 class Tiles:
     """Products of tokens [N, D] with parts of a head [V, D], all in one buffer of bounded size."""
 
-    def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, elements: int, *, whole_rows: bool = False
-    ) -> None:
-        self.hidden, self.weight, self.bias = hidden, weight, bias
+    def __init__(self, head: LinearHead, elements: int, *, whole_rows: bool = False) -> None:
+        self.head, self.dtype = head, logits_dtype(head)
+        n_tokens, vocabulary = len(head.hidden), len(head.weight)
         if whole_rows:
-            self.tokens, self.columns = max(1, min(len(hidden), elements // len(weight))), len(weight)
+            self.tokens, self.columns = max(1, min(n_tokens, elements // vocabulary)), vocabulary
         else:
-            self.tokens, self.columns = tile_shape(elements, len(hidden), len(weight), TOKENS[_kind(hidden)])
+            self.tokens, self.columns = tile_shape(elements, n_tokens, vocabulary, TOKENS[_kind(head.hidden)])
         self.buffer: Tensor | None = None
 
     def token_spans(self) -> Iterator[slice]:
-        return spans(len(self.hidden), self.tokens)
+        return spans(len(self.head.hidden), self.tokens)
 
     def column_spans(self) -> Iterator[slice]:
-        return spans(len(self.weight), self.columns)
+        return spans(len(self.head.weight), self.columns)
 
     def logits(self, tokens: slice, columns: slice, out: Tensor | None = None) -> Tensor:
-        """The tile [tokens, columns] in the dtype of the inputs, as in the model's own forward pass."""
-        hidden, weight = self.hidden[tokens], self.weight[columns]
+        """The tile [tokens, columns], in the dtype of the head's logits."""
+        hidden, weight, bias = self.head.hidden[tokens], self.head.weight[columns], self.head.bias
         if out is None:
             if self.buffer is None:
-                self.buffer = hidden.new_empty(self.tokens * _aligned(self.columns))
+                self.buffer = hidden.new_empty(self.tokens * _aligned(self.columns), dtype=self.dtype)
             width = _aligned(len(weight))
             out = self.buffer[: len(hidden) * width].view(len(hidden), width)[:, : len(weight)]
-        if self.bias is None:
-            return torch.mm(hidden, weight.T, out=out)
-        return torch.addmm(self.bias[columns], hidden, weight.T, out=out)
+        if self.dtype == hidden.dtype and bias is not None:
+            return torch.addmm(bias[columns], hidden, weight.T, out=out)
+        _product(hidden, weight.T, out)
+        return out if bias is None else out.add_(bias[columns])
 
 
-def all_logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """An uninitialised buffer for all logits [N, V] of tokens [N, D] and a head [V, D]."""
-    return hidden.new_empty(len(hidden), _aligned(len(weight)))[:, : len(weight)]
+def logits_dtype(head: LinearHead) -> torch.dtype:
+    return head.hidden.dtype if head.rounded else result_dtype(head.hidden)
 
 
-def can_keep(hidden: Tensor, weight: Tensor, backend: str, softcap: float | None = None) -> bool:
-    """Whether forward computes all logits of tokens [N, D] and a head [V, D] and they are few enough to keep.
+def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """``a @ b`` to ``out``, of their dtype or float32. On GPUs the accumulators of a 16-bit product are not rounded."""
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    elif a.is_cuda:
+        torch.mm(a, b, out_dtype=torch.float32, out=out)
+    else:
+        torch.mm(a.float(), b.float(), out=out)
 
-    Capped logits are not kept: the cap works on a float32 tile at a time.
+
+def can_keep(head: LinearHead, backend: str) -> bool:
+    """Whether forward computes all logits and they are few enough to keep for backward.
+
+    Tiles of capped logits are always made twice.
     """
-    few = softcap is None and len(hidden) * len(weight) * hidden.element_size() <= KEPT_BYTES[_kind(hidden)]
-    return few and _fused_kernel(hidden, weight, backend) is None
+    of_head = backend in HEAD_KERNELS
+    item = 4 if of_head else logits_dtype(head).itemsize
+    few = len(head.hidden) * len(head.weight) * item <= KEPT_BYTES[_kind(head.hidden)]
+    return few and (of_head or (head.softcap is None and _fused_kernel(head, backend) is None))
+
+
+def _all_logits(head: LinearHead) -> Tensor:
+    """An uninitialised buffer for all logits [N, V]."""
+    n_tokens, vocabulary = len(head.hidden), len(head.weight)
+    return head.hidden.new_empty(n_tokens, _aligned(vocabulary), dtype=logits_dtype(head))[:, :vocabulary]
 
 
 def join(parts: Sequence[RowResults], owner: Tensor) -> RowResults:
@@ -127,63 +162,58 @@ def join(parts: Sequence[RowResults], owner: Tensor) -> RowResults:
 
 
 def head_log_probs(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    ids: Tensor,
-    temperature: float,
-    with_entropy: bool,
-    backend: str,
-    kept: Tensor | None = None,
-    softcap: float | None = None,
-) -> RowResults:
-    """Results [N] of hidden states [N, D]. For ids outside the head logp is meaningless.
+    head: LinearHead, with_entropy: bool, backend: str, keep: bool = False
+) -> tuple[RowResults, Tensor | None]:
+    """Results [N] and, with ``keep``, the logits for :func:`head_gradients`.
 
-    ``kept`` [N, V] receives the logits if it is given; the results are bitwise the same with and without it.
+    For ids outside the head logp is meaningless. The results are bitwise the same with and without ``keep``.
     """
-    if softcap is None and (fused_kernel := _fused_kernel(hidden, weight, backend)) is not None:
-        return fused_kernel(hidden, weight, bias, ids.clamp(0, len(weight) - 1), temperature, with_entropy)
-    kernels = row_kernels(backend, softcap)
-    tiles = Tiles(hidden, weight, bias, FORWARD_ELEMENTS[_kind(hidden)])
+    if backend in HEAD_KERNELS:
+        return _backends.head(backend).token_log_probs(head, with_entropy, keep)
+    if (fused_kernel := _fused_kernel(head, backend)) is not None:
+        ids = head.ids.clamp(0, len(head.weight) - 1)
+        return fused_kernel(head.hidden, head.weight, head.bias, ids, head.temperature, with_entropy), None
+    kernels = row_kernels(backend, head.softcap)
+    tiles = Tiles(head, forward_elements(_kind(head.hidden)))
+    kept = _all_logits(head) if keep else None
     blocks = []
     for tokens in tiles.token_spans():
         parts = []
         for columns in tiles.column_spans():
             z = tiles.logits(tokens, columns, None if kept is None else kept[tokens, columns])
-            inside = (ids[tokens] - columns.start).clamp(0, z.shape[1] - 1)
-            parts.append(kernels.token_log_probs([z], inside, None, [temperature], with_entropy).only_model())
-        last = -(-len(weight) // tiles.columns) - 1
-        blocks.append(join(parts, (ids[tokens] // tiles.columns).clamp(0, last)))
-    return RowResults.cat(blocks, 0)
+            inside = (head.ids[tokens] - columns.start).clamp(0, z.shape[1] - 1)
+            found = kernels.token_log_probs([z], inside, None, [head.temperature], with_entropy)
+            parts.append(found.only_model())
+        last = -(-len(head.weight) // tiles.columns) - 1
+        blocks.append(join(parts, (head.ids[tokens] // tiles.columns).clamp(0, last)))
+    return RowResults.cat(blocks, 0), kept
 
 
 def head_gradients(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    ids: Tensor,
-    temperature: float,
+    head: LinearHead,
     gradient: RowGradient,
     wanted: Sequence[bool],
     backend: str,
     kept: Tensor | None = None,
-    softcap: float | None = None,
     kernels: GradientKernel | None = None,
 ) -> HeadGradients:
     """Gradients of hidden, weight and bias where ``wanted``. Ids may lie outside the head.
 
-    ``kept`` holds the logits that :func:`head_log_probs` stored there; they are overwritten. ``kernels`` stands for
-    those of the backend where a token has several ids.
+    ``kept`` are the logits of :func:`head_log_probs`, which may be overwritten. ``kernels`` stands for those of the
+    backend where a token has several ids.
     """
-    kernels = kernels or row_kernels(backend, softcap)
-    elements = BACKWARD_ELEMENTS[_kind(hidden)]
-    if can_keep(hidden, weight, backend, softcap):
+    if kernels is None and backend in HEAD_KERNELS:
+        return _backends.head(backend).gradients(head, gradient, wanted, kept)
+    hidden, weight, bias = head.hidden, head.weight, head.bias
+    kernels = kernels or row_kernels(backend, head.softcap)
+    elements = backward_elements(_kind(hidden)) * hidden.element_size() // logits_dtype(head).itemsize
+    if kept is None and can_keep(head, backend):
+        kept = _recompute(head)
+    if kept is not None:
         elements = len(hidden) * len(weight)
-        if kept is None:
-            kept = _recompute(hidden, weight, bias)
-    tiles = Tiles(hidden, weight, bias, elements)
+    tiles = Tiles(head, elements)
     one_column_span, one_token_span = tiles.columns >= len(weight), tiles.tokens >= len(hidden)
-    hidden_sum = Sum(hidden, once=one_column_span) if wanted[0] else None
+    grad_hidden = Sum(hidden, once=one_column_span) if wanted[0] else None
     grad_weight = torch.empty_like(weight) if wanted[1] else None
     grad_bias = torch.empty_like(bias) if bias is not None and wanted[2] else None
     for columns in tiles.column_spans():
@@ -191,29 +221,29 @@ def head_gradients(
         bias_part: Tensor | None = None
         for tokens in tiles.token_spans():
             z = tiles.logits(tokens, columns) if kept is None else kept
-            of_rows = gradient.rows(tokens)
-            inside = ids[tokens] - columns.start
-            kernels.logits_gradient(z, inside, None, of_rows, temperature, z, partial=True)
-            if hidden_sum is not None:
-                hidden_sum.add(z, weight[columns], tokens)
-            if part is not None:
-                part.add(z.T, hidden[tokens])
+            of_rows, inside = gradient.rows(tokens), head.ids[tokens] - columns.start
+            kernels.logits_gradient(z, inside, None, of_rows, head.temperature, z, partial=True)
             if grad_bias is not None:
                 of_tokens = z.sum(0, dtype=torch.float32)
                 bias_part = of_tokens if bias_part is None else bias_part + of_tokens
+            z = z.to(hidden.dtype)
+            if grad_hidden is not None:
+                grad_hidden.add(z, weight[columns], tokens)
+            if part is not None:
+                part.add(z.T, hidden[tokens])
+            del z  # the rounded one, before the next product
         if grad_weight is not None and part is not None and not part.once:
             grad_weight[columns] = part.total
         part = None  # before the next one is made
         if grad_bias is not None and bias_part is not None:
             grad_bias[columns] = bias_part.to(grad_bias.dtype)
-    grad_hidden = None if hidden_sum is None else hidden_sum.total.to(hidden.dtype)
-    return HeadGradients(grad_hidden, grad_weight, grad_bias)
+    of_hidden = None if grad_hidden is None else grad_hidden.total.to(hidden.dtype)
+    return HeadGradients(of_hidden, grad_weight, grad_bias)
 
 
-def _recompute(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _recompute(head: LinearHead) -> Tensor:
     """The logits that head_log_probs would have kept, by the same tiles: equal bits, hence equal gradients."""
-    tiles = Tiles(hidden, weight, bias, FORWARD_ELEMENTS[_kind(hidden)])
-    logits = all_logits(hidden, weight)
+    tiles, logits = Tiles(head, forward_elements(_kind(head.hidden))), _all_logits(head)
     for tokens in tiles.token_spans():
         for columns in tiles.column_spans():
             tiles.logits(tokens, columns, logits[tokens, columns])
@@ -221,56 +251,62 @@ def _recompute(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def loss_gradients(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    ids: Tensor,
-    temperature: float,
-    grad_of: Callable[[Tensor, slice], Tensor],
-    wanted: Sequence[bool],
-    backend: str,
-    softcap: float | None = None,
+    head: LinearHead, grad_of: Callable[[Tensor, slice], Tensor], wanted: Sequence[bool], backend: str
 ) -> tuple[Tensor, HeadGradients]:
     """logp and the gradients from one product, for losses of which a token's gradient follows from its logp.
 
-    ``grad_of(logp, tokens)`` is d loss / d logp of a span of tokens.
+    ``grad_of(logp, tokens)`` is d loss / d logp of a span of tokens. Kernels for a whole head take a second product
+    where the logits are too many to keep.
     """
-    kernels = row_kernels(backend, softcap)
-    tiles = Tiles(hidden, weight, bias, FUSED_BYTES // hidden.element_size(), whole_rows=True)
+    if backend in HEAD_KERNELS:
+        of_head = _backends.head(backend)
+        (logp, lse, _), kept = of_head.token_log_probs(head, False, any(wanted) and can_keep(head, backend))
+        if not any(wanted):
+            return logp, HeadGradients(None, None, None)
+        gradient = RowGradient(lse, None, grad_of(logp, slice(0, len(logp))), None)
+        return logp, of_head.gradients(head, gradient, wanted, kept)
+    hidden, weight, bias = head.hidden, head.weight, head.bias
+    kernels = row_kernels(backend, head.softcap)
+    itemsize = logits_dtype(head).itemsize
+    all_bytes = len(hidden) * len(weight) * itemsize
+    size = _fused_tiles.fitting(fused_bytes(_kind(hidden)), all_bytes, hidden.device, FUSED_BYTES)
+    tiles = Tiles(head, size // itemsize, whole_rows=True)
     columns = slice(0, len(weight))
     one = tiles.tokens >= len(hidden)
-    hidden_sum = Sum(hidden, once=True) if wanted[0] else None
-    weight_sum = Sum(weight, once=one) if wanted[1] else None
+    grad_hidden = Sum(hidden, once=True) if wanted[0] else None
+    grad_weight = Sum(weight, once=one) if wanted[1] else None
     grad_bias = (
         torch.zeros(len(weight), dtype=torch.float32, device=hidden.device) if bias is not None and wanted[2] else None
     )
     parts = []
     for tokens in tiles.token_spans():
         z = tiles.logits(tokens, columns)
-        logp, lse, _ = kernels.token_log_probs([z], ids[tokens], None, [temperature], False).only_model()
+        logp, lse, _ = kernels.token_log_probs([z], head.ids[tokens], None, [head.temperature], False).only_model()
         parts.append(logp)
         if not any(wanted):
             continue
         gradient = RowGradient(lse, None, grad_of(logp, tokens), None)
-        kernels.logits_gradient(z, ids[tokens], None, gradient, temperature, z)
-        if hidden_sum is not None:
-            hidden_sum.add(z, weight, tokens)
-        if weight_sum is not None:
-            weight_sum.add(z.T, hidden[tokens])
+        kernels.logits_gradient(z, head.ids[tokens], None, gradient, head.temperature, z)
         if grad_bias is not None:
             grad_bias += z.sum(0, dtype=torch.float32)
-    del tiles, z  # frees their memory before the sums are rounded
-    grad_hidden, grad_weight = (
-        None if sums is None else sums.total.to(hidden.dtype) for sums in (hidden_sum, weight_sum)
+        z = z.to(hidden.dtype)
+        if grad_hidden is not None:
+            grad_hidden.add(z, weight, tokens)
+        if grad_weight is not None:
+            grad_weight.add(z.T, hidden[tokens])
+        del z  # the rounded one, before the next product
+    del tiles  # before the sums are rounded, which takes memory too
+    of_hidden, of_weight = (
+        None if sums is None else sums.total.to(hidden.dtype) for sums in (grad_hidden, grad_weight)
     )
-    return torch.cat(parts), HeadGradients(
-        grad_hidden, grad_weight, None if grad_bias is None else grad_bias.to(hidden.dtype)
-    )
+    of_bias = None if grad_bias is None else grad_bias.to(hidden.dtype)
+    return torch.cat(parts), HeadGradients(of_hidden, of_weight, of_bias)
 
 
-def _fused_kernel(hidden: Tensor, weight: Tensor, backend: str) -> Callable[..., RowResults] | None:
-    """The Triton kernel without tiles, if it is enabled and supports these tensors."""
-    if backend != "triton":
+def _fused_kernel(head: LinearHead, backend: str) -> Callable[..., RowResults] | None:
+    """The Triton kernel without tiles, if it is enabled and supports these tensors; it neither rounds nor caps."""
+    rounds = head.rounded and head.hidden.dtype != torch.float32
+    if backend != "triton" or rounds or head.softcap is not None:
         return None
     from prime_kernels._triton import _launch_config
 
@@ -278,7 +314,7 @@ def _fused_kernel(hidden: Tensor, weight: Tensor, backend: str) -> Callable[...,
         return None
     from prime_kernels._triton import linear_log_probs
 
-    return linear_log_probs.linear_token_log_probs if linear_log_probs.supported(hidden, weight) else None
+    return linear_log_probs.linear_token_log_probs if linear_log_probs.supported(head.hidden, head.weight) else None
 
 
 def _aligned(columns: int) -> int:
@@ -309,6 +345,8 @@ class Sum:
             torch.mm(a, b, out=at)
         elif a.dtype == torch.float32:
             at.addmm_(a, b)
+        elif _fused_tiles.sums_in_product(_kind(a)):
+            _fused_tiles.add_product(at, a, b)
         else:
             for block in spans(len(a), ADDED_ROWS[_kind(a)]):
                 at[block].add_(a[block] @ b)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from prime_kernels import _checks, _dispatch
+from prime_kernels._backends import LinearHead
 from prime_kernels._segment_math import result_dtype
 from prime_kernels.ops import _several_ids
 from prime_kernels.ops import linear_log_probs as linear
@@ -39,7 +40,8 @@ class Candidates(NamedTuple):
     counts: Tensor
     """[...] int64: candidates of each position."""
     token_logp: Tensor | None
-    """[...] log-probabilities of the ``ids`` that were given, with the bits of log_probs or linear_log_probs."""
+    """[...] log-probabilities of the ``ids`` that were given, with the bits of log_probs or linear_log_probs; of a Head
+    on "cpu", which is searched by tiles of float32 logits, within the rounding of float32 of linear_log_probs."""
 
 
 def most_candidates(min_prob: float) -> int:
@@ -146,8 +148,8 @@ def _of_head(
         dtype = result_dtype(hidden)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    ids = tokens.ids.unsqueeze(1)
-    return _several_ids.rows_of_head(hidden, weight, bias, ids, temperature, softcap, False, backend, search)
+    product = LinearHead(hidden, weight, bias, tokens.ids.unsqueeze(1), temperature, False, softcap)
+    return _several_ids.rows_of_head(product, False, backend, search)
 
 
 def _best(found: _several_ids.Rows, temperature: float, min_prob: float, most: int) -> Candidates:
@@ -220,6 +222,7 @@ def distribution_ppo_loss(
         denominator = check_denominator(denominator, logp, "logp")
     else:
         denominator = float(max(positions, 1)) if mask is None else mask.sum().clamp(min=1)
+    chosen = _dispatch.resolve("distribution_ppo_loss", logp, backend)
     return ppo_loss(
         logp,
         old_logp,
@@ -229,5 +232,5 @@ def distribution_ppo_loss(
         clip_low=clip_low,
         clip_high=clip_high,
         denominator=denominator,
-        backend=backend,
+        backend=chosen,
     )

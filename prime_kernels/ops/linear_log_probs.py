@@ -1,6 +1,6 @@
 """Log-probabilities straight from hidden states: the logits of all tokens never exist at once.
 
-z = cap(hidden @ weight.T + bias) / temperature, then as in log_probs. Kernels work on the tiles of _tiled_head. The
+z = cap(hidden @ weight.T + bias) / temperature, then as in log_probs. Kernels work as _tiled_head says. The
 reference works on chunks of tokens and recomputes the logits of a chunk in backward: its memory is one chunk of float32
 logits, the head in float32 and its gradient.
 """
@@ -46,12 +46,30 @@ def as_product(head: Head, temperature: float) -> tuple[float, float | None]:
     return temperature / head.scale, None if head.softcap is None else head.softcap / head.scale
 
 
-def reference(head: Head, ids: Tensor, mask: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
+class Settings(NamedTuple):
+    """How log-probs are made: checked options and the backend that runs them."""
+
+    temperature: float
+    softcap: float | None
+    with_entropy: bool
+    rounded: bool
+    """logits_dtype "input"."""
+    backend: str
+
+    def of_product(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor) -> tiles.LinearHead:
+        """The head of a bare product, whose logits these settings cap and divide."""
+        return tiles.LinearHead(hidden, weight, bias, ids, self.temperature, self.rounded, self.softcap)
+
+
+def reference(
+    head: Head, ids: Tensor, mask: Tensor | None, temperature: float, rounded: bool = False
+) -> tuple[Tensor, Tensor]:
     """(logp, entropy) of each token, by chunks of valid tokens.
 
-    Products are float32 even for bfloat16 inputs: logits rounded to 16 bits would drown the ratio of two close models.
+    Products are float32 even for bfloat16 inputs, unless logits are to be ``rounded`` as a layer of that dtype leaves
+    them: rounding to 16 bits drowns the ratio of two close models.
     """
-    dtype = result_dtype(head.hidden)
+    dtype = head.hidden.dtype if rounded else result_dtype(head.hidden)
     temperature, softcap = as_product(head, temperature)
     # Converted once, outside the chunks: the gradient of the head is then also summed in this dtype.
     weight, bias = head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)
@@ -81,23 +99,18 @@ class TiledLogProbs(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         ids: Tensor,
-        temperature: float,
-        softcap: float | None,
-        with_entropy: bool,
-        backend: str,
+        settings: Settings,
         group: dist.ProcessGroup | None,
         with_gradient: bool,
     ) -> tuple[Tensor, Tensor | None]:
         first = 0 if group is None else dist.get_rank(group) * len(weight)
-        keeps = with_gradient and any(ctx.needs_input_grad) and tiles.can_keep(hidden, weight, backend, softcap)
-        kept = tiles.all_logits(hidden, weight) if keeps else None
-        arguments = (ids - first, temperature, with_entropy, backend, kept, softcap)
-        results = tiles.head_log_probs(hidden, weight, bias, *arguments)
+        head = settings.of_product(hidden, weight, bias, ids - first)
+        keep = with_gradient and any(ctx.needs_input_grad) and tiles.can_keep(head, settings.backend)
+        results, kept = tiles.head_log_probs(head, settings.with_entropy, settings.backend, keep)
         if group is not None:
             results = _join_shards(results, ids // len(weight), group)
-        ctx.save_for_backward(hidden, weight, bias, ids, results.lse, results.entropy, kept)
-        ctx.temperature, ctx.softcap, ctx.backend = temperature, softcap, backend
-        ctx.group, ctx.first, ctx.spent = group, first, False
+        ctx.save_for_backward(hidden, weight, bias, head.ids, results.lse, results.entropy, kept)
+        ctx.settings, ctx.group, ctx.spent = settings, group, False
         ctx.set_materialize_grads(False)
         return results.logp, results.entropy
 
@@ -106,20 +119,20 @@ class TiledLogProbs(torch.autograd.Function):
     def backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None) -> Gradients:
         hidden, weight, bias, ids, lse, entropy, kept = ctx.saved_tensors
         if grad_logp is None and grad_entropy is None:
-            return (None,) * 10
-        # The first backward pass overwrites the kept logits, unseen by autograd; a second one recomputes them.
+            return (None,) * 7
+        # The first backward pass may overwrite the kept logits, unseen by autograd; a second one recomputes them.
         kept, ctx.spent = None if kept is None or ctx.spent else kept.data, True
         upstream = (None if grad is None else grad.contiguous() for grad in (grad_logp, grad_entropy))
         gradient = RowGradient(lse, None if grad_entropy is None else entropy, *upstream)
-        wanted = ctx.needs_input_grad[:3]
-        arguments = (ids - ctx.first, ctx.temperature, gradient, wanted, ctx.backend, kept, ctx.softcap)
-        gradients = tiles.head_gradients(hidden, weight, bias, *arguments)
+        settings = ctx.settings
+        head = settings.of_product(hidden, weight, bias, ids)
+        gradients = tiles.head_gradients(head, gradient, ctx.needs_input_grad[:3], settings.backend, kept)
         grad_hidden = gradients.hidden
         if ctx.group is not None and grad_hidden is not None:
             total = grad_hidden.float()
             dist.all_reduce(total, group=ctx.group)
             grad_hidden = total.to(hidden.dtype)
-        return grad_hidden, gradients.weight, gradients.bias, None, None, None, None, None, None, None
+        return grad_hidden, gradients.weight, gradients.bias, None, None, None, None
 
 
 def _join_shards(results: RowResults, owner: Tensor, group: dist.ProcessGroup) -> RowResults:
@@ -194,6 +207,7 @@ def linear_log_probs(
     softcap: float | None = ...,
     with_entropy: Literal[False] = ...,
     process_group: dist.ProcessGroup | None = ...,
+    logits_dtype: str = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
 
@@ -210,6 +224,7 @@ def linear_log_probs(
     softcap: float | None = ...,
     with_entropy: Literal[True],
     process_group: dist.ProcessGroup | None = ...,
+    logits_dtype: str = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -226,6 +241,7 @@ def linear_log_probs(
     softcap: float | None = ...,
     with_entropy: bool,
     process_group: dist.ProcessGroup | None = ...,
+    logits_dtype: str = ...,
     backend: str | None = ...,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 
@@ -241,15 +257,21 @@ def linear_log_probs(
     softcap: float | None = None,
     with_entropy: bool = False,
     process_group: dist.ProcessGroup | None = None,
+    logits_dtype: str = "float32",
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of each token from hidden states and an output layer, without ever holding all logits.
 
-    As ``log_probs(hidden @ weight.T + bias, ids, ...)``. "eager" computes the product in float32 for any inputs;
-    kernels compute it in the dtype of the inputs, as the model's own forward pass does, and the softmax in float32.
-    Scratch memory is one tile of logits for any N and V (on CPUs at most 64 MB, or 16 without gradients). If a gradient
-    is wanted and all logits take at most 128 MB (on GPUs 512), they are kept for it instead of recomputed.
-    Differentiable in ``hidden``, ``weight`` and ``bias``.
+    As ``log_probs(hidden @ weight.T + bias, ids, ...)`` with the product in float32: operands are multiplied in their
+    own dtype, their sums are never rounded to it. Scratch memory does not grow with N and V (on CPUs 16 MiB without
+    gradients, elsewhere one tile of logits). If a gradient is wanted and all float32 logits take at most 256 MiB (on
+    GPUs 512), they are kept for it instead of recomputed. Differentiable in ``hidden``, ``weight`` and ``bias``.
+
+    On "cpu" the log-prob and the entropy of a token have the same bits whatever else is in the call: other tokens,
+    their number and order, padding, the number of threads, whether a gradient or an entropy is wanted. The bits depend
+    on the processor's instruction set. Of ids [..., K] this holds for the first; the log-probs of the others agree with
+    it within the rounding of float32. On other backends the products are a library's, whose rounding may change with
+    the number of tokens in a call; equal calls give equal bits there.
 
     Args:
         hidden: [..., D], float32, bfloat16 or float16 (float64 on "eager").
@@ -267,6 +289,9 @@ def linear_log_probs(
             (``weight`` and ``bias`` are this process's; pad with a bias of -inf, which ``softcap`` makes -softcap).
             Every process passes the same tokens and gets the same results and the same gradient of ``hidden``; that of
             ``weight`` is its own.
+        logits_dtype: "float32", or "input" to round logits to the dtype of ``hidden`` before the softmax, as the
+            model's own output layer does. For comparisons with such a model: a bfloat16 logit is off by up to 2^-9 of
+            itself.
         backend: see :mod:`prime_kernels`.
 
     Returns:
@@ -274,47 +299,41 @@ def linear_log_probs(
 
     Raises:
         TypeError: a wrong type or dtype.
-        ValueError: a wrong shape, device or temperature.
+        ValueError: a wrong shape, device, temperature or logits_dtype.
         IndexError: a label outside [0, V) where the mask is True.
         BackendUnavailable: the backend asked for cannot run this.
 
     Source: arXiv 2502.01456, section 2; logits by chunks as in arXiv 2411.09009.
     """
+    arguments = (hidden, weight, ids, bias, mask, temperature, softcap, with_entropy, logits_dtype, backend)
+    # Several ids are plain PyTorch in a graph, as the reference has them.
     if torch.compiler.is_compiling() and process_group is None and ids.ndim != hidden.ndim:
-        arguments = (hidden, weight, ids, bias, mask, temperature, softcap, with_entropy, backend)
         logp, _, entropy = torch.ops.prime_kernels.linear_log_probs(*arguments)
         return (logp, entropy) if with_entropy else logp
-    checked = check(
-        hidden, weight, ids, bias, mask, temperature, softcap, with_entropy, backend, process_group, several=True
-    )
-    head, ids, temperature, chosen = checked
+    head, ids, settings = check(*arguments, process_group, several=True)
     several, shape = ids.ndim == hidden.ndim, hidden.shape[:-1]
     if several and process_group is not None:
         raise ValueError(f"ids: expected shape {list(shape)} with process_group, got {list(ids.shape)}")
-    if chosen == "eager" and process_group is None:
-        logp, entropy = reference(head, ids, mask, temperature)
+    tokens = None if settings.backend == "eager" and process_group is None else compact(head.hidden, ids, mask)
+    if tokens is None or not len(tokens.hidden):
+        logp, entropy = reference(head, ids, mask, settings.temperature, settings.rounded)
         return (logp, entropy) if with_entropy else logp
-    tokens = compact(head.hidden, ids, mask)
-    if not len(tokens.hidden):
-        logp, entropy = reference(head, ids, mask, temperature)
-        return (logp, entropy) if with_entropy else logp
-    options = (*as_product(head, temperature), with_entropy, chosen)
     columns = (tokens.hidden, head.weight, head.bias, tokens.ids)
     if several:
-        logp, entropy = HeadLogProbs.apply(*columns, *options)
+        product = (settings.temperature, settings.rounded, settings.softcap)
+        logp, entropy = HeadLogProbs.apply(*columns, product, with_entropy, settings.backend)
     else:
-        logp, entropy = TiledLogProbs.apply(*columns, *options, process_group, torch.is_grad_enabled())
+        logp, entropy = TiledLogProbs.apply(*columns, settings, process_group, torch.is_grad_enabled())
     logp = spread(logp, tokens.places, shape)
     return (logp, spread(entropy, tokens.places, shape)) if with_entropy else logp
 
 
 class Checked(NamedTuple):
-    """Arguments that have passed every check, and the backend that runs them."""
+    """Arguments that have passed every check."""
 
     head: Head
     ids: Tensor
-    temperature: float
-    backend: str
+    settings: Settings
 
 
 def check(
@@ -326,8 +345,10 @@ def check(
     temperature: float,
     softcap: float | None,
     with_entropy: bool,
+    logits_dtype: str,
     backend: str | None,
     process_group: dist.ProcessGroup | None = None,
+    operation: str = "linear_log_probs",
     several: bool = False,
 ) -> Checked:
     """Check the arguments of :func:`linear_log_probs`; parameters in shards are gathered."""
@@ -336,8 +357,15 @@ def check(
     ids = check_head(head, ids, mask, "", shards, several)
     temperature = rows.check_temperature("temperature", temperature)
     _checks.flag("with_entropy", with_entropy)
-    chosen = _dispatch.resolve("linear_log_probs", hidden, backend)
-    return Checked(head, ids, temperature, chosen)
+    rounded, chosen = check_logits_dtype(logits_dtype), _dispatch.resolve(operation, hidden, backend)
+    return Checked(head, ids, Settings(temperature, head.softcap, with_entropy, rounded, chosen))
+
+
+def check_logits_dtype(logits_dtype: str) -> bool:
+    """Whether logits are rounded to the dtype of the inputs."""
+    if logits_dtype not in ("float32", "input"):
+        raise ValueError(f'logits_dtype: expected "float32" or "input", got {logits_dtype!r}')
+    return logits_dtype == "input"
 
 
 def whole_head(head: Head) -> Head:
@@ -367,6 +395,7 @@ def linear_log_ratios(
     policy: Head | None = None,
     mask: Tensor | None = None,
     policy_temperature: float = 1.0,
+    logits_dtype: str = "float32",
     backend: str | None = None,
 ) -> LogRatios:
     """:func:`prime_kernels.log_ratios` from hidden states and output layers, without ever holding all logits.
@@ -381,6 +410,7 @@ def linear_log_ratios(
         policy: Head of the policy, or None.
         mask: [...], bool, or None for all. Where False every result is exactly 0 and nothing is read.
         policy_temperature: above 0, divides the logits of the policy alone.
+        logits_dtype: of every head, as in :func:`linear_log_probs`.
         backend: see :mod:`prime_kernels`.
 
     Returns:
@@ -388,7 +418,7 @@ def linear_log_ratios(
 
     Raises:
         TypeError: a wrong type or dtype.
-        ValueError: a wrong shape, device or temperature.
+        ValueError: a wrong shape, device, temperature or logits_dtype.
         IndexError: a label outside [0, V) where the mask is True.
         BackendUnavailable: the backend asked for cannot run this.
 
@@ -405,6 +435,7 @@ def linear_log_ratios(
             temperature, softcap = as_product(head, temperature)
             return linear_log_probs(
                 head.hidden, head.weight, ids, bias=head.bias, mask=mask, temperature=temperature, softcap=softcap,
+                logits_dtype=logits_dtype,
                 backend=backend,
             )  # fmt: skip
 
@@ -416,6 +447,7 @@ def linear_log_ratios(
     heads = {name: whole_head(head) for name, head in heads.items()}
     checked = {name: check_head(head, ids, mask, f"{name}.") for name, head in heads.items()}
     policy_temperature = rows.check_temperature("policy_temperature", policy_temperature)
+    rounded = check_logits_dtype(logits_dtype)
     logp = {}
     for name, head in heads.items():
         temperature = policy_temperature if name == "policy" else 1.0
@@ -424,9 +456,10 @@ def linear_log_ratios(
         with torch.set_grad_enabled(torch.is_grad_enabled() and name != "ref"):
             tokens = compact(head.hidden, checked[name], mask)
             if chosen == "eager" or not len(tokens.hidden):
-                logp[name] = reference(head, checked[name], mask, temperature)[0]
+                logp[name] = reference(head, checked[name], mask, temperature, rounded)[0]
                 continue
-            options = (*as_product(head, temperature), False, chosen, None, torch.is_grad_enabled())
+            settings = Settings(*as_product(head, temperature), False, rounded, chosen)
+            options = (settings, None, torch.is_grad_enabled())
             found, _ = TiledLogProbs.apply(tokens.hidden, head.weight, head.bias, tokens.ids, *options)
             logp[name] = spread(found, tokens.places, ids.shape)
     return LogRatios(logp["prm"] - logp["ref"], logp["prm"], logp["ref"], logp.get("policy"))

@@ -2,8 +2,8 @@
 
 If the loss of a token depends on its log-probability alone, d loss / d logp is known as soon as the token's logits are:
 one product gives the loss and its gradient, while linear_log_probs recomputes the logits in backward. In return, the
-gradients of ``hidden`` and of the head are kept from forward to backward, and a tile holds whole rows of logits, up to
-128 MB.
+gradients of ``hidden`` and of the head are kept from forward to backward, and on GPUs a tile holds whole rows of
+logits, up to 128 MB. On CPUs all logits are kept where linear_log_probs would keep them.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prime_kernels import _checks, _dispatch
+from prime_kernels import _checks
 from prime_kernels._autograd import Gradients, first_derivative_only
 from prime_kernels.ops import _tiled_head as tiles
 from prime_kernels.ops import linear_log_probs as linear
@@ -32,10 +32,8 @@ class FusedLoss(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         ids: Tensor,
-        temperature: float,
-        softcap: float | None,
+        settings: linear.Settings,
         loss_of: LossOf,
-        backend: str,
     ) -> tuple[Tensor, ...]:
         def grad_of(logp: Tensor, tokens: slice) -> Tensor:
             with torch.enable_grad():
@@ -43,9 +41,8 @@ class FusedLoss(torch.autograd.Function):
                 return torch.autograd.grad(loss_of(leaf, tokens)[0], leaf)[0]
 
         wanted = ctx.needs_input_grad[:3]
-        logp, gradients = tiles.loss_gradients(
-            hidden, weight, bias, ids, temperature, grad_of, wanted, backend, softcap
-        )
+        head = settings.of_product(hidden, weight, bias, ids)
+        logp, gradients = tiles.loss_gradients(head, grad_of, wanted, settings.backend)
         ctx.save_for_backward(*gradients)
         loss, *statistics = loss_of(logp, slice(0, len(logp)))
         ctx.mark_non_differentiable(*statistics)
@@ -58,7 +55,7 @@ class FusedLoss(torch.autograd.Function):
         # On a GPU, reading the factor would wait for it.
         if grad.device.type != "cpu" or grad != 1.0:
             gradients = [None if each is None else each * grad.to(each.dtype) for each in gradients]
-        return *gradients, None, None, None, None, None
+        return *gradients, None, None, None
 
 
 class EagerLoss:
@@ -70,12 +67,11 @@ class EagerLoss:
         weight: Tensor,
         bias: Tensor | None,
         ids: Tensor,
-        temperature: float,
-        softcap: float | None,
+        settings: linear.Settings,
         loss_of: LossOf,
-        backend: str,
     ) -> tuple[Tensor, ...]:
-        logp, _ = linear.reference(linear.Head(hidden, weight, bias, softcap=softcap), ids, None, temperature)
+        head = linear.Head(hidden, weight, bias, softcap=settings.softcap)
+        logp, _ = linear.reference(head, ids, None, settings.temperature, settings.rounded)
         return loss_of(logp, slice(0, len(logp)))
 
 
@@ -83,10 +79,9 @@ def _loss_arguments(
     head: linear.Head,
     ids: Tensor,
     mask: Tensor | None,
-    temperature: float,
+    settings: linear.Settings,
     columns: list[Tensor | None],
     loss_of: Callable[..., tuple[Tensor, ...]],
-    backend: str,
 ) -> tuple[type[FusedLoss] | type[EagerLoss], tuple[Any, ...]]:
     """The function that computes ``loss_of(logp, *columns)`` of the valid tokens, and its arguments."""
     tokens = linear.compact(head.hidden, ids, mask)
@@ -97,9 +92,10 @@ def _loss_arguments(
     def of_span(logp: Tensor, span: slice) -> tuple[Tensor, ...]:
         return loss_of(logp, *(None if column is None else column[span] for column in flat))
 
-    function = EagerLoss if backend == "eager" or not len(tokens.hidden) else FusedLoss
-    product = linear.as_product(head, temperature)
-    return function, (tokens.hidden, head.weight, head.bias, tokens.ids, *product, of_span, backend)
+    function = EagerLoss if settings.backend == "eager" or not len(tokens.hidden) else FusedLoss
+    temperature, softcap = linear.as_product(head, settings.temperature)
+    settings = settings._replace(temperature=temperature, softcap=softcap)
+    return function, (tokens.hidden, head.weight, head.bias, tokens.ids, settings, of_span)
 
 
 def _count(ids: Tensor, mask: Tensor | None) -> Tensor:
@@ -123,6 +119,7 @@ def linear_nll(
     temperature: float = 1.0,
     softcap: float | None = None,
     denominator: Tensor | float | None = None,
+    logits_dtype: str = "float32",
     backend: str | None = None,
 ) -> Tensor:
     """Negative log-likelihood (cross-entropy) of tokens from hidden states, gradients made in the forward pass.
@@ -141,6 +138,7 @@ def linear_nll(
         softcap: above 0 or None, as in :func:`prime_kernels.linear_log_probs`.
         denominator: what to divide by: a number or a tensor of one element above 0. Give the token count of the whole
             batch so that micro-batch losses add up. None: the valid tokens given here.
+        logits_dtype: "float32" or "input", as in :func:`prime_kernels.linear_log_probs`.
         backend: see :mod:`prime_kernels`.
 
     Returns:
@@ -153,18 +151,26 @@ def linear_nll(
     """
     if torch.compiler.is_compiling():
         logp = linear.linear_log_probs(
-            hidden, weight, ids, bias=bias, mask=mask, temperature=temperature, softcap=softcap, backend=backend
+            hidden,
+            weight,
+            ids,
+            bias=bias,
+            mask=mask,
+            temperature=temperature,
+            softcap=softcap,
+            logits_dtype=logits_dtype,
+            backend=backend,
         )
         return _nll(logp, weights, _count(ids, mask) if denominator is None else denominator)
-    head, ids, temperature, _ = linear.check(hidden, weight, ids, bias, mask, temperature, softcap, False, None)
+    given = (hidden, weight, ids, bias, mask, temperature, softcap, False, logits_dtype, backend)
+    head, ids, settings = linear.check(*given, operation="linear_nll")
     weights = None if weights is None else _column("weights", weights, ids)
     denominator = _count(ids, mask) if denominator is None else check_denominator(denominator, ids, "ids")
-    chosen = _dispatch.resolve("linear_nll", hidden, backend)
 
     def loss_of(logp: Tensor, weights: Tensor | None) -> tuple[Tensor]:
         return (_nll(logp, weights, denominator),)
 
-    function, arguments = _loss_arguments(head, ids, mask, temperature, [weights], loss_of, chosen)
+    function, arguments = _loss_arguments(head, ids, mask, settings, [weights], loss_of)
     return function.apply(*arguments)[0]
 
 
@@ -188,6 +194,7 @@ def linear_ppo_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     denominator: Tensor | float | None = None,
+    logits_dtype: str = "float32",
     backend: str | None = None,
 ) -> PPOLoss:
     """Clipped PPO loss from hidden states, gradients made in the forward pass.
@@ -210,6 +217,7 @@ def linear_ppo_loss(
         clip_low: in [0, 1].
         clip_high: at least 0.
         denominator: a number or a tensor of one element above 0, or None for the valid tokens given here.
+        logits_dtype: "float32" or "input", as in :func:`prime_kernels.linear_log_probs`.
         backend: see :mod:`prime_kernels`.
 
     Returns:
@@ -222,7 +230,15 @@ def linear_ppo_loss(
     """
     if torch.compiler.is_compiling():
         logp = linear.linear_log_probs(
-            hidden, weight, ids, bias=bias, mask=mask, temperature=temperature, softcap=softcap, backend=backend
+            hidden,
+            weight,
+            ids,
+            bias=bias,
+            mask=mask,
+            temperature=temperature,
+            softcap=softcap,
+            logits_dtype=logits_dtype,
+            backend=backend,
         )
         old_logp = logp if old_logp is None else old_logp
         return ppo_loss(
@@ -235,14 +251,14 @@ def linear_ppo_loss(
             clip_high=clip_high,
             denominator=denominator,
         )
-    head, ids, temperature, _ = linear.check(hidden, weight, ids, bias, mask, temperature, softcap, False, None)
+    given = (hidden, weight, ids, bias, mask, temperature, softcap, False, logits_dtype, backend)
+    head, ids, settings = linear.check(*given, operation="linear_ppo_loss")
     columns = [
         None if old_logp is None else _column("old_logp", old_logp, ids),
         _column("advantages", advantages, ids),
         None if weights is None else _column("weights", weights, ids),
     ]
     denominator = _count(ids, mask) if denominator is None else check_denominator(denominator, ids, "ids")
-    chosen = _dispatch.resolve("linear_ppo_loss", hidden, backend)
 
     def loss_of(logp: Tensor, old_logp: Tensor | None, advantages: Tensor, weights: Tensor | None) -> PPOLoss:
         old_logp = logp if old_logp is None else old_logp
@@ -256,5 +272,5 @@ def linear_ppo_loss(
             denominator=denominator,
         )
 
-    function, arguments = _loss_arguments(head, ids, mask, temperature, columns, loss_of, chosen)
+    function, arguments = _loss_arguments(head, ids, mask, settings, columns, loss_of)
     return PPOLoss(*function.apply(*arguments))

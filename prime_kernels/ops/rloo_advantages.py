@@ -123,6 +123,23 @@ def _whitened(values: Tensor, process_group: Any) -> Tensor:
     return centred * torch.rsqrt(variance + WHITEN_EPS)
 
 
+def _checked(batch: RlooBatch, backend: str) -> RlooBatch:
+    """The batch with int64 offsets and its number of tokens, after all checks that read values."""
+    process_rewards, mask, outcomes, cu_seqlens, cu_groups, total = batch
+    if outcomes.is_cuda and backend in ("triton", "cuda"):
+        batch = _backends.packed_on_gpu(backend).checked_batch(batch)
+    else:
+        ends = None if process_rewards is None else total
+        cu_seqlens = _checks.offsets("cu_seqlens", cu_seqlens, ends, "tokens", outcomes, "outcomes")
+        cu_groups = _checks.offsets("cu_groups", cu_groups, outcomes.numel(), "responses", outcomes, "outcomes")
+        _checks.finite("outcomes", outcomes)
+        # On "cpu" the moments of the returns show whether all rewards were finite.
+        if process_rewards is not None and backend != "cpu":
+            _checks.finite("process_rewards", process_rewards, mask)
+        batch = batch._replace(cu_seqlens=cu_seqlens, cu_groups=cu_groups)
+    return batch if process_rewards is not None else batch._replace(total=int(batch.cu_seqlens[-1]))
+
+
 def rloo_advantages(
     process_rewards: Tensor | None,
     outcomes: Tensor,
@@ -183,11 +200,9 @@ def rloo_advantages(
     if process_rewards is not None:
         rewards = _checks.floating("process_rewards", process_rewards, ndim=1)
         _checks.device("process_rewards", process_rewards, outcomes, "outcomes")
-    total = None if process_rewards is None else process_rewards.numel()
-    cu_seqlens = _checks.offsets("cu_seqlens", cu_seqlens, total, "tokens", outcomes, "outcomes")
+    cu_seqlens = _checks.offsets_unread("cu_seqlens", cu_seqlens, outcomes, "outcomes")
     _checks.shape("outcomes", outcomes, (cu_seqlens.numel() - 1,), "the responses of cu_seqlens")
-    cu_groups = _checks.offsets("cu_groups", cu_groups, outcomes.numel(), "responses", outcomes, "outcomes")
-    _checks.finite("outcomes", outcomes)
+    cu_groups = _checks.offsets_unread("cu_groups", cu_groups, outcomes, "outcomes")
     if reward_mask is not None and process_rewards is None:
         raise ValueError("reward_mask: expected None as process_rewards is None, got a mask")
     if process_rewards is not None:
@@ -200,13 +215,11 @@ def rloo_advantages(
     _checks.flag("whiten", whiten)
     _checks.choice("process_baseline", process_baseline, PROCESS_BASELINES)
     chosen = _dispatch.resolve("rloo_advantages", rewards, backend)
-    if process_rewards is not None and chosen != "cpu":
-        _checks.finite("process_rewards", process_rewards, reward_mask)
     settings = RlooSettings(
         gamma_process, gamma_outcome, process_coef, outcome_coef, normalize_process, process_baseline
     )
-    total = int(cu_seqlens[-1]) if total is None else total
-    batch = RlooBatch(process_rewards, reward_mask, outcomes, cu_seqlens, cu_groups, total)
+    total = 0 if process_rewards is None else process_rewards.numel()
+    batch = _checked(RlooBatch(process_rewards, reward_mask, outcomes, cu_seqlens, cu_groups, total), chosen)
     with torch.no_grad():
         if chosen == "eager":
             result = reference(batch, settings, whiten, process_group)

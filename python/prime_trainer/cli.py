@@ -202,7 +202,9 @@ COMMANDS = {
         ".prm.score", "rewards of tokens, steps and responses under a PRM, and a page to look at them", "scores: {}"
     ),
     "select": Command(".prm.select", "best-of-N, weighted best-of-N and majority voting from scored responses"),
-    "processbench": Command(".prm.processbench", "finding the first wrong step, from scored ProcessBench rows"),
+    "processbench": Command(
+        ".prm.processbench", "ProcessBench from its own files or scored ones: first wrong steps, F1, speed"
+    ),
     "serve": Command(_serve, "a vLLM server for rollouts:  prime-trainer serve run.toml --rollout.server.port 8001"),
     "plan": Command(
         _plan, "memory and traffic of a run:  plan run.toml [--gpus 8] [--memory 80] [--prompt-tokens 512]"

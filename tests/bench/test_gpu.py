@@ -64,6 +64,7 @@ def test_measures_before_it_tests_and_tunes_last(run):
     order = [
         "pip install",
         "smoke.py",
+        "-m prime_kernels bench",
         "test_ceiling",
         "test_log_probs.py",
         "-k compile",

@@ -26,8 +26,9 @@ BENCH = ROOT / "bench"
 EXAMPLES = ROOT / "examples"
 DEMO = EXAMPLES / "demo.toml"
 HERE = {
-    "candidates", "demo/results", "faults_table", "plan_table", "prm/first_wrong_step", "prm/results", "prm/sample",
-    "rollout", "step_share", "trainer_cost", "trl_table", "verify/math_answers", "verify/programs",
+    "candidates", "demo/results", "faults_table", "plan_table", "precision", "prm/first_wrong_step", "prm/results",
+    "prm/sample", "rollout", "step_share", "study/study", "trainer_cost", "trl_table", "verify/math_answers",
+    "verify/programs",
     "verify/rates",
 }  # fmt: skip
 # What other tests of this folder and of packaging, integrations, triton_backend and the trainer run.
@@ -168,6 +169,19 @@ def test_trainer_cost(small, script):
     )
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_precision(small, script, dtype):
+    said = script("precision", DEMO, "--tokens", "50", *small, "--model.dtype", dtype)
+    rows = [line.strip("| ").split(" | ") for line in said.splitlines() if line.startswith("| ")]
+    assert rows[0] == ["log-probs", "error", "calls of 37 tokens", "another layout"] and len(rows) == 5
+    errors = {row[0]: float(row[1].split(" / ")[1]) for row in rows[2:]}
+    assert "50 next tokens of " in said and "Largest log-ratio of equal weights: 0.0\n" in said
+    assert errors["kernels, float32 logits"] <= 2e-5
+    assert (errors["kernels, rounded logits"] > 1e-4) == (errors["eager PyTorch"] > 1e-4) == (dtype == "bfloat16")
+    if pk.available_backends()["cpu"] is None:
+        assert all(row[2] == "0.0e+00 / 0.0e+00" for row in rows[2:4])
+
+
 def test_plan_table(script):
     sums = re.findall(r"^\| \*\*sum\*\* \| (.*) \|$", script("plan_table"), re.MULTILINE)
     stages = [[float(cell.strip("* ")) for cell in row.split("|")] for row in sums]
@@ -269,3 +283,67 @@ def test_rates(script, tmp_path):
     assert counts["reasoning-gym"][:2] == (40, 21)  # one wrong answer is right by chance: as many letters
     assert counts["formulas, all different"][0] == 40
     assert (tmp_path / "rates.md").read_text() in said
+
+
+def test_study(small, module, tmp_path, monkeypatch, capsys):
+    """One step of two arms: the search, the runs, what is skipped and what is resumed, and what is collected."""
+    study, called = module("study/study"), []
+
+    def call(words, log):
+        called.append(words)
+        assert cli.main(list(words)) == 0
+
+    monkeypatch.setattr(study, "call", call)
+    monkeypatch.setattr(study, "RATES", ("1e-5", "2e-5"))
+    out = tmp_path / "out"
+    words = ["--", *small, "--steps", "1", "--eval.every", "0", "--sft.demonstrations", "2", "--sft.batch_size", "2"]
+    words += ["--checkpoint.every", "1"]
+    arms = ["--arms", "rloo", "balanced", "--jobs", "1"]
+    study.main(["search", str(out), *arms, *words])
+    assert [words[0] for words in called] == ["sft", "rl", "rl", "rl", "rl"]
+    rates = json.loads((out / "search.json").read_text())
+    assert set(rates) == {"rloo", "balanced"}
+    assert all(found["rate"] == max(found["mean rewards"], key=found["mean rewards"].get) for found in rates.values())
+    called.clear()
+    study.main(["run", str(out), *arms, "--seeds", "1", *words])
+    assert [words[words.index("--seed") + 1] for words in called] == ["0", "0"]
+    assert {(out / f"{arm}-0" / "final").is_dir() for arm in ("rloo", "balanced")} == {True}
+    balanced = json.loads((out / "balanced-0" / "config.json").read_text())
+    assert balanced["prm"]["balance"] and balanced["policy"]["lr"] == float(rates["balanced"]["rate"])
+    # What is finished is skipped; what left a checkpoint goes on; what left none starts anew.
+    called.clear()
+    shutil.rmtree(out / "rloo-0" / "final")
+    shutil.rmtree(out / "balanced-0" / "final")
+    shutil.rmtree(out / "balanced-0" / "checkpoints")
+    study.main(["run", str(out), *arms, "--seeds", "1", *words])
+    assert [words[-1] == "--resume" for words in called] == [True, False]
+    study.main(["collect", str(out), "--arms", "rloo", "balanced"])
+    target = out / "study"
+    assert {"rloo-0.metrics.jsonl", "balanced-0.config.json", "summary.md", "reward.png", "search.json"} <= {
+        path.name for path in target.iterdir()
+    }
+    assert "Paired differences" in (target / "summary.md").read_text()
+    assert (target / "localisation.md").is_file()
+    with pytest.raises(FileNotFoundError, match="has no finished run"):
+        study.main(["collect", str(tmp_path / "none")])
+
+
+def test_study_finds_the_lowest_line(module, tmp_path):
+    study = module("study/study")
+    run = tmp_path / "prime-0"
+    run.mkdir()
+    tokens = ["3 + 4", " = 7", "\n", "7 + 5", " = 11", "\n", "\\boxed{11}", "<|im_end|>"]
+    assert study.by_line(tokens, [1, 2, 3, -1, -2, -3, 4, 5]) == (
+        ["3 + 4 = 7\n", "7 + 5 = 11\n", "\\boxed{11}"], [6.0, -6.0, 9.0],
+    )  # fmt: skip
+    rows = [
+        {"step": step, "prompt": "3 + 4 + 5 =", "tokens": tokens, "process_rewards": rewards, "outcome": outcome}
+        for step, outcome, rewards in (
+            (1, 0.0, [1, 2, 3, 0, 0, 0, -4, -5]),  # blames the box
+            (1, 1.0, [0] * 8),  # right: nothing to find
+            (2, 0.0, [1, 2, 3, -1, -2, -3, 4, 5]),
+            (2, 0.0, None),
+        )
+    ]
+    (run / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert study.localisation([run]) == [["first half", 1, "0 %", "33 %"], ["second half", 1, "100 %", "33 %"]]

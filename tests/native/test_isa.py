@@ -1,4 +1,4 @@
-"""The row kernels of every instruction set that this processor has, not only of the widest."""
+"""The kernels of every instruction set that this processor has, not only of the widest."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).resolve().parent
-NARROWER = ["avx2", "portable"]
+NARROWER = ["avx512_bf16", "avx512", "avx2", "portable"]
 
 
 def run(isa, *command):
@@ -27,7 +27,8 @@ def test_narrower_kernels_pass_the_same_tests(native, isa, seed):
     if used != isa:
         assert "PRIME_KERNELS_CPU_ISA: expected one of" in used
         pytest.skip(f"this processor has no {isa}")
-    done = run(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "test_log_probs.py"))
+    files = [str(HERE / f"test_{name}.py") for name in ("log_probs", "linear_kernels")]
+    done = run(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files)
     assert done.returncode == 0, f"seed {seed}\n{done.stdout[-4000:]}"
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import prime_kernels as pk
-from prime_kernels.ops import _tiled_head
+from prime_kernels.ops import _several_ids, _tiled_head
 from prime_kernels.ops.candidates import most_candidates
 
 
@@ -119,7 +119,7 @@ def test_head(backend, masked, bias, monkeypatch):
     assert sum(map(len, want)) > 11
     assert_candidates(got, want, 0.06, extent=40.0)
     scored = pk.linear_log_probs(hidden, weight, ids, bias=head.bias, mask=mask, temperature=1.5, softcap=25.0)
-    if backend != "eager":
+    if backend not in {"eager", *_tiled_head.HEAD_KERNELS}:
         assert torch.equal(got.token_logp, scored)
     assert_close("logp", got.token_logp, scored, extent=40.0)
 
@@ -192,6 +192,7 @@ def test_several_ids_of_a_head(masked, tiled, monkeypatch):
         for elements in (_tiled_head.FORWARD_ELEMENTS, _tiled_head.BACKWARD_ELEMENTS):
             monkeypatch.setitem(elements, "cpu", 128)
         monkeypatch.setitem(_tiled_head.KEPT_BYTES, "cpu", 0)
+        monkeypatch.setattr(_several_ids, "GATHERED_ELEMENTS", 48)
     leaves = [torch.randn(2, 6, 8), torch.randn(67, 8), torch.randn(67)]
     ids, mask = torch.randint(67, (2, 6, 3)), torch.rand(2, 6) < 0.7 if masked else None
     ids[0, 0] = 66
@@ -212,6 +213,32 @@ def test_several_ids_of_a_head(masked, tiled, monkeypatch):
     ((logp * upstream).sum() + (entropy * of_entropy).sum()).backward()
     for one, other in zip(got, exact, strict=True):
         torch.testing.assert_close(one.grad.double(), other.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("logits_dtype", ["float32", "input"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_several_ids_of_a_16_bit_head(backend, dtype, logits_dtype):
+    """Of logits that are or are not rounded; the first id with the bits that it has alone."""
+    # Logits are multiples of 1/64 of at most 2^7, exact in float32: every backend rounds the same ones.
+    hidden, weight = (torch.randint(-4, 5, shape).to(dtype) / 2 for shape in ((9, 16), (70, 16)))
+    bias = torch.randint(-4, 5, (70,)).to(dtype) / 64
+    ids, options = torch.randint(70, (9, 3)), {"bias": bias, "logits_dtype": logits_dtype, "temperature": 1.6}
+    z = hidden.double() @ weight.double().T + bias.double()
+    z = z.to(dtype).double() if logits_dtype == "input" else z
+    assert (z != z.to(torch.bfloat16)).any() == (logits_dtype == "float32" or dtype != torch.bfloat16)
+    leaves = [each.clone().requires_grad_() for each in (hidden, weight)]
+    logp, entropy = pk.linear_log_probs(*leaves, ids, with_entropy=True, **options)
+    want = (z / 1.6).log_softmax(-1)
+    assert_close("logp", logp, want.gather(1, ids), extent=40.0)
+    alone, entropy_alone = pk.linear_log_probs(hidden, weight, ids[:, 0], with_entropy=True, **options)
+    assert torch.equal(logp[:, 0].detach(), alone) and torch.equal(entropy.detach(), entropy_alone)
+    upstream = torch.randn(9, 3)
+    (logp * upstream).sum().backward()
+    slope = torch.zeros_like(want).scatter_add_(1, ids, upstream.double())
+    slope = (slope - upstream.double().sum(1, keepdim=True) * want.exp()) / 1.6
+    tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype != torch.float32 else {"rtol": 1e-4, "atol": 1e-5}
+    for leaf, exact in zip(leaves, (slope @ weight.double(), slope.T @ hidden.double()), strict=True):
+        torch.testing.assert_close(leaf.grad.double(), exact, **tolerance)
 
 
 @pytest.mark.parametrize("linear", [False, True])

@@ -167,9 +167,9 @@ def test_linear_losses_and_ratios_in_one_graph(backend):
 def test_linear_operator_keeps_its_promises(backend):
     (hidden, weight, bias), ids, mask = linear_inputs()
     op = torch.ops.prime_kernels.linear_log_probs.default
-    opcheck(op, (hidden, weight, ids, bias, mask, 0.7, 3.0, True, backend))
-    opcheck(op, (hidden.detach(), weight, ids.clamp(0), None, None, 1.0, None, False, backend))
-    opcheck(op, (hidden, weight.detach(), ids, bias, torch.zeros_like(mask), 1.0, None, True, backend))
+    opcheck(op, (hidden, weight, ids, bias, mask, 0.7, 3.0, True, "float32", backend))
+    opcheck(op, (hidden.detach(), weight, ids.clamp(0), None, None, 1.0, None, False, "input", backend))
+    opcheck(op, (hidden, weight.detach(), ids, bias, torch.zeros_like(mask), 1.0, None, True, "float32", backend))
 
 
 # One response is as long as real ones: a scan takes thirteen powers of its discount.

@@ -13,7 +13,11 @@ from prime_kernels.ops import linear_log_probs as op
 
 
 def set_tiles(monkeypatch, tokens, columns, kept=0):
-    """Tiles of some tokens by some of the vocabulary wherever there is a size; bytes of logits that are kept."""
+    """Tiles of some tokens by some of the vocabulary wherever there is a size; bytes of logits that are kept.
+
+    CPUs go by tiles too, as GPUs do: their own kernels have their tests in tests/native.
+    """
+    monkeypatch.setattr(_tiled_head, "HEAD_KERNELS", frozenset())
     monkeypatch.setattr(op, "CHUNK_ELEMENTS", 11 * tokens)
     sizes = {"TOKENS": tokens, "FORWARD_ELEMENTS": tokens * columns, "BACKWARD_ELEMENTS": tokens * columns}
     for name, size in (sizes | {"KEPT_BYTES": kept}).items():
@@ -23,11 +27,14 @@ def set_tiles(monkeypatch, tokens, columns, kept=0):
 CHUNKS = [(1, 11), (3, 11), (1000, 11), (3, 4), (8, 1), (1, 10)]
 
 
-@pytest.fixture(params=[*CHUNKS, (3, 11, 4096), (3, 4, 4096)], ids=lambda size: "x".join(map(str, size)))
+@pytest.fixture(
+    params=[*CHUNKS, (3, 11, 4096), (3, 4, 4096), ()], ids=lambda size: "x".join(map(str, size)) or "kernels"
+)
 def rows_a_chunk(request, monkeypatch):
     """Tiles of one row, of a few with a remainder, one for all, and parts of the vocabulary of 11 tokens; logits that
-    are made again in backward, and logits that are kept."""
-    set_tiles(monkeypatch, *request.param)
+    are made again in backward, and logits that are kept. Or the kernels that CPUs have instead of tiles."""
+    if request.param:
+        set_tiles(monkeypatch, *request.param)
 
 
 @pytest.fixture

@@ -11,9 +11,12 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOKENS, WIDTH, VOCABULARY = 9, 6, 13
 
 
-@pytest.fixture(params=[1, 4, 1000], ids="rows={}".format)
+@pytest.fixture(params=[1, 4, 1000, None], ids="rows={}".format)
 def rows_a_tile(request, monkeypatch):
-    # In bytes of float32; 16-bit tiles have twice the rows.
+    """In bytes of float32. None: the kernels that CPUs have instead of tiles."""
+    if request.param is None:
+        return
+    monkeypatch.setattr(_tiled_head, "HEAD_KERNELS", frozenset())
     monkeypatch.setattr(_tiled_head, "FUSED_BYTES", 4 * request.param * VOCABULARY)
 
 

@@ -32,8 +32,11 @@ def compare(got, want, share):
         assert (one.double() - other).abs().max() <= share * max(1.0, other.abs().max().item())
 
 
-@pytest.fixture(params=["one tile", "tiles"])
+@pytest.fixture(params=["as they come", "one tile", "tiles"])
 def tiles(request, monkeypatch):
+    """By the kernels of whole heads where a backend has them, or by tiles."""
+    if request.param != "as they come":
+        monkeypatch.setattr(_tiled_head, "HEAD_KERNELS", frozenset())
     if request.param == "tiles":
         for name in ("TOKENS", "FORWARD_ELEMENTS", "BACKWARD_ELEMENTS"):
             monkeypatch.setattr(_tiled_head, name, {"cpu": 5 if name == "TOKENS" else 100, "cuda": 100})

@@ -100,6 +100,7 @@ VARIANTS = {
     },
     "surplus": {"filter": {"low": 0.1, "high": 0.9}, "rollout": {"prompts_per_step": 3, "n": 4}},
     "outcome only": {"algorithm": {"process_coef": 0.0}},
+    "pairs": {"prm": {"kind": "dpo", "granularity": "step"}, "policy": {"kl_coef": 0.1, "kl_estimator": "k2"}},
     "policy reference": {"prm": {"ref_type": "policy", "update": "before", "granularity": "step"}},
 }
 

@@ -26,7 +26,7 @@ def build(kernel, types, constants, capability, num_warps, tmp_path, num_stages=
     compiled = triton.compile(
         source,
         GPUTarget("cuda", capability, 32),
-        {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg},
+        {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg, "debug": bool(kernel.debug)},
     )
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])

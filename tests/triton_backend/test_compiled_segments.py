@@ -12,12 +12,13 @@ from prime_kernels._triton import _pack_kernels as pack
 from prime_kernels._triton import _ppo_kernels as ppo
 from prime_kernels._triton import _rloo_kernels as rloo
 from prime_kernels._triton import _segments_kernels as segments
+from prime_kernels._triton._check_kernels import check_rloo_kernel
 from prime_kernels._triton._launch_config import PREFIX_TUNING, Device, choose_pack, choose_scan
 from prime_kernels._triton._prefix_kernels import prefix_kernel
 from prime_kernels._triton._prm_kernels import prm_kernel
 from prime_kernels._triton.losses import RESPONSES
+from prime_kernels._triton.rloo import CHECKED, ROWS
 from prime_kernels._triton.rloo import RESPONSES as GROUPED_RESPONSES
-from prime_kernels._triton.rloo import ROWS
 
 CONFIG = choose_scan(1_500_000, Device(132, (9, 0)))
 SCAN_TUNING = {"BLOCK": CONFIG.block, "SLOTS": CONFIG.slots}
@@ -121,3 +122,15 @@ def test_pack(capability, kind, width, tmp_path):
             # Tokens of whole 16-byte pieces move in these.
             for transfer in ("LDG", "STG"):
                 assert re.search(rf"\b{transfer}\.E[.\w]*\.128", sass)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_checks(capability, masked, tmp_path):
+    """Assertions are there: without debug=True they would compile to nothing."""
+    flags = {name: True for name in check_rloo_kernel.arg_names if name.startswith("COPY_")}
+    types = {"rewards_ptr": "*bf16", "outcomes_ptr": "*fp32", "cu_ptr": "*i32", "groups_ptr": "*i32"}
+    types |= {"rewards_copy_ptr": "*fp32", "outcomes_copy_ptr": "*fp64", "cu_copy_ptr": "*i64"}
+    types |= {"groups_copy_ptr": "*i64", "total": "i64", "responses": "i64", "groups": "i64"}
+    constants = flags | {"PROCESS": True, "MASKED": masked, "BLOCK": CHECKED}
+    usage, sass = build(check_rloo_kernel, TYPES | types, constants, capability, 4, tmp_path)
+    assert sass.count("CALL.ABS") >= 8 and usage["STACK"] <= 32, usage

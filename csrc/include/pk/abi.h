@@ -101,6 +101,44 @@ typedef struct pk_candidates_args {
   int64_t* bad_row;
 } pk_candidates_args;
 
+// An output layer over tokens: z = hidden @ weight.T + bias, in float32 for any operands. CPU only.
+typedef struct pk_head {
+  const void* hidden;  // [n_tokens, depth], unit last stride
+  int64_t hidden_stride;
+  const void* weight;  // [n_vocabulary, depth], unit last stride
+  int64_t weight_stride;
+  const void* bias;  // [n_vocabulary] or null
+  int32_t dtype;     // of all three
+  int32_t rounded;   // not 0: z is rounded to dtype, as a layer of that dtype leaves it
+  int64_t n_tokens;
+  int64_t n_vocabulary;
+  int64_t depth;
+  double temperature;
+  double softcap;      // c in c tanh(z / c), which the temperature divides; 0 for no cap
+  const int64_t* ids;  // [n_tokens]; one outside the vocabulary has no logit here
+  // pk_cpu_head_kept_floats floats or null: the forward leaves z there, capped, and the backward need not recompute it.
+  float* kept;
+  int32_t n_threads;
+} pk_head;
+
+typedef struct pk_head_forward_args {
+  pk_head head;
+  float* logp;     // [n_tokens]
+  float* lse;      // [n_tokens], of z / temperature
+  float* entropy;  // [n_tokens] or null
+} pk_head_forward_args;
+
+typedef struct pk_head_backward_args {
+  pk_head head;
+  const float* lse;
+  const float* entropy;       // null if grad_entropy is null
+  const float* grad_logp;     // [n_tokens] or null for zero
+  const float* grad_entropy;  // [n_tokens] or null for zero
+  void* grad_hidden;          // [n_tokens, depth] or null; contiguous, as the next two, and of the head's dtype
+  void* grad_weight;          // [n_vocabulary, depth] or null
+  void* grad_bias;            // [n_vocabulary] or null
+} pk_head_backward_args;
+
 // CUDA kernels over packed tokens get scratch memory from the caller: `published` holds what each block publishes for
 // the blocks after it, `arrived` counts blocks and is 0 before and after every launch.
 enum { PK_MAX_BLOCKS = 1024, PK_RLOO_WORKSPACE = 6 * 8 * PK_MAX_BLOCKS };
@@ -194,6 +232,18 @@ typedef struct pk_rloo_returns_args {
   double* moments;  // [3]: count, mean and sum of squares about the mean of the returns
   int32_t n_threads;
 } pk_rloo_returns_args;
+
+// Checks of a batch's values on CUDA: those that fail are device-side assertions.
+typedef struct pk_cuda_rloo_check_args {
+  const float* rewards;  // [n_tokens] or null for outcomes alone, whose n_tokens is not known yet
+  const uint8_t* mask;
+  const double* outcomes;     // [n_responses]
+  const int64_t* cu_seqlens;  // [n_responses + 1]
+  const int64_t* cu_groups;   // [n_groups + 1]
+  int64_t n_responses;
+  int64_t n_groups;
+  int64_t n_tokens;
+} pk_cuda_rloo_check_args;
 
 // RLOO on CUDA: both steps in one launch, or one each where `largest` is combined over ranks between them.
 typedef struct pk_cuda_rloo_args {
@@ -304,6 +354,9 @@ typedef struct pk_prefix_args {
 int pk_cpu_log_probs_forward(const pk_log_probs_args* args);
 int pk_cpu_log_probs_backward(const pk_log_probs_grad_args* args);
 int pk_cpu_candidates(const pk_candidates_args* args);
+int pk_cpu_head_forward(const pk_head_forward_args* args);
+int pk_cpu_head_backward(const pk_head_backward_args* args);
+int64_t pk_cpu_head_kept_floats(int64_t n_tokens, int64_t n_vocabulary, int64_t depth, int32_t dtype);
 int pk_cpu_segment_scan(const pk_segment_scan_args* args);
 int pk_cpu_segment_sum(const pk_segment_sum_args* args);
 int pk_cpu_segment_fill(const pk_segment_fill_args* args);
@@ -324,6 +377,7 @@ int pk_cuda_segment_sum(const pk_segment_sum_args* args, void* stream);
 int pk_cuda_segment_fill(const pk_segment_fill_args* args, void* stream);
 int pk_cuda_pack(const pk_pack_args* args, void* stream);
 int pk_cuda_unpack(const pk_pack_args* args, void* stream);
+int pk_cuda_rloo_check(const pk_cuda_rloo_check_args* args, void* stream);
 int pk_cuda_rloo_returns(const pk_cuda_rloo_args* args, void* stream);
 int pk_cuda_whiten(const pk_whiten_args* args, void* stream);
 int pk_cuda_ppo_loss(const pk_ppo_args* args, void* stream);

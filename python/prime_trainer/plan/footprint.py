@@ -18,6 +18,9 @@ from ..models import forward
 from ..models.protocols import CausalLM
 from ..scale import sharding
 
+# Bytes of a logit: float32 whatever the inputs.
+LOGIT = 4
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -114,12 +117,16 @@ def _drop(param: Tensor) -> None:
 def head_bytes(shape: Shape, tokens: int, compute: int, device: str, fused: bool) -> dict[str, float]:
     """What the loss of `tokens` response tokens takes while it makes the gradients of hidden states and head."""
     hidden, sizes = compute * tokens * shape.width, tile_sizes(device)
+    few = LOGIT * tokens * shape.vocabulary <= sizes.kept_bytes
+    if sizes.whole_head:
+        logits = LOGIT * tokens * shape.vocabulary * few
+        return {"logits": float(logits), "hidden states, head": float(2 * hidden + compute * shape.head)}
     if fused:
-        rows, columns = max(1, min(tokens, sizes.fused_bytes // compute // shape.vocabulary)), shape.vocabulary
-    elif compute * tokens * shape.vocabulary <= sizes.kept_bytes:
+        rows, columns = max(1, min(tokens, sizes.fused_bytes // LOGIT // shape.vocabulary)), shape.vocabulary
+    elif few:
         rows, columns = tokens, shape.vocabulary
     else:
-        rows, columns = sizes.tile(sizes.backward, tokens, shape.vocabulary)
+        rows, columns = sizes.tile(sizes.backward * compute // LOGIT, tokens, shape.vocabulary)
     of_hidden = hidden if columns == shape.vocabulary else 4 * tokens * shape.width
     once, low = rows >= tokens, compute < 4
     # One product is written where it stays. A sum over tiles is float32; CPUs add to it through float32 copies of what
@@ -127,7 +134,13 @@ def head_bytes(shape: Shape, tokens: int, compute: int, device: str, fused: bool
     block = low * min(sizes.added_rows, max(rows, columns)) * shape.width * (compute + 4 * (device == "cpu"))
     total = 0 if once else 4 * columns * shape.width + block
     held = 0 if fused and not once else compute * shape.head
-    moments = [(compute * rows * columns, held + total)]
+    # The gradient of 16-bit inputs' logits is rounded beside them; CPUs multiply float32 copies of such inputs.
+    moments = [((LOGIT + low * compute) * rows * columns, held + total)]
+    if low and device == "cpu":
+        copies = LOGIT * (rows + columns) * shape.width
+        moments.append((LOGIT * rows * columns, held + (0 if once else total - block) + copies))
+    if low and columns < shape.vocabulary:  # the sum of the hidden states' gradient is rounded at the end
+        moments.append((0, held + hidden))
     if fused and not once:  # the sum is rounded when the logits are gone
         moments.append((0, (4 + compute * low) * shape.head))
     if fused and device != "cpu":  # gradients times that of the loss, which a CPU leaves out where it is 1
@@ -139,8 +152,10 @@ def head_bytes(shape: Shape, tokens: int, compute: int, device: str, fused: bool
 def score_tile_bytes(shape: Shape, tokens: int, compute: int, device: str) -> float:
     """The logits that are alive while log-probs are made without gradients."""
     sizes = tile_sizes(device)
+    if sizes.whole_head:
+        return 0.0
     rows, columns = sizes.tile(sizes.forward, tokens, shape.vocabulary)
-    return float(compute * rows * columns)
+    return float(LOGIT * rows * columns)
 
 
 def drawing_bytes(shape: Shape, compute: int, device: str) -> int:

@@ -2,8 +2,9 @@
 
 A row has a prompt (`prompt`, `instruction`, `problem` or `question`: text, or a chat that ends with the user) and
 
-* `response` (text, or a chat that ends with the assistant and then needs no prompt beside it) or `steps` (a list of
-  texts, joined by blank lines), with `label` in [0, 1] for training and `step_labels` for stage 2; or
+* `response` (text, or a chat that ends with the assistant and then needs no prompt beside it), `conversation` (such a
+  chat) or `steps` (a list of texts, joined by blank lines), with `label` in [0, 1] for training and `step_labels` for
+  stage 2; or
 * `completions` and `correctness`: several responses at once.
 
 `finished: false` marks a response that was cut off: no end-of-sequence token follows it. All else is carried along.
@@ -81,7 +82,8 @@ def items_of(row: Mapping[str, Any], place: str) -> Iterator[Item]:
 def _item(row: dict[str, Any], place: str) -> Item:
     named = next((name for name in PROMPTS if row.get(name) is not None), None)
     messages = None if named is None else chat.prompt(row[named], named)
-    response, given = row.get("response"), row.get("steps")
+    chats = "response" if row.get("response") is not None else "conversation"
+    response, given = row.get("response", row.get("conversation")), row.get("steps")
     if given is not None and response is None:
         if not isinstance(given, (list, tuple)) or not given:
             raise ValueError(f"steps must be a non-empty list, got {given!r:.100}")
@@ -90,7 +92,7 @@ def _item(row: dict[str, Any], place: str) -> Item:
     else:
         parts = None
         if isinstance(response, (list, tuple)):
-            turns = chat.checked(list(response), "response", last="assistant")
+            turns = chat.checked(list(response), chats, last="assistant")
             messages, response = [*(messages or []), *turns[:-1]], turns[-1]["content"]
         if not isinstance(response, str) or not response.strip():
             raise ValueError(f"response must be a non-empty string, got {response!r:.100}")

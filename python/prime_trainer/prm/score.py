@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from ..config.sections import ScoreConfig
 from ..data.groups import TooLong
 from ..errors import RunError
 from ..models import loading, tokenizers
+from ..models.protocols import CausalLM, Tokenizer
 from ..run import checkpoint, unchanged
 from ..run.checkpoint import FINGERPRINTS
 from ..run.jsonl import JsonlWriter, cut_torn_tail, jsonl_rows, read_object
@@ -24,6 +27,8 @@ from .page import write_page
 from .step_scorer import Encoded, NotFinite, StepRewards, StepScorer
 
 SCORES = "scores.jsonl"
+SPEED = "speed.jsonl"
+"""A row a window: how many responses, and the seconds that their rewards took."""
 _WRITTEN = ("rewards", "error", "reward_model")
 
 
@@ -37,33 +42,63 @@ def run(cfg: RunConfig) -> Path:
     on after them, with the same models and where the input up to there is the same. A response on which a model
     overflows ends the run with an error after its window, and stands there with `error` in place of rewards.
     """
+    return score_file(cfg, Models(cfg))
+
+
+class Models:
+    """The PRM `cfg.model` and its reference, read when they are first asked for, once for all files that they score."""
+
+    def __init__(self, cfg: RunConfig) -> None:
+        if cfg.score.reference is None:
+            raise ValueError("score.reference is required")
+        self._cfg = cfg
+        self._reference = cfg.model.model_copy(update={"path": str(cfg.score.reference), "gguf_file": None})
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        tokenizer = tokenizers.load_tokenizer(self._cfg.model)
+        tokenizers.check_same_tokenizer(
+            tokenizer, tokenizers.load_tokenizer(self._reference), ("model.path", "score.reference")
+        )
+        return tokenizer
+
+    @cached_property
+    def fingerprints(self) -> dict[str, Any]:
+        """What decides the scores beside the settings and the responses."""
+        return {
+            **loading.fingerprints({"model.path": self._cfg.model, "score.reference": self._reference}),
+            "tokenizer": tokenizers.TokenizerIdentity.of(self.tokenizer).fingerprint(),
+        }
+
+    @cached_property
+    def pair(self) -> tuple[CausalLM, CausalLM]:
+        prm, reference = (loading.frozen(loading.load_model(cfg)) for cfg in (self._cfg.model, self._reference))
+        return prm, reference
+
+    @cached_property
+    def scorer(self) -> StepScorer:
+        own, (prm, reference) = self._cfg.score, self.pair
+        return StepScorer(
+            prm, reference, self.tokenizer, beta=own.beta, splitter=own.splitter, compat=own.compat,
+            micro_batch_tokens=self._cfg.micro_batch_tokens, max_length=own.max_length,
+        )  # fmt: skip
+
+
+def score_file(cfg: RunConfig, models: Models) -> Path:
+    """Scores `cfg.score.path` into `cfg.output`, as `run` says; `models` are those of `cfg`."""
     own = cfg.score
-    if own.path is None or own.reference is None:
-        raise ValueError(f"score.{'path' if own.path is None else 'reference'} is required")
+    if own.path is None:
+        raise ValueError("score.path is required")
     out = cfg.output / SCORES
     done = _begin(cfg, out)
-    tokenizer = tokenizers.load_tokenizer(cfg.model)
-    reference_model = cfg.model.model_copy(update={"path": str(own.reference), "gguf_file": None})
-    tokenizers.check_same_tokenizer(
-        tokenizer, tokenizers.load_tokenizer(reference_model), ("model.path", "score.reference")
-    )
-    fingerprints = {
-        **loading.fingerprints({"model.path": cfg.model, "score.reference": reference_model}),
-        "tokenizer": tokenizers.TokenizerIdentity.of(tokenizer).fingerprint(),
-    }
+    fingerprints = models.fingerprints
     items = read_items(own.path, "score.path")
     if done:
         _check_fingerprints(cfg.output / FINGERPRINTS, fingerprints)
         _skip(items, out)
     total = _count(own.path)
     if done < total or not total:
-        scorer = StepScorer(
-            loading.frozen(loading.load_model(cfg.model)),
-            loading.frozen(loading.load_model(reference_model)),
-            tokenizer,
-            beta=own.beta, splitter=own.splitter, compat=own.compat,
-            micro_batch_tokens=cfg.micro_batch_tokens, max_length=own.max_length,
-        )  # fmt: skip
+        scorer = models.scorer
         checkpoint.write_config(cfg, fingerprints)
         names = {"reward_model": own.name or cfg.model.path, "benchmark": own.path.stem}
         _score(own, items, names, scorer, out, done, total)
@@ -110,20 +145,28 @@ def _score(
 ) -> None:
     """`names`: `reward_model` and, for rows that name none, `benchmark`."""
     windows = math.ceil(total / own.window)
-    with progress_bar("score", windows, done // own.window) as bar, stop_signal() as stop, JsonlWriter(out) as file:
+    cut_torn_tail(out.with_name(SPEED))
+    with (
+        progress_bar("score", windows, done // own.window) as bar,
+        stop_signal() as stop,
+        JsonlWriter(out) as file,
+        JsonlWriter(out.with_name(SPEED)) as speed,
+    ):
         while True:
             if stop.is_set() and done < total:
                 raise RunError(f"stopped after {done} of {total} responses; --resume goes on")
             window, failure = _take(items, own.window)
             if window:
+                began = time.perf_counter()
                 rows, bad = _rows(window, scorer, own)
+                speed.append([{"responses": len(rows), "seconds": time.perf_counter() - began}])
                 file.append(
                     row | names | ({"benchmark": row["benchmark"]} if row.get("benchmark") else {}) for row in rows
                 )
                 if bad is not None:
                     raise bad
                 done += len(window)
-                bar.advance(f"{done} of {total} responses")
+                bar.advance(f"{done} of {total} responses of {names['benchmark']}")
             if failure is not None:
                 raise failure
             if len(window) < own.window:

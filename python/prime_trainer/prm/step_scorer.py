@@ -138,7 +138,7 @@ class StepScorer:
                 )
         self._prm, self._reference, self._tokenizer = prm, reference, tokenizer
         self._card, self._splitter = compat == "eurus-card", splitter
-        self._beta = beta if beta is not None else CARD_BETA if self._card else BETA
+        self.beta = beta if beta is not None else CARD_BETA if self._card else BETA
         self._micro_batch_tokens = micro_batch_tokens
         self._limit = forward.length_limit([prm, reference], max_length)
 
@@ -165,7 +165,7 @@ class StepScorer:
             if self._card:
                 micro = card_micro(micro, self._tokenizer.pad_token_id)
             log_ratio[micro.tokens] = self._log_ratio(micro, batch.ids[micro.tokens])
-        rewards = self._beta * log_ratio
+        rewards = self.beta * log_ratio
         cu_steps, owned = _step_offsets(batch, [response for group in groups for response in group.responses])
         modes = {
             mode: pk.step_rewards(rewards, cu_steps, batch.cu_seqlens, mode=mode).tolist()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from torch import Tensor
 import prime_kernels as pk
 
 from ..config.run_config import RunConfig
-from ..config.sections import TrainPRMConfig
+from ..config.sections import COUPLED_KINDS, TrainPRMConfig
 from ..models import forward, loading, meta, tokenizers
 from ..models.protocols import CausalLM
 from ..report.statistics import auc
@@ -30,6 +30,7 @@ from ..run.seeds import derive_seed
 from ..train.batch import Batch, Micro
 from ..train.forward import log_probs
 from ..train.nonfinite_guard import Skips
+from ..train.prm_objective import Objective, backward
 from ..train.supervised_loop import fit
 from ..train.trainable import Trainable
 from .items import StepGroup
@@ -123,15 +124,12 @@ def _content(group: StepGroup) -> bytes:
 
 def _backward_outcomes(model: CausalLM, labelled: _Labelled, cfg: TrainPRMConfig, max_tokens: int) -> dict[str, float]:
     batch = Batch.for_model(model, labelled.groups)
-
-    def loss_of(log_ratio: Tensor) -> pk.PRMLoss:
-        return pk.prm_loss(
-            log_ratio, batch.outcomes, batch.cu_seqlens, cu_groups=batch.cu_groups, kind=cfg.kind, beta=cfg.beta
-        )
-
-    coupled = cfg.kind != "ce"
-    log_ratio = _backward(model, batch, labelled.ref_logp, lambda q: loss_of(q).loss, max_tokens, coupled=coupled)
-    found = loss_of(log_ratio)
+    everything = range(len(batch.groups))
+    objective = Objective(batch, everything, cfg.kind, cfg.beta)
+    ref_logp = labelled.ref_logp.to(batch.device)
+    coupled = cfg.kind in COUPLED_KINDS
+    logp = backward(model, batch, everything, ref_logp, objective.loss, max_tokens, coupled=coupled)
+    found = objective(logp - ref_logp)
     return {
         "loss": found.loss.item(),
         "pair_accuracy": found.pair_accuracy.item(),
@@ -160,35 +158,9 @@ def _backward_steps(model: CausalLM, labelled: _Labelled, cfg: TrainPRMConfig, m
     def scaled(log_ratio: Tensor) -> Tensor:
         return cfg.step_coef * loss_of(log_ratio)
 
-    return loss_of(_backward(model, batch, labelled.ref_logp, scaled, max_tokens, coupled=False)).item()
-
-
-def _backward(
-    model: CausalLM,
-    batch: Batch,
-    ref_logp: Tensor,
-    loss_of: Callable[[Tensor], Tensor],
-    max_tokens: int,
-    *,
-    coupled: bool,
-) -> Tensor:
-    """Adds the gradients of `loss_of(log_ratio)` to the model's; returns the log-ratios [T].
-
-    Where the loss couples responses (pairs, a mean over the batch), all log-ratios must be known before the first
-    gradient is: that takes a second forward pass unless one holds the whole batch.
-    """
-    micros = list(batch.micro_batches(range(len(batch.groups)), max_tokens))
-    ref_logp = ref_logp.to(batch.device)
-    log_ratio = torch.zeros(batch.num_tokens, device=batch.device)
-    if coupled and len(micros) > 1:
-        log_ratio = _log_ratio(model, batch, ref_logp, micros)
-    for micro in micros:
-        logp = log_probs(model, micro, batch.ids[micro.tokens])
-        log_ratio[micro.tokens] = logp.detach() - ref_logp[micro.tokens]
-        leaf = log_ratio.clone().requires_grad_()
-        (upstream,) = torch.autograd.grad(loss_of(leaf), leaf)
-        logp.backward(upstream[micro.tokens])
-    return log_ratio
+    ref_logp = labelled.ref_logp.to(batch.device)
+    logp = backward(model, batch, range(len(batch.groups)), ref_logp, scaled, max_tokens, coupled=False)
+    return loss_of(logp - ref_logp).item()
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from .statistics import wilson
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as Canvas
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,8 @@ FIGURES = (
     ),
     Figure(
         "accuracy", "Held-out accuracy",
-        "Problems that training never shows. Step 0 is the model that RL started from; the band is the 95 % Wilson "
-        "interval of the greedy accuracy.", "accuracy",
+        "Problems that training never shows. Step 0 is the model that RL started from; of a single run, the band is "
+        "the 95 % Wilson interval of the greedy accuracy.", "accuracy",
         (Line("eval", "greedy", "greedy"), Line("eval", "sampled", "sampled")), share=True,
     ),
     Figure(
@@ -122,6 +123,17 @@ def draw(figure: Figure, records: Sequence[Record], theme: Theme, *, titled: boo
 
     `titled` writes the title into the picture, for one that stands alone.
     """
+    canvas, axes = open_figure(figure, theme, titled=titled)
+    if figure is TIME:
+        _stack(axes, records[0], theme)
+    else:
+        for line, colour in zip(figure.lines, theme.colours, strict=False):
+            _draw_line(axes, line, records, colour)
+    return close_figure(canvas, axes, figure, theme)
+
+
+def open_figure(figure: Figure, theme: Theme, *, titled: bool) -> tuple[Canvas, Axes]:
+    """An empty picture and its axes, styled."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -133,20 +145,20 @@ def draw(figure: Figure, records: Sequence[Record], theme: Theme, *, titled: boo
         canvas.suptitle(figure.title, x=0.02, ha="left", fontsize=12, fontweight="bold", color=theme.ink)
     axes = canvas.add_subplot()
     _style(axes, figure, theme)
-    if figure is TIME:
-        _stack(axes, records[0], theme)
-    else:
-        for line, colour in zip(figure.lines, theme.colours, strict=False):
-            _draw_line(axes, line, records, colour)
+    return canvas, axes
+
+
+def close_figure(canvas: Canvas, axes: Axes, figure: Figure, theme: Theme, columns: int = 6, told: int = 2) -> bytes:
+    """The picture as PNG; a legend of at most `columns` columns where there are `told` things to tell apart."""
     if figure.chance is not None:
         axes.axhline(figure.chance, color=theme.muted, linestyle="--", linewidth=1, label="guessing")
     _limits(axes, figure)
     labels = axes.get_legend_handles_labels()[1]
-    if len(labels) > 1:
+    if len(labels) >= told:
         # Above the plot, where it cannot cover a line.
         axes.legend(
-            loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=6, frameon=False, fontsize=9, labelcolor=theme.ink,
-            borderaxespad=0.2, columnspacing=1.3, handlelength=1.5,
+            loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=columns, frameon=False, fontsize=9,
+            labelcolor=theme.ink, borderaxespad=0.2, columnspacing=1.3, handlelength=1.5,
         )  # fmt: skip
     png = io.BytesIO()
     canvas.savefig(png, format="png", facecolor=theme.face, metadata={"Software": None})
@@ -159,14 +171,13 @@ def _draw_line(axes: Axes, line: Line, records: Sequence[Record], colour: str) -
         return
     for steps, values in runs if len(runs) > 1 else ():
         axes.plot(steps, values, color=colour, linewidth=0.9, alpha=0.4)
-    steps, values = _mean(runs)
+    steps, values = mean_of(runs)
     label = line.label if len(runs) == 1 else f"{line.label}, mean of {len(runs)} runs"
     evaluated = line.stage == "eval"
-    if len(steps) >= _SMOOTH_FROM and not evaluated:
-        window = max(3, len(steps) // 20 | 1)  # odd: as many steps before as after
+    if (window := smoothing(line, len(steps))) > 1:
         if len(runs) == 1:
             axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.35)
-        values, label = _running_mean(values, window), f"{label} (over {window} steps)"
+        values, label = running_mean(values, window), f"{label} (over {window} steps)"
     marker = "o" if evaluated or len(steps) < _SMOOTH_FROM else None
     axes.plot(steps, values, color=colour, linewidth=2.2, marker=marker, markersize=4, label=label, zorder=3)
     if line.key == "greedy" and len(runs) == 1:
@@ -199,14 +210,19 @@ def _bars(
     return [low + height for low, height in zip(base, heights, strict=True)]
 
 
-def _mean(runs: Sequence[tuple[list[int], list[float]]]) -> tuple[list[int], list[float]]:
+def smoothing(line: Line, steps: int) -> int:
+    """The window of the running mean over the noise of many steps, odd so that it is centred; 1 for none."""
+    return max(3, steps // 20 | 1) if steps >= _SMOOTH_FROM and line.stage != "eval" else 1
+
+
+def mean_of(runs: Sequence[tuple[list[int], list[float]]]) -> tuple[list[int], list[float]]:
     """The mean over runs at the steps that all of them have: the set of runs must not change along the line."""
     tables = [dict(zip(*run, strict=True)) for run in runs]
     steps = sorted(set.intersection(*map(set, tables)))
     return steps, [sum(table[step] for table in tables) / len(tables) for step in steps]
 
 
-def _running_mean(values: list[float], window: int) -> list[float]:
+def running_mean(values: list[float], window: int) -> list[float]:
     half = window // 2
     spans = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
     return [sum(span) / len(span) for span in spans]

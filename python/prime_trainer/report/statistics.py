@@ -81,3 +81,29 @@ def auc(scores: Tensor, wanted: Tensor) -> float:
     last = counts.cumsum(0).double()
     ranks = (last - (counts - 1) / 2)[value]  # from 1, equal scores share their mean
     return ((ranks[wanted].sum() - right * (right + 1) / 2) / (right * wrong)).item()
+
+
+# 97.5 % points of Student's t with 1, 2, .. 30 degrees of freedom.
+_T = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
+    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
+    2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
+
+
+def t_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Returns (mean, low, high): the mean of `values` and its 95 % interval by Student's t, NaN for a single value.
+
+    Raises ValueError for no values.
+    """
+    if not values:
+        raise ValueError("an interval of the mean needs at least one value")
+    count = len(values)
+    mean = sum(values) / count
+    if count == 1:
+        return mean, math.nan, math.nan
+    free = count - 1
+    # Beyond the table the first terms of the expansion in 1 / degrees of freedom, right to 0.2 %.
+    point = _T[free - 1] if free <= len(_T) else _Z + (_Z**3 + _Z) / (4 * free)
+    half = point * math.sqrt(sum((value - mean) ** 2 for value in values) / free / count)
+    return mean, mean - half, mean + half

@@ -131,7 +131,8 @@ def _loss(at: _Pass) -> tuple[Tensor, dict[str, Tensor]]:
         loss = loss - cfg.entropy_coef * mean(entropy)
     if cfg.kl_coef > 0 and at.ref_logp is not None:
         gap = at.ref_logp - logp
-        kl = mean(gap.exp() - gap - 1)  # k3 (Schulman 2020): unbiased, never negative
+        # k3 and k2 (Schulman 2020), neither of which is ever negative.
+        kl = mean(gap.exp() - gap - 1 if cfg.kl_estimator == "k3" else gap.square() / 2)
         loss = loss + cfg.kl_coef * kl
         metrics["kl_ref"] = kl.detach()
     return loss, metrics

@@ -14,10 +14,11 @@ from torch import Tensor
 
 import prime_kernels as pk
 
-from ..config.sections import PRMConfig
+from ..config.sections import COUPLED_KINDS, PRMConfig
 from ..models.protocols import CausalLM
 from .batch import Batch
 from .forward import log_probs
+from .prm_objective import Objective, backward, balance_of
 from .trainable import Trainable
 
 Parts = Sequence[Sequence[int]]
@@ -110,29 +111,21 @@ class PRMScorer:
                 _, metrics["prm_grad_norm"] = self._update(batch, parts, reference)
         found = PRMScores(scores.old_logp, reference, prm_logp, metrics)
         with torch.no_grad():
-            whole = pk.prm_loss(
-                found.log_ratio, batch.outcomes, batch.cu_seqlens, cu_groups=batch.cu_groups, beta=self.cfg.beta
-            )
+            whole = self._objective(batch, range(len(batch.groups)))(found.log_ratio)
         metrics |= {"prm_loss": whole.loss.item(), "prm_pair_accuracy": whole.pair_accuracy.item()}
         return found
+
+    def _objective(self, batch: Batch, part: Sequence[int]) -> Objective:
+        return Objective(batch, part, self.cfg.kind, self.cfg.beta, balance_of(batch) if self.cfg.balance else None)
 
     def _update(self, batch: Batch, parts: Parts, reference: Tensor) -> tuple[Tensor, float]:
         """One optimizer step for each of `parts`; returns log-probs [T] from before each step, and the last norm."""
         logps, norm = torch.zeros(batch.num_tokens, device=batch.device), 0.0
         for part in parts:
-            # Responses without tokens are in no mean.
-            share = 1.0 / max(1, batch.nonempty_of(part))
-            for micro in batch.micro_batches(part, self.frozen.micro_batch_tokens):
-                logp = log_probs(self.prm.model, micro, batch.ids[micro.tokens])
-                logps[micro.tokens] = logp.detach()
-                loss = pk.prm_loss(
-                    logp - reference[micro.tokens],
-                    batch.outcomes[micro.responses],
-                    micro.cu_seqlens,
-                    beta=self.cfg.beta,
-                ).loss
-                # The micro-batch's mean over responses becomes its part of the minibatch's mean.
-                (loss * (micro.nonempty * share)).backward()
+            logps += backward(
+                self.prm.model, batch, part, reference, self._objective(batch, part).loss,
+                self.frozen.micro_batch_tokens, coupled=self.cfg.kind in COUPLED_KINDS,
+            )  # fmt: skip
             norm = self.prm.step()
         return batch.ranks.sum_(logps), norm
 

@@ -21,16 +21,18 @@
 #define __device__
 #define __shared__ static
 #define __launch_bounds__(...)
+#define __forceinline__ inline
 
+using std::isfinite;
 using std::max;
 using std::min;
 
 struct dim3 {
-  unsigned x;
-  dim3(unsigned x = 1) : x(x) {}
+  unsigned x, y;
+  dim3(unsigned x = 1, unsigned y = 1) : x(x), y(y) {}
 };
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorAssert = 710 };
 enum { cudaDevAttrMultiProcessorCount };
 
 namespace emulator {
@@ -52,6 +54,7 @@ struct State {
   std::vector<uint64_t> slots[2];
   std::function<void()>* body = nullptr;
   unsigned launches = 0;
+  bool assertion_failed = false;
 };
 
 inline State& state() {
@@ -83,8 +86,10 @@ inline At run_block(std::vector<Thread>& threads) {
       s.running = &threads[i];
       swapcontext(&s.scheduler, &threads[i].context);
     }
-    for (const Thread& thread : threads) {
-      if (thread.at != threads[0].at) {
+    // Only at a shuffle, which is a warp's own affair, may threads have ended, and then whole warps.
+    for (unsigned i = 0; i < threads.size(); ++i) {
+      const bool ended = threads[i].at == At::end && threads[0].at == At::shuffle && threads[i - i % 32].at == At::end;
+      if (threads[i].at != threads[0].at && !ended) {
         std::fprintf(stderr, "emulator: threads of a block wait at different places\n");
         std::abort();
       }
@@ -93,9 +98,10 @@ inline At run_block(std::vector<Thread>& threads) {
   }
 }
 
-inline void run(unsigned blocks, unsigned threads, bool cooperative, std::function<void()> body) {
+inline void run(dim3 shape, unsigned threads, bool cooperative, std::function<void()> body) {
   State& s = state();
-  s.grid = dim3(blocks);
+  const unsigned blocks = shape.x * shape.y;
+  s.grid = shape;
   s.threads = threads;
   s.body = &body;
   for (auto& slots : s.slots) slots.assign(threads, 0);
@@ -107,7 +113,7 @@ inline void run(unsigned blocks, unsigned threads, bool cooperative, std::functi
   while (waiting) {
     waiting = false;
     for (const unsigned b : order) {
-      s.block = dim3(b);
+      s.block = dim3(b % shape.x, b / shape.x);
       if (grid[b].empty()) {
         grid[b] = std::vector<Thread>(threads);
         for (Thread& thread : grid[b]) {
@@ -137,13 +143,13 @@ void call(void (*kernel)(P...), void** arguments, std::index_sequence<I...>) {
 
 template <typename... P>
 cudaError_t launch(void (*kernel)(P...), dim3 blocks, dim3 threads, void** arguments, bool cooperative) {
-  run(blocks.x, threads.x, cooperative, [=] { call(kernel, arguments, std::index_sequence_for<P...>()); });
+  run(blocks, threads.x, cooperative, [=] { call(kernel, arguments, std::index_sequence_for<P...>()); });
   return cudaSuccess;
 }
 
 template <typename T>
 T shuffle(T value, unsigned from) {
-  static_assert(sizeof(T) == sizeof(uint64_t));
+  static_assert(sizeof(T) <= sizeof(uint64_t));
   State& s = state();
   std::vector<uint64_t>& slots = s.slots[s.rounds % 2];
   std::memcpy(&slots[s.thread.x], &value, sizeof value);
@@ -166,7 +172,8 @@ inline double __shfl_up_sync(unsigned, double value, int distance) {
   const unsigned lane = thread % 32;
   return emulator::shuffle(value, lane < static_cast<unsigned>(distance) ? thread : thread - distance);
 }
-inline double __shfl_xor_sync(unsigned, double value, int mask) {
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
   const unsigned thread = threadIdx.x;
   return emulator::shuffle(value, thread ^ static_cast<unsigned>(mask));
 }
@@ -186,12 +193,22 @@ cudaError_t cudaLaunchCooperativeKernel(void (*kernel)(P...), dim3 blocks, dim3 
                                         cudaStream_t) {
   return emulator::launch(kernel, blocks, threads, arguments, true);
 }
+// Printed as on a GPU, and an error of the launch; there it is one of what synchronises next.
+inline void __assertfail(const char* message, const char*, unsigned, const char*, size_t) {
+  std::fprintf(stderr, "Assertion `%s` failed.\n", message);
+  emulator::state().assertion_failed = true;
+}
 // A launch fails if the environment variable PK_EMULATED_FAILURE is set.
 inline cudaError_t cudaGetLastError() {
+  if (std::exchange(emulator::state().assertion_failed, false)) return cudaErrorAssert;
   return std::getenv("PK_EMULATED_FAILURE") == nullptr ? cudaSuccess : cudaErrorInvalidValue;
 }
-inline const char* cudaGetErrorString(cudaError_t error) { return error == cudaSuccess ? "no error" : "invalid argument"; }
+inline const char* cudaGetErrorString(cudaError_t error) {
+  if (error == cudaErrorAssert) return "device-side assert triggered";
+  return error == cudaSuccess ? "no error" : "invalid argument";
+}
 inline const char* cudaGetErrorName(cudaError_t error) {
+  if (error == cudaErrorAssert) return "cudaErrorAssert";
   return error == cudaSuccess ? "cudaSuccess" : "cudaErrorInvalidValue";
 }
 inline cudaError_t cudaGetDevice(int* device) {

@@ -101,10 +101,12 @@ def test_peaks_of_two_ranks(run_config, models_by_size, tmp_path, size, dtype, c
 def test_tiles_are_those_of_the_losses():
     """The sizes that plans are made with, against the tiles that are really made."""
     sizes = tile_sizes("cuda")
+    assert tile_sizes("cpu").whole_head and not sizes.whole_head
     for tokens, vocabulary in ((100, 1000), (5000, 1000), (8192, 151936), (20000, 40000), (1500, 300000)):
-        head = torch.empty(vocabulary, 1, device="meta"), None
+        hidden, weight = torch.empty(tokens, 1, device="meta"), torch.empty(vocabulary, 1, device="meta")
+        head = _tiled_head.LinearHead(hidden, weight, None, torch.empty(tokens, device="meta"), 1.0, False)
         for elements in (sizes.backward, sizes.forward):
-            made = _tiled_head.Tiles(torch.empty(tokens, 1, device="meta"), *head, elements)
+            made = _tiled_head.Tiles(head, elements)
             assert sizes.tile(elements, tokens, vocabulary) == (made.tokens, made.columns)
             assert made.tokens * made.columns <= max(elements, vocabulary) and made.tokens <= max(
                 sizes.tokens, elements // vocabulary
@@ -128,6 +130,7 @@ def test_a_loss_over_tiles(monkeypatch, fused, dtype, tokens):
     }
     for name, size in sizes.items():
         monkeypatch.setattr(_tiled_head, name, {"cpu": size})
+    monkeypatch.setattr(_tiled_head, "HEAD_KERNELS", frozenset())
     monkeypatch.setattr(_tiled_head, "FUSED_BYTES", fused_bytes)
     hidden, weight = torch.randn(tokens, width).to(dtype), torch.randn(vocabulary, width).to(dtype)
     leaves, ids = [hidden.requires_grad_(), weight.requires_grad_()], torch.randint(vocabulary, (tokens,))

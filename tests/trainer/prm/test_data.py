@@ -1,6 +1,7 @@
 """Rows of both data forms become responses in tokens; what is wrong with a row is named with its file and line."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -27,6 +28,8 @@ def test_both_forms_and_chats():
     assert second.row == {"prompt": CHAT, "response": "6", "label": 0.25, "finished": False, "completion": 1, "id": 7}
     (chat,) = items_of({"response": [*CHAT, {"role": "assistant", "content": "5"}], "label": 0}, "x")
     assert (chat.messages, chat.response, chat.label) == (CHAT, "5", 0.0)
+    (chat,) = items_of({"conversation": [*CHAT, {"role": "assistant", "content": "5"}], "label": 1}, "x")
+    assert (chat.messages, chat.response, chat.label) == (CHAT, "5", 1.0)
     (steps,) = items_of({"problem": "2 + 3?", "steps": ["a", "b"], "step_labels": [1, None]}, "x")
     assert (steps.response, steps.parts, steps.step_labels) == ("a\n\nb", ["a\n\n", "b"], [1.0, None])
     (bench,) = items_of({"problem": "?", "steps": ["a"], "final_answer_correct": False, "label": -1}, "x")
@@ -41,6 +44,10 @@ def test_both_forms_and_chats():
         ({"prompt": [{"role": "assistant", "content": "x"}], "response": "5"}, "prompt must end with .* 'user'"),
         ({"prompt": "?", "response": " "}, "response must be a non-empty string"),
         ({"prompt": "?"}, "response must be a non-empty string, got None"),
+        (
+            {"conversation": CHAT, "label": 1},
+            "conversation must end with a message of role 'assistant', got role 'user'",
+        ),
         ({"prompt": "?", "response": "5", "label": 2}, "label must be a number from 0 to 1, got 2"),
         ({"prompt": "?", "response": "5", "label": float("nan")}, "label must be a number from 0 to 1, got nan"),
         ({"prompt": "?", "response": "5", "label": "yes"}, "label must be a number from 0 to 1, got 'yes'"),
@@ -94,3 +101,14 @@ def test_length_and_groups(tokenizer):
         ValueError, match=rf"here: prompt and response have {length} tokens, over the limit of {length - 1}"
     ):
         check_length("here", *pairs[0], length - 1)
+
+
+def test_outcome_labelled_conversations_are_training_data(tokenizer):
+    path = Path(__file__).resolve().parents[4] / "shared" / "data" / "outcome_labelled_val.parquet"
+    if not path.is_file():
+        pytest.skip(f"no such file: {path}")
+    items = list(read_items(path, "train_prm.path"))
+    assert len(items) == 1086 and sum(item.label for item in items) == 543
+    assert all(item.messages[-1]["role"] == "user" and item.response.strip() for item in items)
+    groups = grouped((render(tokenizer, item.messages), encode(tokenizer, item, "none")) for item in items[:40])
+    assert any(len({response.outcome for response in group.responses}) == 2 for group in groups)

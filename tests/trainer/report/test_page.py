@@ -5,8 +5,8 @@ from html.parser import HTMLParser
 import pytest
 
 from prime_trainer.config.run_config import RunConfig
-from prime_trainer.report.page import duration, markdown_table, summary_row, write_report
-from prime_trainer.report.plots import FIGURES, _mean, _running_mean
+from prime_trainer.report.page import Table, duration, markdown_page, summary_row, write_report
+from prime_trainer.report.plots import FIGURES, mean_of, running_mean
 from prime_trainer.report.run_record import read_record
 from prime_trainer.run.metrics import MetricsWriter
 
@@ -100,12 +100,11 @@ def test_further_runs_have_a_row_each_and_the_mean(tmp_path):
     runs = [write_run(tmp_path / str(i), seed=i, after=after) for i, after in enumerate((0.6, 0.7, 0.8))]
     path = write_report(runs[0], runs[1:])
     table = (path.parent / "summary.md").read_text().splitlines()
-    assert len(table) == 2 + 4 + 2
-    assert table[2].startswith(
-        "| seed 0 | smollm2-135m-instruct | chain_sum (max_terms=2) | PRIME | 3 | 50.0 % [40.4, 59.6]"
-    )
-    assert table[5].startswith("| mean of 3 runs |")
-    assert "| 50.0 % | 70.0 % | +20.0 points (standard deviation 10.0) |" in table[5]
+    assert table[0] == "model: smollm2-135m-instruct, task: chain_sum (max_terms=2), method: PRIME, steps: 3."
+    assert len(table) == 2 + 2 + 4 + 2
+    assert table[4].startswith("| seed 0 | 50.0 % [40.4, 59.6]")
+    assert table[7].startswith("| mean of 3 runs |")
+    assert "| 50.0 % | 70.0 % | +20.0 points (standard deviation 10.0) |" in table[7]
     text = path.read_text()
     assert all(f"<td>seed {seed}</td>" in text for seed in range(3))
     assert not (runs[1] / "report").exists()
@@ -141,8 +140,8 @@ def test_nothing_to_report_is_an_error_with_the_path(tmp_path):
 
 
 def test_means_over_runs_and_steps():
-    assert _mean([([1, 2, 3], [1.0, 2.0, 3.0]), ([1, 3], [3.0, 5.0])]) == ([1, 3], [2.0, 4.0])
-    assert _running_mean([1.0, 2.0, 6.0, 4.0], 3) == [1.5, 3.0, 4.0, 5.0]
+    assert mean_of([([1, 2, 3], [1.0, 2.0, 3.0]), ([1, 3], [3.0, 5.0])]) == ([1, 3], [2.0, 4.0])
+    assert running_mean([1.0, 2.0, 6.0, 4.0], 3) == [1.5, 3.0, 4.0, 5.0]
 
 
 @pytest.mark.parametrize(
@@ -154,4 +153,4 @@ def test_duration(seconds, text):
 
 def test_markdown_cells_cannot_break_the_table(tmp_path):
     row = summary_row(read_record(write_run(tmp_path / "run"))) | {"task": "a|b\nc"}
-    assert "| a\\|b c |" in markdown_table([row])
+    assert "| a\\|b c |" in markdown_page({}, [Table("Summary", [row], "a note")])

@@ -1,9 +1,10 @@
 import itertools
+import math
 
 import numpy as np
 import pytest
 
-from prime_trainer.report.statistics import bootstrap_interval, majority, pass_at_k, wilson
+from prime_trainer.report.statistics import bootstrap_interval, majority, pass_at_k, t_interval, wilson
 
 
 @pytest.mark.parametrize(("n", "correct", "k"), [(5, 2, 1), (5, 2, 3), (5, 0, 4), (5, 5, 1), (6, 3, 4), (4, 1, 4)])
@@ -60,3 +61,20 @@ def test_bootstrap_interval_takes_rows_and_a_statistic():
     best = bootstrap_interval(rows, lambda drawn: drawn.max(axis=2).mean(axis=1), seed=1)
     assert best == bootstrap_interval([1.0, 1.0, 0.0], seed=1)
     assert np.isfinite(best).all() and best[0] < best[1]
+
+
+@pytest.mark.parametrize(
+    ("count", "point"), [(2, 12.7062), (3, 4.3027), (6, 2.5706), (31, 2.0423), (32, 2.0395), (101, 1.9840)]
+)
+def test_t_interval_has_students_points(count, point):
+    values = [1.0] * (count - 1) + [1.0 + count]  # mean 2, unbiased variance `count`: the standard error is 1
+    mean, low, high = t_interval(values)
+    assert mean == pytest.approx(2.0)
+    assert (mean - low, high - mean) == pytest.approx((point, point), rel=2e-3)
+
+
+def test_one_value_has_no_interval():
+    mean, low, high = t_interval([0.25])
+    assert mean == 0.25 and math.isnan(low) and math.isnan(high)
+    with pytest.raises(ValueError, match="at least one value"):
+        t_interval([])

@@ -220,7 +220,7 @@ def test_settings_of_engines():
     [(True, False, "vllm"), (False, False, "transformers"), (True, True, "transformers")],
 )
 def test_the_engine_that_auto_stands_for(monkeypatch, installed, torchrun, engine):
-    monkeypatch.setattr("prime_trainer.config.sections.vllm_installed", lambda: installed)
+    monkeypatch.setattr("prime_trainer.config.sections.rollout.vllm_installed", lambda: installed)
     monkeypatch.setenv("WORLD_SIZE", "2") if torchrun else monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert RunConfig().rollout.engine == engine
 

@@ -55,8 +55,13 @@ def test_any_number_of_ranks_trains_alike(make_config, tmp_path, alone, size, sc
     [
         {"prm": {"ref_type": "policy", "update": "before"}},
         {"algorithm": {"process_coef": 0.0}, "policy": {"epochs": 2}},
+        {
+            "algorithm": {"estimator": "grpo", "process_return": "gae", "whiten_of": "source"},
+            "prm": {"kind": "kto", "lr": 3e-4, "minibatches": 2},
+        },
+        {"algorithm": {"estimator": "reinforce", "process_return": "min"}, "prm": {"balance": True, "lr": 3e-4}},
     ],
-    ids=["policy as reference", "outcomes alone"],
+    ids=["policy as reference", "outcomes alone", "kto, grpo and gae", "balanced, reinforce and min"],
 )
 def test_other_algorithms_on_ranks(make_config, tmp_path, changes):
     runs = [make_config(output=tmp_path / str(size) / "run", **(settings(steps=2) | changes)) for size in (0, 2)]

@@ -82,8 +82,9 @@ def test_sequence_mean(model_dir, batch, advantages):
     assert metrics["policy_loss"] == pytest.approx(-(advantages * weights).sum().item(), abs=1e-5)
 
 
+@pytest.mark.parametrize("estimator", ["k3", "k2"])
 @pytest.mark.parametrize("loss_mean", ["token", "sequence"])
-def test_kl_penalty_acts(model_dir, batch, loss_mean):
+def test_kl_penalty_acts(model_dir, batch, loss_mean, estimator):
     ref = all_log_probs(tiny.load(model_dir), batch) + torch.linspace(-0.5, 0.5, batch.num_tokens)
     lengths = batch.cu_seqlens.diff()
     share = torch.repeat_interleave(1 / lengths, lengths) / batch.num_responses
@@ -91,10 +92,10 @@ def test_kl_penalty_acts(model_dir, batch, loss_mean):
 
     def loss(logp):
         gap = ref - logp
-        return 0.3 * ((gap.exp() - gap - 1) * share).sum()
+        return 0.3 * ((gap.exp() - gap - 1 if estimator == "k3" else gap * gap / 2) * share).sum()
 
     zero = torch.zeros(batch.num_tokens)
-    got, metrics = gradient(model_dir, batch, zero, ref=ref, kl_coef=0.3, loss_mean=loss_mean)
+    got, metrics = gradient(model_dir, batch, zero, ref=ref, kl_coef=0.3, kl_estimator=estimator, loss_mean=loss_mean)
     assert_same(got, of_loss(model_dir, batch, loss))
     assert metrics["kl_ref"] > 0
 

@@ -1,10 +1,14 @@
 """Which weights score what: the four update modes, the two references, and rewards at three granularities."""
 
 import copy
+import math
+from dataclasses import replace
 
 import pytest
 import torch
 from helpers import tiny
+from pydantic import ValidationError
+from torch.nn.functional import logsigmoid
 
 import prime_kernels as pk
 from prime_trainer.config.sections import PRMConfig
@@ -12,6 +16,7 @@ from prime_trainer.data.groups import Group, Response
 from prime_trainer.models.loading import frozen
 from prime_trainer.train.batch import Batch
 from prime_trainer.train.forward import log_probs
+from prime_trainer.train.prm_objective import Objective, balance_of
 from prime_trainer.train.prm_step import PRMScorer, Scorer, process_rewards
 from prime_trainer.train.trainable import Trainable
 
@@ -137,10 +142,13 @@ def test_a_response_without_tokens_is_in_no_mean(model_dir):
     assert norms == pytest.approx([norms[0]] * 3, rel=1e-4) and norms[0] > 0
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"balance": True, "beta": 0.5}, {"kind": "dpo"}, {"kind": "kto"}, {"kind": "nca"}], ids=str
+)
 @pytest.mark.parametrize("minibatches", [1, 2])
-def test_the_update_does_not_depend_on_micro_batches(model_dir, batch, minibatches):
-    whole = scorer(model_dir, minibatches=minibatches)
-    split = scorer(model_dir, minibatches=minibatches, micro_batch_tokens=1)
+def test_the_update_does_not_depend_on_micro_batches(model_dir, batch, minibatches, options):
+    whole = scorer(model_dir, minibatches=minibatches, **options)
+    split = scorer(model_dir, minibatches=minibatches, micro_batch_tokens=1, **options)
     for each in (whole, split):
         # AdamW divides by the size of a gradient: with its usual epsilon one that is nothing but rounding, which
         # differs from processor to processor, would move a weight as far as any other.
@@ -199,3 +207,67 @@ class TestGranularity:
         torch.testing.assert_close(rewards.values, values, rtol=0, atol=1e-6)
         totals = pk.segment_sum(rewards.values, packed.cu_seqlens)
         torch.testing.assert_close(totals, pk.segment_sum(0.2 * q, packed.cu_seqlens), rtol=0, atol=1e-6)
+
+
+def sums_of(batch, q):
+    """[[(sum of log-ratios, outcome) of each response with tokens] of each group]"""
+    starts, at, groups = batch.cu_seqlens.tolist(), 0, []
+    for group in batch.groups:
+        own = [
+            (q[starts[at + k] : starts[at + k + 1]].sum(), r.outcome) for k, r in enumerate(group.responses) if r.ids
+        ]
+        groups.append(own)
+        at += len(group.responses)
+    return groups
+
+
+def loss_by_hand(groups, kind, beta, balance):
+    """The formulas of `prm_loss` and of `balance_of`, response by response."""
+    everyone = [pair for group in groups for pair in group]
+    if kind == "kto":
+        kl = torch.stack([d.detach() for d, _ in everyone]).mean().clamp(min=0)
+        return torch.stack([torch.sigmoid(beta * ((kl - d) if a > 0.5 else (d - kl))) for d, a in everyone]).mean()
+    if kind == "ce":
+        losses = []
+        for group in groups:
+            mu = sum(a for _, a in group) / len(group)
+            for d, a in group:
+                shift = math.log(mu / (1 - mu)) if balance and 0 < mu < 1 else 0.0
+                weight = (a * (1 - mu) + (1 - a) * mu) if balance else 1.0
+                losses.append(-weight * (a * logsigmoid(beta * d + shift) + (1 - a) * logsigmoid(-beta * d - shift)))
+        return torch.stack(losses).mean()
+    pairs = [(w, lo) for group in groups for w, a in group for lo, b in group if a > 0.5 >= b]
+    return torch.stack([-logsigmoid(beta * (w - lo)) for w, lo in pairs]).mean()
+
+
+@pytest.mark.parametrize(("kind", "balance"), [("ce", False), ("ce", True), ("kto", False), ("dpo", False)])
+@pytest.mark.parametrize("part", [(0, 1, 2, 3), (1, 2)])
+def test_objectives_are_the_formulas(kind, balance, part):
+    groups = tiny.random_groups(4, 4)
+    for k, outcomes in enumerate(([1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.25, 0.0], [1.0] * 4, [0.0, 1.0, 1.0, 1.0])):
+        groups[k].responses[:] = [replace(r, outcome=a) for r, a in zip(groups[k].responses, outcomes, strict=True)]
+    groups[1].responses.insert(2, Response([], 1.0))  # is in no mean, of its group's outcomes neither
+    batch = Batch(groups)
+    q = torch.randn(batch.num_tokens, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    objective = Objective(batch, part, kind, 0.3, balance_of(batch) if balance else None)
+    loss = objective(q).loss
+    want = loss_by_hand([sums_of(batch, q)[g] for g in part], kind, 0.3, balance)
+    assert loss.item() == pytest.approx(want.item(), abs=1e-6)
+    (got,), (expected,) = torch.autograd.grad(loss, q), torch.autograd.grad(want, q)
+    torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-5)
+    assert expected.abs().max() > 1e-3
+
+
+def test_a_balanced_loss_does_not_learn_from_groups_that_are_all_alike(model_dir):
+    groups = tiny.random_groups(2, 3)
+    for group in groups:
+        group.responses[:] = [replace(r, outcome=1.0) for r in group.responses]
+    assert scorer(model_dir, balance=True).score(Batch(groups)).metrics["prm_grad_norm"] == 0.0
+    assert scorer(model_dir).score(Batch(groups)).metrics["prm_grad_norm"] > 0.0
+
+
+def test_what_an_objective_is_not_for_is_refused(batch):
+    with pytest.raises(ValidationError, match=r"prm\.balance is for prm\.kind ce, got 'dpo'"):
+        PRMConfig(kind="dpo", balance=True)
+    with pytest.raises(ValueError, match=r"part: expected consecutive groups, got \[0, 2\]"):
+        Objective(batch, [0, 2], "ce", 0.05)

@@ -1,0 +1,209 @@
+"""Whether process rewards pay: arms from one warm-up with the same prompts and seeds, whatever run is still missing.
+
+usage: python bench/study/study.py STAGE OUTPUT [--seeds N] [--arms NAME ..] [--jobs N] [-- WORDS ..]
+
+The stages, each of which skips what is done and resumes what was interrupted; words after -- go to all runs:
+
+    warmup   the model that all arms start from: OUTPUT/sft
+    search   every arm with every policy rate of RATES, one seed that the study does not use: OUTPUT/search.json
+    run      every arm with its best rate and its seeds, `--jobs` side by side with one thread each: OUTPUT/ARM-SEED
+    collect  OUTPUT/study: the report of all finished runs, their metrics and configurations, and localisation.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from prime_trainer.report.comparison import MEASURES, Comparison, arms_of, value_of
+from prime_trainer.report.markdown import grid
+from prime_trainer.report.page import write_report
+from prime_trainer.report.run_record import read_record
+from prime_trainer.run.jsonl import read_jsonl
+
+HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent / "prm"))
+from first_wrong_step import first_wrong_step  # noqa: E402
+
+CONFIG = HERE / "study.toml"
+RATES = ("5e-6", "1e-5", "2e-5")
+"""Of the policy; the same for every arm."""
+SEARCH_SEED = 1000
+OUTCOMES_ALONE = ("--algorithm.process_coef", "0")
+BALANCED = ("--prm.balance", "true")
+ARMS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "rloo": (5, OUTCOMES_ALONE),
+    "grpo": (3, (*OUTCOMES_ALONE, "--algorithm.estimator", "grpo", "--algorithm.whiten", "false")),
+    "prime": (5, ()),
+    "balanced": (3, BALANCED),
+    "balanced-gae": (3, (*BALANCED, "--algorithm.process_return", "gae", "--algorithm.whiten_of", "source")),
+}
+"""Seeds and settings of each; the first is what the others are compared with."""
+REPORTED = ("config.json", "metrics.jsonl")
+
+
+def call(words: Sequence[str], log: Path) -> None:
+    """One command of the trainer with one thread, its output in `log`."""
+    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    with log.open("a", encoding="utf-8") as file:
+        command = [sys.executable, "-m", "prime_trainer.cli", *words]
+        status = subprocess.run(command, stdout=file, stderr=file, env=os.environ | threads, check=False).returncode
+    if status:
+        raise RuntimeError(f"{words[0]} ended with status {status}: see {log}")
+
+
+def train(command: str, output: Path, words: Sequence[str]) -> None:
+    """A run, unless it is finished; one that left a checkpoint goes on from it."""
+    if (output / "final").is_dir():
+        print(f"{output}: done", flush=True)
+        return
+    resume = any((output / "checkpoints").glob("step_*"))
+    if not resume and output.exists():
+        shutil.rmtree(output)  # ended before its first checkpoint
+    output.parent.mkdir(parents=True, exist_ok=True)
+    print(f"{output}: {'goes on' if resume else 'starts'}", flush=True)
+    last = ["--resume"] if resume else []
+    call([command, str(CONFIG), "--output", str(output), *words, *last], output.parent / f"{output.name}.log")
+
+
+def side_by_side(jobs: int, runs: Sequence[tuple[Path, list[str]]]) -> None:
+    """All of them, in order; the first error is raised once those that have begun are through."""
+    if jobs == 1:
+        for output, words in runs:
+            train("rl", output, words)
+        return
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(train, "rl", output, words) for output, words in runs]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def search(output: Path, arms: Sequence[str], jobs: int, words: list[str]) -> dict[str, str]:
+    """The policy rate of highest mean reward for each arm, every arm with the same budget."""
+    runs = {(arm, rate): output / "search" / f"{arm}-{rate}" for arm in arms for rate in RATES}
+    side_by_side(jobs, [
+        (path, [*of_arm(output, arm, SEARCH_SEED), "--policy.lr", rate, *words]) for (arm, rate), path in runs.items()
+    ])  # fmt: skip
+    place, measure = output / "search.json", next(m for m in MEASURES if m.over == "all" and m.share)
+    found = json.loads(place.read_text()) if place.is_file() else {}
+    for arm in arms:
+        records = [read_record(runs[arm, rate]) for rate in RATES]
+        together = Comparison(arms_of(records).arms, ())
+        rewards = [value_of(measure, record, together) or 0.0 for record in records]
+        best = max(range(len(RATES)), key=rewards.__getitem__)
+        found[arm] = {"rate": RATES[best], "mean rewards": dict(zip(RATES, rewards, strict=True))}
+    place.write_text(json.dumps(found, indent=1) + "\n")
+    return {arm: found[arm]["rate"] for arm in arms}
+
+
+def of_arm(output: Path, arm: str, seed: int) -> list[str]:
+    return ["--model.path", str(output / "sft" / "final"), "--seed", str(seed), *ARMS[arm][1]]
+
+
+def study(output: Path, arms: Sequence[str], seeds: int | None, jobs: int, words: list[str]) -> None:
+    place = output / "search.json"
+    rates = json.loads(place.read_text()) if place.is_file() else {}
+    runs = []
+    # A seed of every arm before the next seed: an interrupted study compares all arms over fewer seeds.
+    for seed in range(max(ARMS[arm][0] for arm in arms) if seeds is None else seeds):
+        for arm in arms:
+            if seeds is None and seed >= ARMS[arm][0]:
+                continue
+            rate = ["--policy.lr", rates[arm]["rate"]] if arm in rates else []
+            runs.append((output / f"{arm}-{seed}", [*of_arm(output, arm, seed), *rate, *words]))
+    side_by_side(jobs, runs)
+
+
+def collect(output: Path, arms: Sequence[str]) -> Path:
+    found = {arm: sorted(path.parent for path in output.glob(f"{arm}-[0-9]*/final")) for arm in arms}
+    runs = [path for arm in arms for path in found[arm]]
+    if not runs:
+        raise FileNotFoundError(f"{output} has no finished run")
+    target = output / "study"
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir()
+    for run in runs:
+        for name in REPORTED:
+            shutil.copy(run / name, target / f"{run.name}.{name}")
+    report = write_report(runs[0], runs[1:]).parent
+    for path in (*report.glob("*.png"), report / "summary.md"):
+        shutil.copy(path, target / path.name)
+    if (output / "search.json").is_file():
+        shutil.copy(output / "search.json", target)
+    rows = [[arm, *cells] for arm in arms for cells in localisation(found[arm])]
+    header = ["arm", "steps", "wrong responses", "lowest reward on the first wrong line", "chance"]
+    (target / "localisation.md").write_text(grid(header, rows), encoding="utf-8")
+    return target
+
+
+def localisation(runs: Sequence[Path]) -> list[list[Any]]:
+    """A row for each half of the steps: of the wrong responses with a known first wrong line, how many have their
+    lowest line reward on it, and how many would if a line were drawn at random."""
+    rows = [row for run in runs for row in read_jsonl(run / "samples.jsonl") if row["process_rewards"] is not None]
+    middle = max((row["step"] for row in rows), default=0) / 2
+    out = []
+    for name, own in (
+        ("first half", [row for row in rows if row["step"] <= middle]),
+        ("second half", [row for row in rows if row["step"] > middle]),
+    ):
+        hits, chances = [], []
+        for row in own:
+            lines, rewards = by_line(row["tokens"], row["process_rewards"])
+            wrong = first_wrong_step(row["prompt"], lines) if row["outcome"] < 1 and len(lines) > 1 else None
+            if wrong is not None:
+                hits.append(rewards.index(min(rewards)) == wrong)
+                chances.append(1 / len(lines))
+        if hits:
+            share, chance = (f"{100 * sum(each) / len(each):.0f} %" for each in (hits, chances))
+            out.append([name, len(hits), share, chance])
+    return out
+
+
+def by_line(tokens: Sequence[str], rewards: Sequence[float]) -> tuple[list[str], list[float]]:
+    """The lines of a response and the sum of each one's rewards; the end-of-sequence token belongs to the last."""
+    lines, sums = [""], [0.0]
+    for token, reward in zip(tokens, rewards, strict=True):
+        lines[-1] += token
+        sums[-1] += reward
+        if token.endswith("\n"):
+            lines.append("")
+            sums.append(0.0)
+    lines[-1] = lines[-1].partition("<|")[0]
+    kept = [k for k, line in enumerate(lines) if line.strip()]
+    return [lines[k] for k in kept], [sums[k] for k in kept]
+
+
+def main(argv: Sequence[str]) -> None:
+    words = list(argv)
+    own, rest = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
+    parser = argparse.ArgumentParser(prog="study.py", description=__doc__.partition("\n")[0])
+    parser.add_argument("stage", choices=("warmup", "search", "run", "collect"))
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--seeds", type=int)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--jobs", type=int, default=2)
+    args = parser.parse_args(own)
+    if args.stage == "collect":
+        print(collect(args.output, args.arms))
+        return
+    train("sft", args.output / "sft", rest)
+    if args.stage == "search":
+        print(search(args.output, args.arms, args.jobs, rest))
+    elif args.stage == "run":
+        study(args.output, args.arms, args.seeds, args.jobs, rest)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

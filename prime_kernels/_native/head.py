@@ -1,0 +1,92 @@
+"""Output layers on CPUs in C++: log-probs of hidden states, and gradients, from float32 logits that stay in cache.
+
+The microkernels multiply packed operands with float32 accumulators and take the softmax of a tile from there. Each
+logit is summed over the width in one fixed order, each token's softmax over the vocabulary in another; neither depends
+on other tokens or on the number of threads. Log-probs and entropies have the same bits whatever else is in the call.
+
+Callers have checked shapes, dtypes and ranges; the assertions only guard memory.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from prime_kernels._backends import HeadGradients, LinearHead, RowGradient, RowResults
+from prime_kernels._layout import column
+from prime_kernels._native import _C, DTYPES, address
+
+CPU = torch.device("cpu")
+
+
+def token_log_probs(head: LinearHead, with_entropy: bool, keep: bool = False) -> tuple[RowResults, Tensor | None]:
+    """Results [N], and with ``keep`` the float32 logits, in an order that only :func:`gradients` knows."""
+    kept = None
+    if keep:
+        n_tokens, depth, dtype = *head.hidden.shape, DTYPES[head.hidden.dtype]
+        size = _C.head_kept_floats(n_tokens=n_tokens, n_vocabulary=len(head.weight), depth=depth, dtype=dtype)
+        kept = torch.empty(size, dtype=torch.float32, device=CPU)
+    arguments = _Arguments(head, kept)
+    logp = torch.empty(len(head.hidden), dtype=torch.float32, device=CPU)
+    lse, entropy = torch.empty_like(logp), torch.empty_like(logp) if with_entropy else None
+    _C.head_forward(**arguments.fields, logp=logp.data_ptr(), lse=lse.data_ptr(), entropy=address(entropy))
+    return RowResults(logp, lse, entropy), kept
+
+
+def gradients(
+    head: LinearHead, gradient: RowGradient, wanted: Sequence[bool], kept: Tensor | None = None
+) -> HeadGradients:
+    """Gradients of hidden, weight and bias where ``wanted``; ``kept`` as :func:`token_log_probs` returned it."""
+    arguments = _Arguments(head, kept)
+    lse, entropy, grad_logp, grad_entropy = (column(each, torch.float32, len(head.hidden), CPU) for each in gradient)
+    results = HeadGradients(
+        *(
+            None if part is None or not want else torch.empty(part.shape, dtype=part.dtype, device=CPU)
+            for part, want in zip((head.hidden, head.weight, head.bias), wanted, strict=True)
+        )
+    )
+    _C.head_backward(
+        **arguments.fields,
+        lse=address(lse),
+        entropy=address(entropy),
+        grad_logp=address(grad_logp),
+        grad_entropy=address(grad_entropy),
+        grad_hidden=address(results.hidden),
+        grad_weight=address(results.weight),
+        grad_bias=address(results.bias),
+    )
+    return results
+
+
+class _Arguments:
+    """The arguments of one call, and the tensors that they point into for as long as it runs."""
+
+    def __init__(self, head: LinearHead, kept: Tensor | None) -> None:
+        hidden, weight = _rows(head.hidden), _rows(head.weight)
+        assert weight.shape[1] == hidden.shape[1] and weight.dtype == hidden.dtype
+        assert hidden.device == weight.device == CPU
+        ids = column(head.ids, torch.int64, len(hidden), CPU)
+        bias = column(head.bias, hidden.dtype, len(weight), CPU)
+        self.tensors = (hidden, weight, ids, bias, kept)
+        self.fields: dict[str, int | float] = {
+            "hidden": hidden.data_ptr(),
+            "hidden_stride": hidden.stride(0),
+            "weight": weight.data_ptr(),
+            "weight_stride": weight.stride(0),
+            "bias": address(bias),
+            "dtype": DTYPES[hidden.dtype],
+            "rounded": head.rounded,
+            "n_tokens": len(hidden),
+            "n_vocabulary": len(weight),
+            "depth": hidden.shape[1],
+            "temperature": head.temperature,
+            "softcap": 0.0 if head.softcap is None else head.softcap,
+            "ids": address(ids),
+            "kept": address(kept),
+            "n_threads": torch.get_num_threads(),
+        }
+
+
+def _rows(matrix: Tensor) -> Tensor:
+    """With neighbouring columns side by side, a copy where they are not."""
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()

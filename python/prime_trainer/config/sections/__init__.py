@@ -1,0 +1,21 @@
+"""The sections of a run's configuration, a file for each room that reads them.
+
+The defaults of `rl`'s algorithm (rollout, filter, prm, algorithm, policy) are the PRIME paper's where it states them
+(arXiv 2502.01456, section 4), but for `prm.minibatches`, of which it has four. Of `sft` only the learning rate and its
+warm-up are the paper's; those of `train_prm` are its implicit PRM's (arXiv 2412.01981). The rest suit a small machine.
+"""
+
+from .base import Section
+from .data import SFTConfig, TaskConfig
+from .evaluation import BenchConfig, BenchmarkName, EvalConfig
+from .model import ModelConfig, ScaleConfig
+from .prm import Compat, ProcessBenchConfig, ScoreConfig, SelectConfig, Splitter, TrainPRMConfig
+from .rollout import FilterConfig, RolloutConfig, ServerConfig, VLLMConfig, vllm_installed
+from .train import COUPLED_KINDS, AlgorithmConfig, CheckpointConfig, PolicyConfig, PRMConfig, PRMKind
+
+__all__ = [
+    "COUPLED_KINDS", "AlgorithmConfig", "BenchConfig", "BenchmarkName", "CheckpointConfig", "Compat", "EvalConfig",
+    "FilterConfig", "ModelConfig", "PRMConfig", "PRMKind", "PolicyConfig", "ProcessBenchConfig", "RolloutConfig",
+    "SFTConfig", "ScaleConfig", "ScoreConfig", "Section", "SelectConfig", "ServerConfig", "Splitter", "TaskConfig",
+    "TrainPRMConfig", "VLLMConfig", "vllm_installed",
+]  # fmt: skip
