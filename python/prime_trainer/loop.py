@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,13 +59,20 @@ class Run:
         self.tokenizer = tokenizers.load_tokenizer(cfg.model)
         self.task = load_task(cfg.task, cfg.seed)
         self.held_out = usable(self.tokenizer, self.task.held_out(), cfg.task.bad_rows)
-        model = load_placed(cfg.model, cfg.scale, ranks, "policy")
+        read = cfg.model.model_copy(update={"logits_dtype": cfg.logits_dtype})
+        if cfg.logits_dtype != "float32" and cfg.model.logits_dtype == "auto" and ranks.first:
+            print(
+                f"model.logits_dtype = auto: 'input', as the engine {cfg.rollout.engine} rounds its logits to "
+                f"{cfg.model.dtype}; the trainer's are rounded alike",
+                file=sys.stderr,
+            )
+        model = load_placed(read, cfg.scale, ranks, "policy")
         self.policy = Trainable(model, lr=cfg.policy.lr, grad_clip=cfg.policy.grad_clip, ranks=ranks)
         self.prm: Trainable | None = None
         if self.needs.prm:
-            prm = load_placed(cfg.model, cfg.scale, ranks, "prm")
+            prm = load_placed(read, cfg.scale, ranks, "prm")
             self.prm = Trainable(prm, lr=cfg.prm.lr, grad_clip=cfg.prm.grad_clip, ranks=ranks)
-        self.ref = load_placed(cfg.model, cfg.scale, ranks, "reference") if self.needs.reference else None
+        self.ref = load_placed(read, cfg.scale, ranks, "reference") if self.needs.reference else None
         scorer = Scorer(
             model if self.needs.old_logp else None, self.ref, cfg.micro_batch_tokens, cfg.rollout.temperature
         )

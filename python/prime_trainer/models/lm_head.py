@@ -40,8 +40,14 @@ def head(model: CausalLM, hidden: Tensor) -> pk.Head:
 
 
 def options(model: CausalLM, temperature: float = 1.0) -> dict[str, Any]:
-    """`temperature` and `softcap` for operations that take the head's parameters alone: its factor is in them."""
-    return traits.of(model).head.options(temperature)
+    """Options of operations that take the head's parameters alone: `temperature` and `softcap`, with the head's factor
+    in them, and `logits_dtype`."""
+    return traits.of(model).head.options(temperature) | {"logits_dtype": logits_dtype(model)}
+
+
+def logits_dtype(model: CausalLM) -> str:
+    """`model.logits_dtype` of the configuration it was loaded with."""
+    return getattr(model, "logits_dtype", "float32")
 
 
 def log_probs(

@@ -105,6 +105,7 @@ def load_model(cfg: ModelConfig) -> CausalLM:
     check_loaded(found, cfg)
     _check_finite(model, cfg)
     model = model.to(device=device(cfg), dtype=dtype).eval()
+    model.logits_dtype = "input" if cfg.logits_dtype == "input" else "float32"
     try:
         traits.of(model)
     except traits.UnsupportedModel as error:

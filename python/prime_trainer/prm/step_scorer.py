@@ -198,7 +198,8 @@ class StepScorer:
 
     def _log_ratio(self, micro: Micro, ids: Tensor) -> Tensor:
         prm, reference = (lm_head.head(model, predicting(model, micro)) for model in (self._prm, self._reference))
-        return pk.linear_log_ratios(prm, reference, ids).log_ratio
+        rounding = lm_head.logits_dtype(self._prm)
+        return pk.linear_log_ratios(prm, reference, ids, logits_dtype=rounding).log_ratio
 
 
 def _step_offsets(batch: Batch, responses: Sequence[StepResponse]) -> tuple[Tensor, list[slice]]:

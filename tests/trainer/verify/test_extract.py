@@ -5,7 +5,7 @@ import time
 import pytest
 
 from prime_trainer.verify.answers import AssertTests, CallTests, StdioTests
-from prime_trainer.verify.extract import last_answer, last_boxed, programs
+from prime_trainer.verify.extract import last_answer, last_boxed, last_code_block, programs
 from prime_trainer.verify.verifier import candidates
 
 
@@ -79,3 +79,22 @@ def test_fences_are_found_in_bounded_time(text):
     begin = time.process_time()
     programs(text, ["f"])
     assert time.process_time() - begin < 3.0
+
+
+@pytest.mark.parametrize(
+    ("text", "block"),
+    [
+        ("no code", None),
+        ("```python\na = 1\n```", "a = 1\n"),
+        ("```\na\n```\n text\n  ```py\n  b\n  ```\n", "b\n"),
+        ("```python\na\n```\n```text\nb\n```", "a\n"),
+        ("```python\na\n```\n```python\nnever closed", "a\n"),
+        ("```" + "a" * 10**6, None),
+        ("```\n" * 10**5 + "x", ""),
+        ((" " * 50 + "\n") * 10**4, None),
+    ],
+)
+def test_last_code_block(text, block):
+    begin = time.process_time()
+    assert last_code_block(text) == block
+    assert time.process_time() - begin < 2.0

@@ -19,6 +19,10 @@ class ModelConfig(Section):
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """`auto`: SDPA where the model has it, else eager (Gemma 2, GPT-OSS). `flash_attention_2`: one unpadded row of
     sequences a pass, with flash-attn's varlen kernels (extra `cuda`)."""
+    logits_dtype: Literal["auto", "float32", "input"] = "auto"
+    """Logits of the losses and log-probs: the float32 sums of the head's product, or these rounded to `dtype` as the
+    model's own head rounds them. `auto`: float32, but `input` in `rl` where a vLLM engine samples in bfloat16, whose
+    head rounds: the log-probs of both then agree better."""
     chat_template: Literal["model", "bare"] = "model"
     """`model`: the tokenizer's own template. `bare`: ChatML turns without a default system prompt (shorter prompts)."""
 
