@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prime_kernels import _backends
-from prime_kernels._backends import RowResults
+from prime_kernels._backends import LinearHead, RowResults
 from prime_kernels.integrations import tile_sizes
 from prime_kernels.ops import _fused_tiles, _tiled_head
 
@@ -59,10 +59,9 @@ def products(monkeypatch, tokens, width, vocabulary, dtype=torch.bfloat16):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     hidden, weight = (torch.empty(n, width, device="meta", dtype=dtype) for n in (tokens, vocabulary))
     ids = torch.empty(tokens, dtype=torch.int64, device="meta")
+    head = LinearHead(hidden, weight, None, ids, 1.0, rounded=True)
     with Products() as counted:
-        _, gradients = _tiled_head.loss_gradients(
-            hidden, weight, None, ids, 1.0, lambda logp, tokens: logp, [True, True, False], "cuda"
-        )
+        _, gradients = _tiled_head.loss_gradients(head, lambda logp, tokens: logp, [True, True, False], "cuda")
     assert gradients.hidden.dtype == gradients.weight.dtype == dtype
     assert gradients.weight.shape == (vocabulary, width)
     return counted.seen
