@@ -262,5 +262,9 @@ def test_urls_need_a_token_and_a_server(configure, tmp_path):
     ):
         Engine(cfg)
     (tmp_path / "token").write_text("secret")
+    (tmp_path / "token").chmod(0o644)
+    with pytest.raises(ValueError, match=r"token_file: others than its owner may read or write .*0644"):
+        Engine(cfg)
+    (tmp_path / "token").chmod(0o600)
     with pytest.raises(EngineDied, match=r"did not answer within rollout\.server\.start_seconds = 0\.5"):
         Engine(cfg)
