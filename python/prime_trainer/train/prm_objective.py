@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 import prime_kernels as pk
 
+from ..config.sections import COUPLED_KINDS
 from ..models.protocols import CausalLM
 from .batch import Batch
 from .forward import log_probs
@@ -61,21 +63,29 @@ class Objective:
             raise ValueError(f"part: expected consecutive groups, got {list(self.part)}")
 
     def loss(self, log_ratio: Tensor) -> Tensor:
-        return self(log_ratio).loss
+        """The loss alone; the order of pairs is not looked at for a gradient."""
+        return self._of(log_ratio, grouped=self.kind in COUPLED_KINDS).loss
 
     def __call__(self, log_ratio: Tensor) -> pk.PRMLoss:
         """`log_ratio` [T] of the batch."""
-        batch, first, last = self.batch, self.part[0], self.part[-1] + 1
-        low, high = batch.cu_groups[first], batch.cu_groups[last]
-        cu_groups = batch.cu_groups[first : last + 1] - low
-        cu_seqlens = batch.cu_seqlens[low : high + 1]
-        log_ratio = log_ratio[cu_seqlens[0] : cu_seqlens[-1]]
-        cu_seqlens, outcomes = cu_seqlens - cu_seqlens[0], batch.outcomes[low:high]
-        balance = self.balance
+        return self._of(log_ratio, grouped=True)
+
+    @cached_property
+    def _spans(self) -> tuple[slice, slice]:
+        """(responses, tokens) of the part; the tokens' offsets are read from the device once."""
+        low = self.batch.responses_of(range(self.part[0]))
+        high = low + self.batch.responses_of(self.part)
+        return slice(low, high), slice(*self.batch.cu_seqlens[[low, high]].tolist())
+
+    def _of(self, log_ratio: Tensor, *, grouped: bool) -> pk.PRMLoss:
+        batch, balance, (responses, tokens) = self.batch, self.balance, self._spans
+        cu_groups = batch.cu_groups[self.part[0] : self.part[-1] + 2] - responses.start
         return pk.prm_loss(
-            log_ratio, outcomes, cu_seqlens, cu_groups=cu_groups, kind=self.kind, beta=self.beta, margin=self.margin,
-            weights=None if balance is None else balance.weights[low:high],
-            shift=None if balance is None else balance.shift[low:high],
+            log_ratio[tokens], batch.outcomes[responses],
+            batch.cu_seqlens[responses.start : responses.stop + 1] - tokens.start,
+            cu_groups=cu_groups if grouped else None, kind=self.kind, beta=self.beta, margin=self.margin,
+            weights=None if balance is None else balance.weights[responses],
+            shift=None if balance is None else balance.shift[responses],
         )  # fmt: skip
 
 
