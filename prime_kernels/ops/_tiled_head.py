@@ -121,14 +121,11 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 def can_keep(head: LinearHead, backend: str) -> bool:
-    """Whether forward computes all logits and they are few enough to keep for backward.
-
-    Tiles of capped logits are always made twice.
-    """
+    """Whether forward computes all logits and they are few enough to keep for backward."""
     of_head = backend in HEAD_KERNELS
     item = 4 if of_head else logits_dtype(head).itemsize
     few = len(head.hidden) * len(head.weight) * item <= KEPT_BYTES[_kind(head.hidden)]
-    return few and (of_head or (head.softcap is None and _fused_kernel(head, backend) is None))
+    return few and (of_head or _fused_kernel(head, backend) is None)
 
 
 def _all_logits(head: LinearHead) -> Tensor:
