@@ -39,7 +39,6 @@ class Run:
         self.start = time.perf_counter()
         self.seconds = seconds
         self.rows: list[Row] = []
-        self.compiled: dict[str, Call] = {}
 
     def elapsed(self) -> float:
         return time.perf_counter() - self.start

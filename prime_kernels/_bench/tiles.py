@@ -18,15 +18,16 @@ GAIN = 1.02
 def best(device: torch.device, dtype: torch.dtype, sizes: Sizes, seconds: float) -> dict[str, int]:
     """The fastest size of each kind of tile among some larger and smaller ones, for those that there is time for.
 
-    Only what differs from the size in use is named.
+    Only what differs from the built-in size is named.
     """
     name, deadline = device.type, time.perf_counter() + seconds
     if backends(device)[0] in _tiled_head.HEAD_KERNELS:
         return {}  # its kernels for whole heads have blocks of their own
-    used = {
-        "forward_elements": _tiled_head.forward_elements(name),
-        "fused_bytes": _tiled_head.fused_bytes(name),
-    }
+    with _tuning.trial(_tuning.Tuning(name, "", {}, {}, {})):  # not those of a file in use: the new one replaces it
+        used = {
+            "forward_elements": _tiled_head.forward_elements(name),
+            "fused_bytes": _tiled_head.fused_bytes(name),
+        }
     tokens = min(sizes.tokens, 8192)
     memory = 0.5 * timing.free_bytes(device)
     if (16 * sizes.vocabulary + 4 * tokens) * sizes.width > memory:
