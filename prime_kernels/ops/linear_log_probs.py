@@ -20,7 +20,6 @@ from prime_kernels._segment_math import result_dtype
 from prime_kernels.ops import _softcap
 from prime_kernels.ops import _tiled_head as tiles
 from prime_kernels.ops import log_probs as rows
-from prime_kernels.ops._softcap import check_softcap
 from prime_kernels.ops.log_ratios import LogRatios
 
 # Logits alive at once: 2^24 float32 values are 64 MiB, enough rows for a product to run at full speed.
@@ -186,7 +185,7 @@ def check_head(head: Head, ids: Tensor, mask: Tensor | None, prefix: str, shards
         _checks.shape(bias, head.bias, (vocabulary,), f"[V] with the V of {weight}")
         _checks.device(bias, head.bias, head.hidden, hidden)
     _checks.number(f"{prefix}scale", head.scale, 0.0, math.inf, above_low=True)
-    check_softcap(f"{prefix}softcap", head.softcap)
+    _softcap.check_softcap(f"{prefix}softcap", head.softcap)
     return rows.check_arguments(head.hidden, ids, mask, name=hidden, vocabulary=vocabulary * shards)
 
 
@@ -298,11 +297,10 @@ def linear_log_probs(
 
     Source: arXiv 2502.01456, section 2; logits by chunks as in arXiv 2411.09009.
     """
+    arguments = (hidden, weight, ids, bias, mask, temperature, softcap, with_entropy, logits_dtype, backend)
     if torch.compiler.is_compiling() and process_group is None:
-        arguments = (hidden, weight, ids, bias, mask, temperature, softcap, with_entropy, logits_dtype, backend)
         logp, _, entropy = torch.ops.prime_kernels.linear_log_probs(*arguments)
         return (logp, entropy) if with_entropy else logp
-    arguments = (hidden, weight, ids, bias, mask, temperature, softcap, with_entropy, logits_dtype, backend)
     head, ids, settings = check(*arguments, process_group)
     tokens = None if settings.backend == "eager" and process_group is None else compact(head.hidden, ids, mask)
     if tokens is None or not len(tokens.hidden):

@@ -3,7 +3,7 @@
 If the loss of a token depends on its log-probability alone, d loss / d logp is known as soon as the token's logits are:
 one product gives the loss and its gradient, while linear_log_probs recomputes the logits in backward. In return, the
 gradients of ``hidden`` and of the head are kept from forward to backward, and on GPUs a tile holds whole rows of
-logits, up to 128 MB. On CPUs all logits are kept where linear_log_probs would keep them.
+logits, in a 32nd of the memory. On CPUs all logits are kept where linear_log_probs would keep them.
 """
 
 from collections.abc import Callable

@@ -19,7 +19,6 @@ from prime_kernels._autograd import Gradients, first_derivative_only
 from prime_kernels._backends import RowGradient, RowResults
 from prime_kernels._segment_math import result_dtype
 from prime_kernels.ops import _softcap
-from prime_kernels.ops._softcap import check_softcap
 
 
 def reference(logits: Tensor, ids: Tensor, mask: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
@@ -274,7 +273,7 @@ def log_probs(
 
     Source: the token log-probabilities of arXiv 2502.01456, section 2.
     """
-    softcap = check_softcap("softcap", softcap)
+    softcap = _softcap.check_softcap("softcap", softcap)
     if torch.compiler.is_compiling():
         # One node of the graph, which checks its arguments and selects its backend at run time. The compiler plans
         # memory, so the gradient is not written in place.

@@ -11,7 +11,6 @@ from prime_kernels._autograd import Gradients, first_derivative_only
 from prime_kernels._backends import RowGradient
 from prime_kernels.ops import _softcap
 from prime_kernels.ops import log_probs as rows
-from prime_kernels.ops._softcap import check_softcap
 
 # The order of the models in lists.
 PRM, REF, POLICY = 0, 1, 2
@@ -129,7 +128,7 @@ def log_ratios(
 
     Source: arXiv 2412.01981 (the implicit reward) and arXiv 2502.01456, section 2.
     """
-    softcap = check_softcap("softcap", softcap)
+    softcap = _softcap.check_softcap("softcap", softcap)
     if torch.compiler.is_compiling():
         # One node of the graph, which checks its arguments and selects its backend at run time.
         arguments = (prm_logits, ref_logits, ids, policy_logits, mask, policy_temperature, softcap, backend)
