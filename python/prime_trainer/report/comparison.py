@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .plots import mean_of
 from .run_record import Record
 from .statistics import t_interval
 
@@ -211,9 +212,9 @@ def reach_rows(found: Comparison) -> list[dict[str, str]]:
 
 def _reward(arm: Arm, found: Comparison) -> tuple[list[int], list[float]]:
     """The mean over the arm's runs at the steps that all of them have."""
-    tables = [dict(zip(*record.series("rl", "reward"), strict=True)) for record in arm.records]
-    steps = sorted(step for step in set.intersection(*map(set, tables)) if step <= found.horizon)
-    return steps, [sum(table[step] for table in tables) / len(tables) for step in steps]
+    steps, values = mean_of([record.series("rl", "reward") for record in arm.records])
+    kept = sum(step <= found.horizon for step in steps)
+    return steps[:kept], values[:kept]
 
 
 def _trailing(values: Sequence[float], window: int) -> list[float]:
