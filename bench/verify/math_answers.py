@@ -106,9 +106,7 @@ def render(jobs, verdicts, seconds: float) -> str:
             n, k = (sum(counts[m, c, what] for m in ([name] if name else MATH)) for what in ("items", "right"))
             row[c] = f"{k} of {n} ({100 * k / max(1, n):.2f} %)"
         cells.append(row)
-    others = [
-        {"item": i, "case": c, "reference": f"`{r}`", "answer": f"`{t}`", "verdict": v} for _, c, i, r, t, v in odd
-    ]
+    others = [{"item": i, "case": c, "reference": r, "answer": t, "verdict": v} for _, c, i, r, t, v in odd]
     rate = 60 * len(jobs) / seconds
     return (
         "Answers judged as they should be: in the first two columns accepted, in the others rejected.\n\n"
@@ -125,7 +123,7 @@ def render_forms(jobs, verdicts, seconds: float) -> str:
         if verdict.score != right:
             said = verdict.failure or f"score {verdict.score:g}"
             odd.append({
-                "item": problem.id, "form": form, "reference": f"`{problem.reference}`", "answer": f"`{text}`",
+                "item": problem.id, "form": form, "reference": problem.reference, "answer": text,
                 "verdict": said,
             })  # fmt: skip
     rows = []
