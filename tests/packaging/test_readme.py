@@ -126,4 +126,4 @@ def test_numbers_are_those_of_the_tables():
     peaks = {way: line.split("|")[7].strip() for way in ("eager", "kernel") for line in ops.splitlines()
              if line.startswith(f"| linear_log_probs, forward | {way} |")}  # fmt: skip
     assert float(peaks["kernel"]) == 8.6 and round(float(peaks["eager"])) == 384
-    assert "holds 8.6 MiB where eager PyTorch holds 384 MiB" in README
+    assert "held 8.6 MiB where eager PyTorch held 384 MiB" in README
