@@ -4,9 +4,9 @@ usage: python bench/study/study.py STAGE OUTPUT [--seeds N] [--arms NAME ..] [--
 
 The stages, each of which skips what is done and resumes what was interrupted; words after -- go to all runs:
 
-    warmup   the model that all arms start from: OUTPUT/sft
-    search   every arm with every policy rate of RATES, one seed that the study does not use: OUTPUT/search.json
-    run      every arm with its best rate and its seeds, `--jobs` side by side with one thread each: OUTPUT/ARM-SEED
+    warmup   the problems, OUTPUT/data, and the model that all arms start from, OUTPUT/sft
+    search   every arm with each of its learning rates, one seed that the study does not use: OUTPUT/search.json
+    run      every arm with its best rates and its seeds, `--jobs` side by side with one thread each: OUTPUT/ARM-SEED
     collect  OUTPUT/study: the report of all finished runs, their metrics and configurations, and localisation.md
 """
 
@@ -30,12 +30,15 @@ from prime_trainer.report.run_record import read_record
 from prime_trainer.run.jsonl import read_jsonl
 
 HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE.parent / "prm"))
-from first_wrong_step import first_wrong_step  # noqa: E402
+sys.path.append(str(HERE))
+import chains  # noqa: E402
 
 CONFIG = HERE / "study.toml"
-RATES = ("5e-6", "1e-5", "2e-5")
-"""Of the policy; the same for every arm."""
+OUTCOME_RATES = tuple(("--policy.lr", rate) for rate in ("1e-4", "2e-4", "4e-4", "8e-4"))
+PROCESS_RATES = tuple(
+    ("--policy.lr", rate, "--prm.lr", prm_rate) for rate in ("2e-4", "4e-4") for prm_rate in ("3e-4", "1e-3")
+)
+"""Learning rates that an arm is searched over: four settings for each arm, with a PRM or without."""
 SEARCH_SEED = 1000
 OUTCOMES_ALONE = ("--algorithm.process_coef", "0")
 BALANCED = ("--prm.balance", "true")
@@ -92,26 +95,45 @@ def side_by_side(jobs: int, runs: Sequence[tuple[Path, list[str]]]) -> None:
             raise
 
 
-def search(output: Path, arms: Sequence[str], jobs: int, words: list[str]) -> dict[str, str]:
-    """The policy rate of highest mean reward for each arm, every arm with the same budget."""
-    runs = {(arm, rate): output / "search" / f"{arm}-{rate}" for arm in arms for rate in RATES}
+def rates_of(arm: str) -> tuple[tuple[str, ...], ...]:
+    return OUTCOME_RATES if set(OUTCOMES_ALONE) <= set(ARMS[arm][1]) else PROCESS_RATES
+
+
+def search(output: Path, arms: Sequence[str], jobs: int, words: list[str]) -> dict[str, list[str]]:
+    """The learning rates of highest mean reward for each arm, every arm with the same budget."""
+    runs = {(arm, rates): output / "search" / "-".join((arm, *rates[1::2])) for arm in arms for rates in rates_of(arm)}
     side_by_side(jobs, [
-        (path, [*of_arm(output, arm, SEARCH_SEED), "--policy.lr", rate, *words]) for (arm, rate), path in runs.items()
+        (path, [*of_arm(output, arm, SEARCH_SEED), *rates, *words]) for (arm, rates), path in runs.items()
     ])  # fmt: skip
     place, measure = output / "search.json", next(m for m in MEASURES if m.over == "all" and m.share)
     found = json.loads(place.read_text()) if place.is_file() else {}
     for arm in arms:
-        records = [read_record(runs[arm, rate]) for rate in RATES]
+        records = [read_record(runs[arm, rates]) for rates in rates_of(arm)]
         together = Comparison(arms_of(records).arms, ())
         rewards = [value_of(measure, record, together) or 0.0 for record in records]
-        best = max(range(len(RATES)), key=rewards.__getitem__)
-        found[arm] = {"rate": RATES[best], "mean rewards": dict(zip(RATES, rewards, strict=True))}
+        best = max(range(len(rewards)), key=rewards.__getitem__)
+        tried = {" ".join(rates): reward for rates, reward in zip(rates_of(arm), rewards, strict=True)}
+        found[arm] = {"best": list(rates_of(arm)[best]), "mean rewards": tried}
     place.write_text(json.dumps(found, indent=1) + "\n")
-    return {arm: found[arm]["rate"] for arm in arms}
+    return {arm: found[arm]["best"] for arm in arms}
 
 
 def of_arm(output: Path, arm: str, seed: int) -> list[str]:
-    return ["--model.path", str(output / "sft" / "final"), "--seed", str(seed), *ARMS[arm][1]]
+    model = output / "sft" / "final"
+    return ["--model.path", str(model), "--seed", str(seed), *problems(output), *ARMS[arm][1]]
+
+
+def problems(output: Path) -> list[str]:
+    data = output / "data"
+    return ["--task.path", str(data / "train.jsonl"), "--task.eval_path", str(data / "held_out.jsonl")]
+
+
+def warm_up(output: Path, words: list[str]) -> None:
+    data = output / "data"
+    if not (output / "sft" / "final").is_dir():
+        chains.write(data)
+    model, worked = ("--model.path", str(data / "untrained")), ("--sft.path", str(data / "worked.jsonl"))
+    train("sft", output / "sft", [*model, *worked, *problems(output), *words])
 
 
 def study(output: Path, arms: Sequence[str], seeds: int | None, jobs: int, words: list[str]) -> None:
@@ -123,8 +145,8 @@ def study(output: Path, arms: Sequence[str], seeds: int | None, jobs: int, words
         for arm in arms:
             if seeds is None and seed >= ARMS[arm][0]:
                 continue
-            rate = ["--policy.lr", rates[arm]["rate"]] if arm in rates else []
-            runs.append((output / f"{arm}-{seed}", [*of_arm(output, arm, seed), *rate, *words]))
+            best = rates[arm]["best"] if arm in rates else []
+            runs.append((output / f"{arm}-{seed}", [*of_arm(output, arm, seed), *best, *words]))
     side_by_side(jobs, runs)
 
 
@@ -163,7 +185,8 @@ def localisation(runs: Sequence[Path]) -> list[list[Any]]:
         hits, chances = [], []
         for row in own:
             lines, rewards = by_line(row["tokens"], row["process_rewards"])
-            wrong = first_wrong_step(row["prompt"], lines) if row["outcome"] < 1 and len(lines) > 1 else None
+            question = row["prompt"].removesuffix("?")
+            wrong = chains.first_wrong_line(question, lines) if row["outcome"] < 1 and len(lines) > 1 else None
             if wrong is not None:
                 hits.append(rewards.index(min(rewards)) == wrong)
                 chances.append(1 / len(lines))
@@ -200,7 +223,7 @@ def main(argv: Sequence[str]) -> None:
     if args.stage == "collect":
         print(collect(args.output, args.arms))
         return
-    train("sft", args.output / "sft", rest)
+    warm_up(args.output, rest)
     if args.stage == "search":
         print(search(args.output, args.arms, args.jobs, rest))
     elif args.stage == "run":

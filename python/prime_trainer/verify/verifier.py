@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -86,7 +87,7 @@ class Verifier:
                 answers.append((i, self._with_options(answer), text))
         try:
             running = {i: self._programs().submit(answer, *found) for i, answer, found in submitted}
-            scored = self._pool.score([(answer, text) for _, answer, text in answers])
+            scored = self._score_answers([(answer, text) for _, answer, text in answers])
             for (i, _, _), verdict in zip(answers, scored, strict=True):
                 verdicts[i] = verdict
             for i, future in running.items():
@@ -96,6 +97,12 @@ class Verifier:
             self.close()
             raise
         return verdicts
+
+    def _score_answers(self, items: Sequence[tuple[ScoredAnswer, str]]) -> list[Verdict]:
+        """Those that are not settled by their digits go to the processes."""
+        settled = [_settled(answer, text) for answer, text in items]
+        left = iter(self._pool.score([item for item, verdict in zip(items, settled, strict=True) if verdict is None]))
+        return [next(left) if verdict is None else verdict for verdict in settled]
 
     def _with_options(self, answer: ScoredAnswer) -> ScoredAnswer:
         if isinstance(answer, MathAnswer) and not self._interval_as_inequality:
@@ -121,7 +128,7 @@ class Verifier:
         while any(waiting):
             pairs = [(p, a) for p, answers in enumerate(waiting) for a in answers[1:]]
             items = [(MathAnswer(written[p][waiting[p][0]]), written[p][a]) for p, a in pairs]
-            same = {pair for pair, v in zip(pairs, self._pool.score(items), strict=True) if v.score == 1.0}
+            same = {pair for pair, v in zip(pairs, self._score_answers(items), strict=True) if v.score == 1.0}
             for p, answers in enumerate(waiting):
                 joined = [a for i, a in enumerate(answers) if i == 0 or (p, a) in same]
                 groups[p] |= dict.fromkeys(joined, rounds)
@@ -131,6 +138,19 @@ class Verifier:
             [None if a is None else found[plain(a)] for a in answers]
             for answers, found in zip(problems, groups, strict=True)
         ]
+
+
+_WHOLE_NUMBER = re.compile(r"0|-?[1-9][0-9]{0,17}")
+
+
+def _settled(answer: ScoredAnswer, text: str) -> Verdict | None:
+    """The verdict on a whole number where the reference is one, both written in the one shortest way; else None. To
+    compare the digits evaluates nothing, and a process for it would cost some hundred times as much."""
+    if not isinstance(answer, MathAnswer) or answer.tolerance is not None:
+        return None
+    if not all(map(_WHOLE_NUMBER.fullmatch, (answer.reference, text))):
+        return None
+    return Verdict(float(answer.reference == text), None)
 
 
 def candidates(answer: ProgramTests, response: str) -> list[str]:

@@ -18,6 +18,8 @@ from prime_trainer.verify import Verdict, Verifier, last_boxed
 from prime_trainer.verify.answer_scorers import _settle
 from prime_trainer.verify.answers import GymAnswer, MathAnswer, from_json
 from prime_trainer.verify.extract import WINDOW, last_answer
+from prime_trainer.verify.mathematics.judge import right
+from prime_trainer.verify.verifier import _settled
 
 SHARED = Path(os.environ.get("PRIME_KERNELS_SHARED", Path(__file__).resolve().parents[4] / "shared"))
 RIGHT, WRONG = Verdict(1.0, None), Verdict(0.0, None)
@@ -35,6 +37,25 @@ def box(text):
 def verifier():
     with Verifier(seconds=5.0, workers=1) as verifier:
         yield verifier
+
+
+@given(st.lists(st.tuples(st.integers(-120, 120), st.integers(-120, 120)), min_size=1, max_size=8))
+def test_whole_numbers_need_no_process(pairs):
+    """Verdicts by their digits are those of the judge."""
+    with Verifier(seconds=5.0, workers=1) as verifier:
+        got = verifier.score([(math(str(a)), box(b)) for a, b in [*pairs, (10**18 - 1, 10**18 - 1)]])
+        assert verifier._pool.pid is None
+    assert [verdict.score for verdict in got] == [*(float(right(math(str(a)), str(b))) for a, b in pairs), 1.0]
+
+
+@pytest.mark.parametrize("text", ["007", "7.0", "+7", "7 ", "10" * 10])
+def test_other_ways_of_writing_a_number_are_read(verifier, text):
+    assert verifier.score([(math(text.strip()), box(text))]) == [RIGHT]
+    assert _settled(math("7"), text) is None
+
+
+def test_a_tolerance_is_not_settled_by_digits(verifier):
+    assert verifier.score([(MathAnswer("7", tolerance=2.0), box(8))]) == [RIGHT]
 
 
 @pytest.mark.parametrize(
