@@ -3,17 +3,20 @@ r"""The task and the model of the study: chains of additions and subtractions, a
 usage: python bench/study/chains.py FOLDER
 
 A question is a starting number and some one-digit terms, `63-8+5`; its worked solution has one line a term and the
-answer in a box: `63-8=55`, `55+5=60`, `\boxed{60}`. All running totals lie from 0 to 99, so there are 1,710 different
-lines, and a model that knows nearly all of them still fails often: a solution is right only if each of its lines is.
+answer in a box: `63-8=55`, `55+5=60`, `\boxed{60}`. All running totals lie from 0 to 99. The demonstrations of the
+warm-up slip where a ten is crossed: they forget the carry (`47+5=42`) or the borrow (`63-8=65`) with the chances of
+`SLIPS`, and go on from the wrong total. A model that imitates them knows both ways to write such a line and errs at
+single lines; a solution is right only if each of its lines is.
 
-FOLDER gets train.jsonl and held_out.jsonl (problems), worked.jsonl (solutions for the warm-up, of other questions) and
-untrained, a model directory with weights as they are drawn.
+FOLDER gets train.jsonl and held_out.jsonl (problems), worked.jsonl (demonstrations, of other questions) and untrained,
+a model directory with weights as they are drawn.
 """
 
 from __future__ import annotations
 
 import json
 import random
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -23,8 +26,11 @@ import torch
 
 TERMS = (6, 8)
 """Fewest and most lines of a solution."""
-PROBLEMS, HELD_OUT, WORKED = 20_000, 400, 28_000
+PROBLEMS, HELD_OUT, WORKED = 20_000, 400, 32_000
+SLIPS = {"+": 0.6, "-": 0.4}
+"""Of the demonstrations' additions and subtractions that cross a ten, how many forget it."""
 SEED = 0
+_LINE = re.compile(r"(?P<total>\d+)(?P<sign>[+-])(?P<term>\d)=\d+")
 CHARACTERS = "0123456789+-=?\n"
 
 
@@ -49,6 +55,26 @@ def solution(text: str) -> list[str]:
     return [*lines, rf"\boxed{{{total}}}"]
 
 
+def demonstration(text: str, rng: random.Random) -> list[str]:
+    """As `solution`, with slips. A question on which a slip leads out of 0 to 99 has another try."""
+    while True:
+        lines, total = [], None
+        for line in solution(text)[:-1]:
+            match = _LINE.fullmatch(line)
+            assert match is not None
+            before = int(match["total"]) if total is None else total
+            sign, term = match["sign"], int(match["term"])
+            change = term if sign == "+" else -term
+            total = before + change
+            if total // 10 != before // 10 and rng.random() < SLIPS[sign]:
+                total -= 10 if sign == "+" else -10
+            lines.append(f"{before}{sign}{term}={total}")
+            if not 0 <= total <= 99:
+                break
+        else:
+            return [*lines, rf"\boxed{{{total}}}"]
+
+
 def first_wrong_line(text: str, lines: Sequence[str]) -> int | None:
     """The first line of an answer to a question that differs from the worked solution; None where none does."""
     right = solution(text)
@@ -71,7 +97,8 @@ def write_data(folder: Path) -> None:
     for name, count in (("held_out", HELD_OUT), ("train", PROBLEMS)):
         rows = [{"question": text, "answer": solution(text)[-1][7:-1]} for text in islice(stream, count)]
         _write(folder / f"{name}.jsonl", rows)
-    worked = [{"instruction": text, "response": "\n".join(solution(text))} for text in islice(stream, WORKED)]
+    rng = random.Random(SEED)
+    worked = [{"instruction": text, "response": "\n".join(demonstration(text, rng))} for text in islice(stream, WORKED)]
     _write(folder / "worked.jsonl", worked)
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import random
 import re
 import runpy
 import shutil
@@ -20,6 +21,8 @@ import prime_kernels as pk
 from prime_kernels.ops import segment_sum
 from prime_trainer import cli, loop
 from prime_trainer.config.load import load
+from prime_trainer.config.sections import ModelConfig
+from prime_trainer.models.tokenizers import load_tokenizer, render
 from prime_trainer.verify import sandbox
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,8 +31,8 @@ EXAMPLES = ROOT / "examples"
 DEMO = EXAMPLES / "demo.toml"
 HERE = {
     "demo/results", "faults_table", "plan_table", "precision", "prm/first_wrong_step", "prm/results", "prm/sample",
-    "rollout", "step_share", "study/study", "trainer_cost", "trl_table", "verify/math_answers", "verify/programs",
-    "verify/rates",
+    "rollout", "step_share", "study/chains", "study/study", "trainer_cost", "trl_table", "verify/math_answers",
+    "verify/programs", "verify/rates",
 }  # fmt: skip
 # What other tests of this folder and of packaging, integrations, triton_backend and the trainer run.
 ELSEWHERE = {"conftest", "measure", "readme_charts", "smoke", "table", "trl_steps", "tune", "verify/forms", "zoo"}
@@ -278,7 +281,7 @@ def test_rates(script, tmp_path):
     assert (tmp_path / "rates.md").read_text() in said
 
 
-def test_study(small, module, tmp_path, monkeypatch, capsys):
+def test_study(module, tmp_path, monkeypatch, capsys):
     """One step of two arms: the search, the runs, what is skipped and what is resumed, and what is collected."""
     study, called = module("study/study"), []
 
@@ -287,25 +290,32 @@ def test_study(small, module, tmp_path, monkeypatch, capsys):
         assert cli.main(list(words)) == 0
 
     for seeds, settings in study.ARMS.values():  # none of them a misspelt key or a value out of range
-        assert seeds > 0 and load(study.CONFIG, [*settings]).prm.lr == 3e-5
-    assert load(study.CONFIG, [*study.ARMS["prefix"][1]]).prm.scale == 10.0
+        assert seeds > 0 and load(study.CONFIG, ["--task.path", "x", *settings]).prm.lr == 1e-4
+    assert {len(study.rates_of(arm)) for arm in study.ARMS} == {4}  # the same budget
+    assert "--prm.lr" not in study.rates_of("grpo")[0] and "--prm.lr" in study.rates_of("prefix")[0]
     monkeypatch.setattr(study, "call", call)
-    monkeypatch.setattr(study, "RATES", ("1e-5", "2e-5"))
+    for name in ("OUTCOME_RATES", "PROCESS_RATES"):
+        monkeypatch.setattr(study, name, getattr(study, name)[:2])
+    for name, count in (("PROBLEMS", 8), ("HELD_OUT", 2), ("WORKED", 2)):
+        monkeypatch.setattr(study.chains, name, count)
     out = tmp_path / "out"
-    words = ["--", *small, "--steps", "1", "--eval.every", "0", "--sft.demonstrations", "2", "--sft.batch_size", "2"]
-    words += ["--checkpoint.every", "1"]
+    words = ["--", "--steps", "1", "--eval.every", "0", "--checkpoint.every", "1", "--task.eval_size", "2"]
+    words += ["--rollout.prompts_per_step", "2", "--rollout.n", "2", "--rollout.max_new_tokens", "4"]
+    words += ["--filter.low", "0", "--filter.high", "1", "--model.device", "cpu"]
     arms = ["--arms", "rloo", "balanced", "--jobs", "1"]
     study.main(["search", str(out), *arms, *words])
     assert [words[0] for words in called] == ["sft", "rl", "rl", "rl", "rl"]
-    rates = json.loads((out / "search.json").read_text())
-    assert set(rates) == {"rloo", "balanced"}
-    assert all(found["rate"] == max(found["mean rewards"], key=found["mean rewards"].get) for found in rates.values())
+    found = json.loads((out / "search.json").read_text())
+    assert set(found) == {"rloo", "balanced"}
+    for each in found.values():
+        assert " ".join(each["best"]) == max(each["mean rewards"], key=each["mean rewards"].get)
     called.clear()
     study.main(["run", str(out), *arms, "--seeds", "1", *words])
     assert [words[words.index("--seed") + 1] for words in called] == ["0", "0"]
     assert {(out / f"{arm}-0" / "final").is_dir() for arm in ("rloo", "balanced")} == {True}
     balanced = json.loads((out / "balanced-0" / "config.json").read_text())
-    assert balanced["prm"]["balance"] and balanced["policy"]["lr"] == float(rates["balanced"]["rate"])
+    best = found["balanced"]["best"]
+    assert balanced["prm"]["balance"] and balanced["policy"]["lr"] == float(best[best.index("--policy.lr") + 1])
     # What is finished is skipped; what left a checkpoint goes on; what left none starts anew.
     called.clear()
     shutil.rmtree(out / "rloo-0" / "final")
@@ -324,16 +334,44 @@ def test_study(small, module, tmp_path, monkeypatch, capsys):
         study.main(["collect", str(tmp_path / "none")])
 
 
+def test_chains(module, tmp_path, monkeypatch):
+    """The study's problems: right solutions, none in two files, and the first wrong line of an answer."""
+    chains = module("study/chains")
+    assert chains.solution("9+3-10+5") == ["9+3=12", "12-10=2", "2+5=7", "\\boxed{7}"]
+    right = chains.solution("63-8+5")
+    assert chains.first_wrong_line("63-8+5", right) is None
+    assert chains.first_wrong_line("63-8+5", ["63-8=55", "55+5=61", "\\boxed{61}"]) == 1
+    assert chains.first_wrong_line("63-8+5", [*right, "60+1=61"]) == 3
+    made = [text for text, _ in zip(chains.questions(1), range(500), strict=False)]
+    assert len(set(made)) == 500
+    for text in made:
+        *lines, box = chains.solution(text)
+        totals = [int(line.partition("=")[2]) for line in lines]
+        assert (
+            all(0 <= total <= 99 for total in totals)
+            and box == f"\\boxed{{{totals[-1]}}}" == f"\\boxed{{{eval(text)}}}"
+        )
+        assert chains.TERMS[0] <= len(lines) <= chains.TERMS[1]
+    for slips, want in (({"+": 0.0, "-": 0.0}, right), ({"+": 1.0, "-": 1.0}, ["63-8=65", "65+5=60", "\\boxed{60}"])):
+        monkeypatch.setattr(chains, "SLIPS", slips)
+        assert chains.demonstration("63-8+5", random.Random(0)) == want
+    chains.write_model(tmp_path)
+    tokenizer = load_tokenizer(ModelConfig(path=str(tmp_path)))
+    ids = tokenizer.encode("\n".join(right), add_special_tokens=False)
+    assert tokenizer.decode(ids) == "63-8=55\n55+5=60\n\\boxed{60}" and len(ids) == 20
+    assert render(tokenizer, [{"role": "user", "content": "63-8+5"}]) == tokenizer.encode("63-8+5?")
+
+
 def test_study_finds_the_lowest_line(module, tmp_path):
     study = module("study/study")
     run = tmp_path / "prime-0"
     run.mkdir()
-    tokens = ["3 + 4", " = 7", "\n", "7 + 5", " = 11", "\n", "\\boxed{11}", "<|im_end|>"]
+    tokens = ["3+4", "=7", "\n", "7+5", "=11", "\n", "\\boxed{11}", "<|end|>"]
     assert study.by_line(tokens, [1, 2, 3, -1, -2, -3, 4, 5]) == (
-        ["3 + 4 = 7\n", "7 + 5 = 11\n", "\\boxed{11}"], [6.0, -6.0, 9.0],
+        ["3+4=7\n", "7+5=11\n", "\\boxed{11}"], [6.0, -6.0, 9.0],
     )  # fmt: skip
     rows = [
-        {"step": step, "prompt": "3 + 4 + 5 =", "tokens": tokens, "process_rewards": rewards, "outcome": outcome}
+        {"step": step, "prompt": "3+4+5?", "tokens": tokens, "process_rewards": rewards, "outcome": outcome}
         for step, outcome, rewards in (
             (1, 0.0, [1, 2, 3, 0, 0, 0, -4, -5]),  # blames the box
             (1, 1.0, [0] * 8),  # right: nothing to find
