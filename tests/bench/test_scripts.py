@@ -352,7 +352,7 @@ def test_chains(module, tmp_path, monkeypatch):
             and box == f"\\boxed{{{totals[-1]}}}" == f"\\boxed{{{eval(text)}}}"
         )
         assert chains.TERMS[0] <= len(lines) <= chains.TERMS[1]
-    for slips, want in (({"+": 0.0, "-": 0.0}, right), ({"+": 1.0, "-": 1.0}, ["63-8=65", "65+5=60", "\\boxed{60}"])):
+    for slips, want in (({"+": 0.0, "-": 0.0}, right), ({"+": 1.0, "-": 1.0}, ["63-8=56", "56+5=51", "\\boxed{51}"])):
         monkeypatch.setattr(chains, "SLIPS", slips)
         assert chains.demonstration("63-8+5", random.Random(0)) == want
     chains.write_model(tmp_path)
