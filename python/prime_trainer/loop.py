@@ -16,7 +16,7 @@ from .data.problems import usable
 from .data.tasks import load_task
 from .evaluation.held_out import evaluate
 from .models import loading, tokenizers, traits
-from .models.placement import load_placed
+from .models.placement import check_same_architecture, load_placed
 from .rollout import EngineConfig
 from .rollout.collector import NothingPasses
 from .rollout.pipeline import Rollouts
@@ -70,7 +70,13 @@ class Run:
         self.policy = Trainable(model, lr=cfg.policy.lr, grad_clip=cfg.policy.grad_clip, ranks=ranks)
         self.prm: Trainable | None = None
         if self.needs.prm:
-            prm = load_placed(read, cfg.scale, ranks, "prm")
+            prm_model = cfg.prm_model.model_copy(update={"logits_dtype": cfg.logits_dtype})
+            if cfg.prm.path is not None:
+                tokenizers.check_same_tokenizer(
+                    tokenizers.load_tokenizer(prm_model), self.tokenizer, ("prm.path", "model.path")
+                )
+            prm = load_placed(prm_model, cfg.scale, ranks, "prm")
+            check_same_architecture(prm, model, ("prm.path", "model.path"))
             self.prm = Trainable(prm, lr=cfg.prm.lr, grad_clip=cfg.prm.grad_clip, ranks=ranks)
         self.ref = load_placed(read, cfg.scale, ranks, "reference") if self.needs.reference else None
         scorer = Scorer(
@@ -193,8 +199,8 @@ def run(cfg: RunConfig) -> Path:
 
 
 def _run(cfg: RunConfig, ranks: Ranks) -> Path:
-    # Of today's, all three start from the same files.
-    models = ranks.once(lambda: loading.fingerprints(dict.fromkeys(("policy", "prm", "reference"), cfg.model)))
+    start = {"policy": cfg.model, "prm": cfg.prm_model, "reference": cfg.model}
+    models = ranks.once(lambda: loading.fingerprints(start))
     found = ranks.once(lambda: checkpoint.resume_point(cfg, models))
     trainer = Run(cfg, ranks, models)
     if found is not None:

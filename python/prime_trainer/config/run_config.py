@@ -87,6 +87,13 @@ class RunConfig(Bounded, BaseSettings):
         rounds = self.rollout.engine != "transformers" and self.model.dtype != "float32"
         return "input" if rounds else "float32"
 
+    @property
+    def prm_model(self) -> ModelConfig:
+        """What the PRM of `rl` starts from."""
+        if self.prm.path is None:
+            return self.model
+        return self.model.model_copy(update={"path": str(self.prm.path), "gguf_file": None})
+
     @model_validator(mode="after")
     def _engine(self) -> RunConfig:
         # Not in the section itself: what its defaults were resolved to would count as given when some are overridden.

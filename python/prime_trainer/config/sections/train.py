@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, PositiveInt, model_validator
@@ -44,6 +45,9 @@ class PRMLossConfig(Section):
 
 
 class PRMConfig(PRMLossConfig):
+    path: Path | None = None
+    """A trained PRM to start from (what `prime-trainer prm` saved), with the tokenizer of `model.path`; unset, the PRM
+    starts from `model.path`, which stays its reference in both cases."""
     update: Literal["after", "before", "reverse", "none"] = "after"
     ref_type: Literal["freeze", "policy"] = "freeze"
     granularity: Literal["token", "step", "whole"] = "token"
