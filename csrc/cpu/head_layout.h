@@ -87,6 +87,10 @@ inline HeadMatrix weight_of(const pk_head& head) {
 
 bool valid_head(const pk_head& head);
 
+// `highest`, [n_blocks][tokens of whole panels] or null: the largest logit of each block of the vocabulary, but for the
+// token's first id.
+void head_forward(const pk_head_forward_args& args, float* highest);
+
 // One block of the vocabulary, packed, and its logits for one panel of tokens after another.
 class BlockLogits {
  public:

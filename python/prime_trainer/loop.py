@@ -31,6 +31,7 @@ from .scale.heartbeat import watched
 from .scale.ranks import SINGLE, Ranks, connect
 from .train.advantages import advantages_of
 from .train.batch import Batch
+from .train.candidates import CandidateTargets, candidate_targets
 from .train.examples import examples_of
 from .train.importance import importance
 from .train.nonfinite_guard import Skips, TooManySkipped, finite
@@ -80,8 +81,9 @@ class Run:
             self.prm = Trainable(prm, lr=cfg.prm.lr, grad_clip=cfg.prm.grad_clip, ranks=ranks)
         self.ref = load_placed(read, cfg.scale, ranks, "reference") if self.needs.reference else None
         scorer = Scorer(
-            model if self.needs.old_logp else None, self.ref, cfg.micro_batch_tokens, cfg.rollout.temperature
-        )
+            model if self.needs.old_logp else None, self.ref, cfg.micro_batch_tokens, cfg.rollout.temperature,
+            cfg.algorithm.candidates.min_prob if self.needs.candidates else None,
+        )  # fmt: skip
         self.scorer = scorer if self.prm is None else PRMScorer(scorer, self.prm, cfg.prm)
         self.layout = traits.of(model).layout
         vocabulary = len(model.get_output_embeddings().weight)
@@ -157,15 +159,19 @@ class Run:
             values |= compared
 
         rewards: Rewards | None = None
+        beside: CandidateTargets | None = None
         if isinstance(scores, PRMScores):
             rewards = process_rewards(scores.log_ratio, batch, cfg.prm, self.step_ends)
+            if self.needs.candidates:
+                beside = candidate_targets(batch, scores, cfg.prm.scale, cfg.algorithm.candidates.coef)
         skipped = 0 if self.prm is None else self.prm.taken_skips()
-        if finite(scores.old_logp, scores.ref_logp, None if rewards is None else rewards.values):
+        values_of = (None if rewards is None else rewards.values, None if beside is None else beside.advantages)
+        if finite(scores.old_logp, scores.ref_logp, *values_of):
             advantages = advantages_of(batch, rewards, cfg.algorithm)
             old_logp = scores.old_logp if self.needs.ppo_ratio else None
             with clock("policy"):
                 values |= policy_update(
-                    self.policy, batch, Targets(advantages, old_logp, scores.ref_logp, weights), cfg.policy,
+                    self.policy, batch, Targets(advantages, old_logp, scores.ref_logp, weights, beside), cfg.policy,
                     micro_batch_tokens=cfg.micro_batch_tokens,
                     generator=torch.Generator().manual_seed(derive_seed(cfg.seed, "shuffle", step)),
                     lr_scale=min(1.0, step / max(1, cfg.policy.warmup_steps)), temperature=cfg.rollout.temperature,

@@ -107,6 +107,11 @@ VARIANTS = {
         "prm": {"kind": "prefix", "balance": True, "margin": 2.0},
         "algorithm": {"estimator": "grpo", "process_return": "gae", "whiten": False},
     },
+    "candidates": {
+        "prm": {"ref_type": "policy", "kind": "prefix", "update": "after"},
+        "algorithm": {"process_return": "gae", "candidates": {"coef": 0.1, "min_prob": 0.05}},
+        "policy": {"minibatches": 2},
+    },
     "policy reference": {"prm": {"ref_type": "policy", "update": "before", "granularity": "step"}},
 }
 
@@ -123,6 +128,9 @@ def test_resume_is_exact(run_config, tmp_path, name):
     whole = [r for r in rows(tmp_path / "whole" / "metrics.jsonl") if r["stage"] == "rl"]
     parts = [r for r in rows(tmp_path / "parts" / "metrics.jsonl") if r["stage"] == "rl"]
     assert whole == parts and len(whole) == 4
+    if name == "candidates":
+        assert all(row["candidates"] > 0 and 0 < row["candidate_mass"] <= 1 for row in whole)
+        assert all(row["distribution_loss"] != 0 for row in whole)
     assert rows(tmp_path / "whole" / "samples.jsonl") == rows(tmp_path / "parts" / "samples.jsonl")
 
 

@@ -116,6 +116,22 @@ class RunConfig(Bounded, BaseSettings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _candidates(self) -> RunConfig:
+        coef = self.algorithm.candidates.coef
+        if coef > 0 and not self.needs.policy_is_reference:
+            raise ValueError(
+                f"algorithm.candidates.coef = {coef:g} compares the PRM with the policy that sampled: expected "
+                f"prm.ref_type 'policy' and algorithm.process_coef above 0, got {self.prm.ref_type!r} and "
+                f"{self.algorithm.process_coef:g}"
+            )
+        if coef > 0 and self.scale.vocab_parallel_head:
+            raise ValueError(
+                f"algorithm.candidates.coef = {coef:g} needs whole rows of logits: scale.vocab_parallel_head must be "
+                "false, got true"
+            )
+        return self
+
     @classmethod
     def settings_customise_sources(
         cls,

@@ -65,6 +65,24 @@ class PRMConfig(PRMLossConfig):
         return self
 
 
+_MIN_PROB = 0.1
+
+
+class CandidatesConfig(Section):
+    """DistRL: a clipped loss over the policy's probable tokens at every position, beside that of the sampled ones."""
+
+    coef: float = Field(default=0.0, ge=0)
+    """Weight of that loss; 0 is none. 0.1 in arXiv 2604.13197."""
+    min_prob: float = Field(default=_MIN_PROB, ge=0.01, le=1.0)
+    """Least probability of a candidate under the policy that sampled."""
+
+    @model_validator(mode="after")
+    def _used(self) -> CandidatesConfig:
+        if self.min_prob != _MIN_PROB and self.coef == 0:
+            raise ValueError(f"min_prob is for coef above 0, got min_prob {self.min_prob:g} with coef 0")
+        return self
+
+
 class AlgorithmConfig(Section):
     estimator: Literal["rloo", "grpo", "reinforce"] = "rloo"
     """What an outcome is compared with: the mean of the group's others; the group's mean, in units of its standard
@@ -87,6 +105,7 @@ class AlgorithmConfig(Section):
     """Advantages of mean 0 and variance 1 over the batch's tokens."""
     whiten_of: Literal["sum", "source"] = "sum"
     """What is whitened: the sum of both sources, or each source before its coefficient."""
+    candidates: CandidatesConfig = CandidatesConfig()
 
     @model_validator(mode="after")
     def _no_discounted_minimum(self) -> AlgorithmConfig:
