@@ -32,6 +32,10 @@ def kernel_in_place(logits, ids, **options):
     return pk.log_probs(logits, ids, inplace_backward=True, **options)
 
 
+def kernel_candidates(logits, ids, **options):
+    return pk.candidates(logits, ids, min_prob=0.1, **options)
+
+
 def peer(name):
     """Another package's function; the benchmark is skipped where it is not installed."""
     module, _, function = formulas.PEERS["log_probs"][name]
@@ -67,6 +71,7 @@ def ways(plain, ours, peers):
 RATIOS = ways(formulas.log_ratios, kernel_ratios, {})
 SINGLE = ways(formulas.log_probs, kernel, PEERS)
 ENTROPY = ways(formulas.entropy, kernel_entropy, {})
+CANDIDATES = ways(formulas.candidates, kernel_candidates, {})
 
 
 @pytest.fixture
@@ -83,6 +88,13 @@ def logits():
 def test_log_ratios(benchmark, ids, way):
     models = [logits() for _ in range(3)]
     timed(benchmark, without_gradients(lambda: RATIOS[way](*models, ids)), sum(z.nbytes for z in models))
+
+
+@pytest.mark.parametrize("way", CANDIDATES)
+@pytest.mark.benchmark(group="candidates, forward")
+def test_candidates(benchmark, ids, way):
+    z = logits()
+    timed(benchmark, without_gradients(lambda: CANDIDATES[way](z, ids)), z.nbytes)
 
 
 @pytest.mark.parametrize("way", SINGLE)

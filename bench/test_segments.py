@@ -89,6 +89,14 @@ def prm(ratio, outcomes, cu, groups, backend):
     return pk.prm_loss(ratio, outcomes, cu, cu_groups=groups, backend=backend).loss
 
 
+def prefix(ratio, outcomes, cu, groups, backend):
+    return pk.prm_loss(ratio, outcomes, cu, cu_groups=groups, kind="prefix", backend=backend).loss
+
+
+def distribution(logp, old, advantages, backend):
+    return pk.distribution_ppo_loss(logp, old, advantages, backend=backend).loss
+
+
 def pack(padded, cu, total, backend):
     return pk.pack(padded, cu, total=total, backend=backend)
 
@@ -99,6 +107,7 @@ def unpack(values, cu, length, backend):
 
 RLOO = ways(rloo) | ({"loop": loop} if DEVICE == "cpu" else {})
 SCAN, SUM, STEP_REWARDS, PPO, PRM = (ways(call) for call in (scan, pk.segment_sum, pk.step_rewards, ppo, prm))
+PREFIX, DISTRIBUTION = ways(prefix), ways(distribution)
 PACK, UNPACK = ways(pack), ways(unpack)
 # Bytes a token that must move at least once: float32 columns read and written, gradients included.
 COLUMN = 4
@@ -153,6 +162,25 @@ def test_prm_loss(benchmark, batch, way):
     ratio = batch["rewards"].clone().requires_grad_()
     columns = (batch["outcomes"], batch["cu"], batch["groups"])
     timed(benchmark, forward_backward(lambda: PRM[way](ratio, *columns), [ratio]), 2 * tokens(batch))
+
+
+@pytest.mark.parametrize("way", PREFIX)
+@pytest.mark.benchmark(group="prm_loss of prefixes, forward and backward")
+def test_prefix_loss(benchmark, batch, way):
+    ratio = batch["rewards"].clone().requires_grad_()
+    columns = (batch["outcomes"], batch["cu"], batch["groups"])
+    timed(benchmark, forward_backward(lambda: PREFIX[way](ratio, *columns), [ratio]), 3 * tokens(batch))
+
+
+@pytest.mark.parametrize("way", DISTRIBUTION)
+@pytest.mark.benchmark(group="distribution_ppo_loss, forward and backward")
+def test_distribution_ppo_loss(benchmark, batch, way):
+    """Of two candidates a token."""
+    logp, old, advantages = (
+        batch[name].unsqueeze(-1).expand(-1, 2).contiguous() for name in ("logp", "old", "advantages")
+    )
+    logp.requires_grad_()
+    timed(benchmark, forward_backward(lambda: DISTRIBUTION[way](logp, old, advantages), [logp]), 8 * tokens(batch))
 
 
 @pytest.mark.parametrize("way", PACK)

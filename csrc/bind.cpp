@@ -192,6 +192,14 @@ void bind_rows(py::module_& m) {
       PK_MEMBER(Backward, out),     PK_MEMBER(Backward, out_stride),    PK_MEMBER(Backward, partial)};
   bind_cpu_rows(m, "log_probs_forward", forward, &pk_cpu_log_probs_forward);
   bind_cpu_rows(m, "log_probs_backward", backward, &pk_cpu_log_probs_backward);
+  using Search = pk_candidates_args;
+  bind_cpu_rows(m, "candidates",
+                std::vector{PK_MEMBER(Search, logits), PK_MEMBER(Search, stride), PK_MEMBER(Search, dtype),
+                            PK_MEMBER(Search, ids), PK_MEMBER(Search, mask), PK_MEMBER(Search, n_rows),
+                            PK_MEMBER(Search, n_cols), PK_MEMBER(Search, temperature), PK_MEMBER(Search, log_min_prob),
+                            PK_MEMBER(Search, n_slots), PK_MEMBER(Search, logp), PK_MEMBER(Search, lse),
+                            PK_MEMBER(Search, found_ids), PK_MEMBER(Search, found)},
+                &pk_cpu_candidates);
 #ifdef PK_HAS_CUDA
   bind_cuda(m, "log_probs_forward", forward, &pk_cuda_log_probs_forward);
   bind_cuda(m, "log_probs_backward", backward, &pk_cuda_log_probs_backward);
@@ -204,7 +212,8 @@ std::vector<Member<Args>> head_members() {
           PK_INNER(Args, head, weight_stride), PK_INNER(Args, head, bias),         PK_INNER(Args, head, dtype),
           PK_INNER(Args, head, rounded),      PK_INNER(Args, head, n_tokens),      PK_INNER(Args, head, n_vocabulary),
           PK_INNER(Args, head, depth),        PK_INNER(Args, head, temperature),   PK_INNER(Args, head, softcap),
-          PK_INNER(Args, head, ids),          PK_INNER(Args, head, kept),          PK_INNER(Args, head, n_threads)};
+          PK_INNER(Args, head, ids),          PK_INNER(Args, head, n_ids),         PK_INNER(Args, head, kept),
+          PK_INNER(Args, head, n_threads)};
 }
 
 void bind_heads(py::module_& m) {
@@ -213,6 +222,12 @@ void bind_heads(py::module_& m) {
            head_members<Forward>() +
                std::vector{PK_MEMBER(Forward, logp), PK_MEMBER(Forward, lse), PK_MEMBER(Forward, entropy)},
            &pk_cpu_head_forward);
+  using Search = pk_head_candidates_args;
+  bind_cpu(m, "head_candidates",
+           head_members<Search>() + std::vector{PK_MEMBER(Search, logp), PK_MEMBER(Search, lse),
+                                                PK_MEMBER(Search, log_min_prob), PK_MEMBER(Search, n_slots),
+                                                PK_MEMBER(Search, found_ids), PK_MEMBER(Search, found)},
+           &pk_cpu_head_candidates);
   using Backward = pk_head_backward_args;
   bind_cpu(m, "head_backward",
            head_members<Backward>() +

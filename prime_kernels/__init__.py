@@ -10,6 +10,7 @@ reference), ``"cpu"``, ``"triton"`` or ``"cuda"``. See :func:`use_backend` and :
 
 from prime_kernels._dispatch import BackendUnavailable, available_backends, use_backend
 from prime_kernels.ops import _custom_ops as _custom_ops
+from prime_kernels.ops.candidates import Candidates, candidates, distribution_ppo_loss
 from prime_kernels.ops.linear_log_probs import Head, linear_log_probs, linear_log_ratios
 from prime_kernels.ops.linear_losses import linear_nll, linear_ppo_loss
 from prime_kernels.ops.log_probs import log_probs
@@ -27,11 +28,14 @@ __version__ = "0.1.0"
 __all__ = [
     "Advantages",
     "BackendUnavailable",
+    "Candidates",
     "Head",
     "LogRatios",
     "PPOLoss",
     "PRMLoss",
     "available_backends",
+    "candidates",
+    "distribution_ppo_loss",
     "linear_log_probs",
     "linear_log_ratios",
     "linear_nll",

@@ -70,7 +70,7 @@ class LinearHead(NamedTuple):
     bias: Tensor | None
     """[V], the dtype of ``hidden``."""
     ids: Tensor
-    """[N] int64. Of one outside [0, V) the log-probability is meaningless."""
+    """[N] or [N, K] int64. Of one outside [0, V) the log-probability is meaningless."""
     temperature: float
     rounded: bool
     """Whether logits are rounded to the dtype of ``hidden``, as the model's own layer does; else they are float32."""
@@ -89,19 +89,21 @@ class HeadGradients(NamedTuple):
     """[V]."""
 
 
-class RowKernels(Protocol):
-    """Kernels over rows of logits. Shapes, dtypes and ranges have been checked."""
+class RowCandidates(NamedTuple):
+    """Log-probs of rows of logits, and their most probable tokens."""
 
-    def token_log_probs(
-        self,
-        models: Sequence[Tensor],
-        ids: Tensor,
-        mask: Tensor | None,
-        temperatures: Sequence[float],
-        with_entropy: bool,
-    ) -> RowResults:
-        """Results [models, N] of one to three models' logits [N, V], which share ids and mask. Masked rows are 0."""
-        ...
+    logp: Tensor
+    """[N], as in :class:`RowResults`."""
+    lse: Tensor
+    """[N]."""
+    found_ids: Tensor
+    """[N, slots] int64: ascending, -1 where there are none."""
+    found: Tensor
+    """[N, slots]: their logits, -inf where there are none."""
+
+
+class GradientKernel(Protocol):
+    """The gradient of rows of logits."""
 
     def logits_gradient(
         self,
@@ -121,13 +123,50 @@ class RowKernels(Protocol):
         ...
 
 
+class RowKernels(GradientKernel, Protocol):
+    """Kernels over rows of logits. Shapes, dtypes and ranges have been checked."""
+
+    def token_log_probs(
+        self,
+        models: Sequence[Tensor],
+        ids: Tensor,
+        mask: Tensor | None,
+        temperatures: Sequence[float],
+        with_entropy: bool,
+    ) -> RowResults:
+        """Results [models, N] of one to three models' logits [N, V], which share ids and mask. Masked rows are 0."""
+        ...
+
+    def token_candidates(
+        self,
+        logits: Tensor,
+        ids: Tensor,
+        mask: Tensor | None,
+        temperature: float,
+        log_min_prob: float,
+        slots: int,
+    ) -> RowCandidates:
+        """Results of one model's logits, and its tokens with log p >= log_min_prob, within 1e-5; masked rows have none.
+
+        ``slots`` is more than a row can have.
+        """
+        ...
+
+
 class HeadKernels(Protocol):
     """Kernels over tokens and an output layer. Shapes, dtypes and ranges have been checked."""
 
     def token_log_probs(
         self, head: LinearHead, with_entropy: bool, keep: bool = False
     ) -> tuple[RowResults, Tensor | None]:
-        """Results [N], and with ``keep`` the logits. The bits depend on neither option, nor on other tokens."""
+        """Results, and with ``keep`` the logits. The bits depend on neither option, nor on other tokens.
+
+        Of ids [N, K] so is logp; the first one's has the bits that it has alone.
+        """
+        ...
+
+    def token_candidates(self, head: LinearHead, log_min_prob: float, slots: int) -> RowCandidates:
+        """As that of :class:`RowKernels`, with logp in the bits of :meth:`token_log_probs`."""
         ...
 
     def gradients(

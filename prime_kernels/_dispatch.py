@@ -24,6 +24,8 @@ ENVIRONMENT_VARIABLE = "PRIME_KERNELS_BACKEND"
 # Every operation; each runs on every backend.
 OPERATIONS = frozenset(
     {
+        "candidates",
+        "distribution_ppo_loss",
         "linear_log_probs",
         "linear_log_ratios",
         "linear_nll",

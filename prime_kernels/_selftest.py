@@ -105,7 +105,20 @@ def _cases(generator: torch.Generator, device: str) -> dict[str, tuple[Call, lis
     def rloo_advantages(backend: str) -> tuple[Tensor, ...]:
         return tuple(pk.rloo_advantages(values, outcomes, cu, groups, gamma_process=0.9, backend=backend))
 
+    def candidates(backend: str) -> tuple[Tensor, ...]:
+        found = pk.candidates(pk.Head(hidden[0], weight), ids, min_prob=0.05, mask=mask, backend=backend)
+        of_logits = pk.candidates(logits[0], min_prob=0.05, mask=mask, backend=backend)
+        return _tensors((found.logp.exp(), found.counts, found.token_logp, of_logits.ids))
+
+    def distribution_ppo_loss(backend: str, z: Tensor) -> tuple[Tensor, ...]:
+        few = ids.unsqueeze(-1) // torch.arange(1, 4, device=device)
+        columns = (old.unsqueeze(-1).expand(-1, 3) - 6.0, advantages.unsqueeze(-1).expand(-1, 3))
+        logp = pk.log_probs(z, few, mask=mask, backend=backend)
+        return _tensors(pk.distribution_ppo_loss(logp, *columns, mask=mask, backend=backend))
+
     return {
+        "candidates": (candidates, []),
+        "distribution_ppo_loss": (distribution_ppo_loss, logits[:1]),
         "log_probs": (log_probs, logits[:1]),
         "log_ratios": (log_ratios, logits),
         "linear_log_probs": (linear_log_probs, [hidden[0], weight]),

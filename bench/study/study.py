@@ -43,13 +43,15 @@ SEARCH_SEED = 1000
 OUTCOMES_ALONE = ("--algorithm.process_coef", "0")
 BALANCED = ("--prm.balance", "true")
 BALANCED_GAE = (*BALANCED, "--algorithm.process_return", "gae", "--algorithm.whiten_of", "source")
+PREFIX = (*BALANCED_GAE, "--prm.kind", "prefix", "--prm.beta", "10", "--prm.ref_type", "policy")
 ARMS: dict[str, tuple[int, tuple[str, ...]]] = {
     "rloo": (5, OUTCOMES_ALONE),
     "grpo": (3, (*OUTCOMES_ALONE, "--algorithm.estimator", "grpo", "--algorithm.whiten", "false")),
     "prime": (5, ()),
     "balanced": (3, BALANCED),
     "balanced-gae": (3, BALANCED_GAE),
-    "prefix": (3, (*BALANCED_GAE, "--prm.kind", "prefix")),
+    "prefix": (3, PREFIX),
+    "prefix-candidates": (3, (*PREFIX, "--algorithm.candidates.coef", "0.1")),
 }
 """Seeds and settings of each; the first is what the others are compared with."""
 REPORTED = ("config.json", "metrics.jsonl")

@@ -22,7 +22,14 @@ constexpr int64_t kPartRows = 1024;             // of the vocabulary, about
 constexpr int64_t kGradientBytes = 4 << 20;     // of the gradients of a part's logits, about
 constexpr int64_t kStripsOfTask = 16;           // packed or read again and again by one thread: they stay in its cache
 
-// A token's gradient: d loss / dz of any column, and what its target has on top.
+double sum_of_ids(const pk_head_backward_args& args, int64_t token) {
+  const int64_t n = args.head.n_ids;
+  double sum = 0.0;
+  for (int64_t i = token * n; args.grad_logp != nullptr && i < (token + 1) * n; ++i) sum += args.grad_logp[i];
+  return sum;
+}
+
+// A token's gradient: d loss / dz of any column.
 struct TokenGradients {
   Buffer bias, a, b;
   float scale, inverse_cap;
@@ -36,7 +43,7 @@ struct TokenGradients {
     std::fill_n(a.floats(), padded, 0.0f);
     std::fill_n(b.floats(), padded, 0.0f);
     for (int64_t token = 0; token < head.n_tokens; ++token) {
-      const double grad_logp = args.grad_logp == nullptr ? 0.0 : args.grad_logp[token];
+      const double grad_logp = sum_of_ids(args, token);
       const double grad_entropy = args.grad_entropy == nullptr ? 0.0 : args.grad_entropy[token];
       const double entropy = args.grad_entropy == nullptr ? 0.0 : args.entropy[token];
       const double lse = args.lse[token];
@@ -55,8 +62,14 @@ struct TokenGradients {
   }
 };
 
-double target_gradient(const pk_head_backward_args& args, int64_t token, double z) {
-  const double grad_logp = args.grad_logp == nullptr ? 0.0 : args.grad_logp[token];
+// Of an id with logit z, d loss / dz in full; an id that comes several times has the sum of its gradients.
+double target_gradient(const pk_head_backward_args& args, int64_t token, int64_t id, double z) {
+  const int64_t n = args.head.n_ids;
+  double own = 0.0;
+  for (int64_t i = token * n; args.grad_logp != nullptr && i < (token + 1) * n; ++i) {
+    if (args.head.ids[i] == id) own += args.grad_logp[i];
+  }
+  const double grad_logp = sum_of_ids(args, token);
   const double grad_entropy = args.grad_entropy == nullptr ? 0.0 : args.grad_entropy[token];
   const double entropy = args.grad_entropy == nullptr ? 0.0 : args.entropy[token];
   const double log_p = z / args.head.temperature - args.lse[token];
@@ -64,7 +77,7 @@ double target_gradient(const pk_head_backward_args& args, int64_t token, double 
   const double curvature = p == 0.0 ? 0.0 : p * (log_p + entropy);
   const double share = args.head.softcap == 0.0 ? 0.0 : z / args.head.softcap;
   // expm1: 1 - p has no digits left if p is near 1.
-  return (-grad_logp * std::expm1(log_p) - grad_entropy * curvature) / args.head.temperature * (1.0 - share * share);
+  return (own - grad_logp - grad_logp * std::expm1(log_p) - grad_entropy * curvature) / args.head.temperature * (1.0 - share * share);
 }
 
 class Backward {
@@ -194,9 +207,11 @@ class Backward {
     for (int64_t r = there; r < layout_.block; ++r) put_row_of_zeros(slot, at + r);
     for (int64_t lane = 0; lane < std::min(lanes_, head_.n_tokens - panel * lanes_); ++lane) {
       const int64_t token = panel * lanes_ + lane;
-      const int64_t r = head_.ids[token] - block.first();
-      if (r < 0 || r >= there) continue;
-      put(slot, at + r, lane, static_cast<float>(target_gradient(args_, token, tile[r * lanes_ + lane])));
+      for (int64_t i = token * head_.n_ids; i < (token + 1) * head_.n_ids; ++i) {
+        const int64_t id = head_.ids[i], r = id - block.first();
+        if (r < 0 || r >= there) continue;
+        put(slot, at + r, lane, static_cast<float>(target_gradient(args_, token, id, tile[r * lanes_ + lane])));
+      }
     }
   }
 

@@ -1,7 +1,8 @@
 // Log-probs of tokens from hidden states and an output layer. A task is a segment of the vocabulary for some panels of
 // tokens; it packs one block of the vocabulary after another and takes each tile of logits, while it is in cache, into the
 // softmax of its tokens. The segments of a token are then joined in their order, whoever made them. As in log_probs.cpp
-// the target is left out of the sums and joined in double.
+// the target is left out of the sums and joined in double. Of several ids a token the first is the target; the logits of
+// the others wait in place of their log-probs for the sum, from which these follow as everywhere (ops/_several_ids.py).
 
 #include <cmath>
 #include <limits>
@@ -38,7 +39,7 @@ class Partials {
 
   LaneSoftmax at(int64_t segment, int64_t panel) const {
     float* begin = state_.floats((segment * panels_ + panel) * columns_ * lanes_);
-    return {begin, begin + lanes_, columns_ == 3 ? begin + 2 * lanes_ : nullptr};
+    return {begin, begin + lanes_, columns_ == 3 ? begin + 2 * lanes_ : nullptr, nullptr};
   }
   void clear(int64_t segment, int64_t panel) const {
     const LaneSoftmax state = at(segment, panel);
@@ -52,17 +53,18 @@ class Partials {
   Buffer state_, target_;
 };
 
-struct Chunk {
-  int64_t first;  // token
-  int64_t panels;
-};
-
-void take_tile(const pk_head& head, const HeadLayout& layout, const BlockLogits& block, int64_t first_token,
+void take_tile(const pk_head_forward_args& args, const HeadLayout& layout, const BlockLogits& block, int64_t first_token,
                float* tile, const LaneSoftmax& state, float* targets) {
+  const pk_head& head = args.head;
   const int64_t lanes = layout.kernels.lanes;
   const int64_t there = std::min(lanes, head.n_tokens - first_token);
   for (int64_t lane = 0; lane < there; ++lane) {
-    const int64_t row = head.ids[first_token + lane] - block.first();
+    const int64_t at = (first_token + lane) * head.n_ids;
+    for (int64_t i = at + 1; i < at + head.n_ids; ++i) {
+      const int64_t row = head.ids[i] - block.first();
+      if (row >= 0 && row < block.n_rows()) args.logp[i] = tile[row * lanes + lane];
+    }
+    const int64_t row = head.ids[at] - block.first();
     if (row < 0 || row >= block.n_rows()) continue;
     targets[lane] = tile[row * lanes + lane];
     tile[row * lanes + lane] = -kInf;
@@ -71,7 +73,7 @@ void take_tile(const pk_head& head, const HeadLayout& layout, const BlockLogits&
   layout.kernels.softmax(tile, block.n_rows(), scale, state);
   if (head.kept == nullptr) return;
   for (int64_t lane = 0; lane < there; ++lane) {
-    const int64_t row = head.ids[first_token + lane] - block.first();
+    const int64_t row = head.ids[(first_token + lane) * head.n_ids] - block.first();
     if (row >= 0 && row < block.n_rows()) tile[row * lanes + lane] = targets[lane];
   }
 }
@@ -79,10 +81,11 @@ void take_tile(const pk_head& head, const HeadLayout& layout, const BlockLogits&
 void finish_token(const pk_head_forward_args& args, int64_t token, double highest, double others, double weighted,
                   double target) {
   const double log2_scale = 1.0 / (args.head.temperature * kLn2);
+  const int64_t at = token * args.head.n_ids;
   const double top = std::max(highest, target);
   if (top == -kInf || std::isnan(others) || std::isnan(target)) {
     // Nothing but -inf: no distribution. Or a NaN somewhere.
-    args.logp[token] = static_cast<float>(kNaN);
+    std::fill_n(args.logp + at, args.head.n_ids, static_cast<float>(kNaN));
     args.lse[token] = std::isnan(others) || std::isnan(target) ? static_cast<float>(kNaN) : -kInf;
     if (args.entropy != nullptr) args.entropy[token] = static_cast<float>(kNaN);
     return;
@@ -95,8 +98,11 @@ void finish_token(const pk_head_forward_args& args, int64_t token, double highes
   const double sum = others + p;
   const double log_sum = std::log(sum);
   // log1p, because beside a 1 the others would lose their digits; where the target vanishes there is nothing to lose.
-  args.logp[token] = static_cast<float>(p > 1e-280 ? -std::log1p(others / p) : kLn2 * t - log_sum);
+  args.logp[at] = static_cast<float>(p > 1e-280 ? -std::log1p(others / p) : kLn2 * t - log_sum);
   args.lse[token] = static_cast<float>(top / args.head.temperature + log_sum);
+  for (int64_t i = at + 1; i < at + args.head.n_ids; ++i) {
+    args.logp[i] = static_cast<float>(args.logp[i] / args.head.temperature - static_cast<double>(args.lse[token]));
+  }
   if (args.entropy == nullptr) return;
   const double moved = (factor == 0.0 ? 0.0 : factor * weighted + step * others) + (p == 0.0 ? 0.0 : p * t);
   args.entropy[token] = static_cast<float>(log_sum - kLn2 * moved / sum);
@@ -116,7 +122,9 @@ void finish_panel(const pk_head_forward_args& args, const HeadLayout& layout, co
   }
 }
 
-void forward(const pk_head_forward_args& args) {
+}  // namespace
+
+void head_forward(const pk_head_forward_args& args, float* highest) {
   const pk_head& head = args.head;
   const HeadLayout layout(head.n_vocabulary, head.depth, head.dtype);
   const int64_t lanes = layout.kernels.lanes;
@@ -157,8 +165,11 @@ void forward(const pk_head_forward_args& args) {
               tile = head.kept + (first / lanes + panel) * layout.kept_floats() + b * layout.tile_floats();
             }
             block.logits(panels.bytes(panel * layout.panel_bytes()), tile);
-            take_tile(head, layout, block, first + panel * lanes, tile, partials.at(segment, panel),
-                      partials.targets(panel));
+            LaneSoftmax state = partials.at(segment, panel);
+            if (highest != nullptr) {
+              state.of_tile = highest + b * layout.panels(head.n_tokens) * lanes + first + panel * lanes;
+            }
+            take_tile(args, layout, block, first + panel * lanes, tile, state, partials.targets(panel));
           }
         }
       }
@@ -170,10 +181,8 @@ void forward(const pk_head_forward_args& args) {
   }
 }
 
-}  // namespace
-
 bool valid_head(const pk_head& head) {
-  return head.n_tokens >= 0 && head.n_vocabulary >= 1 && head.depth >= 1 && head.temperature > 0.0 && head.softcap >= 0.0 &&
+  return head.n_tokens >= 0 && head.n_vocabulary >= 1 && head.depth >= 1 && head.n_ids >= 1 && head.temperature > 0.0 && head.softcap >= 0.0 &&
          (head.dtype == PK_FLOAT32 || head.dtype == PK_BFLOAT16 || head.dtype == PK_FLOAT16);
 }
 
@@ -212,7 +221,7 @@ void BlockLogits::logits(const char* panel, float* tile) const {
 
 extern "C" int pk_cpu_head_forward(const pk_head_forward_args* args) {
   if (args == nullptr || !pk::valid_head(args->head)) return PK_BAD_ARGUMENT;
-  pk::forward(*args);
+  pk::head_forward(*args, nullptr);
   return PK_OK;
 }
 

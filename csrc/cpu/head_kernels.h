@@ -34,6 +34,7 @@ struct LaneSoftmax {
   float* highest;
   float* sum;
   float* weighted;  // or null
+  float* of_tile = nullptr;  // or where the largest logit of the tile being taken is left, by itself
 };
 
 // d loss / dz = 2^t (a + b t), t = z * scale + bias. Where z is capped the logit's own gradient is (1 - (z / softcap)^2)

@@ -284,6 +284,7 @@ PK_INLINE void softmax_of(const float* tile, int64_t n_rows, F scale, const Lane
     for (int j = 0; j < 2; ++j) highest[j] = max(load_as<F>(tile + r * kPanel + j * kLanes), highest[j]);
   }
   for (int j = 0; j < 2; ++j) {
+    if (state.of_tile != nullptr) store_as(state.of_tile + j * kLanes, highest[j]);
     highest[j] = max(highest[j], load_as<F>(state.highest + j * kLanes));
     top[j] = origin(highest[j]);
     sum[j] = weighted[j] = F{};

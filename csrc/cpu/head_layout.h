@@ -38,6 +38,7 @@ struct HeadLayout {
   static constexpr int64_t kMostRows = 192;           // of a block, so that its tile stays in the first level
   static constexpr int64_t kSegments = 64;            // of the vocabulary, to share among threads
   static constexpr int64_t kTokenBytes = 4 << 20;     // of the panels of a chunk of tokens
+  static constexpr int64_t kStateBytes = 8 << 20;     // of the softmax of a chunk of tokens in every segment
 
   const HeadKernels& kernels;
   int64_t depth;        // padded
@@ -70,7 +71,10 @@ struct HeadLayout {
   int64_t tile_floats() const { return block * kernels.lanes; }
   // Kept logits: one panel after the other, all of the vocabulary in each.
   int64_t kept_floats() const { return padded_vocabulary * kernels.lanes; }
-  int64_t chunk_panels() const { return std::max<int64_t>(1, kTokenBytes / std::max<int64_t>(panel_bytes(), 2048)); }
+  int64_t state_floats() const { return n_segments * 3 * kernels.lanes; }  // of a panel
+  int64_t chunk_panels() const {
+    return std::max<int64_t>(1, std::min(kTokenBytes / panel_bytes(), kStateBytes / (4 * state_floats())));
+  }
 };
 
 inline HeadMatrix hidden_of(const pk_head& head) {
@@ -82,6 +86,10 @@ inline HeadMatrix weight_of(const pk_head& head) {
 }
 
 bool valid_head(const pk_head& head);
+
+// `highest`, [n_blocks][tokens of whole panels] or null: the largest logit of each block of the vocabulary, but for the
+// token's first id.
+void head_forward(const pk_head_forward_args& args, float* highest);
 
 // One block of the vocabulary, packed, and its logits for one panel of tokens after another.
 class BlockLogits {

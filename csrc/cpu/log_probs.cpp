@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <vector>
 
 #include "pk/abi.h"
 #include "half.h"
@@ -101,11 +102,20 @@ bool take_rest(const void* z, int64_t n, int64_t id, int32_t dtype, double targe
   return take(z, id, &rest) && take(at(z, id + 1, dtype), n - id - 1, &rest);
 }
 
-RowResult forward_row(const void* z, int64_t n, int64_t id, int32_t dtype, double temperature, bool with_entropy) {
+// The sums of a row's blocks: those before the target, then those after it. Not known where a row is computed in double.
+struct RowBlocks {
+  std::vector<BlockTotal> totals;
+  bool known = false;
+  explicit RowBlocks(int64_t n) : totals(static_cast<size_t>(n / kSoftmaxBlock + 2)) {}
+};
+
+RowResult forward_row(const void* z, int64_t n, int64_t id, int32_t dtype, double temperature, bool with_entropy,
+                      RowBlocks* blocks = nullptr) {
   const double log2_scale = 1.0 / (temperature * kLn2);
   const float infinity = std::numeric_limits<float>::infinity();
-  const RowSoftmax nothing{static_cast<float>(log2_scale), -infinity, 0.0, 0.0, 0.0};
+  const RowSoftmax nothing{static_cast<float>(log2_scale), -infinity, 0.0, 0.0, 0.0, nullptr};
   RowSoftmax rest = nothing;
+  if (blocks != nullptr) rest.blocks = blocks->totals.data();
   const double target = value_at(z, id, dtype);
   // A target of +inf has no log-probability: the double path gives NaN, as for +inf anywhere else in the row.
   if (target == kInf) return forward_in_double(z, n, id, dtype, temperature);
@@ -114,6 +124,7 @@ RowResult forward_row(const void* z, int64_t n, int64_t id, int32_t dtype, doubl
     // Only -inf (or NaN, which is in the sum): no distribution.
     return {kNaN, std::isnan(rest.sum) || std::isnan(target) ? kNaN : -kInf, kNaN};
   }
+  if (blocks != nullptr) blocks->known = true;
   // The sums are relative to the rounded bias; this corrects its rounding error.
   const double others = rest.sum * std::exp2(-rest.offset);
   const double t = (target - rest.highest) * log2_scale;
@@ -134,6 +145,55 @@ RowResult forward_row(const void* z, int64_t n, int64_t id, int32_t dtype, doubl
   }
   return result;
 }
+
+// Finds the candidates of a row: ids and logits with z / temperature >= lse + log_min_prob, ascending.
+class RowSearch {
+ public:
+  RowSearch(const pk_candidates_args& args, int64_t row, const void* z, double lse)
+      : args_(args), z_(z), ids_(args.found_ids + row * args.n_slots), found_(args.found + row * args.n_slots) {
+    constexpr double kSlack = 1e-5;  // nats: the caller decides with the lse of the whole vocabulary
+    log_least_ = lse + args.log_min_prob - kSlack;
+    const float least = static_cast<float>(log_least_ * args.temperature);
+    threshold_ = std::nextafterf(least, -std::numeric_limits<float>::infinity());
+  }
+
+  void in(int64_t begin, int64_t end) {
+    while (begin < end) {
+      begin += row_kernels().search[args_.dtype](at(z_, begin, args_.dtype), end - begin, threshold_);
+      const int64_t stop = std::min(end, begin + kSearchBlock);
+      for (; begin < stop && count_ < args_.n_slots; ++begin) {
+        const double value = value_at(z_, begin, args_.dtype);
+        if (!(value >= threshold_)) continue;
+        ids_[count_] = begin;
+        found_[count_++] = static_cast<float>(value);
+      }
+      if (count_ == args_.n_slots) return;
+    }
+  }
+
+  // In those of the blocks from `begin` on whose sum is that of a candidate at least; returns the first one not used.
+  const BlockTotal* in_blocks(const BlockTotal* block, int64_t begin, int64_t end) {
+    const double scale = 1.0 / (args_.temperature * kLn2);
+    for (; begin < end; begin += kSoftmaxBlock, ++block) {
+      const double highest = block->highest * scale;
+      const double total = std::log2(block->sum) + highest - block->offset;
+      // Exponents in float are off by the rounding of large logits.
+      if (total >= log_least_ / kLn2 - 1e-3 - std::fabs(highest) * 0x1p-21) {
+        in(begin, std::min(end, begin + kSoftmaxBlock));
+      }
+    }
+    return block;
+  }
+
+ private:
+  const pk_candidates_args& args_;
+  const void* z_;
+  int64_t* ids_;
+  float* found_;
+  int64_t count_ = 0;
+  double log_least_;
+  float threshold_;
+};
 
 // The same formulas in double, one element at a time, for rows that the float loops cannot handle.
 void backward_in_double(const pk_log_probs_grad_args& args, const char* z, char* out, int64_t row, double entropy) {
@@ -213,6 +273,42 @@ extern "C" int pk_cpu_log_probs_forward(const pk_log_probs_args* args) {
     model.logp[row] = static_cast<float>(result.logp);
     model.lse[row] = static_cast<float>(result.lse);
     if (model.entropy != nullptr) model.entropy[row] = static_cast<float>(result.entropy);
+  }
+  return PK_OK;
+}
+
+extern "C" int pk_cpu_candidates(const pk_candidates_args* args) {
+  using namespace pk;
+  if (args == nullptr || !known_dtype(args->dtype) || !(args->temperature > 0.0)) return PK_BAD_ARGUMENT;
+  if (args->n_slots < 1 || !(args->log_min_prob <= 0.0)) return PK_BAD_ARGUMENT;
+  if (const int status = check_rows(*args)) return status;
+  const int threads = thread_count(args->n_threads, args->n_rows, args->n_rows * args->n_cols);
+  (void)threads;
+#pragma omp parallel for schedule(dynamic, kRowsPerChunk) num_threads(threads) if (threads > 1)
+  for (int64_t row = 0; row < args->n_rows; ++row) {
+    int64_t* ids = args->found_ids + row * args->n_slots;
+    float* found = args->found + row * args->n_slots;
+    std::fill(ids, ids + args->n_slots, int64_t{-1});
+    std::fill(found, found + args->n_slots, -std::numeric_limits<float>::infinity());
+    RowResult result{0.0, 0.0, 0.0};
+    if (read_row(args->mask, row)) {
+      const char* z = at(args->logits, row * args->stride, args->dtype);
+      const int64_t id = args->ids[row];
+      RowBlocks blocks(args->n_cols);
+      result = forward_row(z, args->n_cols, id, args->dtype, args->temperature, false, &blocks);
+      RowSearch search(*args, row, z, result.lse);
+      if (!std::isfinite(result.lse)) {
+        // No distribution: nothing to find.
+      } else if (!blocks.known) {
+        search.in(0, args->n_cols);
+      } else {
+        const BlockTotal* rest = search.in_blocks(blocks.totals.data(), 0, id);
+        search.in(id, id + 1);
+        search.in_blocks(rest, id + 1, args->n_cols);
+      }
+    }
+    args->logp[row] = static_cast<float>(result.logp);
+    args->lse[row] = static_cast<float>(result.lse);
   }
   return PK_OK;
 }

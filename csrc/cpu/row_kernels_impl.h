@@ -12,7 +12,7 @@ namespace pk {
 namespace PK_ISA {
 namespace {
 
-constexpr int64_t kBlock = 4096;         // logits between two checks of the sum; at most 64 additions per lane
+constexpr int64_t kBlock = kSoftmaxBlock;  // at most 64 additions per lane
 constexpr float kLargestSum = 16384.0f;  // of a block: beyond it exponents lose digits, and the bias must be raised
 constexpr float kInf = __builtin_inff();
 
@@ -142,6 +142,7 @@ bool softmax(const void* logits, int64_t n, RowSoftmax* state) {
       sum = sum_of(block.sum);
     }
     state->sum += static_cast<double>(sum);
+    if (state->blocks != nullptr) *state->blocks++ = {state->highest, state->offset, static_cast<double>(sum)};
     if (kWeighted) state->weighted += static_cast<double>(sum_of(block.weighted));
   }
   return true;
@@ -195,6 +196,16 @@ void gradient(const void* logits, int64_t n, const RowGradient& by, bool stream,
   gradient_row<T, kWeighted, false>(z, n, by, to);
 }
 
+template <typename T>
+int64_t search(const void* logits, int64_t n, float threshold) {
+  const T* z = static_cast<const T*>(logits);
+  for (int64_t start = 0; start < n; start += kSearchBlock) {
+    const int64_t size = n - start < kSearchBlock ? n - start : kSearchBlock;
+    if (highest_of(z + start, size) >= threshold) return start;
+  }
+  return n;
+}
+
 }  // namespace
 }  // namespace PK_ISA
 
@@ -213,6 +224,7 @@ const RowKernels PK_TABLE(PK_ISA) = {
     {{PK_ISA::gradient<float, false>, PK_ISA::gradient<float, true>},
      {PK_ISA::gradient<bfloat16, false>, PK_ISA::gradient<bfloat16, true>},
      {PK_ISA::gradient<float16, false>, PK_ISA::gradient<float16, true>}},
+    {PK_ISA::search<float>, PK_ISA::search<bfloat16>, PK_ISA::search<float16>},
 };
 
 }  // namespace pk

@@ -52,6 +52,7 @@ def backends(device: torch.device) -> list[str]:
 def cases(sizes: Sizes, device: torch.device, dtype: torch.dtype, ops: list[str]) -> Iterator[Case]:
     """One after another, so that only one case's inputs are in memory."""
     makers = {
+        "candidates": _candidates,
         "log_probs": _log_probs,
         "log_ratios": _log_ratios,
         "linear_log_probs": _linear_log_probs,
@@ -69,7 +70,7 @@ def cases(sizes: Sizes, device: torch.device, dtype: torch.dtype, ops: list[str]
 
 def bytes_needed(op: str, sizes: Sizes, device: torch.device) -> int:
     """About what the case takes: on a GPU at least, as it can say "out of memory"; on a CPU, which cannot, at most."""
-    if op not in ("log_probs", "log_ratios") and not op.startswith("linear"):
+    if op not in ("candidates", "log_probs", "log_ratios") and not op.startswith("linear"):
         return 200 * sizes.packed
     logits = sizes.tokens * sizes.vocabulary * (3 if op == "log_ratios" else 1)
     head = 16 * sizes.vocabulary * sizes.width
@@ -100,6 +101,25 @@ def _log_probs(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Case:
         pk.log_probs,
         _ways("log_probs", formulas.log_probs, device),
         {FORWARD: logits.nbytes, BACKWARD: 2 * logits.nbytes},
+        {},
+    )
+
+
+def _candidates(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Case:
+    logits = _leaf(sizes.tokens, sizes.vocabulary, scale=3.0, device=device, dtype=dtype)
+
+    def ours(logits: Tensor, ids: Tensor, backend: str | None = None) -> tuple[Tensor, ...]:
+        found = pk.candidates(logits, ids, backend=backend)
+        return _tensors((found.token_logp, found.logp.exp()))
+
+    return Case(
+        "candidates",
+        f"{sizes.tokens} x {sizes.vocabulary}",
+        (FORWARD,),
+        [logits, _ids(sizes, device)],
+        ours,
+        _ways("candidates", formulas.candidates, device),
+        {FORWARD: logits.nbytes},
         {},
     )
 
@@ -210,6 +230,11 @@ def _packed(op: str, sizes: Sizes, device: torch.device) -> Case:
     def ppo(logp: Tensor, old: Tensor, advantages: Tensor, backend: str | None) -> Tensor:
         return pk.ppo_loss(logp, old, advantages, backend=backend).loss
 
+    def distribution(logp: Tensor, old: Tensor, advantages: Tensor, backend: str | None) -> Tensor:
+        # Of four candidates a position.
+        columns = (each[: len(each) // 4 * 4].view(-1, 4) for each in (logp, old - 4.0, advantages))
+        return pk.distribution_ppo_loss(*columns, backend=backend).loss
+
     def scan(values: Tensor, backend: str | None) -> Tensor:
         return pk.segment_scan(values, cu, gamma=0.95, reverse=True, backend=backend)
 
@@ -226,6 +251,7 @@ def _packed(op: str, sizes: Sizes, device: torch.device) -> Case:
         "step_rewards": (lambda x, backend: pk.step_rewards(x, steps, cu, backend=backend), [logp], FORWARD, move),
         "rloo_advantages": (rloo, [logp, outcomes], FORWARD, 3 * move),
         "ppo_loss": (ppo, [logp, old, advantages], BOTH, 4 * move),
+        "distribution_ppo_loss": (distribution, [logp, old, advantages], BOTH, 4 * move),
         "prm_loss": (prm, [logp, outcomes], BOTH, 2 * move),
         "pack": (pack, [padded], FORWARD, 2 * move),
         "unpack": (unpack, [logp], FORWARD, move + 4 * longest * responses),

@@ -22,6 +22,12 @@ def entropy(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     return log_p.gather(-1, ids[:, None]).squeeze(-1), -(log_p.exp() * log_p).sum(-1)
 
 
+def candidates(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    log_p = logits.float().log_softmax(-1)
+    best = log_p.topk(10, -1).values.exp()
+    return log_p.gather(-1, ids[:, None]).squeeze(-1), best.where(best >= 0.1, 0.0)
+
+
 def linear_log_probs(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
     return log_probs(hidden @ weight.T, ids)
 

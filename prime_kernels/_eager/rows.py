@@ -5,8 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from prime_kernels._backends import RowGradient, RowResults
+from prime_kernels._backends import RowCandidates, RowGradient, RowResults
 from prime_kernels._segment_math import result_dtype
+
+SEARCH_SLACK = 1e-5
+"""Nats by which a search goes below its bound: the caller decides with the lse of the whole vocabulary."""
 
 
 def token_log_probs(
@@ -26,6 +29,31 @@ def token_log_probs(
         columns.append([(each if mask is None else each.masked_fill(~mask, 0.0)).to(dtype) for each in found])
     logp, lse, *entropy = (torch.stack(column) for column in zip(*columns, strict=True))
     return RowResults(logp, lse, entropy[0] if entropy else None)
+
+
+def token_candidates(
+    logits: Tensor, ids: Tensor, mask: Tensor | None, temperature: float, log_min_prob: float, slots: int
+) -> RowCandidates:
+    """Results [N] of logits [N, V] and the tokens with a log-probability of at least ``log_min_prob``."""
+    results = token_log_probs([logits], ids, mask, [temperature], False).only_model()
+    return searched(results, logits, mask, temperature, log_min_prob, slots)
+
+
+def searched(
+    results: RowResults, logits: Tensor, mask: Tensor | None, temperature: float, log_min_prob: float, slots: int
+) -> RowCandidates:
+    """What :func:`token_candidates` finds, from the results of scored rows, by torch.topk: a second pass."""
+    found, found_ids = logits.topk(min(slots, logits.shape[-1]), -1)
+    found = found.to(result_dtype(logits))
+    # Comparisons with NaN, as where a row has no distribution, are false.
+    good = found / temperature - results.lse.unsqueeze(-1) >= log_min_prob - SEARCH_SLACK
+    good &= results.lse.isfinite().unsqueeze(-1)
+    if mask is not None:
+        good &= mask.unsqueeze(-1)
+    found_ids, order = found_ids.where(good, logits.shape[-1]).sort(-1)
+    good = good.gather(-1, order)
+    found = found.gather(-1, order).where(good, -torch.inf)
+    return RowCandidates(results.logp, results.lse, found_ids.where(good, -1), found)
 
 
 def logits_gradient(

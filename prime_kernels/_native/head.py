@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from prime_kernels._backends import HeadGradients, LinearHead, RowGradient, RowResults
+from prime_kernels._backends import HeadGradients, LinearHead, RowCandidates, RowGradient, RowResults
 from prime_kernels._layout import column
 from prime_kernels._native import _C, DTYPES, address
 
@@ -20,17 +20,37 @@ CPU = torch.device("cpu")
 
 
 def token_log_probs(head: LinearHead, with_entropy: bool, keep: bool = False) -> tuple[RowResults, Tensor | None]:
-    """Results [N], and with ``keep`` the float32 logits, in an order that only :func:`gradients` knows."""
+    """Results, and with ``keep`` the float32 logits, in an order that only :func:`gradients` knows."""
     kept = None
     if keep:
         n_tokens, depth, dtype = *head.hidden.shape, DTYPES[head.hidden.dtype]
         size = _C.head_kept_floats(n_tokens=n_tokens, n_vocabulary=len(head.weight), depth=depth, dtype=dtype)
         kept = torch.empty(size, dtype=torch.float32, device=CPU)
     arguments = _Arguments(head, kept)
-    logp = torch.empty(len(head.hidden), dtype=torch.float32, device=CPU)
-    lse, entropy = torch.empty_like(logp), torch.empty_like(logp) if with_entropy else None
+    logp = torch.empty(head.ids.shape, dtype=torch.float32, device=CPU)
+    lse = torch.empty(len(head.hidden), dtype=torch.float32, device=CPU)
+    entropy = torch.empty_like(lse) if with_entropy else None
     _C.head_forward(**arguments.fields, logp=logp.data_ptr(), lse=lse.data_ptr(), entropy=address(entropy))
     return RowResults(logp, lse, entropy), kept
+
+
+def token_candidates(head: LinearHead, log_min_prob: float, slots: int) -> RowCandidates:
+    """Results of one id a token with the bits of :func:`token_log_probs`, and its candidates."""
+    arguments, n_tokens = _Arguments(head, None), len(head.hidden)
+    assert head.ids.ndim == 1
+    logp, lse = torch.empty(2, n_tokens, dtype=torch.float32, device=CPU)
+    found_ids = torch.empty(n_tokens, slots, dtype=torch.int64, device=CPU)
+    found = torch.empty(n_tokens, slots, dtype=torch.float32, device=CPU)
+    _C.head_candidates(
+        **arguments.fields,
+        logp=logp.data_ptr(),
+        lse=lse.data_ptr(),
+        log_min_prob=log_min_prob,
+        n_slots=slots,
+        found_ids=found_ids.data_ptr(),
+        found=found.data_ptr(),
+    )
+    return RowCandidates(logp, lse, found_ids, found)
 
 
 def gradients(
@@ -38,7 +58,11 @@ def gradients(
 ) -> HeadGradients:
     """Gradients of hidden, weight and bias where ``wanted``; ``kept`` as :func:`token_log_probs` returned it."""
     arguments = _Arguments(head, kept)
-    lse, entropy, grad_logp, grad_entropy = (column(each, torch.float32, len(head.hidden), CPU) for each in gradient)
+    lse, entropy, grad_entropy = (
+        column(each, torch.float32, len(head.hidden), CPU)
+        for each in (gradient.lse, gradient.entropy, gradient.grad_entropy)
+    )
+    grad_logp = column(gradient.grad_logp, torch.float32, head.ids.numel(), CPU)
     results = HeadGradients(
         *(
             None if part is None or not want else torch.empty(part.shape, dtype=part.dtype, device=CPU)
@@ -65,7 +89,8 @@ class _Arguments:
         hidden, weight = _rows(head.hidden), _rows(head.weight)
         assert weight.shape[1] == hidden.shape[1] and weight.dtype == hidden.dtype
         assert hidden.device == weight.device == CPU
-        ids = column(head.ids, torch.int64, len(hidden), CPU)
+        n_ids = 1 if head.ids.ndim == 1 else head.ids.shape[1]
+        ids = column(head.ids, torch.int64, len(hidden) * n_ids, CPU)
         bias = column(head.bias, hidden.dtype, len(weight), CPU)
         self.tensors = (hidden, weight, ids, bias, kept)
         self.fields: dict[str, int | float] = {
@@ -82,6 +107,7 @@ class _Arguments:
             "temperature": head.temperature,
             "softcap": 0.0 if head.softcap is None else head.softcap,
             "ids": address(ids),
+            "n_ids": n_ids,
             "kept": address(kept),
             "n_threads": torch.get_num_threads(),
         }

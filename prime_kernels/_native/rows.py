@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from prime_kernels._backends import RowGradient, RowResults
+from prime_kernels._backends import RowCandidates, RowGradient, RowResults
+from prime_kernels._eager.rows import searched
 from prime_kernels._layout import column, is_rows, mask_column, row_stride
 from prime_kernels._native import _C, DTYPES, address
 
@@ -49,6 +50,46 @@ def token_log_probs(
         with torch.cuda.device(device):
             _C.cuda_log_probs_forward(**common, stream=torch.cuda.current_stream(device).cuda_stream)
     return RowResults(logp, lse, entropy)
+
+
+def token_candidates(
+    logits: Tensor, ids: Tensor, mask: Tensor | None, temperature: float, log_min_prob: float, slots: int
+) -> RowCandidates:
+    """Results and candidates of logits [N, V]: one pass on CPUs; on CUDA torch.topk comes after the kernel."""
+    (rows, vocabulary), device = logits.shape, logits.device
+    if device.type != "cpu":
+        return candidates_after(logits, ids, mask, temperature, log_min_prob, slots)
+    assert is_rows(logits)
+    ids, mask = column(ids, torch.int64, rows, device), mask_column(mask, rows, device)
+    logp, lse = torch.empty(2, rows, dtype=torch.float32, device=device)
+    found_ids = torch.empty(rows, slots, dtype=torch.int64, device=device)
+    found = torch.empty(rows, slots, dtype=torch.float32, device=device)
+    _C.candidates(
+        logits=logits.data_ptr(),
+        stride=row_stride(logits),
+        dtype=DTYPES[logits.dtype],
+        ids=ids.data_ptr(),
+        mask=address(mask),
+        n_rows=rows,
+        n_cols=vocabulary,
+        temperature=temperature,
+        log_min_prob=log_min_prob,
+        n_slots=slots,
+        logp=logp.data_ptr(),
+        lse=lse.data_ptr(),
+        found_ids=found_ids.data_ptr(),
+        found=found.data_ptr(),
+        n_threads=torch.get_num_threads(),
+    )
+    return RowCandidates(logp, lse, found_ids, found)
+
+
+def candidates_after(
+    logits: Tensor, ids: Tensor, mask: Tensor | None, temperature: float, log_min_prob: float, slots: int
+) -> RowCandidates:
+    """What :func:`token_candidates` is on CUDA."""
+    results = token_log_probs([logits], ids, mask, [temperature], False).only_model()
+    return searched(results, logits, mask, temperature, log_min_prob, slots)
 
 
 def logits_gradient(

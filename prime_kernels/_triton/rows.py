@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from prime_kernels._backends import RowGradient, RowResults
+from prime_kernels._backends import RowCandidates, RowGradient, RowResults
+from prime_kernels._eager.rows import searched
 from prime_kernels._layout import column, is_rows, mask_column, row_stride
 from prime_kernels._triton._launch import device_of, on_device
 from prime_kernels._triton._launch_config import Config, choose
@@ -72,6 +73,14 @@ def token_log_probs(
                 partial, *inverses, mask, *outputs, rows, **common, ONE_OWNER=False, num_warps=1
             )
     return RowResults(logp, lse, entropy)
+
+
+def token_candidates(
+    logits: Tensor, ids: Tensor, mask: Tensor | None, temperature: float, log_min_prob: float, slots: int
+) -> RowCandidates:
+    """Results and candidates of logits [N, V]; torch.topk comes after the kernel."""
+    results = token_log_probs([logits], ids, mask, [temperature], False).only_model()
+    return searched(results, logits, mask, temperature, log_min_prob, slots)
 
 
 def logits_gradient(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from prime_kernels import _backends, _checks
-from prime_kernels._backends import RowGradient, RowKernels, RowResults
+from prime_kernels._backends import RowCandidates, RowGradient, RowKernels, RowResults
 from prime_kernels._segment_math import result_dtype
 
 # Capped logits of one model alive at once: 4 MiB of float32 for a thread of a CPU; 128 MiB on a GPU, where a smaller
@@ -65,6 +65,16 @@ class CappedRows(NamedTuple):
             row_mask = None if mask is None else mask[rows]
             parts.append(self.kernels.token_log_probs(capped, ids[rows], row_mask, temperatures, with_entropy))
         return parts[0] if len(parts) == 1 else RowResults.cat(parts, 1)
+
+    def token_candidates(
+        self, logits: Tensor, ids: Tensor, mask: Tensor | None, temperature: float, log_min_prob: float, slots: int
+    ) -> RowCandidates:
+        parts = []
+        for rows in _blocks(logits):
+            row_mask = None if mask is None else mask[rows]
+            columns = (self._cap(logits[rows]), ids[rows], row_mask)
+            parts.append(self.kernels.token_candidates(*columns, temperature, log_min_prob, slots))
+        return RowCandidates(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
     def logits_gradient(
         self,

@@ -1,10 +1,10 @@
 """Log-probs of an output layer without all of its logits at once, and their gradients.
 
-CPUs have kernels for a whole head (_native/head.py). Other backends work in tiles: a library product into a buffer,
-then the row kernels on it while it is in the cache. A tile holds the logits of some tokens and part of the vocabulary.
-Forward merges the softmax of a token's tiles; backward recomputes a tile and overwrites it with its gradient. Scratch
-memory is one tile for any number of tokens and any vocabulary. If all logits are few enough, they are kept instead,
-which saves one of four products.
+CPUs have kernels for a whole head and one id a token (_native/head.py). Everything else works in tiles: a library
+product into a buffer, then the row kernels on it while it is in the cache. A tile holds the logits of some tokens and
+part of the vocabulary. Forward merges the softmax of a token's tiles; backward recomputes a tile and overwrites it with
+its gradient. Scratch memory is one tile for any number of tokens and any vocabulary. If all logits are few enough, they
+are kept instead, which saves one of four products.
 
 Logits are float32, for 16-bit inputs too, unless the head rounds them as its own layer does.
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from prime_kernels import _backends, _tuning
-from prime_kernels._backends import HeadGradients, LinearHead, RowGradient, RowResults
+from prime_kernels._backends import GradientKernel, HeadGradients, LinearHead, RowGradient, RowResults
 from prime_kernels._segment_math import result_dtype
 from prime_kernels.ops import _fused_tiles
 from prime_kernels.ops._softcap import row_kernels
@@ -187,16 +187,22 @@ def head_log_probs(
 
 
 def head_gradients(
-    head: LinearHead, gradient: RowGradient, wanted: Sequence[bool], backend: str, kept: Tensor | None = None
+    head: LinearHead,
+    gradient: RowGradient,
+    wanted: Sequence[bool],
+    backend: str,
+    kept: Tensor | None = None,
+    kernels: GradientKernel | None = None,
 ) -> HeadGradients:
     """Gradients of hidden, weight and bias where ``wanted``. Ids may lie outside the head.
 
-    ``kept`` are the logits of :func:`head_log_probs`, which may be overwritten.
+    ``kept`` are the logits of :func:`head_log_probs`, which may be overwritten. ``kernels`` stands for those of the
+    backend where a token has several ids.
     """
-    if backend in HEAD_KERNELS:
+    if kernels is None and backend in HEAD_KERNELS:
         return _backends.head(backend).gradients(head, gradient, wanted, kept)
     hidden, weight, bias = head.hidden, head.weight, head.bias
-    kernels = row_kernels(backend, head.softcap)
+    kernels = kernels or row_kernels(backend, head.softcap)
     elements = backward_elements(_kind(hidden)) * hidden.element_size() // logits_dtype(head).itemsize
     if kept is None and can_keep(head, backend):
         kept = _recompute(head)

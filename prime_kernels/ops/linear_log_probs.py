@@ -20,6 +20,7 @@ from prime_kernels._segment_math import result_dtype
 from prime_kernels.ops import _softcap
 from prime_kernels.ops import _tiled_head as tiles
 from prime_kernels.ops import log_probs as rows
+from prime_kernels.ops._several_ids import HeadLogProbs
 from prime_kernels.ops.log_ratios import LogRatios
 
 # Logits alive at once: 2^24 float32 values are 64 MiB, enough rows for a product to run at full speed.
@@ -82,7 +83,8 @@ def reference(
         checkpoint(chunk_log_probs, *piece, use_reentrant=False, preserve_rng_state=False)
         for piece in zip(tokens.hidden.split(size), tokens.ids.split(size), strict=True)
     ]
-    logp, entropy = (spread(torch.cat(column), tokens.places, ids.shape) for column in zip(*pieces, strict=True))
+    shape = head.hidden.shape[:-1]
+    logp, entropy = (spread(torch.cat(column), tokens.places, shape) for column in zip(*pieces, strict=True))
     return logp, entropy
 
 
@@ -146,14 +148,15 @@ class ValidTokens(NamedTuple):
     hidden: Tensor
     """[N, D]."""
     ids: Tensor
-    """[N]."""
+    """[N], or [N, K]."""
     places: Tensor | None
     """[N], positions in the flattened batch, or None if all tokens are valid."""
 
 
 def compact(hidden: Tensor, ids: Tensor, mask: Tensor | None) -> ValidTokens:
     """The valid tokens of a batch [...]."""
-    hidden, flat_ids = hidden.reshape(-1, hidden.shape[-1]), ids.reshape(-1)
+    flat_ids = ids.reshape(-1, ids.shape[-1]) if ids.ndim == hidden.ndim else ids.reshape(-1)
+    hidden = hidden.reshape(-1, hidden.shape[-1])
     if mask is None:
         return ValidTokens(hidden, flat_ids, None)
     valid = mask.reshape(-1).nonzero().squeeze(-1)
@@ -161,13 +164,15 @@ def compact(hidden: Tensor, ids: Tensor, mask: Tensor | None) -> ValidTokens:
 
 
 def spread(column: Tensor, places: Tensor | None, shape: torch.Size) -> Tensor:
-    """Values of the valid tokens at their positions in a batch of this shape, 0 elsewhere."""
+    """Values [N] or [N, K] of the valid tokens at their positions in a batch of this shape, 0 elsewhere."""
     if places is not None:
-        column = column.new_zeros(shape.numel()).index_put((places,), column)
-    return column.view(shape)
+        column = column.new_zeros(shape.numel(), *column.shape[1:]).index_put((places,), column)
+    return column.view(*shape, *column.shape[1:])
 
 
-def check_head(head: Head, ids: Tensor, mask: Tensor | None, prefix: str, shards: int = 1) -> Tensor:
+def check_head(
+    head: Head, ids: Tensor, mask: Tensor | None, prefix: str, shards: int = 1, several: bool = False
+) -> Tensor:
     """Check a head, or one of its equal shards, against the tokens. Returns the labels as log_probs wants them."""
     hidden, weight, bias = f"{prefix}hidden", f"{prefix}weight", f"{prefix}bias"
     _checks.floating(hidden, head.hidden)
@@ -186,7 +191,7 @@ def check_head(head: Head, ids: Tensor, mask: Tensor | None, prefix: str, shards
         _checks.device(bias, head.bias, head.hidden, hidden)
     _checks.number(f"{prefix}scale", head.scale, 0.0, math.inf, above_low=True)
     _softcap.check_softcap(f"{prefix}softcap", head.softcap)
-    return rows.check_arguments(head.hidden, ids, mask, name=hidden, vocabulary=vocabulary * shards)
+    return rows.check_arguments(head.hidden, ids, mask, name=hidden, vocabulary=vocabulary * shards, several=several)
 
 
 @overload
@@ -263,13 +268,15 @@ def linear_log_probs(
 
     On "cpu" the log-prob and the entropy of a token have the same bits whatever else is in the call: other tokens,
     their number and order, padding, the number of threads, whether a gradient or an entropy is wanted. The bits depend
-    on the processor's instruction set. On other backends the products are a library's, whose rounding may change with
+    on the processor's instruction set. Of ids [..., K] this holds for the first; the log-probs of the others agree with
+    it within the rounding of float32. On other backends the products are a library's, whose rounding may change with
     the number of tokens in a call; equal calls give equal bits there.
 
     Args:
         hidden: [..., D], float32, bfloat16 or float16 (float64 on "eager").
         weight: [V, D], the dtype of ``hidden``.
-        ids: [...], int32 or int64, in [0, V).
+        ids: [...], int32 or int64, in [0, V); or [..., K], K tokens of each position in the same pass, not with
+            ``process_group``.
         bias: [V], the dtype of ``hidden``, or None.
         mask: [...], bool, or None for all. Where False the results are exactly 0, nothing is read and nothing is
             computed. "eager" waits for the device once to count valid tokens.
@@ -287,7 +294,7 @@ def linear_log_probs(
         backend: see :mod:`prime_kernels`.
 
     Returns:
-        logp [...], or (logp, entropy): float32, float64 for float64 inputs.
+        logp in the shape of ids, or (logp, entropy [...]): float32, float64 for float64 inputs.
 
     Raises:
         TypeError: a wrong type or dtype.
@@ -298,18 +305,26 @@ def linear_log_probs(
     Source: arXiv 2502.01456, section 2; logits by chunks as in arXiv 2411.09009.
     """
     arguments = (hidden, weight, ids, bias, mask, temperature, softcap, with_entropy, logits_dtype, backend)
-    if torch.compiler.is_compiling() and process_group is None:
+    # Several ids are plain PyTorch in a graph, as the reference has them.
+    if torch.compiler.is_compiling() and process_group is None and ids.ndim != hidden.ndim:
         logp, _, entropy = torch.ops.prime_kernels.linear_log_probs(*arguments)
         return (logp, entropy) if with_entropy else logp
-    head, ids, settings = check(*arguments, process_group)
+    head, ids, settings = check(*arguments, process_group, several=True)
+    several, shape = ids.ndim == hidden.ndim, hidden.shape[:-1]
+    if several and process_group is not None:
+        raise ValueError(f"ids: expected shape {list(shape)} with process_group, got {list(ids.shape)}")
     tokens = None if settings.backend == "eager" and process_group is None else compact(head.hidden, ids, mask)
     if tokens is None or not len(tokens.hidden):
         logp, entropy = reference(head, ids, mask, settings.temperature, settings.rounded)
         return (logp, entropy) if with_entropy else logp
-    options = (settings, process_group, torch.is_grad_enabled())
-    logp, entropy = TiledLogProbs.apply(tokens.hidden, head.weight, head.bias, tokens.ids, *options)
-    logp = spread(logp, tokens.places, ids.shape)
-    return (logp, spread(entropy, tokens.places, ids.shape)) if with_entropy else logp
+    columns = (tokens.hidden, head.weight, head.bias, tokens.ids)
+    if several and settings.backend not in tiles.HEAD_KERNELS:
+        product = (settings.temperature, settings.rounded, settings.softcap)
+        logp, entropy = HeadLogProbs.apply(*columns, product, with_entropy, settings.backend)
+    else:
+        logp, entropy = TiledLogProbs.apply(*columns, settings, process_group, torch.is_grad_enabled())
+    logp = spread(logp, tokens.places, shape)
+    return (logp, spread(entropy, tokens.places, shape)) if with_entropy else logp
 
 
 class Checked(NamedTuple):
@@ -333,11 +348,12 @@ def check(
     backend: str | None,
     process_group: dist.ProcessGroup | None = None,
     operation: str = "linear_log_probs",
+    several: bool = False,
 ) -> Checked:
     """Check the arguments of :func:`linear_log_probs`; parameters in shards are gathered."""
     head = whole_head(Head(hidden, weight, bias, softcap=softcap))
     shards = 1 if process_group is None else dist.get_world_size(process_group)
-    ids = check_head(head, ids, mask, "", shards)
+    ids = check_head(head, ids, mask, "", shards, several)
     temperature = rows.check_temperature("temperature", temperature)
     _checks.flag("with_entropy", with_entropy)
     rounded, chosen = check_logits_dtype(logits_dtype), _dispatch.resolve(operation, hidden, backend)

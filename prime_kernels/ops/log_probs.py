@@ -19,10 +19,11 @@ from prime_kernels._autograd import Gradients, first_derivative_only
 from prime_kernels._backends import RowGradient, RowResults
 from prime_kernels._segment_math import result_dtype
 from prime_kernels.ops import _softcap
+from prime_kernels.ops._several_ids import LogitsLogProbs
 
 
 def reference(logits: Tensor, ids: Tensor, mask: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
-    """(logp, entropy) of each row, in float32 or float64. Masked rows are 0 and pass no gradient."""
+    """(logp, entropy) of each row and of ids [...] or [..., K], in float32 or float64. Masked rows pass no gradient."""
     scaled = logits.to(result_dtype(logits)) / temperature
     if mask is not None:
         scaled = scaled.masked_fill(~mask.unsqueeze(-1), 0.0)
@@ -31,11 +32,13 @@ def reference(logits: Tensor, ids: Tensor, mask: Tensor | None, temperature: flo
     # A row with a logit of +inf has no distribution: NaN everywhere, as the kernels have it.
     log_p = scaled - lse.masked_fill(lse == torch.inf, torch.nan)
     # sum(-1) of one term rather than squeeze: a view made under no_grad could not be changed in place later.
-    logp = log_p.gather(-1, ids.unsqueeze(-1)).sum(-1)
+    several = ids.ndim == logits.ndim
+    logp = log_p.gather(-1, ids) if several else log_p.gather(-1, ids.unsqueeze(-1)).sum(-1)
     # An impossible token has p = 0 and log p = -inf; filling before the product keeps 0 * -inf out of the gradient too.
     entropy = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum(-1)
     if mask is not None:
-        logp, entropy = logp.masked_fill(~mask, 0.0), entropy.masked_fill(~mask, 0.0)
+        logp = logp.masked_fill(~mask.unsqueeze(-1) if several else ~mask, 0.0)
+        entropy = entropy.masked_fill(~mask, 0.0)
     return logp, entropy
 
 
@@ -154,13 +157,25 @@ def gradient_of_views(
         start = piece.stop
 
 
-def check_arguments(logits: Tensor, ids: Tensor, mask: Tensor | None, *, name: str, vocabulary: int) -> Tensor:
-    """Check labels and mask against rows of ``name``; the labels as int64, masked ones replaced by 0."""
+def check_arguments(
+    logits: Tensor, ids: Tensor, mask: Tensor | None, *, name: str, vocabulary: int, several: bool = False
+) -> Tensor:
+    """Check labels and mask against rows of ``name``; the labels as int64, masked ones replaced by 0.
+
+    With ``several`` labels may also be [..., K], and the mask is [...].
+    """
     _checks.tensor("ids", ids, _checks.INTEGERS)
-    _checks.shape("ids", ids, logits.shape[:-1], f"the leading dimensions of {name}")
+    if not several or ids.ndim != logits.ndim:
+        _checks.shape("ids", ids, logits.shape[:-1], f"the leading dimensions of {name}")
+        _checks.device("ids", ids, logits, name)
+        _checks.mask(mask, ids, "ids")
+        return _checks.labels("ids", ids, mask, vocabulary)
+    if ids.shape[-1] == 0:
+        raise ValueError(f"ids: expected shape [..., K] with K of at least 1, got {list(ids.shape)}")
+    _checks.shape("ids", ids, (*logits.shape[:-1], ids.shape[-1]), f"the leading dimensions of {name}, and K")
     _checks.device("ids", ids, logits, name)
-    _checks.mask(mask, ids, "ids")
-    return _checks.labels("ids", ids, mask, vocabulary)
+    _checks.mask(mask, ids[..., 0], "the leading dimensions of ids")
+    return _checks.labels("ids", ids, None if mask is None else mask.unsqueeze(-1).expand_as(ids), vocabulary)
 
 
 def check_logits(name: str, logits: Tensor) -> None:
@@ -176,11 +191,17 @@ def check_temperature(name: str, temperature: float) -> float:
 
 
 def check(
-    logits: Tensor, ids: Tensor, mask: Tensor | None, temperature: float, with_entropy: bool, backend: str | None
+    logits: Tensor,
+    ids: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    with_entropy: bool,
+    backend: str | None,
+    several: bool = False,
 ) -> tuple[Tensor, float, str]:
     """(ids, temperature, backend) of arguments that have passed every check."""
     check_logits("logits", logits)
-    ids = check_arguments(logits, ids, mask, name="logits", vocabulary=logits.shape[-1])
+    ids = check_arguments(logits, ids, mask, name="logits", vocabulary=logits.shape[-1], several=several)
     temperature = check_temperature("temperature", temperature)
     _checks.flag("with_entropy", with_entropy)
     return ids, temperature, _dispatch.resolve("log_probs", logits, backend)
@@ -249,7 +270,8 @@ def log_probs(
     Args:
         logits: [..., V], any strides; float32, bfloat16 or float16 (float64 on "eager"). Computed in float32.
             Logits whose last stride is not 1 are copied, others are not.
-        ids: [...], int32 or int64, in [0, V).
+        ids: [...], int32 or int64, in [0, V); or [..., K], K tokens of each row in the same pass (any of them may come
+            several times). The first one's log-prob has the same bits as with it alone.
         mask: [...], bool, or None for all. Where False, the results are exactly 0 and the gradient is 0; logits
             and label are not read.
         temperature: above 0.
@@ -258,15 +280,16 @@ def log_probs(
         with_entropy: also return the entropy.
         inplace_backward: let backward write the gradient over the storage of ``logits``, which saves their size in
             memory. The logits are lost: a second backward (retain_graph) raises RuntimeError. No effect inside
-            torch.compile.
+            torch.compile; not with ids [..., K].
         backend: see :mod:`prime_kernels`.
 
     Returns:
-        logp [...], or (logp, entropy): float32, float64 for float64 logits.
+        logp in the shape of ids, or (logp, entropy [...]): float32, float64 for float64 logits.
 
     Raises:
         TypeError: a wrong type or dtype.
-        ValueError: a wrong shape, device or temperature; inplace_backward with rows that are not dense or overlap.
+        ValueError: a wrong shape, device or temperature; inplace_backward with rows that are not dense or overlap, or
+            with ids [..., K].
         IndexError: a label outside [0, V) where the mask is True.
         BackendUnavailable: the backend asked for cannot run this.
         RuntimeError, in a backward pass: a second derivative through a kernel ("eager" has it).
@@ -274,14 +297,18 @@ def log_probs(
     Source: the token log-probabilities of arXiv 2502.01456, section 2.
     """
     softcap = _softcap.check_softcap("softcap", softcap)
-    if torch.compiler.is_compiling():
+    # Several ids are plain PyTorch in a graph, as the reference has them.
+    if torch.compiler.is_compiling() and ids.ndim != logits.ndim:
         # One node of the graph, which checks its arguments and selects its backend at run time. The compiler plans
         # memory, so the gradient is not written in place.
         arguments = (logits, ids, mask, temperature, softcap, with_entropy, backend)
         logp, _, entropy = torch.ops.prime_kernels.log_probs(*arguments)
         return (logp, entropy) if with_entropy else logp
-    ids, temperature, chosen = check(logits, ids, mask, temperature, with_entropy, backend)
+    ids, temperature, chosen = check(logits, ids, mask, temperature, with_entropy, backend, several=True)
     _checks.flag("inplace_backward", inplace_backward)
+    several = ids.ndim == logits.ndim
+    if several and inplace_backward:
+        raise ValueError(f"inplace_backward: expected False with ids [..., K], got True with ids {list(ids.shape)}")
     if inplace_backward:
         overlaps = any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True))
         if overlaps or (logits.stride(-1) != 1 and logits.shape[-1] > 1):
@@ -294,6 +321,11 @@ def log_probs(
         return (logp, entropy) if with_entropy else logp
     if logits.stride(-1) != 1 and not inplace_backward:
         logits = logits.contiguous()
+    if several:
+        columns = (logits.reshape(-1, logits.shape[-1]), ids.reshape(-1, ids.shape[-1]))
+        flat = (*columns, None if mask is None else mask.reshape(-1))
+        logp, entropy = LogitsLogProbs.apply(*flat, temperature, softcap, with_entropy, chosen)
+        return (logp.view(ids.shape), entropy.view(ids.shape[:-1])) if with_entropy else logp.view(ids.shape)
     if chosen != "eager" and not (logits.requires_grad and torch.is_grad_enabled()):
         results = log_probs_of_views([logits], ids, mask, [temperature], with_entropy, chosen, softcap)
         logp, _, entropy = as_one(results, ids.shape)

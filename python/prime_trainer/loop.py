@@ -16,7 +16,7 @@ from .data.problems import usable
 from .data.tasks import load_task
 from .evaluation.held_out import evaluate
 from .models import loading, tokenizers, traits
-from .models.placement import load_placed
+from .models.placement import check_same_architecture, load_placed
 from .rollout import EngineConfig
 from .rollout.collector import NothingPasses
 from .rollout.pipeline import Rollouts
@@ -31,6 +31,7 @@ from .scale.heartbeat import watched
 from .scale.ranks import SINGLE, Ranks, connect
 from .train.advantages import advantages_of
 from .train.batch import Batch
+from .train.candidates import CandidateTargets, candidate_targets
 from .train.examples import examples_of
 from .train.importance import importance
 from .train.nonfinite_guard import Skips, TooManySkipped, finite
@@ -70,12 +71,19 @@ class Run:
         self.policy = Trainable(model, lr=cfg.policy.lr, grad_clip=cfg.policy.grad_clip, ranks=ranks)
         self.prm: Trainable | None = None
         if self.needs.prm:
-            prm = load_placed(read, cfg.scale, ranks, "prm")
+            prm_model = cfg.prm_model.model_copy(update={"logits_dtype": cfg.logits_dtype})
+            if cfg.prm.path is not None:
+                tokenizers.check_same_tokenizer(
+                    tokenizers.load_tokenizer(prm_model), self.tokenizer, ("prm.path", "model.path")
+                )
+            prm = load_placed(prm_model, cfg.scale, ranks, "prm")
+            check_same_architecture(prm, model, ("prm.path", "model.path"))
             self.prm = Trainable(prm, lr=cfg.prm.lr, grad_clip=cfg.prm.grad_clip, ranks=ranks)
         self.ref = load_placed(read, cfg.scale, ranks, "reference") if self.needs.reference else None
         scorer = Scorer(
-            model if self.needs.old_logp else None, self.ref, cfg.micro_batch_tokens, cfg.rollout.temperature
-        )
+            model if self.needs.old_logp else None, self.ref, cfg.micro_batch_tokens, cfg.rollout.temperature,
+            cfg.algorithm.candidates.min_prob if self.needs.candidates else None,
+        )  # fmt: skip
         self.scorer = scorer if self.prm is None else PRMScorer(scorer, self.prm, cfg.prm)
         self.layout = traits.of(model).layout
         vocabulary = len(model.get_output_embeddings().weight)
@@ -151,15 +159,19 @@ class Run:
             values |= compared
 
         rewards: Rewards | None = None
+        beside: CandidateTargets | None = None
         if isinstance(scores, PRMScores):
             rewards = process_rewards(scores.log_ratio, batch, cfg.prm, self.step_ends)
+            if self.needs.candidates:
+                beside = candidate_targets(batch, scores, cfg.prm.scale, cfg.algorithm.candidates.coef)
         skipped = 0 if self.prm is None else self.prm.taken_skips()
-        if finite(scores.old_logp, scores.ref_logp, None if rewards is None else rewards.values):
+        values_of = (None if rewards is None else rewards.values, None if beside is None else beside.advantages)
+        if finite(scores.old_logp, scores.ref_logp, *values_of):
             advantages = advantages_of(batch, rewards, cfg.algorithm)
             old_logp = scores.old_logp if self.needs.ppo_ratio else None
             with clock("policy"):
                 values |= policy_update(
-                    self.policy, batch, Targets(advantages, old_logp, scores.ref_logp, weights), cfg.policy,
+                    self.policy, batch, Targets(advantages, old_logp, scores.ref_logp, weights, beside), cfg.policy,
                     micro_batch_tokens=cfg.micro_batch_tokens,
                     generator=torch.Generator().manual_seed(derive_seed(cfg.seed, "shuffle", step)),
                     lr_scale=min(1.0, step / max(1, cfg.policy.warmup_steps)), temperature=cfg.rollout.temperature,
@@ -193,8 +205,8 @@ def run(cfg: RunConfig) -> Path:
 
 
 def _run(cfg: RunConfig, ranks: Ranks) -> Path:
-    # Of today's, all three start from the same files.
-    models = ranks.once(lambda: loading.fingerprints(dict.fromkeys(("policy", "prm", "reference"), cfg.model)))
+    start = {"policy": cfg.model, "prm": cfg.prm_model, "reference": cfg.model}
+    models = ranks.once(lambda: loading.fingerprints(start))
     found = ranks.once(lambda: checkpoint.resume_point(cfg, models))
     trainer = Run(cfg, ranks, models)
     if found is not None:

@@ -30,9 +30,9 @@ BENCH = ROOT / "bench"
 EXAMPLES = ROOT / "examples"
 DEMO = EXAMPLES / "demo.toml"
 HERE = {
-    "demo/results", "faults_table", "plan_table", "precision", "prm/first_wrong_step", "prm/results", "prm/sample",
-    "rollout", "step_share", "study/chains", "study/study", "trainer_cost", "trl_table", "verify/math_answers",
-    "verify/programs", "verify/rates",
+    "candidates", "demo/results", "faults_table", "plan_table", "precision", "prm/first_wrong_step", "prm/results",
+    "prm/sample", "rollout", "step_share", "study/chains", "study/study", "trainer_cost", "trl_table",
+    "verify/math_answers", "verify/programs", "verify/rates",
 }  # fmt: skip
 # What other tests of this folder and of packaging, integrations, triton_backend and the trainer run.
 ELSEWHERE = {"conftest", "measure", "readme_charts", "smoke", "table", "trl_steps", "tune", "verify/forms", "zoo"}
@@ -113,6 +113,13 @@ def test_step_share(shared_step):
     assert {"rloo_advantages", "prm_loss"} <= {name.strip() for name in parts}
     assert all(float(value) > 0 for value in parts.values()) and 0 < float(line[3]) < 100
     assert pk.rloo_advantages.__module__ == "prime_kernels.ops.rloo_advantages"
+
+
+def test_candidates(script):
+    said = script("candidates", "--tokens", 3, "--vocabulary", 50, "--width", 4, "--repeats", 1)
+    lines = re.findall(r"^(logits|head) +min_prob ([\d.]+) .* ([\d.]+)x$", said, re.MULTILINE)
+    assert [line[:2] for line in lines] == [(form, p) for p in ("0.05", "0.1", "0.2") for form in ("logits", "head")]
+    assert all(float(line[2]) > 0 for line in lines)
 
 
 def test_faults_table(script, tmp_path):

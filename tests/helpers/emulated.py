@@ -119,6 +119,7 @@ def install(module: Path) -> None:
 
     packed.CudaKernels._launch = launch
     rows._C = Rows(_native._C)
+    rows.token_candidates = rows.candidates_after
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ TESTS = [
     f"tests/ops/test_{name}.py"
     for name in ["long_batches", "segments", "rloo_advantages", "ppo_loss", "prm_loss", "pack", "golden"]
 ]
-ROWS = ["log_probs", "softcap", "fuzz", "linear_log_probs", "linear_losses"]
+ROWS = ["log_probs", "softcap", "fuzz", "linear_log_probs", "linear_losses", "candidates"]
 
 
 @pytest.fixture(scope="module")

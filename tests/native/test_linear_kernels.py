@@ -315,6 +315,57 @@ def test_losses(keeps, loss, dtype):
         assert_near(mine, exact.double(), GRADIENT[dtype])
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 2), (17, 64, 17), (33, 97, 193), (40, 31, 1100)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [{}, {"softcap": 5.0, "temperature": 0.7}], ids=str)
+def test_several_ids(keeps, shape, dtype, options):
+    """In one pass: the first with the bits that it has alone, some of them twice, one of them nearly sure."""
+    head, ids = inputs(*shape, dtype)
+    ids = torch.cat([ids.unsqueeze(1), torch.randint(shape[2], (shape[0], 3)), ids.unsqueeze(1)], 1)
+    with torch.no_grad():
+        head[2][ids[0, 1]] += 30.0
+    logp, entropy = ours(head, ids, **options)
+    alone = ours(head, ids[:, 0], **options)
+    assert torch.equal(logp[:, 0], alone[0]) and torch.equal(entropy, alone[1])
+    per_id = [truth(head, ids[:, k], **options) for k in range(5)]
+    want = torch.stack([each[0] for each in per_id], 1), per_id[0][1]
+    for mine, exact in zip((logp, entropy), want, strict=True):
+        torch.testing.assert_close(mine.double(), exact.detach(), rtol=5e-7, atol=2e-5)
+    upstream = torch.randn(shape[0], 5), torch.randn(shape[0])
+    for mine, exact in zip(gradients((logp, entropy), head, upstream), gradients(want, head, upstream), strict=True):
+        assert_near(mine, exact.double(), GRADIENT[dtype])
+
+
+@pytest.mark.parametrize("shape", [(3, 7, 15), (33, 97, 193), (40, 31, 1100), (2000, 577, 40)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [{}, {"softcap": 5.0, "temperature": 0.7}, {"logits_dtype": "input"}], ids=str)
+def test_candidates(shape, dtype, options):
+    """All of them, of tokens in several chunks and blocks, with the bits of the log-probs."""
+    head, ids = inputs(*shape, dtype, size=2.0)
+    with torch.no_grad():
+        head[1][:, 0] += torch.arange(shape[2]) % 7 == 3  # likely ones in every block
+        head[0][0] = torch.nan
+    shared = {key: options[key] for key in options if key != "softcap"}
+    scored = pk.Head(*head, softcap=options.get("softcap"))
+    got = pk.candidates(scored, ids, min_prob=0.0313, backend="cpu", **shared)
+    every = ours(head, torch.arange(shape[2]).expand(shape[0], -1), **options)[0].detach()
+    best = every.masked_fill(every.isnan(), -torch.inf).sort(dim=1, descending=True).values
+    best = torch.nn.functional.pad(best, (0, 31), value=-torch.inf)[:, :31]
+    keep = best >= math.log(0.0313) - 1e-6
+    assert keep.sum() > shape[0] // 2 and not keep[0].any()
+    assert torch.equal(got.counts, keep.sum(1))
+    torch.testing.assert_close(got.logp, best.where(keep, -torch.inf), rtol=1e-6, atol=2e-5)
+    found = every.gather(1, got.ids).where(keep, -torch.inf)  # equally probable ones may come in either order
+    torch.testing.assert_close(found, got.logp, rtol=1e-6, atol=2e-5)
+    assert torch.equal(got.token_logp[1:], ours(head, ids, **options)[0][1:])
+    beside = ours(head, torch.cat([ids.unsqueeze(1), got.ids], 1), **options)[0][:, 1:]
+    assert torch.equal(beside.where(keep, -torch.inf), got.logp)
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        again = pk.candidates(scored, ids, min_prob=0.0313, backend="cpu", **shared)
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(again[:3], got[:3], strict=True))
+
+
 SCRATCH = """
 import torch
 import prime_kernels as pk
@@ -331,9 +382,9 @@ print(peak() - before)
 """
 
 
-@pytest.mark.parametrize(("tokens", "width", "vocabulary"), [(9000, 8, 20000), (3000, 2048, 300), (60, 8, 151936)])
+@pytest.mark.parametrize(("tokens", "width", "vocabulary"), [(40000, 8, 20000), (3000, 2048, 300), (60, 8, 151936)])
 def test_scratch_memory_of_the_forward(tokens, width, vocabulary):
-    """KiB, by the system's count: below 16 MiB, though all logits take from 3 to 700 MB."""
+    """KiB, by the system's count: below 16 MiB, though all logits take from 3 MB to 3 GB."""
     code = SCRATCH.format(tokens=tokens, width=width, vocabulary=vocabulary)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     if "clear_refs" in done.stderr:

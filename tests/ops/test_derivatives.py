@@ -11,6 +11,7 @@ LINEAR = ["pack", "segment_scan", "segment_sum", "step_rewards", "unpack"]
 # Plain PyTorch but for the sum of each response, which is linear.
 LINEAR_ON_CPU = ["prm_loss"]
 OTHERS = [
+    "distribution_ppo_loss",
     "linear_log_probs",
     "linear_log_ratios",
     "linear_nll",

@@ -121,6 +121,17 @@ def ppo_loss(backend=None, **changed):
     return pk.ppo_loss(a["values"], a["old"], a["advantages"], mask=a["mask"], backend=backend, **options)
 
 
+def candidates(backend=None, **changed):
+    a = {"min_prob": 0.2} | tensors() | changed
+    return pk.candidates(a["logits"], a["ids"], min_prob=a["min_prob"], mask=a["mask"], backend=backend)
+
+
+def distribution_ppo_loss(backend=None, **changed):
+    a = tensors()
+    a = {"old": a["logits"], "advantages": a["logits"]} | a | changed
+    return pk.distribution_ppo_loss(a["logits"], a["old"], a["advantages"], mask=a["mask"], backend=backend)
+
+
 def prm_loss(backend=None, **changed):
     a = tensors() | changed
     options = {k: v for k, v in changed.items() if k in ("kind", "beta", "margin", "weights", "shift")}
@@ -240,6 +251,10 @@ CASES = [
     (ppo_loss, {"denominator": 0}, ValueError, "denominator: expected a finite number in (0, inf)", "got 0"),
     (ppo_loss, {"denominator": t(0.0)}, ValueError, "denominator: expected finite values above 0", "got 0.0"),
     (ppo_loss, {"denominator": t(1.0, 2.0)}, ValueError, "denominator: expected one element", "[2]"),
+    (candidates, {"min_prob": 0.0}, ValueError, "min_prob: expected a finite number in [0.001, 1]", "got 0.0"),
+    (candidates, {"ids": t(0, 7, 0, 0, 0)}, IndexError, "ids: expected labels in [0, 7)", "got 7 at [1]"),
+    (distribution_ppo_loss, {"old": torch.zeros(5)}, ValueError, "old_logp: expected shape [5, 7] as of logp", "[5]"),
+    (distribution_ppo_loss, {"mask": t(True)}, ValueError, "mask: expected shape [5] as of the leading", "[1]"),
     (prm_loss, {"outcomes": t(1.0, 0.0, 1.5)}, ValueError, "outcomes: expected values in [0, 1]", "got 1.5 at [2]"),
     (prm_loss, {"outcomes": t(NAN, 0.0, 1.0)}, ValueError, "outcomes: expected values in [0, 1]", "got nan at [0]"),
     (prm_loss, {"outcomes": t(1.0)}, ValueError, "outcomes: expected shape [3]", "[1]"),

@@ -8,10 +8,12 @@ import signal
 
 import pytest
 import torch
+from helpers import tiny
 from helpers.checkpoints import load_latest
 
 from prime_trainer import loop, sft
 from prime_trainer.models import loading
+from prime_trainer.models.model_files import ModelError
 from prime_trainer.run.checkpoint import save
 from prime_trainer.verify import Verdict
 
@@ -105,6 +107,11 @@ VARIANTS = {
         "prm": {"kind": "prefix", "balance": True, "margin": 2.0},
         "algorithm": {"estimator": "grpo", "process_return": "gae", "whiten": False},
     },
+    "candidates": {
+        "prm": {"ref_type": "policy", "kind": "prefix", "update": "after"},
+        "algorithm": {"process_return": "gae", "candidates": {"coef": 0.1, "min_prob": 0.05}},
+        "policy": {"minibatches": 2},
+    },
     "policy reference": {"prm": {"ref_type": "policy", "update": "before", "granularity": "step"}},
 }
 
@@ -121,6 +128,9 @@ def test_resume_is_exact(run_config, tmp_path, name):
     whole = [r for r in rows(tmp_path / "whole" / "metrics.jsonl") if r["stage"] == "rl"]
     parts = [r for r in rows(tmp_path / "parts" / "metrics.jsonl") if r["stage"] == "rl"]
     assert whole == parts and len(whole) == 4
+    if name == "candidates":
+        assert all(row["candidates"] > 0 and 0 < row["candidate_mass"] <= 1 for row in whole)
+        assert all(row["distribution_loss"] != 0 for row in whole)
     assert rows(tmp_path / "whole" / "samples.jsonl") == rows(tmp_path / "parts" / "samples.jsonl")
 
 
@@ -143,6 +153,25 @@ def test_without_process_rewards_no_prm_is_loaded(run_config, monkeypatch, tmp_p
     for rewards, got, plain in seen:
         assert rewards is None and torch.equal(got, plain)
     assert not any("prm_loss" in r for r in rows(tmp_path / "run" / "metrics.jsonl"))
+
+
+def test_a_prm_trained_before_is_gone_on_with(run_config, tmp_path):
+    """Its rewards are those of its own weights from the first step on, and another model's are refused."""
+    loop.run(run_config(output=tmp_path / "before", steps=1, prm={"lr": 1e-3}))
+    trained = tmp_path / "before" / "prm"
+    loop.run(run_config(output=tmp_path / "own", steps=2, prm={"path": trained, "lr": 1e-12}))
+    loop.run(run_config(output=tmp_path / "none", steps=2, prm={"lr": 1e-12}))
+    of = {name: rows(tmp_path / name / "samples.jsonl")[0]["process_rewards"] for name in ("own", "none")}
+    assert max(map(abs, of["own"])) > 1e-4 > max(map(abs, of["none"]))
+    started, ended = weights(trained), weights(tmp_path / "own" / "prm")
+    assert all(torch.allclose(started[key], ended[key], rtol=0, atol=1e-9) for key in started)
+    other = tiny.write_model(tmp_path / "other", sizes={"intermediate_size": 96})
+    with pytest.raises(ModelError, match=r"prm\.path and model\.path .* intermediate_size is 96 and 128"):
+        loop.run(run_config(output=tmp_path / "refused", prm={"path": other}))
+    loop.run(run_config(output=tmp_path / "resumed", steps=1, prm={"path": trained}))
+    tiny.write_model(trained)
+    with pytest.raises(ValueError, match="the files of prm are not what they were"):
+        loop.run(run_config(output=tmp_path / "resumed", steps=2, prm={"path": trained}, resume=True))
 
 
 def interrupted_after(monkeypatch, step):

@@ -19,6 +19,7 @@ TESTS = Path(__file__).resolve().parents[1]
         ["ops/test_fuzz.py"],
         ["ops/test_linear_log_probs.py"],
         ["ops/test_softcap.py"],
+        ["ops/test_candidates.py"],
         [f"ops/test_{name}.py" for name in ("segments", "rloo_advantages", "ppo_loss", "prm_loss", "pack", "golden")],
         ["ops/test_defaults.py", "ops/test_derivatives.py"],
     ],

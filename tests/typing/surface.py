@@ -28,6 +28,9 @@ def operations(x: Tensor, ids: Tensor, cu: Tensor, flag: bool) -> None:
     assert_type(pk.ppo_loss(x, x, x, clip_high=0.3).clip_fraction, Tensor)
     assert_type(pk.prm_loss(x, x, cu, kind="dpo").pair_accuracy, Tensor)
     assert_type(pk.prm_loss(x, x, cu, kind="prefix", beta=10.0, margin=5.0, weights=x, shift=x).loss, Tensor)
+    assert_type(pk.candidates(pk.Head(x, x), ids, min_prob=0.2), pk.Candidates)
+    assert_type(pk.candidates(x).token_logp, Tensor | None)
+    assert_type(pk.distribution_ppo_loss(x, x, x, clip_high=0.28).loss, Tensor)
     assert_type(pk.available_backends(), dict[str, str | None])
     with pk.use_backend("eager"):
         pass

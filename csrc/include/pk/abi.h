@@ -81,6 +81,26 @@ typedef struct pk_log_probs_grad_args {
   int64_t* bad_row;  // CPU, as in pk_log_probs_args
 } pk_log_probs_grad_args;
 
+// Log-probabilities of one id per row and, of the same pass, the logits with a probability of at least exp(log_min_prob).
+typedef struct pk_candidates_args {
+  const void* logits;  // [n_rows, n_cols], last stride 1
+  int64_t stride;
+  int32_t dtype;
+  int32_t n_threads;
+  const int64_t* ids;
+  const uint8_t* mask;
+  int64_t n_rows;
+  int64_t n_cols;
+  double temperature;
+  double log_min_prob;
+  int64_t n_slots;     // at most this many of a row are written
+  float* logp;         // [n_rows]
+  float* lse;          // [n_rows]
+  int64_t* found_ids;  // [n_rows, n_slots]: ascending, then -1
+  float* found;        // [n_rows, n_slots]: their logits, then -inf
+  int64_t* bad_row;
+} pk_candidates_args;
+
 // An output layer over tokens: z = hidden @ weight.T + bias, in float32 for any operands. CPU only.
 typedef struct pk_head {
   const void* hidden;  // [n_tokens, depth], unit last stride
@@ -95,7 +115,8 @@ typedef struct pk_head {
   int64_t depth;
   double temperature;
   double softcap;      // c in c tanh(z / c), which the temperature divides; 0 for no cap
-  const int64_t* ids;  // [n_tokens]; one outside the vocabulary has no logit here
+  const int64_t* ids;  // [n_tokens, n_ids]; the log-prob of one outside the vocabulary is meaningless
+  int64_t n_ids;
   // pk_cpu_head_kept_floats floats or null: the forward leaves z there, capped, and the backward need not recompute it.
   float* kept;
   int32_t n_threads;
@@ -103,16 +124,27 @@ typedef struct pk_head {
 
 typedef struct pk_head_forward_args {
   pk_head head;
-  float* logp;     // [n_tokens]
+  float* logp;     // [n_tokens, n_ids]
   float* lse;      // [n_tokens], of z / temperature
   float* entropy;  // [n_tokens] or null
 } pk_head_forward_args;
+
+// Log-probabilities of one id per token and the logits with a probability of at least exp(log_min_prob).
+typedef struct pk_head_candidates_args {
+  pk_head head;  // n_ids 1, nothing kept
+  float* logp;   // [n_tokens]
+  float* lse;    // [n_tokens]
+  double log_min_prob;
+  int64_t n_slots;     // at most this many of a token are written
+  int64_t* found_ids;  // [n_tokens, n_slots]: ascending, then -1
+  float* found;        // [n_tokens, n_slots]: their logits, then -inf
+} pk_head_candidates_args;
 
 typedef struct pk_head_backward_args {
   pk_head head;
   const float* lse;
   const float* entropy;       // null if grad_entropy is null
-  const float* grad_logp;     // [n_tokens] or null for zero
+  const float* grad_logp;     // [n_tokens, n_ids] or null for zero
   const float* grad_entropy;  // [n_tokens] or null for zero
   void* grad_hidden;          // [n_tokens, depth] or null; contiguous, as the next two, and of the head's dtype
   void* grad_weight;          // [n_vocabulary, depth] or null
@@ -333,7 +365,9 @@ typedef struct pk_prefix_args {
 
 int pk_cpu_log_probs_forward(const pk_log_probs_args* args);
 int pk_cpu_log_probs_backward(const pk_log_probs_grad_args* args);
+int pk_cpu_candidates(const pk_candidates_args* args);
 int pk_cpu_head_forward(const pk_head_forward_args* args);
+int pk_cpu_head_candidates(const pk_head_candidates_args* args);
 int pk_cpu_head_backward(const pk_head_backward_args* args);
 int64_t pk_cpu_head_kept_floats(int64_t n_tokens, int64_t n_vocabulary, int64_t depth, int32_t dtype);
 int pk_cpu_segment_scan(const pk_segment_scan_args* args);

@@ -21,6 +21,8 @@ class Needs:
     """A scoring pass of the policy before its update: log-probs of the sampled tokens as the trainer computes them."""
     ppo_ratio: bool
     """PPO's ratio compares with `old_logp`. With one optimizer step a batch it is exactly 1 and needs no pass."""
+    candidates: bool
+    """Probable tokens of each position, scored by policy and PRM."""
     fused_policy_loss: bool
     """The policy's loss is computed together with its gradients, unless the ranks share out the vocabulary."""
 
@@ -37,5 +39,6 @@ def needs_of(policy: PolicyConfig, prm: PRMConfig, algorithm: AlgorithmConfig, r
         reference=policy.kl_coef > 0 or (dense and prm.ref_type == "freeze"),
         old_logp=policy.optimizer_steps > 1 or policy_is_reference or corrects_engine,
         ppo_ratio=policy.optimizer_steps > 1,
-        fused_policy_loss=policy.fused_loss,
+        candidates=algorithm.candidates.coef > 0,
+        fused_policy_loss=policy.fused_loss and algorithm.candidates.coef == 0,
     )

@@ -87,6 +87,13 @@ class RunConfig(Bounded, BaseSettings):
         rounds = self.rollout.engine != "transformers" and self.model.dtype != "float32"
         return "input" if rounds else "float32"
 
+    @property
+    def prm_model(self) -> ModelConfig:
+        """What the PRM of `rl` starts from."""
+        if self.prm.path is None:
+            return self.model
+        return self.model.model_copy(update={"path": str(self.prm.path), "gguf_file": None})
+
     @model_validator(mode="after")
     def _engine(self) -> RunConfig:
         # Not in the section itself: what its defaults were resolved to would count as given when some are overridden.
@@ -106,6 +113,22 @@ class RunConfig(Bounded, BaseSettings):
             raise ValueError(
                 f"rollout.temperature must be 1 with policy.kl_coef or prm.ref_type = 'policy', got "
                 f"{self.rollout.temperature}: those compare the sampled policy with models at temperature 1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _candidates(self) -> RunConfig:
+        coef = self.algorithm.candidates.coef
+        if coef > 0 and not self.needs.policy_is_reference:
+            raise ValueError(
+                f"algorithm.candidates.coef = {coef:g} compares the PRM with the policy that sampled: expected "
+                f"prm.ref_type 'policy' and algorithm.process_coef above 0, got {self.prm.ref_type!r} and "
+                f"{self.algorithm.process_coef:g}"
+            )
+        if coef > 0 and self.scale.vocab_parallel_head:
+            raise ValueError(
+                f"algorithm.candidates.coef = {coef:g} needs whole rows of logits: scale.vocab_parallel_head must be "
+                "false, got true"
             )
         return self
 

@@ -53,7 +53,8 @@ def logits_dtype(model: CausalLM) -> str:
 def log_probs(
     model: CausalLM, hidden: Tensor, ids: Tensor, *, temperature: float = 1.0, with_entropy: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """(log-probs [T], entropies [T] or None) of `ids` [T]; logits never exist for more than a tile of tokens."""
+    """(log-probs, entropies [T] or None) of `ids` [T], or of [T, K] in one pass where the head is whole; logits never
+    exist for more than a tile of tokens."""
     group: dist.ProcessGroup | None = getattr(model, "head_group", None)
     if group is None:
         at = head(model, hidden)
@@ -72,6 +73,17 @@ def log_probs(
     columns = (found,) if isinstance(found, Tensor) else found
     mine = [_OfThisRank.apply(column, counts, group) for column in columns]
     return mine[0], mine[1] if with_entropy else None
+
+
+def candidates(
+    model: CausalLM, hidden: Tensor, ids: Tensor, *, min_prob: float, temperature: float = 1.0
+) -> pk.Candidates:
+    """Log-probs of `ids` [T], and all tokens of at least `min_prob`, in one pass over a whole head."""
+    if is_split(model):
+        raise ValueError("candidates need a whole head: scale.vocab_parallel_head must be false")
+    return pk.candidates(
+        head(model, hidden), ids, min_prob=min_prob, temperature=temperature, logits_dtype=logits_dtype(model)
+    )
 
 
 def _gathered(rows: Tensor, counts: list[int], group: dist.ProcessGroup) -> Tensor:

@@ -8,9 +8,27 @@ from ..config.sections import ModelConfig, ScaleConfig
 from ..scale import sharding
 from ..scale.ranks import Ranks
 from . import loading
+from .model_files import ModelError
 from .protocols import CausalLM
 
 Role = Literal["policy", "prm", "reference"]
+
+
+# What a configuration says of files, versions and sampling.
+_NO_ARCHITECTURE = {"_name_or_path", "architectures", "bos_token_id", "dtype", "eos_token_id", "pad_token_id",
+                    "torch_dtype", "transformers_version", "use_cache"}  # fmt: skip
+
+
+def check_same_architecture(one: CausalLM, other: CausalLM, names: tuple[str, str]) -> None:
+    """Raises ModelError unless the models differ in their weights alone: a batch is laid out for both, and planned."""
+    first, second = (
+        {key: value for key, value in model.config.to_dict().items() if key not in _NO_ARCHITECTURE}
+        for model in (one, other)
+    )
+    for key in sorted(first.keys() | second.keys()):
+        a, b = first.get(key, "missing"), second.get(key, "missing")
+        if a != b:
+            raise ModelError(f"{names[0]} and {names[1]} must be of one architecture, but {key} is {a!r} and {b!r}")
 
 
 def load_placed(cfg: ModelConfig, scale: ScaleConfig, ranks: Ranks, role: Role) -> CausalLM:

@@ -109,10 +109,12 @@ def make(cfg: RunConfig, gpus: int, prompt_tokens: int) -> Plan:
     rounds = passes * cfg.policy.epochs
     # All log-ratios come before the first gradient where responses are coupled.
     again = int(cfg.prm.kind in COUPLED_KINDS and cfg.prm.update != "none")
+    # The PRM scores while it updates; candidates are scored once more, when it has.
+    after = int(needs.candidates and cfg.prm.update == "after")
     traffic = {
         "rollout: the policy gathered once": compute * shape.parameters * sent if ranks > 1 else 0.0,
         "score: forward passes of policy and reference": passes * scoring * gather,
-        "PRM: forward, backward, gradients": passes * (backward + again * gather) if needs.prm else 0.0,
+        "PRM: forward, backward, gradients": passes * (backward + (again + after) * gather) if needs.prm else 0.0,
         "policy: forward, backward, gradients": rounds * backward,
     }
     if ranks == 1 and gpus > 1:  # whole copies add their gradients up once an optimizer step

@@ -92,6 +92,18 @@ def _rloo(batch: Batch, rewards: Rewards | None, cfg: AlgorithmConfig, *, whiten
     ).advantages  # fmt: skip
 
 
+def value_deviation(batch: Batch, rewards: Rewards) -> Tensor:
+    """std V + 1e-6, a float64 scalar: V are the running sums of the process rewards, over the whole batch."""
+    values = rewards.values.double()
+    has = torch.ones_like(values, dtype=torch.bool) if rewards.mask is None else rewards.mask
+    return _deviation(batch, values.masked_fill(~has, 0.0), has)
+
+
+def _deviation(batch: Batch, values: Tensor, has: Tensor) -> Tensor:
+    running = pk.segment_scan(values, batch.cu_seqlens)[has]
+    return (running.std() if running.numel() > 1 else running.new_zeros(())) + _EPS
+
+
 def _minima(batch: Batch, values: Tensor, has: Tensor, cfg: AlgorithmConfig) -> Tensor:
     padded = pk.unpack(values.masked_fill(~has, torch.inf), batch.cu_seqlens, fill=torch.inf)
     future = padded.flip(1).cummin(1).values.flip(1) if padded.numel() else padded
@@ -111,10 +123,9 @@ def _minima(batch: Batch, values: Tensor, has: Tensor, cfg: AlgorithmConfig) -> 
 
 def _gae(batch: Batch, values: Tensor, has: Tensor, cfg: AlgorithmConfig) -> Tensor:
     values = values.masked_fill(~has, 0.0)
-    running = pk.segment_scan(values, batch.cu_seqlens)[has]
-    scale = running.std() if running.numel() > 1 else running.new_zeros(())
     group = _groups(batch)[_responses(batch)]
-    deltas = _standardised(values / (scale + _EPS), group, has, len(batch.groups)).masked_fill(~has, 0.0)
+    scaled = values / _deviation(batch, values, has)
+    deltas = _standardised(scaled, group, has, len(batch.groups)).masked_fill(~has, 0.0)
     return pk.segment_scan(deltas, batch.cu_seqlens, gamma=cfg.gamma_process * cfg.gae_lambda, reverse=True)
 
 

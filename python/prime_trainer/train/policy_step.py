@@ -13,6 +13,7 @@ from ..config.sections import PolicyConfig
 from ..models import lm_head
 from ..models.protocols import CausalLM
 from .batch import Batch, Micro
+from .candidates import CandidateTargets
 from .forward import predicting
 from .trainable import Trainable
 
@@ -28,6 +29,8 @@ class Targets:
     """Log-probs of the frozen reference; required where `policy.kl_coef` is above 0."""
     importance: Tensor | None = None
     """Weights of each token's PPO loss."""
+    candidates: CandidateTargets | None = None
+    """Tokens that each position has beside the sampled one, whose loss is added."""
 
 
 def policy_update(
@@ -61,6 +64,7 @@ def policy_update(
                     old_logp=_at(targets.old_logp, micro),
                     ref_logp=_at(targets.ref_logp, micro),
                     importance=_at(targets.importance, micro),
+                    candidates=None if targets.candidates is None else targets.candidates.at(micro.tokens),
                     # One weight a token turns the token mean into the mean over responses of each response's mean.
                     weights=None if cfg.loss_mean == "token" else per_token[micro.tokens],
                     denominator=tokens if cfg.loss_mean == "token" else batch.responses_of(part),
@@ -91,6 +95,7 @@ class _Pass:
     old_logp: Tensor | None
     ref_logp: Tensor | None
     importance: Tensor | None
+    candidates: CandidateTargets | None
     weights: Tensor | None
     denominator: int
     """Of means over the minibatch: its tokens, or with `weights` its responses."""
@@ -110,7 +115,7 @@ def _loss(at: _Pass) -> tuple[Tensor, dict[str, Tensor]]:
     def mean(values: Tensor) -> Tensor:
         return (values if at.weights is None else values * at.weights).sum() / at.denominator
 
-    if cfg.fused_loss and not lm_head.is_split(at.model):
+    if cfg.fused_loss and at.candidates is None and not lm_head.is_split(at.model):
         head = lm_head.head(at.model, hidden)
         ppo = pk.linear_ppo_loss(
             head.hidden, head.weight, at.ids, at.old_logp, at.advantages, bias=head.bias,
@@ -118,15 +123,26 @@ def _loss(at: _Pass) -> tuple[Tensor, dict[str, Tensor]]:
             **lm_head.options(at.model, at.temperature),
         )  # fmt: skip
         return ppo.loss, _metrics(ppo, at.share)
-    logp, entropy = lm_head.log_probs(
-        at.model, hidden, at.ids, temperature=at.temperature, with_entropy=cfg.entropy_coef > 0
-    )
+    # The sampled token first: of several it is the one with the bits that it has alone.
+    several = None if at.candidates is None else torch.cat([at.ids.unsqueeze(1), at.candidates.ids], 1)
+    found, entropy = lm_head.log_probs(
+        at.model, hidden, at.ids if several is None else several,
+        temperature=at.temperature, with_entropy=cfg.entropy_coef > 0,
+    )  # fmt: skip
+    logp = found if several is None else found[:, 0]
     old = logp.detach() if at.old_logp is None else at.old_logp
     ppo = pk.ppo_loss(
         logp, old, at.advantages,
         weights=weights, clip_low=cfg.clip_low, clip_high=cfg.clip_high, denominator=at.denominator,
     )  # fmt: skip
     loss, metrics = ppo.loss, _metrics(ppo, at.share)
+    if at.candidates is not None:
+        of_candidates = pk.distribution_ppo_loss(
+            found[:, 1:], at.candidates.old_logp, at.candidates.advantages, weights=at.weights,
+            clip_low=cfg.clip_low, clip_high=cfg.clip_high, denominator=at.denominator,
+        ).loss  # fmt: skip
+        loss = loss + at.candidates.coef * of_candidates
+        metrics["distribution_loss"] = of_candidates.detach()
     if entropy is not None:
         loss = loss - cfg.entropy_coef * mean(entropy)
     if cfg.kl_coef > 0 and at.ref_logp is not None:

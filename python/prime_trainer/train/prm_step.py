@@ -17,12 +17,41 @@ import prime_kernels as pk
 from ..config.sections import COUPLED_KINDS, PRMConfig
 from ..models.protocols import CausalLM
 from .batch import Batch
-from .forward import log_probs
+from .forward import candidates, log_probs
 from .prm_objective import Objective, backward, balance_of
 from .trainable import Trainable
 
 Parts = Sequence[Sequence[int]]
 """Minibatches, each as indices of groups."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """Tokens of at least `min_prob` under the policy before its update, most probable first: [T, M] in packed order."""
+
+    ids: Tensor
+    """0 after the last one of a position."""
+    old_logp: Tensor
+    """Under that policy; -inf after the last one."""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Candidates a position, and the probability that they hold together."""
+        there, n_tokens = self.old_logp > -torch.inf, max(1, len(self.ids))
+        return {
+            "candidates": there.sum().item() / n_tokens,
+            "candidate_mass": self.old_logp.double().exp().sum().item() / n_tokens,
+        }
+
+
+@dataclass(frozen=True)
+class FoundByPRM(Found):
+    """With what the PRM makes of them in one pass: after its update, unless `prm.update` is "reverse"."""
+
+    prm_logp: Tensor
+    """[T, M], meaningless after the last one."""
+    token_logp: Tensor
+    """[T] of the sampled tokens."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +63,7 @@ class Scores:
     ref_logp: Tensor | None
     """Of the frozen reference."""
     metrics: dict[str, float]
+    candidates: Found | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +75,7 @@ class PRMScores:
     """Of the PRM's reference: the frozen one, or the policy before its update."""
     prm_logp: Tensor
     metrics: dict[str, float]
+    candidates: FoundByPRM | None = None
 
     @property
     def log_ratio(self) -> Tensor:
@@ -61,26 +92,51 @@ class Scorer:
     micro_batch_tokens: int
     temperature: float = 1.0
     """Of the policy only, which is trained at the temperature that it samples at."""
+    min_prob: float | None = None
+    """With it, the policy's pass finds all tokens of at least this probability, too."""
 
     def score(self, batch: Batch) -> Scores:
         return self.passes(batch, [range(len(batch.groups))])
 
     def passes(self, batch: Batch, parts: Parts) -> Scores:
         """Laid out by `parts`: log-ratios of equal weights are exactly 0 only between passes of equal layout."""
-        return Scores(
-            None if self.policy is None else self.log_probs(self.policy, batch, parts, self.temperature),
-            None if self.reference is None else self.log_probs(self.reference, batch, parts),
-            {},
-        )
+        old_logp, found = None, None
+        if self.policy is not None and self.min_prob is not None:
+            old_logp, found = self._candidates(self.policy, batch, parts, self.min_prob)
+        elif self.policy is not None:
+            old_logp = self.log_probs(self.policy, batch, parts, temperature=self.temperature)
+        ref_logp = None if self.reference is None else self.log_probs(self.reference, batch, parts)
+        return Scores(old_logp, ref_logp, {} if found is None else found.metrics, found)
 
     @torch.no_grad()
-    def log_probs(self, model: CausalLM, batch: Batch, parts: Parts, temperature: float = 1.0) -> Tensor:
-        """[T] log-probs of all tokens; each rank computes those of its share of the groups."""
-        found = torch.zeros(batch.num_tokens, device=batch.device)
+    def log_probs(
+        self, model: CausalLM, batch: Batch, parts: Parts, ids: Tensor | None = None, temperature: float = 1.0
+    ) -> Tensor:
+        """Log-probs of the batch's tokens, or of `ids` [T] or [T, K]; each rank computes those of its groups."""
+        ids = batch.ids if ids is None else ids
+        found = torch.zeros(ids.shape, device=batch.device)
         for part in parts:
             for micro in batch.micro_batches(part, self.micro_batch_tokens):
-                found[micro.tokens] = log_probs(model, micro, batch.ids[micro.tokens], temperature)
+                found[micro.tokens] = log_probs(model, micro, ids[micro.tokens], temperature)
         return batch.ranks.sum_(found)
+
+    @torch.no_grad()
+    def _candidates(self, model: CausalLM, batch: Batch, parts: Parts, min_prob: float) -> tuple[Tensor, Found]:
+        """The tokens' log-probs [T] and the candidates, as many columns as the position with most of them has."""
+        columns: list[Tensor] = []
+        for part in parts:
+            for micro in batch.micro_batches(part, self.micro_batch_tokens):
+                own = batch.ids[micro.tokens]
+                found = candidates(model, micro, own, min_prob=min_prob, temperature=self.temperature)
+                assert found.token_logp is not None
+                mine = (found.token_logp, found.ids, found.logp)
+                if not columns:
+                    columns = [each.new_zeros(batch.num_tokens, *each.shape[1:]) for each in mine]
+                for whole, each in zip(columns, mine, strict=True):
+                    whole[micro.tokens] = each
+        logp, ids, of_candidates = (batch.ranks.sum_(each) for each in columns)
+        most = max(1, int((of_candidates > -torch.inf).sum(1).max())) if batch.num_tokens else 1
+        return logp, Found(ids[:, :most].contiguous(), of_candidates[:, :most].contiguous())
 
 
 @dataclass(frozen=True)
@@ -99,21 +155,30 @@ class PRMScorer:
         reference = scores.old_logp if scores.ref_logp is None else scores.ref_logp
         if reference is None:
             raise ValueError("a PRM needs the log-probs of its reference: give the frozen model or the policy")
-        metrics: dict[str, float] = {}
-        if update == "after":
+        metrics = dict(scores.metrics)
+        prm_logp: Tensor | None = None
+        found, by_prm = scores.candidates, None
+        if update in ("after", "before"):
             prm_logp, metrics["prm_grad_norm"] = self._update(batch, parts, reference)
-        elif update == "before":
+        if found is not None:
+            # Where the PRM scores while it updates, this is a pass more.
+            by_prm = self._of_candidates(batch, parts if update == "after" else everything, found)
+            prm_logp = prm_logp if update == "after" else by_prm.token_logp
+        elif update != "after":
+            prm_logp = self.frozen.log_probs(self.prm.model, batch, everything)
+        if update == "reverse":
             _, metrics["prm_grad_norm"] = self._update(batch, parts, reference)
-            prm_logp = self.frozen.log_probs(self.prm.model, batch, everything)
-        else:
-            prm_logp = self.frozen.log_probs(self.prm.model, batch, everything)
-            if update == "reverse":
-                _, metrics["prm_grad_norm"] = self._update(batch, parts, reference)
-        found = PRMScores(scores.old_logp, reference, prm_logp, metrics)
+        assert prm_logp is not None
+        scored = PRMScores(scores.old_logp, reference, prm_logp, metrics, by_prm)
         with torch.no_grad():
-            whole = self._objective(batch, range(len(batch.groups)))(found.log_ratio)
+            whole = self._objective(batch, range(len(batch.groups)))(scored.log_ratio)
         metrics |= {"prm_loss": whole.loss.item(), "prm_pair_accuracy": whole.pair_accuracy.item()}
-        return found
+        return scored
+
+    def _of_candidates(self, batch: Batch, parts: Parts, found: Found) -> FoundByPRM:
+        several = torch.cat([batch.ids.unsqueeze(1), found.ids], 1)
+        logp = self.frozen.log_probs(self.prm.model, batch, parts, several)
+        return FoundByPRM(found.ids, found.old_logp, logp[:, 1:], logp[:, 0].contiguous())
 
     def _objective(self, batch: Batch, part: Sequence[int]) -> Objective:
         cfg = self.cfg

@@ -8,7 +8,13 @@ from prime_trainer.config.needs import Needs
 from prime_trainer.config.run_config import RunConfig
 
 PRIME = Needs(
-    prm=True, policy_is_reference=False, reference=True, old_logp=True, ppo_ratio=True, fused_policy_loss=True
+    prm=True,
+    policy_is_reference=False,
+    reference=True,
+    old_logp=True,
+    ppo_ratio=True,
+    candidates=False,
+    fused_policy_loss=True,
 )
 TRANSFORMERS = {"rollout": {"engine": "transformers"}}
 ONE_STEP = {"policy": {"minibatches": 1}}
@@ -26,6 +32,10 @@ CASES = {
         {"prm": False, "fused_policy_loss": False},
     ),
     "an entropy bonus": ({"policy": {"entropy_coef": 0.1}}, {"fused_policy_loss": False}),
+    "candidates": (
+        {"prm": {"ref_type": "policy"}, "algorithm": {"candidates": {"coef": 0.1}}},
+        {"policy_is_reference": True, "reference": False, "candidates": True, "fused_policy_loss": False},
+    ),
     "one step a batch": (ONE_STEP, {"old_logp": False, "ppo_ratio": False}),
     "one minibatch, two epochs": ({"policy": {"minibatches": 1, "epochs": 2}}, {}),
     "one step by the policy's own reference": (

@@ -11,7 +11,7 @@ LATER = {
     "model": ("logits_dtype",),
     "prm": ("margin", "kind", "balance"),
     "train_prm": ("margin",),
-    "algorithm": ("estimator", "process_return", "gae_lambda", "whiten_of"),
+    "algorithm": ("estimator", "process_return", "gae_lambda", "whiten_of", "candidates"),
     "policy": ("kl_estimator",),
 }
 

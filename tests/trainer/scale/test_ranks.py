@@ -60,9 +60,12 @@ def test_any_number_of_ranks_trains_alike(make_config, tmp_path, alone, size, sc
             "prm": {"kind": "kto", "lr": 3e-4, "minibatches": 2},
         },
         {"algorithm": {"estimator": "reinforce", "process_return": "min"}, "prm": {"balance": True, "lr": 3e-4}},
-        {"algorithm": {"process_return": "gae"}, "prm": {"kind": "prefix", "balance": True, "lr": 3e-4}},
+        {
+            "algorithm": {"process_return": "gae", "candidates": {"coef": 0.2}},
+            "prm": {"kind": "prefix", "balance": True, "lr": 3e-4, "ref_type": "policy"},
+        },
     ],
-    ids=["policy as reference", "outcomes alone", "kto, grpo and gae", "balanced, reinforce and min", "prefix and gae"],
+    ids=["policy as reference", "outcomes alone", "kto, grpo and gae", "balanced, reinforce and min", "candidates"],
 )
 def test_other_algorithms_on_ranks(make_config, tmp_path, changes):
     runs = [make_config(output=tmp_path / str(size) / "run", **(settings(steps=2) | changes)) for size in (0, 2)]

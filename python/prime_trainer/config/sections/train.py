@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, PositiveInt, model_validator
@@ -44,6 +45,9 @@ class PRMLossConfig(Section):
 
 
 class PRMConfig(PRMLossConfig):
+    path: Path | None = None
+    """A trained PRM to start from (what `prime-trainer prm` saved), with the tokenizer of `model.path`; unset, the PRM
+    starts from `model.path`, which stays its reference in both cases."""
     update: Literal["after", "before", "reverse", "none"] = "after"
     ref_type: Literal["freeze", "policy"] = "freeze"
     granularity: Literal["token", "step", "whole"] = "token"
@@ -58,6 +62,24 @@ class PRMConfig(PRMLossConfig):
     def _balanced(self) -> PRMConfig:
         if self.balance and self.kind not in BALANCED_KINDS:
             raise ValueError(f"prm.balance is for prm.kind {' or '.join(BALANCED_KINDS)}, got {self.kind!r}")
+        return self
+
+
+_MIN_PROB = 0.1
+
+
+class CandidatesConfig(Section):
+    """DistRL: a clipped loss over the policy's probable tokens at every position, beside that of the sampled ones."""
+
+    coef: float = Field(default=0.0, ge=0)
+    """Weight of that loss; 0 is none. 0.1 in arXiv 2604.13197."""
+    min_prob: float = Field(default=_MIN_PROB, ge=0.01, le=1.0)
+    """Least probability of a candidate under the policy that sampled."""
+
+    @model_validator(mode="after")
+    def _used(self) -> CandidatesConfig:
+        if self.min_prob != _MIN_PROB and self.coef == 0:
+            raise ValueError(f"min_prob is for coef above 0, got min_prob {self.min_prob:g} with coef 0")
         return self
 
 
@@ -83,6 +105,7 @@ class AlgorithmConfig(Section):
     """Advantages of mean 0 and variance 1 over the batch's tokens."""
     whiten_of: Literal["sum", "source"] = "sum"
     """What is whitened: the sum of both sources, or each source before its coefficient."""
+    candidates: CandidatesConfig = CandidatesConfig()
 
     @model_validator(mode="after")
     def _no_discounted_minimum(self) -> AlgorithmConfig:
