@@ -6,8 +6,8 @@ A question is a starting number and some one-digit terms, `63-8+5`; its worked s
 answer in a box: `63-8=55`, `55+5=60`, `\boxed{60}`. All running totals lie from 0 to 99. The demonstrations of the
 warm-up slip where a ten is crossed: additions forget the carry (`47+5=42`), subtractions end one too high (`63-8=56`),
 with the chances of `SLIPS`, and go on from the wrong total. A model that imitates them knows both ways to write such a
-line and errs at single lines. A solution is right only if each of its lines is, but where ten slips of one kind undo one
-of the other.
+line and errs at single lines. A solution is right only if each of its lines is, but where ten slips of one kind undo
+one of the other.
 
 FOLDER gets train.jsonl and held_out.jsonl (problems), worked.jsonl (demonstrations, of other questions) and untrained,
 a model directory with weights as they are drawn.
@@ -29,9 +29,8 @@ TERMS = (6, 8)
 """Fewest and most lines of a solution."""
 PROBLEMS, HELD_OUT, WORKED = 20_000, 400, 51_200
 SLIPS = {"+": 0.6, "-": 0.4}
-"""Of the demonstrations' additions and subtractions that cross a ten, how many go wrong. With slips that undo each other
-one to one (ten too low, ten too high) the outcome says next to nothing of the lines: in half of the pairs of a right and a
-wrong answer to one question the right one had as many slips."""
+"""Of the demonstrations' additions and subtractions that cross a ten, how many go wrong. Slips that undo each other one
+to one (ten too low, ten too high) would leave an outcome that says next to nothing of the lines."""
 SEED = 0
 _LINE = re.compile(r"(?P<total>\d+)(?P<sign>[+-])(?P<term>\d)=\d+")
 CHARACTERS = "0123456789+-=?\n"
