@@ -64,51 +64,6 @@ def choose(rows: int, vocabulary: int, itemsize: int, device: Device, tuning: Tu
     return Config(block, num_warps, tuning.num_stages, splits)
 
 
-@dataclass(frozen=True)
-class LinearConfig:
-    """Launch configuration of the fused product and softmax."""
-
-    block_rows: int
-    """Tokens per tile."""
-    block_columns: int
-    """Vocabulary entries per iteration."""
-    block_width: int
-    """Hidden dimensions per step of the product."""
-    num_warps: int
-    """Warps per program."""
-    num_stages: int
-    """Pipeline stages of the product."""
-    splits: int
-    """Parts of the vocabulary."""
-    programs: int
-    """Programs in all."""
-
-
-# Whether linear_log_probs on "triton" runs the product and the softmax as one kernel, or a library product per tile
-# followed by the row kernel. bench/gpu.sh measures both (bench/test_linear_log_probs.py); the faster one becomes the
-# default, and the other one goes. That measurement is pending.
-FUSED_LINEAR = False
-
-
-def choose_linear(rows: int, vocabulary: int, itemsize: int, device: Device) -> LinearConfig:
-    """The configuration for [rows, D] hidden states of ``itemsize`` bytes and a [vocabulary, D] head.
-
-    Estimated, not yet measured: Hopper's tensor cores need a 128 x 256 accumulator on 8 warps; older GPUs have less
-    shared memory. At least twice as many tiles as programs balance the load at the end.
-    """
-    if itemsize == 4:
-        blocks = (64, 64, 32, 4, 2)
-    elif device.capability >= (9, 0):
-        blocks = (128, 256, 64, 8, 3)
-    else:
-        blocks = (128, 128, 32, 8, 3)
-    row_blocks, column_blocks = -(-rows // blocks[0]), -(-vocabulary // blocks[1])
-    wanted = -(-2 * device.multiprocessors // row_blocks)
-    splits = power_of_two_from(max(1, min(wanted, column_blocks, MAX_SPLITS)))
-    splits = min(splits, MAX_SPLITS, power_of_two_to(column_blocks))
-    return LinearConfig(*blocks, splits, min(device.multiprocessors, row_blocks * splits))
-
-
 def power_of_two_from(value: int) -> int:
     """The smallest power of two that is at least ``value``."""
     return 1 << (value - 1).bit_length()

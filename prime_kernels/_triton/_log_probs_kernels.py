@@ -195,12 +195,8 @@ def combine_kernel(
     MASKED: tl.constexpr,
     ENTROPY: tl.constexpr,
     SPLITS: tl.constexpr,
-    ONE_OWNER: tl.constexpr,
 ):
-    """Program (row, model): results from the parts of a row.
-
-    Every part has the target's logit; with ONE_OWNER only the part that contains it, and the others have 0.
-    """
+    """Program (row, model): results from the parts of a row, every one of which has the target's logit."""
     row = tl.program_id(0).to(tl.int64)
     model = tl.program_id(1)
     at = model * rows + row
@@ -214,10 +210,7 @@ def combine_kernel(
     highest = tl.load(parts_ptr)
     total = tl.load(parts_ptr + field)
     weighted = tl.load(parts_ptr + 2 * field)
-    if ONE_OWNER:
-        target = tl.sum(tl.load(parts_ptr + 3 * field), axis=0)
-    else:
-        target = tl.load(partial_ptr + 3 * field + at * SPLITS)
+    target = tl.load(partial_ptr + 3 * field + at * SPLITS)
     all_highest, all_total, all_weighted = _join(highest, total, weighted, inverse * LOG2E)
     _store_results(
         all_highest, all_total, all_weighted, target, inverse, logp_ptr + at, lse_ptr + at, entropy_ptr + at, ENTROPY

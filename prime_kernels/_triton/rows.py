@@ -68,9 +68,7 @@ def token_log_probs(
             num_stages=config.num_stages,
         )
         if splits > 1:
-            combine_kernel[(rows, count)](
-                partial, *inverses, mask, *outputs, rows, **common, ONE_OWNER=False, num_warps=1
-            )
+            combine_kernel[(rows, count)](partial, *inverses, mask, *outputs, rows, **common, num_warps=1)
     return RowResults(logp, lse, entropy)
 
 

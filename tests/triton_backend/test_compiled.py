@@ -13,8 +13,7 @@ import torch
 from triton_backend.aot import CAPABILITIES, assert_no_spills, build
 
 from prime_kernels._triton import _log_probs_kernels as kernels
-from prime_kernels._triton._launch_config import Device, choose, choose_linear
-from prime_kernels._triton._linear_kernels import linear_forward_kernel
+from prime_kernels._triton._launch_config import Device, choose
 
 DTYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 ROWS, VOCABULARY = 8192, 151936
@@ -73,26 +72,5 @@ def test_backward(capability, dtype, entropy, tmp_path):
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_combine(capability, tmp_path):
     types = {key: COMMON[key] for key in ("mask_ptr", "lse_ptr", "entropy_ptr")} | RESULTS | INVERSES
-    constants = {"MODELS": 3, "MASKED": True, "ENTROPY": True, "SPLITS": 64, "ONE_OWNER": True}
+    constants = {"MODELS": 3, "MASKED": True, "ENTROPY": True, "SPLITS": 64}
     assert_no_spills(*build(kernels.combine_kernel, types, constants, capability, 1, tmp_path))
-
-
-@pytest.mark.parametrize("entropy", [True, False])
-@pytest.mark.parametrize("capability", CAPABILITIES)
-def test_fused_product(capability, entropy, tmp_path):
-    """On Hopper: tiles come by bulk copies (TMA), products are warpgroup instructions, nothing spills."""
-    config = choose_linear(ROWS, VOCABULARY, 2, Device(132, divmod(capability, 10)))
-    a, b = (f"tensordesc<bf16[{rows}, {config.block_width}]>" for rows in (config.block_rows, config.block_columns))
-    types = {"hidden": a, "weight": b, "bias_ptr": "*bf16", "ids_ptr": "*i64", "inverse": "fp32", "rows": "i32"}
-    types |= {"partial_ptr": "*fp32", "vocabulary": "i32", "width": "i32", "chunk": "i32"}
-    constants = {"BIAS": False, "ENTROPY": entropy, "SPLITS": config.splits, "PROGRAMS": config.programs}
-    constants |= {"BLOCK_ROWS": config.block_rows, "BLOCK_COLUMNS": config.block_columns}
-    constants |= {"BLOCK_WIDTH": config.block_width}
-    options = (capability, config.num_warps, tmp_path, config.num_stages)
-    usage, sass = build(linear_forward_kernel, types, constants, *options)
-    assert_no_spills(usage, sass)
-    assert usage["REG"] * config.num_warps * 32 <= 65536
-    if capability >= 90:
-        assert re.search(r"\bUTMALDG\b", sass) and re.search(r"\bHGMMA\.", sass)
-    else:
-        assert re.search(r"\bHMMA\.", sass)

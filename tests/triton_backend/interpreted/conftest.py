@@ -4,10 +4,22 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-import triton.language as tl
 from triton.runtime import interpreter
 
 from prime_kernels._triton._launch_config import Device, ScanConfig, ScanTuning, choose_scan
+
+_patch_lang, _patched = interpreter._patch_lang, []
+
+
+def _patch_once(function):
+    """Each launch, and each call of one kernel function by another, tl.sum among them, would look through all of
+    triton.language anew, which takes longer than the kernels (Triton 3.6). Nothing compiles in this process."""
+    if not _patched:
+        _patched.append(_patch_lang(function))
+    return interpreter._LangPatchScope()
+
+
+interpreter._patch_lang = _patch_once
 
 _patch_tensor = interpreter._patch_lang_tensor
 
@@ -20,22 +32,6 @@ def _with_index(tensor, *scope):
 
 
 interpreter._patch_lang_tensor = _with_index
-
-_create_dot = interpreter.InterpreterBuilder.create_dot
-
-
-def _dot(self, a, b, d, *options):
-    """A product of bfloat16 would multiply the bits that stand for the numbers (Triton 3.6)."""
-    wide = [
-        interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
-        if x.dtype.scalar == tl.bfloat16
-        else x
-        for x in (a, b)
-    ]
-    return _create_dot(self, *wide, d, *options)
-
-
-interpreter.InterpreterBuilder.create_dot = _dot
 
 
 def _scan(self, tensors):
