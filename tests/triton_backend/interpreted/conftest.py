@@ -1,25 +1,44 @@
 """Repairs of Triton's interpreter that these tests need, and small shares of the tokens."""
 
+import dataclasses
+import functools
 from collections.abc import Callable
 
 import numpy as np
 import pytest
+import triton.language as tl
 from triton.runtime import interpreter
 
 from prime_kernels._triton._launch_config import Device, ScanConfig, ScanTuning, choose_scan
 
-_patch_lang, _patched = interpreter._patch_lang, []
+_patch_lang, _patched = interpreter._patch_lang, set()
 
 
 def _patch_once(function):
     """Each launch, and each call of one kernel function by another, tl.sum among them, would look through all of
     triton.language anew, which takes longer than the kernels (Triton 3.6). Nothing compiles in this process."""
-    if not _patched:
-        _patched.append(_patch_lang(function))
+    modules = frozenset(id(value) for value in function.__globals__.values() if value is tl or value is tl.core)
+    if modules not in _patched:
+        _patched.add(modules)
+        _patch_lang(function)
     return interpreter._LangPatchScope()
 
 
 interpreter._patch_lang = _patch_once
+# Each sum and product of integers would be made again as int64 for an assertion that is dropped without debug=True.
+builder = interpreter.interpreter_builder
+builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+
+_scalar_np_dtype = functools.cache(interpreter._get_np_dtype)
+
+
+def _np_dtype(kind):
+    """Asked for with every instruction, and looked up in a table that is made anew each time."""
+    scalar = kind.scalar
+    return np.dtype(np.uint64) if scalar.is_ptr() else _scalar_np_dtype(scalar)
+
+
+interpreter._get_np_dtype = _np_dtype
 
 _patch_tensor = interpreter._patch_lang_tensor
 
