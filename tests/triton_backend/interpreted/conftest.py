@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -71,6 +72,14 @@ def _scan(self, tensors):
 
 
 interpreter.ScanOps.generic_scan = _scan
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of other folders only what runs on a backend: everything else would repeat what the process without an
+    interpreter tests."""
+    chosen = [each for each in items if Path(__file__).parent in each.path.parents or "backend" in each.fixturenames]
+    config.hook.pytest_deselected(items=[each for each in items if each not in chosen])
+    items[:] = chosen
 
 
 @pytest.fixture
