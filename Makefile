@@ -14,7 +14,7 @@ TRITON := triton==3.6.0
 
 help:
 	@echo "make demo    train SmolLM2-135M with PRIME on arithmetic (SEED=0), then write its report"
-	@echo "make test    all tests (make debian, as root, installs the Debian packages that some of them use)"
+	@echo "make test    all tests but those of the wheel (make debian, as root, installs Debian packages that some use)"
 	@echo "make test-integrations  the drop-ins against TRL, verl and OpenRLHF, in .venv-integrations"
 	@echo "make test-vllm  the tests of vLLM rollouts, in an environment of their own (3.5 GB)"
 	@echo "make test-oldest  the kernel tests on the oldest torch that is supported (OLDEST_TORCH), in .venv-oldest"
@@ -59,11 +59,12 @@ debian:
 	  [ -z "$$missing" ] || { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq --no-install-recommends \
 	  $$missing >/dev/null; } || echo "not installed:$$missing; the tests that need them will skip"
 
-# The trainer's tests beside all others: most of them use one core.
+# The trainer's tests beside all others: most of them use one core. Those of the wheel are `make package`, which builds
+# it: here they would build another.
 test: $(READY) debian
 	@mkdir -p build
 	@$(BIN)/python -m pytest -q -p no:cacheprovider tests/trainer >build/test-trainer.log 2>&1 & trainer=$$!; \
-	  $(BIN)/python -m pytest -q --ignore tests/trainer; others=$$?; \
+	  $(BIN)/python -m pytest -q --ignore tests/trainer --ignore tests/packaging/test_wheel.py; others=$$?; \
 	  wait $$trainer; status=$$?; cat build/test-trainer.log; exit $$((others > status ? others : status))
 
 # An environment of its own on top of .venv, whose packages it sees, so that it adds the trainers alone. One process for

@@ -84,7 +84,7 @@ for phase in "${phases[@]}"; do
       part bench 150 "$python" -m prime_kernels bench --device cuda --minutes 2 --output "$results/bench"
       measured measure_ceiling 30 bench/test_ceiling.py
       measured measure_log_probs 60 bench/test_log_probs.py -k "triton or cuda or eager"
-      measured measure_linear 90 bench/test_linear_log_probs.py -k "(kernel or fused or eager or product) and not memory"
+      measured measure_linear 90 bench/test_linear_log_probs.py -k "(kernel or eager or product) and not memory"
       measured measure_segments 60 bench/test_segments.py -k "kernel or eager"
       measured measure_memory 30 bench/test_linear_log_probs.py -k memory
       ;;

@@ -32,24 +32,11 @@ def kernel_ratios(prm, ref, policy, weight, ids):
     return pk.linear_log_ratios(*heads[:2], ids, policy=heads[2])
 
 
-def fused(hidden, weight, ids):
-    """The Triton kernel of product and softmax, which is not the default until it measures faster."""
-    from prime_kernels._triton import _launch_config
-
-    before, _launch_config.FUSED_LINEAR = _launch_config.FUSED_LINEAR, True
-    try:
-        return pk.linear_log_probs(hidden, weight, ids, backend="triton")
-    finally:
-        _launch_config.FUSED_LINEAR = before
-
-
 def ways(plain, kernel):
     return {"eager": plain, "compile": compiled(plain), "kernel": kernel}
 
 
 WAYS = ways(formulas.linear_log_probs, pk.linear_log_probs)
-if DEVICE == "cuda":
-    WAYS["fused"] = fused
 NLL = ways(formulas.linear_nll, pk.linear_nll)
 if hasattr(torch.nn.functional, "linear_cross_entropy"):
     NLL["linear_cross_entropy"] = peer_nll()

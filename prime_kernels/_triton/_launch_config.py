@@ -64,51 +64,6 @@ def choose(rows: int, vocabulary: int, itemsize: int, device: Device, tuning: Tu
     return Config(block, num_warps, tuning.num_stages, splits)
 
 
-@dataclass(frozen=True)
-class LinearConfig:
-    """Launch configuration of the fused product and softmax."""
-
-    block_rows: int
-    """Tokens per tile."""
-    block_columns: int
-    """Vocabulary entries per iteration."""
-    block_width: int
-    """Hidden dimensions per step of the product."""
-    num_warps: int
-    """Warps per program."""
-    num_stages: int
-    """Pipeline stages of the product."""
-    splits: int
-    """Parts of the vocabulary."""
-    programs: int
-    """Programs in all."""
-
-
-# Whether linear_log_probs on "triton" runs the product and the softmax as one kernel, or a library product per tile
-# followed by the row kernel. bench/gpu.sh measures both (bench/test_linear_log_probs.py); the faster one becomes the
-# default, and the other one goes. That measurement is pending.
-FUSED_LINEAR = False
-
-
-def choose_linear(rows: int, vocabulary: int, itemsize: int, device: Device) -> LinearConfig:
-    """The configuration for [rows, D] hidden states of ``itemsize`` bytes and a [vocabulary, D] head.
-
-    Estimated, not yet measured: Hopper's tensor cores need a 128 x 256 accumulator on 8 warps; older GPUs have less
-    shared memory. At least twice as many tiles as programs balance the load at the end.
-    """
-    if itemsize == 4:
-        blocks = (64, 64, 32, 4, 2)
-    elif device.capability >= (9, 0):
-        blocks = (128, 256, 64, 8, 3)
-    else:
-        blocks = (128, 128, 32, 8, 3)
-    row_blocks, column_blocks = -(-rows // blocks[0]), -(-vocabulary // blocks[1])
-    wanted = -(-2 * device.multiprocessors // row_blocks)
-    splits = power_of_two_from(max(1, min(wanted, column_blocks, MAX_SPLITS)))
-    splits = min(splits, MAX_SPLITS, power_of_two_to(column_blocks))
-    return LinearConfig(*blocks, splits, min(device.multiprocessors, row_blocks * splits))
-
-
 def power_of_two_from(value: int) -> int:
     """The smallest power of two that is at least ``value``."""
     return 1 << (value - 1).bit_length()
@@ -129,13 +84,16 @@ class ScanTuning:
     """Warps per program."""
     tokens_per_program: int
     """The fewest tokens for which another program is started."""
+    per_multiprocessor: int = 1
+    """Programs that are resident together on a multiprocessor: while one waits, for memory or for the rest of its
+    tile's scan, the others run."""
 
 
 # Estimated, not yet measured: four or eight tokens per thread give 16-byte loads, and their doubles fit into registers;
 # with fewer than two tiles a program would mostly wait for the others.
-SCAN_TUNING = ScanTuning(block=2048, num_warps=8, tokens_per_program=4096)
+SCAN_TUNING = ScanTuning(block=1024, num_warps=4, tokens_per_program=2048, per_multiprocessor=2)
 # The losses of prefixes take more registers a token, and spill with twice as many tokens.
-PREFIX_TUNING = ScanTuning(block=1024, num_warps=8, tokens_per_program=4096)
+PREFIX_TUNING = ScanTuning(block=512, num_warps=4, tokens_per_program=2048, per_multiprocessor=2)
 
 
 @dataclass(frozen=True)
@@ -152,23 +110,27 @@ class ScanConfig:
     """Programs in all."""
     slots: int
     """Size of the arrays that programs publish into: a power of two, at least their number."""
+    per_multiprocessor: int = 1
+    """Programs that must fit on a multiprocessor together."""
 
     @property
     def registers(self) -> int:
-        """Registers per thread, at most: one program has a multiprocessor to itself and need not spill."""
-        return min(255, 65536 // (32 * self.num_warps))
+        """Registers per thread, at most, with which as many programs fit on a multiprocessor."""
+        return min(255, 65536 // (32 * self.num_warps * self.per_multiprocessor))
 
 
 def choose_scan(total: int, device: Device, tuning: ScanTuning = SCAN_TUNING) -> ScanConfig:
-    """Equal ranges of ``total`` tokens in whole tiles, independent of segments; one program per multiprocessor at most.
+    """Equal ranges of ``total`` tokens in whole tiles, independent of segments.
 
     All programs are then resident at once, as barriers between them require. Only the numbers of tiles and programs
     depend on ``total``, and kernels are not recompiled for them.
     """
-    wanted = max(1, min(-(-total // tuning.tokens_per_program), device.multiprocessors))
+    most = device.multiprocessors * tuning.per_multiprocessor
+    wanted = max(1, min(-(-total // tuning.tokens_per_program), most))
     tiles = max(1, -(-total // (wanted * tuning.block)))
     programs = max(1, -(-total // (tiles * tuning.block)))
-    return ScanConfig(tuning.block, tuning.num_warps, tiles, programs, power_of_two_from(device.multiprocessors))
+    slots = power_of_two_from(most)
+    return ScanConfig(tuning.block, tuning.num_warps, tiles, programs, slots, tuning.per_multiprocessor)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ The number of parts changes the last bits of a result, as any order of summation
 import triton
 import triton.language as tl
 
+from prime_kernels._triton._row_loads import load_shifted, to_boundary
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # t is clamped here where it multiplies 2^t: 0 * -inf is NaN.
@@ -148,14 +150,19 @@ def forward_kernel(
     end = tl.maximum(start, tl.minimum(start + chunk, vocabulary))
     whole = start + (end - start) // BLOCK * BLOCK
     for first in range(start, whole, BLOCK):
-        columns = first + offsets
-        x = tl.load(z_ptr + columns).to(tl.float32)
+        if ALIGNMENT == 1:
+            x = load_shifted(z_ptr, first, vocabulary, LANES, WIDTH, False)
+        else:
+            x = tl.load(z_ptr + first + offsets).to(tl.float32)
         x = tl.where(offsets == id - first, float("-inf"), x)
         highest, total, weighted = _take(x, highest, total, weighted, scale, ENTROPY)
     if whole < end:
-        columns = whole + offsets
-        x = tl.load(z_ptr + columns, mask=columns < vocabulary, other=float("-inf")).to(tl.float32)
-        x = tl.where(offsets == id - whole, float("-inf"), x)
+        if ALIGNMENT == 1:
+            x = load_shifted(z_ptr, whole, vocabulary, LANES, WIDTH, True)
+        else:
+            some = whole + tl.arange(0, LANES) * WIDTH < vocabulary
+            x = tl.load(z_ptr + whole + offsets, mask=some[:, None], other=0.0).to(tl.float32)
+        x = tl.where((offsets == id - whole) | (whole + offsets >= vocabulary), float("-inf"), x)
         highest, total, weighted = _take(x, highest, total, weighted, scale, ENTROPY)
 
     all_highest, all_total, all_weighted = _join(highest, total, weighted, scale)
@@ -195,12 +202,8 @@ def combine_kernel(
     MASKED: tl.constexpr,
     ENTROPY: tl.constexpr,
     SPLITS: tl.constexpr,
-    ONE_OWNER: tl.constexpr,
 ):
-    """Program (row, model): results from the parts of a row.
-
-    Every part has the target's logit; with ONE_OWNER only the part that contains it, and the others have 0.
-    """
+    """Program (row, model): results from the parts of a row, every one of which has the target's logit."""
     row = tl.program_id(0).to(tl.int64)
     model = tl.program_id(1)
     at = model * rows + row
@@ -214,10 +217,7 @@ def combine_kernel(
     highest = tl.load(parts_ptr)
     total = tl.load(parts_ptr + field)
     weighted = tl.load(parts_ptr + 2 * field)
-    if ONE_OWNER:
-        target = tl.sum(tl.load(parts_ptr + 3 * field), axis=0)
-    else:
-        target = tl.load(partial_ptr + 3 * field + at * SPLITS)
+    target = tl.load(partial_ptr + 3 * field + at * SPLITS)
     all_highest, all_total, all_weighted = _join(highest, total, weighted, inverse * LOG2E)
     _store_results(
         all_highest, all_total, all_weighted, target, inverse, logp_ptr + at, lse_ptr + at, entropy_ptr + at, ENTROPY
@@ -225,13 +225,25 @@ def combine_kernel(
 
 
 @triton.jit
-def _gradient(x, lse, a, b, inverse, ENTROPY: tl.constexpr):
-    """p (a + b log2 p) of the columns x."""
+def _put_gradient(
+    z_ptrs, out_ptrs, inside, is_target, at_target, lse, a, b, inverse, EDGE: tl.constexpr, ENTROPY: tl.constexpr
+):
+    """p (a + b log2 p) of some columns, and ``at_target`` of the target; with EDGE of those ``inside`` alone."""
+    if EDGE:
+        x = tl.load(z_ptrs, mask=inside, other=float("-inf")).to(tl.float32)
+    else:
+        x = tl.load(z_ptrs).to(tl.float32)
     t = (x * inverse - lse) * LOG2E
     p = tl.exp2(t)
     if ENTROPY:
-        return p * (a + b * tl.maximum(t, LOWEST))
-    return p * a
+        gradient = p * (a + b * tl.maximum(t, LOWEST))
+    else:
+        gradient = p * a
+    gradient = tl.where(is_target, at_target, gradient).to(out_ptrs.dtype.element_ty)
+    if EDGE:
+        tl.store(out_ptrs, gradient, mask=inside)
+    else:
+        tl.store(out_ptrs, gradient)
 
 
 @triton.jit(do_not_specialize=["stride", "out_stride"])
@@ -252,19 +264,41 @@ def backward_kernel(
     MASKED: tl.constexpr,
     ENTROPY: tl.constexpr,
     ALIGNMENT: tl.constexpr,
+    PEELED: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Program (row, part of the row): d loss / d logits into out, which may be the logits themselves.
 
     In place is safe: a thread reads each of its columns before it writes it. Of other columns it reads only the target,
     whose value is used by the thread of that column alone.
+
+    With PEELED the logits and out are alike in their rows' addresses modulo 16 bytes. Columns before the first 16-byte
+    boundary and after the last one are then left to the first program of the row.
     """
     row = tl.program_id(0).to(tl.int64)
-    start = tl.program_id(1) * chunk
-    end = tl.maximum(start, tl.minimum(start + chunk, vocabulary))
     z_ptr = logits_ptr + row * stride * ALIGNMENT
     gradient_ptr = out_ptr + row * out_stride * ALIGNMENT
     offsets = tl.arange(0, BLOCK)
+    body_ptr = z_ptr
+    out_body_ptr = gradient_ptr
+    head = 0
+    if PEELED:
+        if ALIGNMENT == 1:
+            head = tl.minimum(to_boundary(z_ptr, WIDTH), vocabulary)
+            body_ptr = tl.multiple_of(z_ptr + head, 16)
+            out_body_ptr = tl.multiple_of(gradient_ptr + head, 16)
+        body = (vocabulary - head) // WIDTH * WIDTH
+    else:
+        body = vocabulary
+    start = tl.program_id(1) * chunk
+    end = tl.maximum(start, tl.minimum(start + chunk, body))
+    whole = start + (end - start) // BLOCK * BLOCK
+    # The columns of the two ends, one after the other.
+    place = tl.arange(0, 2 * WIDTH)
+    rest = tl.where(place < WIDTH, place, head + body + place - WIDTH)
+    outside = (place < head) | ((place >= WIDTH) & (rest < vocabulary))
+    has_rest = (tl.program_id(1) == 0) & (body < vocabulary)
 
     grad_logp = tl.load(grad_logp_ptr + row)
     lse = tl.load(lse_ptr + row)
@@ -279,8 +313,9 @@ def backward_kernel(
     if empty:
         for first in range(start, end, BLOCK):
             columns = first + offsets
-            zeros = tl.zeros([BLOCK], out_ptr.dtype.element_ty)
-            tl.store(gradient_ptr + columns, zeros, mask=columns < vocabulary)
+            tl.store(out_body_ptr + columns, tl.zeros([BLOCK], out_ptr.dtype.element_ty), mask=columns < body)
+        if has_rest:
+            tl.store(gradient_ptr + rest, tl.zeros([2 * WIDTH], out_ptr.dtype.element_ty), mask=outside)
         return
 
     id = tl.load(ids_ptr + row)
@@ -298,15 +333,20 @@ def backward_kernel(
         b = -grad_entropy * LN2 * inverse
     at_target = (at_target * inverse).to(tl.float32)
 
-    whole = start + (end - start) // BLOCK * BLOCK
+    if has_rest:
+        _put_gradient(
+            z_ptr + rest, gradient_ptr + rest, outside, rest == id, at_target, lse, a, b, inverse, True, ENTROPY
+        )
+    id -= head
     for first in range(start, whole, BLOCK):
         columns = first + offsets
-        x = tl.load(z_ptr + columns).to(tl.float32)
-        gradient = tl.where(offsets == id - first, at_target, _gradient(x, lse, a, b, inverse, ENTROPY))
-        tl.store(gradient_ptr + columns, gradient.to(out_ptr.dtype.element_ty))
+        _put_gradient(
+            body_ptr + columns, out_body_ptr + columns, True, offsets == id - first, at_target, lse, a, b, inverse,
+            False, ENTROPY,
+        )  # fmt: skip
     if whole < end:
         columns = whole + offsets
-        inside = columns < vocabulary
-        x = tl.load(z_ptr + columns, mask=inside, other=float("-inf")).to(tl.float32)
-        gradient = tl.where(offsets == id - whole, at_target, _gradient(x, lse, a, b, inverse, ENTROPY))
-        tl.store(gradient_ptr + columns, gradient.to(out_ptr.dtype.element_ty), mask=inside)
+        _put_gradient(
+            body_ptr + columns, out_body_ptr + columns, columns < body, offsets == id - whole, at_target, lse, a, b,
+            inverse, True, ENTROPY,
+        )  # fmt: skip

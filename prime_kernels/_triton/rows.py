@@ -12,7 +12,7 @@ from prime_kernels._triton._launch import device_of, on_device
 from prime_kernels._triton._launch_config import Config, choose
 from prime_kernels._triton._log_probs_kernels import backward_kernel, combine_kernel, forward_kernel
 
-# 16-byte loads need strides that are multiples of 8 columns (for any dtype) and aligned addresses.
+# Rows that all start at 16-byte boundaries: strides that are multiples of 8 columns (for any dtype), aligned addresses.
 ALIGNED_COLUMNS, ALIGNED_BYTES = 8, 16
 # Results of each part of a split row for the second kernel: maximum, sum, weighted sum and the target's logit.
 PARTIAL_FIELDS = 4
@@ -69,9 +69,7 @@ def token_log_probs(
             num_stages=config.num_stages,
         )
         if splits > 1:
-            combine_kernel[(rows, count)](
-                partial, *inverses, mask, *outputs, rows, **common, ONE_OWNER=False, num_warps=1
-            )
+            combine_kernel[(rows, count)](partial, *inverses, mask, *outputs, rows, **common, num_warps=1)
     return RowResults(logp, lse, entropy)
 
 
@@ -124,6 +122,8 @@ def logits_gradient(
             MASKED=mask is not None,
             ENTROPY=with_entropy,
             ALIGNMENT=alignment,
+            PEELED=alignment > 1 or _alike(logits, out),
+            WIDTH=ALIGNED_BYTES // logits.element_size(),
             BLOCK=config.block,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
@@ -137,9 +137,12 @@ def _chunk(vocabulary: int, config: Config) -> int:
 
 
 def _alignment(*tensors: Tensor) -> int:
-    """The columns that every row stride is a multiple of: 8 if 16-byte loads are possible, else 1.
-
-    One value for all models of a launch, so that equal logits give equal bits for any strides.
-    """
+    """The columns that every row stride is a multiple of: 8 if all rows start at 16-byte boundaries, else 1."""
     aligned = all(z.data_ptr() % ALIGNED_BYTES == 0 and row_stride(z) % ALIGNED_COLUMNS == 0 for z in tensors)
     return ALIGNED_COLUMNS if aligned else 1
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    """Whether the rows of two tensors of a dtype start at the same places between 16-byte boundaries."""
+    apart = (row_stride(one) - row_stride(other)) * one.element_size()
+    return (one.data_ptr() - other.data_ptr()) % ALIGNED_BYTES == 0 and apart % ALIGNED_BYTES == 0

@@ -121,11 +121,9 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 def can_keep(head: LinearHead, backend: str) -> bool:
-    """Whether forward computes all logits and they are few enough to keep for backward."""
-    of_head = backend in HEAD_KERNELS
-    item = 4 if of_head else logits_dtype(head).itemsize
-    few = len(head.hidden) * len(head.weight) * item <= KEPT_BYTES[_kind(head.hidden)]
-    return few and (of_head or _fused_kernel(head, backend) is None)
+    """Whether all logits are few enough to keep for backward."""
+    item = 4 if backend in HEAD_KERNELS else logits_dtype(head).itemsize
+    return len(head.hidden) * len(head.weight) * item <= KEPT_BYTES[_kind(head.hidden)]
 
 
 def _all_logits(head: LinearHead) -> Tensor:
@@ -167,9 +165,6 @@ def head_log_probs(
     """
     if backend in HEAD_KERNELS:
         return _backends.head(backend).token_log_probs(head, with_entropy, keep)
-    if (fused_kernel := _fused_kernel(head, backend)) is not None:
-        ids = head.ids.clamp(0, len(head.weight) - 1)
-        return fused_kernel(head.hidden, head.weight, head.bias, ids, head.temperature, with_entropy), None
     kernels = row_kernels(backend, head.softcap)
     tiles = Tiles(head, forward_elements(_kind(head.hidden)))
     kept = _all_logits(head) if keep else None
@@ -298,20 +293,6 @@ def loss_gradients(
     )
     of_bias = None if grad_bias is None else grad_bias.to(hidden.dtype)
     return torch.cat(parts), HeadGradients(of_hidden, of_weight, of_bias)
-
-
-def _fused_kernel(head: LinearHead, backend: str) -> Callable[..., RowResults] | None:
-    """The Triton kernel without tiles, if it is enabled and supports these tensors; it neither rounds nor caps."""
-    rounds = head.rounded and head.hidden.dtype != torch.float32
-    if backend != "triton" or rounds or head.softcap is not None:
-        return None
-    from prime_kernels._triton import _launch_config
-
-    if not _launch_config.FUSED_LINEAR:
-        return None
-    from prime_kernels._triton import linear_log_probs
-
-    return linear_log_probs.linear_token_log_probs if linear_log_probs.supported(head.hidden, head.weight) else None
 
 
 def _aligned(columns: int) -> int:

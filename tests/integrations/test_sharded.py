@@ -1,13 +1,9 @@
 """Models in shards (FSDP2): the probe of the head and LogProbHead give what they give for the whole model."""
 
-import os
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from helpers.spawn import spawn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -60,7 +56,5 @@ def compare_kind(kind, mesh, rank):
     torch.testing.assert_close(logp.double(), exact, rtol=1e-4, atol=1e-4)
 
 
-def test_shards_are_read_as_the_whole(tmp_path, monkeypatch):
-    # The processes import this file anew.
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, sys.path)]))
-    mp.spawn(compare, (2, str(tmp_path / "store")), nprocs=2)
+def test_shards_are_read_as_the_whole():
+    spawn(compare, 2)

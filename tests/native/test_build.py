@@ -24,7 +24,7 @@ def nvcc():
 def test_build_info(native):
     info = native.build_info()
     assert set(info) == {"compiler", "flags", "cpu", "openmp", "cuda", "cuda_detail"}
-    assert info["cpu"] in ("avx512", "avx2", "portable")
+    assert info["cpu"] in ("amx", "avx512_bf16", "avx512", "avx2", "portable")
     assert re.match(r"\w+ \d+", info["compiler"])
     assert "-O3" in info["flags"] and "fast-math" not in info["flags"]
     assert isinstance(info["openmp"], bool) and info["cuda_detail"]

@@ -11,11 +11,10 @@ from helpers.emulated import build
 from helpers.rloo_batches import WRONG
 
 ROOT = Path(__file__).resolve().parents[2]
-TESTS = [
-    f"tests/ops/test_{name}.py"
-    for name in ["long_batches", "segments", "rloo_advantages", "ppo_loss", "prm_loss", "pack", "golden"]
-]
-ROWS = ["log_probs", "softcap", "fuzz", "linear_log_probs", "linear_losses", "candidates"]
+LONG_BATCHES = "tests/ops/test_long_batches.py"
+# Packed tokens; rows of logits, and the operations from hidden states that run on them.
+NAMES = ["segments", "rloo_advantages", "ppo_loss", "prm_loss", "pack", "golden"]
+NAMES += ["log_probs", "softcap", "fuzz", "linear_log_probs", "linear_losses", "candidates"]
 
 
 @pytest.fixture(scope="module")
@@ -26,16 +25,10 @@ def extension(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("multiprocessors", [3, 11])
-def test_packed_tokens(extension, multiprocessors, seed):
+def test_operations(extension, multiprocessors, seed):
     # More blocks take part only where tokens are many.
-    emulated(extension, multiprocessors, seed, TESTS if multiprocessors == 3 else TESTS[:1])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ROWS)
-def test_rows(extension, name, seed):
-    """Rows of logits, and the operations from hidden states that run on them."""
-    emulated(extension, 3, seed, [f"tests/ops/test_{name}.py"])
+    others = [f"tests/ops/test_{name}.py" for name in NAMES] if multiprocessors == 3 else []
+    emulated(extension, multiprocessors, seed, [LONG_BATCHES, *others])
 
 
 def emulated(extension, multiprocessors, seed, select):

@@ -1,14 +1,9 @@
 """A head whose vocabulary is shared by processes, or kept in shards by FSDP2: the results of a whole one."""
 
-import os
-import sys
-import tempfile
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from helpers.spawn import spawn
 
 import prime_kernels as pk
 
@@ -37,26 +32,33 @@ def close(got, want, dtype):
     torch.testing.assert_close(got, want, rtol=rounding, atol=rounding * max(1.0, want.abs().nan_to_num().max().item()))
 
 
-def share(rank, size, store, dtype, backend):
+def share(rank, size, store, cases):
     dist.init_process_group("gloo", rank=rank, world_size=size, store=dist.FileStore(store, size))
     try:
         torch.set_num_threads(1)
-        (hidden, weight, bias), ids, mask, upstream = inputs(dtype)
-        want, gradients = results(hidden, weight, bias, ids, mask, upstream, backend=backend)
-        mine = slice(rank * VOCABULARY // size, (rank + 1) * VOCABULARY // size)
-        group = {"process_group": dist.group.WORLD, "backend": backend}
-        got, found = results(hidden, weight[mine], bias[mine], ids, mask, upstream, **group)
-        for a, b in zip(got, want, strict=True):
-            close(a, b, torch.float32 if dtype == torch.float32 else dtype)
-        close(found[0], gradients[0], dtype)
-        close(found[1], gradients[1][mine], dtype)
-        close(found[2], gradients[2][mine], dtype)
+        for dtype, backend in cases:
+            compare(rank, size, dtype, backend)
         with pytest.raises(IndexError, match=r"ids: expected labels in \[0, 24\), got 24"):
+            (hidden, weight, _), *_ = inputs()
+            mine = slice(rank * VOCABULARY // size, (rank + 1) * VOCABULARY // size)
             pk.linear_log_probs(hidden, weight[mine], torch.full((TOKENS,), 24), process_group=dist.group.WORLD)
         # Nobody leaves while another may still be talking to it.
         dist.barrier()
     finally:
         dist.destroy_process_group()
+
+
+def compare(rank, size, dtype, backend):
+    (hidden, weight, bias), ids, mask, upstream = inputs(dtype)
+    want, gradients = results(hidden, weight, bias, ids, mask, upstream, backend=backend)
+    mine = slice(rank * VOCABULARY // size, (rank + 1) * VOCABULARY // size)
+    group = {"process_group": dist.group.WORLD, "backend": backend}
+    got, found = results(hidden, weight[mine], bias[mine], ids, mask, upstream, **group)
+    for a, b in zip(got, want, strict=True):
+        close(a, b, dtype)
+    close(found[0], gradients[0], dtype)
+    close(found[1], gradients[1][mine], dtype)
+    close(found[2], gradients[2][mine], dtype)
 
 
 def sharded(rank, size, store, dtype, backend):
@@ -85,27 +87,14 @@ def sharded(rank, size, store, dtype, backend):
         dist.destroy_process_group()
 
 
-def _child(rank, function, *arguments):
-    function(rank, *arguments)
-    # What remains of torch's threads now and then aborts a process on its ordinary way out, after all is done.
-    os._exit(0)
+# (dtype, backend), the last one without the extension.
+CASES = [(torch.float32, None), (torch.bfloat16, None), (torch.float32, "eager")]
 
 
-def spawn(function, size, *arguments):
-    # The children import this file by its path, and support.py beside it is on the path of the parent alone.
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_child, (function, size, f"{folder}/store", *arguments), nprocs=size)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_shared_vocabulary(size, dtype):
-    spawn(share, size, dtype, None)
-
-
-def test_shared_vocabulary_without_the_extension():
-    spawn(share, 2, torch.float32, "eager")
+def test_shared_vocabulary(size):
+    """The start of a process takes longer than all that it tests: several cases one after the other."""
+    spawn(share, size, CASES)
 
 
 def test_sharded_parameter():

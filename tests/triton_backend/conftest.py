@@ -7,7 +7,7 @@ import pytest
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # This process compiles, the other one interprets: neither can do what the other does.
-COMPILED = ["test_compiled.py", "test_compiled_segments.py", "test_interpreted.py"]
+COMPILED = ["test_specialised.py", "test_interpreted.py"]
 collect_ignore = COMPILED if INTERPRETED else ["interpreted"]
 
 

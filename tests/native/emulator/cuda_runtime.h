@@ -3,6 +3,7 @@
 // another, from the first on or from the last on in turns, and up to a barrier over the grid.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -37,16 +38,19 @@ enum { cudaDevAttrMultiProcessorCount };
 
 namespace emulator {
 
+constexpr size_t kStack = 64 * 1024;
+
 enum class At { start, barrier, shuffle, grid, end };
 
 struct Thread {
-  ucontext_t context;
+  jmp_buf resumes;
   std::unique_ptr<char[]> stack;
   At at = At::start;
 };
 
 struct State {
-  ucontext_t scheduler;
+  jmp_buf scheduler;
+  std::vector<std::unique_ptr<char[]>> free_stacks;
   Thread* running = nullptr;
   dim3 thread, block, grid;
   unsigned threads = 0;
@@ -65,14 +69,45 @@ inline State& state() {
 inline void wait(At at) {
   State& s = state();
   s.running->at = at;
-  swapcontext(&s.running->context, &s.scheduler);
+  if (_setjmp(s.running->resumes) == 0) _longjmp(s.scheduler, 1);
 }
 
 inline void enter() {
   State& s = state();
   (*s.body)();
   s.running->at = At::end;
-  swapcontext(&s.running->context, &s.scheduler);
+  _longjmp(s.scheduler, 1);
+}
+
+// Until the thread waits or ends. Only its start is a switch of contexts, which calls the system each time.
+__attribute__((noinline)) inline void resume(Thread& thread) {
+  State& s = state();
+  s.running = &thread;
+  if (_setjmp(s.scheduler) != 0) return;
+  if (thread.at != At::start) _longjmp(thread.resumes, 1);
+  ucontext_t context;
+  getcontext(&context);
+  context.uc_stack.ss_sp = thread.stack.get();
+  context.uc_stack.ss_size = kStack;
+  context.uc_link = nullptr;
+  makecontext(&context, enter, 0);
+  setcontext(&context);
+}
+
+inline std::vector<Thread> start_block(unsigned threads) {
+  State& s = state();
+  std::vector<Thread> block(threads);
+  for (Thread& thread : block) {
+    if (s.free_stacks.empty()) s.free_stacks.emplace_back(new char[kStack]);
+    thread.stack = std::move(s.free_stacks.back());
+    s.free_stacks.pop_back();
+  }
+  return block;
+}
+
+inline void end_block(std::vector<Thread>& block) {
+  for (Thread& thread : block) state().free_stacks.push_back(std::move(thread.stack));
+  block.clear();
 }
 
 // Runs the threads of a block until all have ended or wait for the grid.
@@ -83,8 +118,7 @@ inline At run_block(std::vector<Thread>& threads) {
     for (unsigned i = 0; i < threads.size(); ++i) {
       if (threads[i].at == At::end) continue;
       s.thread = dim3(i);
-      s.running = &threads[i];
-      swapcontext(&s.scheduler, &threads[i].context);
+      resume(threads[i]);
     }
     // Only at a shuffle, which is a warp's own affair, may threads have ended, and then whole warps.
     for (unsigned i = 0; i < threads.size(); ++i) {
@@ -114,26 +148,16 @@ inline void run(dim3 shape, unsigned threads, bool cooperative, std::function<vo
     waiting = false;
     for (const unsigned b : order) {
       s.block = dim3(b % shape.x, b / shape.x);
-      if (grid[b].empty()) {
-        grid[b] = std::vector<Thread>(threads);
-        for (Thread& thread : grid[b]) {
-          constexpr size_t kStack = 64 * 1024;
-          thread.stack.reset(new char[kStack]);
-          getcontext(&thread.context);
-          thread.context.uc_stack.ss_sp = thread.stack.get();
-          thread.context.uc_stack.ss_size = kStack;
-          makecontext(&thread.context, enter, 0);
-        }
-      }
+      if (grid[b].empty()) grid[b] = start_block(threads);
       if (run_block(grid[b]) == At::grid) {
         if (!cooperative) std::abort();
         waiting = true;
       } else if (!cooperative) {
-        grid[b].clear();
-        grid[b].shrink_to_fit();
+        end_block(grid[b]);
       }
     }
   }
+  for (auto& block : grid) end_block(block);
 }
 
 template <typename... P, size_t... I>

@@ -1,6 +1,9 @@
 """Repairs of Triton's interpreter that these tests need, and small shares of the tokens."""
 
+import dataclasses
+import functools
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +11,35 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from prime_kernels._triton._launch_config import Device, ScanConfig, ScanTuning, choose_scan
+
+_patch_lang, _patched = interpreter._patch_lang, set()
+
+
+def _patch_once(function):
+    """Each launch, and each call of one kernel function by another, tl.sum among them, would look through all of
+    triton.language anew, which takes longer than the kernels (Triton 3.6). Nothing compiles in this process."""
+    modules = frozenset(id(value) for value in function.__globals__.values() if value is tl or value is tl.core)
+    if modules not in _patched:
+        _patched.add(modules)
+        _patch_lang(function)
+    return interpreter._LangPatchScope()
+
+
+interpreter._patch_lang = _patch_once
+# Each sum and product of integers would be made again as int64 for an assertion that is dropped without debug=True.
+builder = interpreter.interpreter_builder
+builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+
+_scalar_np_dtype = functools.cache(interpreter._get_np_dtype)
+
+
+def _np_dtype(kind):
+    """Asked for with every instruction, and looked up in a table that is made anew each time."""
+    scalar = kind.scalar
+    return np.dtype(np.uint64) if scalar.is_ptr() else _scalar_np_dtype(scalar)
+
+
+interpreter._get_np_dtype = _np_dtype
 
 _patch_tensor = interpreter._patch_lang_tensor
 
@@ -20,22 +52,6 @@ def _with_index(tensor, *scope):
 
 
 interpreter._patch_lang_tensor = _with_index
-
-_create_dot = interpreter.InterpreterBuilder.create_dot
-
-
-def _dot(self, a, b, d, *options):
-    """A product of bfloat16 would multiply the bits that stand for the numbers (Triton 3.6)."""
-    wide = [
-        interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
-        if x.dtype.scalar == tl.bfloat16
-        else x
-        for x in (a, b)
-    ]
-    return _create_dot(self, *wide, d, *options)
-
-
-interpreter.InterpreterBuilder.create_dot = _dot
 
 
 def _scan(self, tensors):
@@ -56,6 +72,14 @@ def _scan(self, tensors):
 
 
 interpreter.ScanOps.generic_scan = _scan
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of other folders only what runs on a backend: everything else would repeat what the process without an
+    interpreter tests."""
+    chosen = [each for each in items if Path(__file__).parent in each.path.parents or "backend" in each.fixturenames]
+    config.hook.pytest_deselected(items=[each for each in items if each not in chosen])
+    items[:] = chosen
 
 
 @pytest.fixture

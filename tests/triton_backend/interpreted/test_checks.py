@@ -16,7 +16,7 @@ def assertions(monkeypatch):
     """The interpreter drops the assertions also of kernels with debug=True (Triton 3.6)."""
     assert kernels.check_rloo_kernel.kwargs["debug"] is True
     builder = interpreter.interpreter_builder
-    monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, debug=True))
+    monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, debug=True, sanitize_overflow=True))
 
 
 @pytest.mark.parametrize("process", [True, False])

@@ -211,6 +211,36 @@ def test_equal_logits_have_a_ratio_of_exactly_zero(dtype, splits):
     assert torch.equal(logp[0], logp[1])
 
 
+@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize("columns", [5, 129, 523])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_at_any_address(dtype, columns, splits):
+    """Rows that start at any element give the same bits, read nothing from beside them and write nothing there."""
+    logits, ids = make(2, columns, dtype)
+    grads, want = (torch.randn(2), torch.randn(2)), None
+    for shift in range(16 // dtype.itemsize):
+        # An odd stride: the second row starts elsewhere between two boundaries.
+        wide = torch.full((2, columns + 16), math.nan, dtype=dtype)
+        rows = wide[:, shift : shift + columns]
+        rows.copy_(logits)
+        frame = torch.full_like(wide, 7.0)
+        got = kernels.token_log_probs([rows], ids, None, [0.7], True, small(splits))
+        columns_of = (rows, ids, None, got[1][0], got[2][0], *grads, 0.7)
+        alike, apart = frame[:, shift : shift + columns], torch.empty_like(logits)
+        for out in (alike, apart):
+            backward(*columns_of, out, small(splits))
+        assert torch.equal(alike, apart)
+        found = [*got, apart]
+        if want is None:
+            want = found
+            for value, exact in zip(got, truth(logits, ids, 0.7), strict=True):
+                assert_close("logp", value[0], exact, extent=20.0)
+            assert_close(gradient_kind(dtype), apart, gradient(logits, ids, 0.7, *grads), extent=20.0)
+        assert all(torch.equal(*pair) for pair in zip(found, want, strict=True))
+        alike.fill_(7.0)
+        assert (frame == 7.0).all()
+
+
 def test_results_may_be_changed_in_place():
     prm = torch.randn(3, 20, requires_grad=True)
     result = pk.log_ratios(prm, torch.randn(3, 20), torch.tensor([0, 1, 2]), backend="triton")
