@@ -11,7 +11,7 @@ TESTS = Path(__file__).resolve().parents[1]
 OPERATIONS = (
     "candidates defaults derivatives fuzz golden linear_log_probs log_probs pack ppo_loss prm_loss rloo_advantages "
     "segments softcap"
-)
+).split()
 
 
 @pytest.mark.slow
