@@ -6,6 +6,8 @@ hidden states, and no rank ever holds the head or its gradient whole.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -48,6 +50,34 @@ def options(model: CausalLM, temperature: float = 1.0) -> dict[str, Any]:
 def logits_dtype(model: CausalLM) -> str:
     """`model.logits_dtype` of the configuration it was loaded with."""
     return getattr(model, "logits_dtype", "float32")
+
+
+@contextmanager
+def same_logits(model: CausalLM) -> Iterator[None]:
+    """While it lasts, `model(...).logits` are those of the losses: where these are the float32 sums of the product
+    (`model.logits_dtype`), the output layer gives them, and the model's factor and cap work on them.
+
+    Without gradients. On CPUs with a float32 copy of the weight, which must not change meanwhile.
+    """
+    layer, (weight, bias) = model.get_output_embeddings(), output_layer(model)
+    if logits_dtype(model) == "input" or weight.dtype.itemsize >= torch.float32.itemsize:
+        yield
+        return
+    wide = weight.detach() if weight.is_cuda else weight.detach().float()
+    wide_bias = None if bias is None else bias.detach().float()
+
+    def product(hidden: Tensor) -> Tensor:
+        if not hidden.is_cuda:
+            return torch.nn.functional.linear(hidden.float(), wide, wide_bias)
+        sums = torch.mm(hidden.reshape(-1, hidden.shape[-1]), wide.T, out_dtype=torch.float32)
+        sums = sums.view(*hidden.shape[:-1], len(wide))
+        return sums if wide_bias is None else sums.add_(wide_bias)
+
+    layer.forward = product
+    try:
+        yield
+    finally:
+        del layer.forward
 
 
 def log_probs(
