@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -47,9 +47,13 @@ def options(model: CausalLM, temperature: float = 1.0) -> dict[str, Any]:
     return traits.of(model).head.options(temperature) | {"logits_dtype": logits_dtype(model)}
 
 
-def logits_dtype(model: CausalLM) -> str:
-    """`model.logits_dtype` of the configuration it was loaded with."""
+def logits_dtype(model: CausalLM) -> Literal["float32", "input"]:
+    """`model.logits_dtype` of the configuration it was loaded with, or as `set_logits_dtype` has it."""
     return getattr(model, "logits_dtype", "float32")
+
+
+def set_logits_dtype(model: CausalLM, found: Literal["float32", "input"]) -> None:
+    model.logits_dtype = found  # type: ignore[attr-defined]
 
 
 @contextmanager

@@ -71,7 +71,7 @@ def make(cfg: RunConfig, gpus: int, prompt_tokens: int) -> Plan:
     if cfg.scale.activation_checkpointing:
         sharding.recompute_activations(model)
     sizes = Sizes(
-        compute, 4 if cfg.logits_dtype == "float32" else compute, "cpu" if cfg.model.device == "cpu" else "cuda"
+        compute, compute if cfg.model.logits_dtype == "input" else 4, "cpu" if cfg.model.device == "cpu" else "cuda"
     )
     work = _Work(
         shape, passes_of(model, row), sizes, ranks, ranks > 1 or bool(offload),

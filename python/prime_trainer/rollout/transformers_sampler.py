@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from ..models.forward import new_cache
-from ..models.lm_head import same_logits
+from ..models.lm_head import logits_dtype, same_logits
 from ..models.protocols import CausalLM, Tokenizer
 from ..models.traits import first_line
 from ..run.seeds import derive_seed
 from ..scale.sharding import gathered
-from .sampler import Sample, Sampling, model_shape
+from .sampler import LogitsDtype, Sample, Sampling, model_shape
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,10 @@ class TransformersSampler:
         self._accepts = inspect.signature(model.forward).parameters  # type: ignore[attr-defined]
         with torch.no_grad(), gathered(model), same_logits(model):
             self.decoding = self._proved()
+
+    @property
+    def logits_dtype(self) -> LogitsDtype:
+        return logits_dtype(self.model)
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         self.version = version  # the weights are the policy's own

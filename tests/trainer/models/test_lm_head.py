@@ -1,4 +1,4 @@
-"""The head as the losses take it: float32 logits, or rounded ones where the engine that samples rounds."""
+"""The head as the losses take it: float32 logits or rounded ones, and a model's own logits like these."""
 
 import pytest
 import torch
@@ -6,25 +6,8 @@ import transformers
 from helpers import tiny
 
 import prime_kernels as pk
-from prime_trainer.config.run_config import RunConfig
 from prime_trainer.config.sections import ModelConfig
 from prime_trainer.models import lm_head, loading
-
-
-@pytest.mark.parametrize(
-    ("engine", "dtype", "given", "resolved"),
-    [
-        ("transformers", "bfloat16", "auto", "float32"),
-        ("vllm-server", "bfloat16", "auto", "input"),
-        ("vllm-server", "float32", "auto", "float32"),
-        ("vllm-server", "bfloat16", "float32", "float32"),
-        ("transformers", "bfloat16", "input", "input"),
-    ],
-)
-def test_what_auto_stands_for(engine, dtype, given, resolved):
-    cfg = RunConfig(rollout={"engine": engine}, model={"dtype": dtype, "logits_dtype": given})
-    assert cfg.logits_dtype == resolved
-    assert cfg.model.logits_dtype == given  # the file of a run says what was asked for
 
 
 @pytest.mark.parametrize("given", ["auto", "input"])

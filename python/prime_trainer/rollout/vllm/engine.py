@@ -16,25 +16,28 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ...config.sections import RolloutConfig
-from ..sampler import EngineDied, Sample, Sampling
+from ...config.sections import ModelConfig, RolloutConfig
+from ..sampler import EngineDied, LogitsDtype, Sample, Sampling
 
 FILE_BACKEND = "file"
 _ENDED: dict[str, Literal["stop", "length"]] = {"stop": "stop", "length": "length"}
 QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def engine_options(cfg: RolloutConfig, dtype: str, on_cpu: bool, limit: int | None) -> dict[str, Any]:
+def engine_options(cfg: RolloutConfig, model: ModelConfig, on_cpu: bool, limit: int | None) -> dict[str, Any]:
     """vLLM's engine arguments, the same in process and in a server.
 
     `processed_logprobs` are those of the distribution that was sampled from, after the temperature; without
     `generation_config = "vllm"` the model's own file would set top_p and the like behind our back.
+    `head_dtype` asks for float32 logits, of the same weights; vLLM before 0.26 takes no notice, as `logits_dtype`
+    tells.
     On CPUs a prompt is read in one go: of one read in part vLLM drops what it sampled and turns the random stream of
     its request back, which a stream of a CPU cannot do. Many prompts at once, or a full cache, are enough for that.
     """
     v = cfg.vllm
     options = {
-        "dtype": dtype,
+        "dtype": model.dtype,
+        "hf_overrides": None if model.logits_dtype == "input" else {"head_dtype": "float32"},
         "seed": 0,
         "generation_config": "vllm",
         "logprobs_mode": "processed_logprobs",
@@ -47,6 +50,16 @@ def engine_options(cfg: RolloutConfig, dtype: str, on_cpu: bool, limit: int | No
         "gpu_memory_utilization": None if on_cpu else v.gpu_memory_utilization,
     }
     return {key: value for key, value in options.items() if value is not None}
+
+
+def logits_dtype(worker: Any) -> LogitsDtype:
+    """What the log-probs of a worker's samples come from, as its model is built."""
+    from vllm.model_executor.layers.logits_processor import LogitsProcessor
+
+    found = [module for module in worker.get_model().modules() if isinstance(module, LogitsProcessor)]
+    # Without the attribute logits are in the model's dtype.
+    dtypes = {getattr(module, "head_dtype", None) or worker.model_config.dtype for module in found}
+    return "float32" if dtypes == {torch.float32} else "input"
 
 
 class Engine:
@@ -68,6 +81,10 @@ class Engine:
             except Exception as error:
                 _forget_groups()
                 raise EngineDied(f"vLLM cannot build its engine (keys rollout.vllm.*): {error}") from error
+
+    def logits_dtype(self) -> LogitsDtype:
+        (found,) = self._llm.collective_rpc(logits_dtype)
+        return found
 
     def generate(
         self, prompts: Sequence[list[int]], seeds: Sequence[int], sampling: Sampling, stops: Sequence[int], version: int
