@@ -130,6 +130,10 @@ class HeadKernels(Protocol):
         """Results [N], and with ``keep`` the logits. The bits depend on neither option, nor on other tokens."""
         ...
 
+    def logits(self, head: LinearHead) -> Tensor:
+        """All logits [N, V], float32: capped, not divided by the temperature."""
+        ...
+
     def gradients(
         self, head: LinearHead, gradient: RowGradient, wanted: Sequence[bool], kept: Tensor | None = None
     ) -> HeadGradients:

@@ -44,6 +44,13 @@ def renew(engine, version):
     engine.push(version)
 
 
+def head_class(worker):
+    from vllm.model_executor.layers.logits_processor import LogitsProcessor
+
+    (found,) = {type(module).__name__ for module in worker.get_model().modules() if isinstance(module, LogitsProcessor)}
+    return found
+
+
 def mismatches(engine):
     """Mean difference of log-probs between the engine and the trainer, by the logits of the trainer."""
     samples, found = engine.sampler.generate(PROMPTS, 2, Sampling(24), range(len(PROMPTS))), {}
@@ -61,6 +68,8 @@ def test_float32_logits_on_both_sides(make, kind, tied):
     assert engine.sampler.logits_dtype == "float32"
     assert follow_logits(cfg, engine.sampler, [engine.model]) is None
     assert lm_head.logits_dtype(engine.model) == "float32"
+    if kind == "vllm":
+        assert engine.sampler._engine._llm.collective_rpc(head_class) == ["Float32Logits"]
     for version in (1, 2):
         renew(engine, version)
         found = mismatches(engine)

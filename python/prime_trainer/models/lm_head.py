@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 import prime_kernels as pk
-from prime_kernels.integrations import output_layer
+from prime_kernels.integrations import head_logits, output_layer
 
 from ..scale import sharding
 from . import traits
@@ -59,25 +59,13 @@ def set_logits_dtype(model: CausalLM, found: Literal["float32", "input"]) -> Non
 @contextmanager
 def same_logits(model: CausalLM) -> Iterator[None]:
     """While it lasts, `model(...).logits` are those of the losses: where these are the float32 sums of the product
-    (`model.logits_dtype`), the output layer gives them, and the model's factor and cap work on them.
-
-    Without gradients. On CPUs with a float32 copy of the weight, which must not change meanwhile.
+    (`model.logits_dtype`), the output layer gives them, without gradients, and the model's factor and cap work on them.
     """
     layer, (weight, bias) = model.get_output_embeddings(), output_layer(model)
     if logits_dtype(model) == "input" or weight.dtype.itemsize >= torch.float32.itemsize:
         yield
         return
-    wide = weight.detach() if weight.is_cuda else weight.detach().float()
-    wide_bias = None if bias is None else bias.detach().float()
-
-    def product(hidden: Tensor) -> Tensor:
-        if not hidden.is_cuda:
-            return torch.nn.functional.linear(hidden.float(), wide, wide_bias)
-        sums = torch.mm(hidden.reshape(-1, hidden.shape[-1]), wide.T, out_dtype=torch.float32)
-        sums = sums.view(*hidden.shape[:-1], len(wide))
-        return sums if wide_bias is None else sums.add_(wide_bias)
-
-    layer.forward = product
+    layer.forward = lambda hidden: head_logits(hidden, weight, bias)
     try:
         yield
     finally:

@@ -177,8 +177,3 @@ def drawing_bytes(shape: Shape, of: Sizes) -> int:
     """
     cast, padded, copied = 4 * (of.logit < 4), 4 * (shape.vocabulary % 256 > 0), 8 * (of.device == "cpu")
     return shape.vocabulary * (of.logit + cast + 4 + padded + copied)
-
-
-def sampling_head_bytes(shape: Shape, of: Sizes) -> int:
-    """The float32 copy of 16-bit weights that makes float32 logits on CPUs."""
-    return 4 * shape.head * (of.logit > of.compute and of.device == "cpu")

@@ -25,7 +25,6 @@ from .footprint import (
     drawing_bytes,
     head_bytes,
     passes_of,
-    sampling_head_bytes,
     score_tile_bytes,
     shape_of,
 )
@@ -204,10 +203,7 @@ class _Work:
     def sampling(self, prompts: int, n: int, prompt_tokens: int, length: int) -> Parts:
         """`prompts` are read, then `n` responses to each drawn side by side; a layer's keys are copied as they grow."""
         shape, c = self.shape, self.sizes.compute
-        whole = {
-            "whole policy": c * shape.parameters if self.sharded else 0.0,
-            "hidden states, head": float(sampling_head_bytes(shape, self.sizes)),
-        }
+        whole = {"whole policy": c * shape.parameters if self.sharded else 0.0}
         cache, logits = c * shape.cache_per_token * prompts * n * length, prompts * n * shape.vocabulary
         share = prompts * prompt_tokens / self.body.tokens
         return whole | _most(

@@ -6,6 +6,7 @@ been run.
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import random
@@ -15,6 +16,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from prime_kernels.integrations import head_logits
 
 from ...config.sections import ModelConfig, RolloutConfig
 from ..sampler import EngineDied, LogitsDtype, Sample, Sampling
@@ -76,6 +79,7 @@ class Engine:
         with undisturbed(device):
             from vllm import LLM
 
+            register_head()
             try:
                 self._llm = LLM(directory, load_format="dummy", skip_tokenizer_init=True, **options)
             except Exception as error:
@@ -201,6 +205,27 @@ def load_weights(model: Any, model_config: Any, tensors: Mapping[str, Tensor]) -
         # On CPUs a head that is tied to the embedding holds a packed copy, which the reload leaves as it was.
         if isinstance(module, ParallelLMHead) and hasattr(module, "cpu_linear"):
             module.quant_method.process_weights_after_loading(module)
+
+
+@functools.cache
+def register_head() -> None:
+    """Float32 logits on CPUs by our own kernels: there vLLM's way is to convert all weights of the head in every step.
+
+    To be called before a model is built. Nothing changes on GPUs, nor where logits are rounded.
+    """
+    from vllm.model_executor.layers.logits_processor import LogitsProcessor
+
+    if not hasattr(LogitsProcessor, "_apply_head"):  # vLLM before 0.26, which has no float32 head
+        return
+
+    @LogitsProcessor.register_oot
+    class Float32Logits(LogitsProcessor):
+        def _apply_head(self, lm_head: Any, hidden_states: Tensor, embedding_bias: Tensor | None) -> Tensor:
+            weight = lm_head.weight
+            unrounded = self.head_dtype == torch.float32 != hidden_states.dtype == weight.dtype
+            if unrounded and hidden_states.device.type == weight.device.type == "cpu":
+                return head_logits(hidden_states, weight, embedding_bias)
+            return super()._apply_head(lm_head, hidden_states, embedding_bias)
 
 
 def register_file_backend() -> None:
