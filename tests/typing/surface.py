@@ -42,6 +42,7 @@ def drop_ins(x: Tensor, ids: Tensor, model: nn.Module) -> None:
     assert_type(verl.logprobs_from_logits(x, ids, inplace_backward=False), Tensor)
     assert_type(verl.compute_rloo_outcome_advantage(x, x, ["a"]), tuple[Tensor, Tensor])
     assert_type(openrlhf.compute_entropy(torch.zeros(2, 3)), Tensor)
+    assert_type(integrations.head_logits(x, x, backend="eager"), Tensor)
     assert isinstance(integrations.LogProbHead(model, temperature=0.7, logits_dtype="input"), nn.Module)
     try:
         trl.patch()
