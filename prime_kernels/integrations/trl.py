@@ -1,7 +1,7 @@
 """TRL on these kernels: log-probs, entropies, and the fused LM head that GRPO, RLOO, DPO and KTO train through.
 
     from prime_kernels.integrations import trl
-    trl.patch()                         # or logits_dtype="input", beside an engine whose head rounds its logits
+    trl.patch()                         # or logits_dtype="input", to round logits as the model's own head does
 
 ZeRO-3, devices other than CPU and CUDA, and the outputs that only SFT asks for stay on TRL's own code. Results are
 float32 also for 16-bit logits, where TRL's eager code rounds them to 16 bits. TRL 1.14 and older have no fused LM head;
