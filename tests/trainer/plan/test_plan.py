@@ -116,8 +116,11 @@ def test_tiles_are_those_of_the_losses():
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["log_probs", "nll"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("logits_dtype", ["float32", "input"])
+@pytest.mark.parametrize(
+    ("dtype", "logits_dtype"),
+    [(torch.float32, "float32"), (torch.bfloat16, "float32"), (torch.bfloat16, "input")],
+    ids=["float32", "bfloat16", "rounded"],
+)
 @pytest.mark.parametrize("tokens", [250, 1200])
 def test_a_loss_over_tiles(monkeypatch, fused, dtype, logits_dtype, tokens):
     """The most bytes that a loss and its backward pass hold, by torch's own count, temporary copies included."""
@@ -151,6 +154,20 @@ def test_a_loss_over_tiles(monkeypatch, fused, dtype, logits_dtype, tokens):
     parts = footprint.head_bytes(shape, tokens, sizes, fused)
     planned = sum(parts.values()) - hidden.nbytes  # which were there before
     assert max(held) == pytest.approx(planned, abs=2**18)  # what a product takes to work in
+
+
+def test_logits_on_a_gpu_are_counted_in_their_own_size(run_config, models_by_size):
+    """float32 ones and their gradient rounded beside them, or rounded ones that their gradient overwrites."""
+    parts = {}
+    for logits_dtype in ("auto", "float32", "input"):
+        model = {"path": str(models_by_size[8192, True]), "dtype": "bfloat16", "device": "auto"}
+        cfg = run_config(model=model | {"logits_dtype": logits_dtype}, **RECOMPUTED)
+        parts[logits_dtype] = {stage: held["logits"] for stage, held in plan.make(cfg, 1, 1).memory.items()}
+    assert parts["auto"] == parts["float32"]
+    for stage in ("score and PRM update", "policy update"):
+        assert parts["float32"][stage] == 3 * parts["input"][stage] > 0
+    # Drawing: logits, float32 copies of rounded ones, probabilities.
+    assert parts["float32"]["rollout"] * (2 + 4 + 4) == parts["input"]["rollout"] * (4 + 4) > 0
 
 
 def test_shares_and_offload(run_config):
