@@ -169,6 +169,10 @@ class HeadKernels(Protocol):
         """As that of :class:`RowKernels`, with logp in the bits of :meth:`token_log_probs`."""
         ...
 
+    def logits(self, head: LinearHead) -> Tensor:
+        """All logits [N, V], float32: capped, not divided by the temperature."""
+        ...
+
     def gradients(
         self, head: LinearHead, gradient: RowGradient, wanted: Sequence[bool], kept: Tensor | None = None
     ) -> HeadGradients:

@@ -67,7 +67,7 @@ def call(words: Sequence[str], log: Path) -> None:
         raise RuntimeError(f"{words[0]} ended with status {status}: see {log}")
 
 
-def train(command: str, output: Path, words: Sequence[str]) -> None:
+def train(command: str, output: Path, words: Sequence[str], config: Path = CONFIG) -> None:
     """A run, unless it is finished; one that left a checkpoint goes on from it."""
     if (output / "final").is_dir():
         print(f"{output}: done", flush=True)
@@ -78,7 +78,7 @@ def train(command: str, output: Path, words: Sequence[str]) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     print(f"{output}: {'goes on' if resume else 'starts'}", flush=True)
     last = ["--resume"] if resume else []
-    call([command, str(CONFIG), "--output", str(output), *words, *last], output.parent / f"{output.name}.log")
+    call([command, str(config), "--output", str(output), *words, *last], output.parent / f"{output.name}.log")
 
 
 def side_by_side(jobs: int, runs: Sequence[tuple[Path, list[str]]]) -> None:

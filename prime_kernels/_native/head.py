@@ -7,6 +7,7 @@ on other tokens or on the number of threads. Log-probs and entropies have the sa
 Callers have checked shapes, dtypes and ranges; the assertions only guard memory.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -51,6 +52,23 @@ def token_candidates(head: LinearHead, log_min_prob: float, slots: int) -> RowCa
         found=found.data_ptr(),
     )
     return RowCandidates(logp, lse, found_ids, found)
+
+
+def logits(head: LinearHead) -> Tensor:
+    """All logits [N, V], float32: capped, not divided by the temperature."""
+    (n_tokens, depth), vocabulary, dtype = head.hidden.shape, len(head.weight), DTYPES[head.hidden.dtype]
+
+    def floats(tokens: int) -> int:
+        return _C.head_kept_floats(n_tokens=tokens, n_vocabulary=vocabulary, depth=depth, dtype=dtype)
+
+    if not n_tokens:
+        return torch.empty(0, vocabulary, dtype=torch.float32, device=CPU)
+    # Kept logits lie in panels of as many tokens as vectors have lanes: [panels, padded vocabulary, lanes].
+    lanes = next(tokens for tokens in itertools.count(1) if floats(tokens + 1) > floats(1))
+    _, kept = token_log_probs(head, False, keep=True)
+    assert kept is not None
+    panels = kept.view(-1, floats(1) // lanes, lanes)[:, :vocabulary]
+    return panels.transpose(1, 2).reshape(-1, vocabulary)[:n_tokens].contiguous()
 
 
 def gradients(

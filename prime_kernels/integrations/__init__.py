@@ -4,13 +4,14 @@
 and advantage functions of that trainer; ``unpatch()`` puts them back. Each module also has these functions under the
 names and signatures of that trainer, to import instead of its own. :class:`LogProbHead` scores tokens with any Hugging
 Face model without making its logits; :func:`causal_head` says how its logits follow from its last hidden states,
-:func:`tile_sizes` how many of them exist at once.
+:func:`tile_sizes` how many of them exist at once. :func:`head_logits` makes them for an engine that samples.
 
 The trainers are imported when ``patch()`` is called, never before.
 """
 
 from prime_kernels.integrations._patching import IntegrationError
 from prime_kernels.integrations.causal_head import CausalHead, causal_head, output_layer
+from prime_kernels.integrations.head_logits import head_logits
 from prime_kernels.integrations.log_prob_head import LogProbHead
 from prime_kernels.integrations.tile_sizes import TileSizes, tile_sizes
 
@@ -20,6 +21,7 @@ __all__ = [
     "LogProbHead",
     "TileSizes",
     "causal_head",
+    "head_logits",
     "output_layer",
     "tile_sizes",
 ]

@@ -18,9 +18,11 @@ def head_log_probs(
     mask: Tensor | None = None,
     temperature: float,
     with_entropy: bool,
+    logits_dtype: str,
     head: CausalHead = PLAIN,
 ) -> tuple[Tensor, Tensor | None]:
-    """(logp, entropy or None) of :func:`prime_kernels.linear_log_probs` in the dtype of autocast, or of ``hidden``.
+    """(logp, entropy or None) of :func:`prime_kernels.linear_log_probs` in the dtype of autocast, or of ``hidden``,
+    to which ``logits_dtype`` "input" rounds the logits.
 
     As in any layer under autocast, the gradient of a float32 ``weight`` is rounded to the lower dtype once.
     """
@@ -30,6 +32,7 @@ def head_log_probs(
     hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     with torch.autocast(device, enabled=False):
         found = linear_log_probs(
-            hidden, weight, ids, bias=bias, mask=mask, with_entropy=with_entropy, **head.options(temperature)
-        )
+            hidden, weight, ids, bias=bias, mask=mask, with_entropy=with_entropy, logits_dtype=logits_dtype,
+            **head.options(temperature),
+        )  # fmt: skip
     return (found, None) if isinstance(found, Tensor) else found

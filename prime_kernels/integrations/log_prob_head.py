@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from prime_kernels import _checks
 from prime_kernels.integrations._heads import head_log_probs
 from prime_kernels.integrations.causal_head import causal_head, output_layer
+from prime_kernels.ops.linear_log_probs import check_logits_dtype
 from prime_kernels.ops.log_probs import check_temperature
 
 IGNORED = -100
@@ -23,18 +24,28 @@ class LogProbHead(nn.Module):
             ``get_base_model()``, which holds the adapters).
         temperature: above 0, divides the logits.
         with_entropy: also return the entropy of each token's distribution.
+        logits_dtype: "float32" or "input", as in :func:`prime_kernels.linear_log_probs`; "input" rounds to the dtype of
+            the hidden states, or of autocast.
 
     Raises:
         TypeError: the model has no backbone or no output layer.
         ValueError: logits that follow from more than the last hidden states, the output layer, a factor and a cap
             (:class:`prime_kernels.integrations.CausalHead`), as a probe of two short forward passes finds; a
-            temperature that is not above 0.
+            temperature that is not above 0; another logits_dtype.
     """
 
-    def __init__(self, model: nn.Module, *, temperature: float = 1.0, with_entropy: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        temperature: float = 1.0,
+        with_entropy: bool = False,
+        logits_dtype: str = "float32",
+    ) -> None:
         super().__init__()
         _checks.flag("with_entropy", with_entropy)
-        self.model, self.with_entropy = model, with_entropy
+        check_logits_dtype(logits_dtype)
+        self.model, self.with_entropy, self.logits_dtype = model, with_entropy, logits_dtype
         self.temperature = check_temperature("temperature", temperature)
         self.head = causal_head(model)
 
@@ -77,6 +88,7 @@ class LogProbHead(nn.Module):
             mask=scored,
             temperature=self.temperature,
             with_entropy=self.with_entropy,
+            logits_dtype=self.logits_dtype,
             head=self.head,
         )
         return logp if entropy is None else (logp, entropy)

@@ -1,11 +1,11 @@
 """TRL on these kernels: log-probs, entropies, and the fused LM head that GRPO, RLOO, DPO and KTO train through.
 
     from prime_kernels.integrations import trl
-    trl.patch()
+    trl.patch()                         # or logits_dtype="input", to round logits as the model's own head does
 
 ZeRO-3, devices other than CPU and CUDA, and the outputs that only SFT asks for stay on TRL's own code. Results are
 float32 also for 16-bit logits, where TRL's eager code rounds them to 16 bits. TRL 1.14 and older have no fused LM head;
-there the functions on logits are replaced.
+there the functions on logits are replaced, and logits come as the model's own head has rounded them.
 """
 
 from typing import Any
@@ -17,9 +17,14 @@ from prime_kernels.integrations import _logits
 from prime_kernels.integrations._heads import head_log_probs
 from prime_kernels.integrations._patching import Integration, Target, function_target
 from prime_kernels.integrations.causal_head import CausalHead
+from prime_kernels.ops.linear_log_probs import check_logits_dtype
 from prime_kernels.ops.log_probs import log_probs
 
 __all__ = ["entropy_from_logits", "patch", "selective_log_softmax", "selective_log_softmax_and_entropy", "unpatch"]
+
+
+_logits_dtype = "float32"
+"""Of the fused LM head, as the last :func:`patch` has it."""
 
 
 def selective_log_softmax(
@@ -93,6 +98,7 @@ def _chunked_log_prob(original: Any) -> Any:
                 targets,
                 temperature=temperature,
                 with_entropy="entropy" in outputs,
+                logits_dtype=_logits_dtype,
                 head=CausalHead(logit_scale, final_logit_softcapping),
             )
             return logp, entropy, None, None, None
@@ -134,13 +140,21 @@ _INTEGRATION = Integration(
 )
 
 
-def patch() -> None:
-    """Replace TRL's functions by these. A second call changes nothing.
+def patch(*, logits_dtype: str = "float32") -> None:
+    """Replace TRL's functions by these. A second call changes ``logits_dtype`` alone.
+
+    Args:
+        logits_dtype: of the fused LM head, "float32" or "input", as in :func:`prime_kernels.linear_log_probs`; "input"
+            rounds to the dtype of the hidden states, or of autocast, as the model's own head does.
 
     Raises:
         IntegrationError: TRL is not installed, or of a version whose functions have changed.
+        ValueError: another logits_dtype.
     """
+    global _logits_dtype
+    check_logits_dtype(logits_dtype)
     _INTEGRATION.patch()
+    _logits_dtype = logits_dtype
 
 
 def unpatch() -> None:

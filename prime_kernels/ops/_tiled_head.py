@@ -132,6 +132,16 @@ def _all_logits(head: LinearHead) -> Tensor:
     return head.hidden.new_empty(n_tokens, _aligned(vocabulary), dtype=logits_dtype(head))[:, :vocabulary]
 
 
+def all_logits(head: LinearHead, backend: str) -> Tensor:
+    """All logits [N, V], capped and not divided by the temperature."""
+    if backend in HEAD_KERNELS:
+        return _backends.head(backend).logits(head)
+    z = head.hidden.new_empty(len(head.hidden), len(head.weight), dtype=logits_dtype(head))
+    _product(head.hidden, head.weight.T, z)
+    z = z if head.bias is None else z.add_(head.bias)
+    return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
+
+
 def join(parts: Sequence[RowResults], owner: Tensor) -> RowResults:
     """Results of whole rows from those of parts of their vocabulary; ``owner`` [N] is the part with the target."""
     if len(parts) == 1:

@@ -17,7 +17,7 @@ from .data.tasks import load_task
 from .evaluation.held_out import evaluate
 from .models import loading, tokenizers, traits
 from .models.placement import check_same_architecture, load_placed
-from .rollout import EngineConfig
+from .rollout import EngineConfig, follow_logits
 from .rollout.collector import NothingPasses
 from .rollout.pipeline import Rollouts
 from .run import checkpoint, unchanged
@@ -60,26 +60,18 @@ class Run:
         self.tokenizer = tokenizers.load_tokenizer(cfg.model)
         self.task = load_task(cfg.task, cfg.seed)
         self.held_out = usable(self.tokenizer, self.task.held_out(), cfg.task.bad_rows)
-        read = cfg.model.model_copy(update={"logits_dtype": cfg.logits_dtype})
-        if cfg.logits_dtype != "float32" and cfg.model.logits_dtype == "auto" and ranks.first:
-            print(
-                f"model.logits_dtype = auto: 'input', as the engine {cfg.rollout.engine} rounds its logits to "
-                f"{cfg.model.dtype}; the trainer's are rounded alike",
-                file=sys.stderr,
-            )
-        model = load_placed(read, cfg.scale, ranks, "policy")
+        model = load_placed(cfg.model, cfg.scale, ranks, "policy")
         self.policy = Trainable(model, lr=cfg.policy.lr, grad_clip=cfg.policy.grad_clip, ranks=ranks)
         self.prm: Trainable | None = None
         if self.needs.prm:
-            prm_model = cfg.prm_model.model_copy(update={"logits_dtype": cfg.logits_dtype})
             if cfg.prm.path is not None:
                 tokenizers.check_same_tokenizer(
-                    tokenizers.load_tokenizer(prm_model), self.tokenizer, ("prm.path", "model.path")
+                    tokenizers.load_tokenizer(cfg.prm_model), self.tokenizer, ("prm.path", "model.path")
                 )
-            prm = load_placed(prm_model, cfg.scale, ranks, "prm")
+            prm = load_placed(cfg.prm_model, cfg.scale, ranks, "prm")
             check_same_architecture(prm, model, ("prm.path", "model.path"))
             self.prm = Trainable(prm, lr=cfg.prm.lr, grad_clip=cfg.prm.grad_clip, ranks=ranks)
-        self.ref = load_placed(read, cfg.scale, ranks, "reference") if self.needs.reference else None
+        self.ref = load_placed(cfg.model, cfg.scale, ranks, "reference") if self.needs.reference else None
         scorer = Scorer(
             model if self.needs.old_logp else None, self.ref, cfg.micro_batch_tokens, cfg.rollout.temperature,
             cfg.algorithm.candidates.min_prob if self.needs.candidates else None,
@@ -89,14 +81,19 @@ class Run:
         vocabulary = len(model.get_output_embeddings().weight)
         self.step_ends = tokenizers.newline_tokens(self.tokenizer, vocabulary).to(self.device)
         self.verifier = Verifier.from_config(cfg.task)
-        try:
+        engine = EngineConfig(cfg.rollout, cfg.model, cfg.output)
+        with ExitStack() as failing:
+            failing.callback(self.verifier.close)
             self.rollouts = Rollouts(
-                EngineConfig(cfg.rollout, cfg.model, cfg.output), cfg.filter, model, self.tokenizer, self.task,
-                self.verifier, seed=cfg.seed, steps=cfg.steps, eval_batch_size=cfg.eval.batch_size, ranks=ranks,
+                engine, cfg.filter, model, self.tokenizer, self.task, self.verifier,
+                seed=cfg.seed, steps=cfg.steps, eval_batch_size=cfg.eval.batch_size, ranks=ranks,
             )  # fmt: skip
-        except BaseException:
-            self.verifier.close()
-            raise
+            failing.callback(self.rollouts.close)
+            prms = () if self.prm is None else (self.prm.model,)
+            said = follow_logits(engine, self.rollouts.sampler, [*filter(None, (model, self.ref)), *prms])
+            failing.pop_all()
+        if said is not None and ranks.first:
+            print(said, file=sys.stderr)
         self.skips = Skips(cfg.policy.max_skipped)
         self.fingerprint = tokenizers.TokenizerIdentity.of(self.tokenizer).fingerprint()
         self.step = self._before = 0

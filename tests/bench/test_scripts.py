@@ -30,8 +30,8 @@ BENCH = ROOT / "bench"
 EXAMPLES = ROOT / "examples"
 DEMO = EXAMPLES / "demo.toml"
 HERE = {
-    "candidates", "demo/results", "faults_table", "plan_table", "precision", "prm/first_wrong_step", "prm/results",
-    "prm/sample", "rollout", "step_share", "study/chains", "study/study", "trainer_cost", "trl_table",
+    "candidates", "demo/results", "faults_table", "plan_table", "precision", "precision_study", "prm/first_wrong_step",
+    "prm/results", "prm/sample", "rollout", "step_share", "study/chains", "study/study", "trainer_cost", "trl_table",
     "verify/math_answers", "verify/programs", "verify/rates",
 }  # fmt: skip
 # What other tests of this folder and of packaging, integrations, triton_backend and the trainer run.
@@ -183,6 +183,17 @@ def test_precision(small, script, dtype):
     assert (errors["kernels, rounded logits"] > 1e-4) == (errors["eager PyTorch"] > 1e-4) == (dtype == "bfloat16")
     if pk.available_backends()["cpu"] is None:
         assert all(row[2] == "0.0e+00 / 0.0e+00" for row in rows[2:4])
+
+
+def test_mismatch_of_an_engine(small, script):
+    """Hidden states differ as little as padding makes them; with logits that agree the head adds nothing."""
+    said = script("precision", DEMO, "--tokens", "20", "--mismatch", *small, "--model.dtype", "bfloat16")
+    rows = [line.strip("| ").split(" | ") for line in said.splitlines() if line.startswith("| ")][5:]
+    assert rows[0][:3] == ["logits of transformers", "of the trainer", "mismatch"]
+    found = {tuple(row[:2]): float(row[2].split(" / ")[0]) for row in rows[2:]}
+    assert len(found) == 4 and found["float32", "float32"] < min(
+        found["float32", "rounded"], found["rounded", "float32"]
+    )
 
 
 def test_plan_table(script):
@@ -367,6 +378,32 @@ def test_chains(module, tmp_path, monkeypatch):
     ids = tokenizer.encode("\n".join(right), add_special_tokens=False)
     assert tokenizer.decode(ids) == "63-8=55\n55+5=60\n\\boxed{60}" and len(ids) == 20
     assert render(tokenizer, [{"role": "user", "content": "63-8+5"}]) == tokenizer.encode("63-8+5?")
+
+
+def test_precision_study(small, module, tmp_path, monkeypatch, capsys):
+    """One step with each kind of logits; a run that is finished is not run again."""
+    study, called = module("precision_study"), []
+
+    def call(words, log):
+        called.append(words)
+        assert cli.main(list(words)) == 0
+
+    monkeypatch.setattr(sys.modules["study"], "call", call)
+    words = [str(tmp_path), "--seeds", "1", "--", *small, "--model.dtype", "bfloat16", "--steps", "1"]
+    words += ["--eval.every", "0", "--sft.demonstrations", "2", "--sft.batch_size", "2", "--prm.lr", "1e-2"]
+    study.main(words)
+    assert [each[0] for each in called] == ["sft", "rl", "rl"]
+    assert [each[each.index("--model.logits_dtype") + 1] for each in called[1:]] == ["float32", "input"]
+    lines = capsys.readouterr().out.splitlines()
+    rows = [dict(zip(*(row.strip("| ").split(" | ") for row in pair), strict=True))
+            for pair in ((lines[0], line) for line in lines[2:4])]  # fmt: skip
+    assert [row["logits"] for row in rows] == ["float32", "rounded"] and {row["runs"] for row in rows} == {"1"}
+    assert {row["log-ratio of equal weights, largest"] for row in rows} == {"0"}
+    noise, size = "of trained ones in another layout, mean / worst", "their size, mean"
+    assert all(0 < float(row[noise].split(" / ")[0]) < float(row[size]) for row in rows)
+    assert all(0 <= float(row["PRM pair accuracy"]) <= 1 and float(row["mismatch with the engine"]) > 0 for row in rows)
+    study.main(words)
+    assert len(called) == 3
 
 
 def test_study_finds_the_lowest_line(module, tmp_path):

@@ -52,15 +52,19 @@ class Engine:
         for parameter in self.model.parameters():
             parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
 
-    @torch.no_grad()
     def log_prob_error(self, asked, samples, temperature):
         """Largest difference between the engine's log-probs and those of the trainer."""
+        return self.log_prob_differences(asked, samples, temperature).max().item()
+
+    @torch.no_grad()
+    def log_prob_differences(self, asked, samples, temperature):
+        """Absolute differences of all tokens."""
         batch = Batch(
             [Group(p, [Response(s.ids, 0.0, s.logprobs) for s in g]) for p, g in zip(asked, samples, strict=True)]
         )
         (micro,) = batch.micro_batches(range(len(asked)), 10**6)
         want = log_probs(self.model, micro, batch.ids[micro.tokens], temperature)
-        return (batch.rollout_logp[micro.tokens] - want).abs().max().item()
+        return (batch.rollout_logp[micro.tokens] - want).abs()
 
 
 def processes(text):

@@ -52,6 +52,27 @@ def test_log_probs(rows, name):
     check(LOG_PROBS[name](logits, ids), exact(logits, ids)[0], logits)
 
 
+def test_trls_fused_head_rounds_logits_where_asked(monkeypatch):
+    """With sums that float32 holds exactly, so that the rounded logits are the same bits in any order of summation."""
+    monkeypatch.setattr(trl._INTEGRATION, "patch", lambda: None)
+    hidden, weight = torch.randint(-99, 100, (9, 16)) / 16, torch.randint(-99, 100, (50, 16)) / 256
+    targets, exact_logits = torch.randint(50, (9,)), hidden.double() @ weight.double().T
+    rounded = exact_logits.bfloat16().double()
+    assert (rounded - exact_logits).abs().max() > 1e-3
+    head = trl._chunked_log_prob(None)
+
+    def logp():
+        arguments = (hidden.bfloat16(), weight.bfloat16(), None, targets, 0.7, 64, None, 1.0, ("log_probs",))
+        return head.apply(*arguments)[0]
+
+    for options, logits in (({}, exact_logits), ({"logits_dtype": "input"}, rounded), ({}, exact_logits)):
+        trl.patch(**options)
+        assert_close("logp", logp(), exact(logits, targets, 0.7)[0], extent=16.0)
+    with pytest.raises(ValueError, match='logits_dtype: expected "float32" or "input", got 16'):
+        trl.patch(logits_dtype=16)
+    assert_close("logp", logp(), exact(exact_logits, targets, 0.7)[0], extent=16.0)
+
+
 @pytest.mark.parametrize("name", ENTROPIES)
 def test_entropies(rows, name):
     logits, ids = rows

@@ -1,5 +1,6 @@
 """LogProbHead: what the model's logits say, without them."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -59,6 +60,22 @@ def test_labels(model):
     want = exact(model, ids, None)[0]
     assert got[:, :2].abs().sum() == 0
     assert_close("logp", got[:, 2:], want[:, 2:], extent=32.0)
+
+
+def test_logits_are_rounded_where_asked(model):
+    """To the dtype of the hidden states, as the model's own head rounds them."""
+    low, ids = copy.deepcopy(model).to(torch.bfloat16), torch.randint(211, (2, 9))
+    with torch.no_grad():
+        hidden = low.model(input_ids=ids).last_hidden_state[:, :-1]
+        exact = hidden.double() @ low.lm_head.weight.double().T
+        for option, logits in (("float32", exact), ("input", exact.bfloat16().double())):
+            want = logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+            # Of sums in another order a few lie on the other side of a rounding; so do few tokens.
+            off = (LogProbHead(low, logits_dtype=option)(ids) - want).abs()
+            assert off.median() < 1e-5, option
+    assert (exact.bfloat16().double() - exact).abs().max() > 1e-3
+    with pytest.raises(ValueError, match='logits_dtype: expected "float32" or "input", got \'bfloat16\''):
+        LogProbHead(model, logits_dtype="bfloat16")
 
 
 def test_parameters_are_those_of_the_model(model):

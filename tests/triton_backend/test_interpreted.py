@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).resolve().parents[1]
-OPERATIONS = (
-    "candidates defaults derivatives fuzz golden linear_log_probs log_probs pack ppo_loss prm_loss rloo_advantages "
-    "segments softcap"
-).split()
+OPERATIONS = [
+    "candidates", "defaults", "derivatives", "fuzz", "golden", "linear_log_probs", "log_probs", "pack", "ppo_loss",
+    "prm_loss", "rloo_advantages", "segments", "softcap",
+]  # fmt: skip
 
 
 @pytest.mark.slow

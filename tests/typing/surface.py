@@ -39,12 +39,14 @@ def operations(x: Tensor, ids: Tensor, cu: Tensor, flag: bool) -> None:
 def drop_ins(x: Tensor, ids: Tensor, model: nn.Module) -> None:
     patches: list[Callable[[], None]] = [trl.patch, trl.unpatch, verl.patch, verl.unpatch, openrlhf.patch]
     assert len(patches) == 5
+    trl.patch(logits_dtype="input")
     assert_type(trl.selective_log_softmax(x, ids, row_mask=x), Tensor)
     assert_type(trl.selective_log_softmax_and_entropy(x, ids), tuple[Tensor, Tensor])
     assert_type(verl.logprobs_from_logits(x, ids, inplace_backward=False), Tensor)
     assert_type(verl.compute_rloo_outcome_advantage(x, x, ["a"]), tuple[Tensor, Tensor])
     assert_type(openrlhf.compute_entropy(torch.zeros(2, 3)), Tensor)
-    assert isinstance(integrations.LogProbHead(model, temperature=0.7), nn.Module)
+    assert_type(integrations.head_logits(x, x, backend="eager"), Tensor)
+    assert isinstance(integrations.LogProbHead(model, temperature=0.7, logits_dtype="input"), nn.Module)
     try:
         trl.patch()
     except integrations.IntegrationError as error:

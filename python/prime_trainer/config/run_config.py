@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextvars
 from pathlib import Path
-from typing import Literal
 
 from pydantic import Field, PositiveInt, model_validator
 from pydantic_settings import (
@@ -78,14 +77,6 @@ class RunConfig(Bounded, BaseSettings):
     def needs(self) -> Needs:
         """Which models, passes and log-probs a step of `rl` needs."""
         return needs_of(self.policy, self.prm, self.algorithm, self.rollout)
-
-    @property
-    def logits_dtype(self) -> Literal["float32", "input"]:
-        """`model.logits_dtype` of `rl`, with `auto` resolved."""
-        if self.model.logits_dtype != "auto":
-            return self.model.logits_dtype
-        rounds = self.rollout.engine != "transformers" and self.model.dtype != "float32"
-        return "input" if rounds else "float32"
 
     @property
     def prm_model(self) -> ModelConfig:

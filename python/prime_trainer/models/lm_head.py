@@ -6,7 +6,9 @@ hidden states, and no rank ever holds the head or its gradient whole.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -14,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 import prime_kernels as pk
-from prime_kernels.integrations import output_layer
+from prime_kernels.integrations import head_logits, output_layer
 
 from ..scale import sharding
 from . import traits
@@ -45,9 +47,29 @@ def options(model: CausalLM, temperature: float = 1.0) -> dict[str, Any]:
     return traits.of(model).head.options(temperature) | {"logits_dtype": logits_dtype(model)}
 
 
-def logits_dtype(model: CausalLM) -> str:
-    """`model.logits_dtype` of the configuration it was loaded with."""
+def logits_dtype(model: CausalLM) -> Literal["float32", "input"]:
+    """`model.logits_dtype` of the configuration it was loaded with, or as `set_logits_dtype` has it."""
     return getattr(model, "logits_dtype", "float32")
+
+
+def set_logits_dtype(model: CausalLM, found: Literal["float32", "input"]) -> None:
+    model.logits_dtype = found  # type: ignore[attr-defined]
+
+
+@contextmanager
+def same_logits(model: CausalLM) -> Iterator[None]:
+    """While it lasts, `model(...).logits` are those of the losses: where these are the float32 sums of the product
+    (`model.logits_dtype`), the output layer gives them, without gradients, and the model's factor and cap work on them.
+    """
+    layer, (weight, bias) = model.get_output_embeddings(), output_layer(model)
+    if logits_dtype(model) == "input" or weight.dtype.itemsize >= torch.float32.itemsize:
+        yield
+        return
+    layer.forward = lambda hidden: head_logits(hidden, weight, bias)
+    try:
+        yield
+    finally:
+        del layer.forward
 
 
 def log_probs(

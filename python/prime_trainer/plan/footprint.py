@@ -18,9 +18,6 @@ from ..models import forward
 from ..models.protocols import CausalLM
 from ..scale import sharding
 
-# Bytes of a logit: float32 whatever the inputs.
-LOGIT = 4
-
 
 @dataclass(frozen=True)
 class Shape:
@@ -114,19 +111,32 @@ def _drop(param: Tensor) -> None:
     param.grad = None
 
 
-def head_bytes(shape: Shape, tokens: int, compute: int, device: str, fused: bool) -> dict[str, float]:
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of an element, and where it is."""
+
+    compute: int
+    """Of hidden states and weights."""
+    logit: int
+    """4 for the float32 sums of the head's product, `compute` for rounded ones."""
+    device: str
+    """`cpu` or `cuda`: tiles of logits have another size on each."""
+
+
+def head_bytes(shape: Shape, tokens: int, of: Sizes, fused: bool) -> dict[str, float]:
     """What the loss of `tokens` response tokens takes while it makes the gradients of hidden states and head."""
+    compute, logit, device = of.compute, of.logit, of.device
     hidden, sizes = compute * tokens * shape.width, tile_sizes(device)
-    few = LOGIT * tokens * shape.vocabulary <= sizes.kept_bytes
-    if sizes.whole_head:
-        logits = LOGIT * tokens * shape.vocabulary * few
+    if sizes.whole_head:  # which keeps float32 logits, rounded or not
+        needed = 4 * tokens * shape.vocabulary
+        logits = needed * (needed <= sizes.kept_bytes)
         return {"logits": float(logits), "hidden states, head": float(2 * hidden + compute * shape.head)}
     if fused:
-        rows, columns = max(1, min(tokens, sizes.fused_bytes // LOGIT // shape.vocabulary)), shape.vocabulary
-    elif few:
+        rows, columns = max(1, min(tokens, sizes.fused_bytes // logit // shape.vocabulary)), shape.vocabulary
+    elif logit * tokens * shape.vocabulary <= sizes.kept_bytes:
         rows, columns = tokens, shape.vocabulary
     else:
-        rows, columns = sizes.tile(sizes.backward * compute // LOGIT, tokens, shape.vocabulary)
+        rows, columns = sizes.tile(sizes.backward * compute // logit, tokens, shape.vocabulary)
     of_hidden = hidden if columns == shape.vocabulary else 4 * tokens * shape.width
     once, low = rows >= tokens, compute < 4
     # One product is written where it stays. A sum over tiles is float32; CPUs add to it through float32 copies of what
@@ -134,11 +144,12 @@ def head_bytes(shape: Shape, tokens: int, compute: int, device: str, fused: bool
     block = low * min(sizes.added_rows, max(rows, columns)) * shape.width * (compute + 4 * (device == "cpu"))
     total = 0 if once else 4 * columns * shape.width + block
     held = 0 if fused and not once else compute * shape.head
-    # The gradient of 16-bit inputs' logits is rounded beside them; CPUs multiply float32 copies of such inputs.
-    moments = [((LOGIT + low * compute) * rows * columns, held + total)]
-    if low and device == "cpu":
-        copies = LOGIT * (rows + columns) * shape.width
-        moments.append((LOGIT * rows * columns, held + (0 if once else total - block) + copies))
+    # The gradient of 16-bit inputs' float32 logits is rounded beside them; CPUs multiply float32 copies of such inputs.
+    wide = logit > compute
+    moments = [((logit + wide * compute) * rows * columns, held + total)]
+    if wide and device == "cpu":
+        copies = 4 * (rows + columns) * shape.width
+        moments.append((logit * rows * columns, held + (0 if once else total - block) + copies))
     if low and columns < shape.vocabulary:  # the sum of the hidden states' gradient is rounded at the end
         moments.append((0, held + hidden))
     if fused and not once:  # the sum is rounded when the logits are gone
@@ -149,19 +160,20 @@ def head_bytes(shape: Shape, tokens: int, compute: int, device: str, fused: bool
     return {"logits": float(logits), "hidden states, head": float(hidden + of_hidden + of_head)}
 
 
-def score_tile_bytes(shape: Shape, tokens: int, compute: int, device: str) -> float:
+def score_tile_bytes(shape: Shape, tokens: int, of: Sizes) -> float:
     """The logits that are alive while log-probs are made without gradients."""
-    sizes = tile_sizes(device)
+    sizes = tile_sizes(of.device)
     if sizes.whole_head:
         return 0.0
     rows, columns = sizes.tile(sizes.forward, tokens, shape.vocabulary)
-    return float(LOGIT * rows * columns)
+    return float(of.logit * rows * columns)
 
 
-def drawing_bytes(shape: Shape, compute: int, device: str) -> int:
-    """What drawing one token takes: logits, float32 logits, probabilities, and those in whole blocks of 256.
+def drawing_bytes(shape: Shape, of: Sizes) -> int:
+    """What drawing one token takes: logits, float32 copies of rounded ones, probabilities, and those in whole blocks of
+    256.
 
     CPUs copy what they sum in float64; GPUs read it as it is.
     """
-    cast, padded, copied = 4 * (compute < 4), 4 * (shape.vocabulary % 256 > 0), 8 * (device == "cpu")
-    return shape.vocabulary * (compute + cast + 4 + padded + copied)
+    cast, padded, copied = 4 * (of.logit < 4), 4 * (shape.vocabulary % 256 > 0), 8 * (of.device == "cpu")
+    return shape.vocabulary * (of.logit + cast + 4 + padded + copied)

@@ -21,6 +21,7 @@ from ..scale import sharding
 from .footprint import (
     Passes,
     Shape,
+    Sizes,
     drawing_bytes,
     head_bytes,
     passes_of,
@@ -68,9 +69,12 @@ def make(cfg: RunConfig, gpus: int, prompt_tokens: int) -> Plan:
     passes = math.ceil(responses * length / gpus / row)
     if cfg.scale.activation_checkpointing:
         sharding.recompute_activations(model)
+    sizes = Sizes(
+        compute, compute if cfg.model.logits_dtype == "input" else 4, "cpu" if cfg.model.device == "cpu" else "cuda"
+    )
     work = _Work(
-        shape, passes_of(model, row), compute, ranks, ranks > 1 or bool(offload),
-        "cpu" if cfg.model.device == "cpu" else "cuda", row // length * cfg.rollout.max_new_tokens,
+        shape, passes_of(model, row), sizes, ranks, ranks > 1 or bool(offload),
+        row // length * cfg.rollout.max_new_tokens,
         ranks > 1 and cfg.scale.vocab_parallel_head,
     )  # fmt: skip
 
@@ -138,11 +142,9 @@ class _Work:
 
     shape: Shape
     body: Passes
-    compute: int
+    sizes: Sizes
     ranks: int
     sharded: bool
-    device: str
-    """`cpu` or `cuda`: tiles of logits have another size on each."""
     tokens: int
     """Response tokens of a pass."""
     split: bool
@@ -150,7 +152,7 @@ class _Work:
 
     def update(self, *, fused: bool, offloaded: bool) -> Parts:
         """`fused`: gradients come with the loss; `offloaded`: in shards on the CPU."""
-        shape, c, f = self.shape, self.compute, GRAD_BYTES
+        shape, c, f = self.shape, self.sizes.compute, GRAD_BYTES
         # A tied head in shards is summed apart from the embedding; its sum and theirs are both there.
         twice = shape.head if self.sharded and shape.tied else 0
         always = {"gradients": 0.0 if offloaded else f * (shape.parameters + twice) / self.ranks}
@@ -158,14 +160,14 @@ class _Work:
         cast = f if c != f else 0
         if self.split:
             mine, everyones = self._share()
-            loss = head_bytes(mine, everyones, c, self.device, fused=False)
+            loss = head_bytes(mine, everyones, self.sizes, fused=False)
             loss["hidden states of all ranks"] = (c + cast) * everyones * shape.width  # summed over ranks in float32
             head = [
                 kept | loss | {"gathered parameters": cast and c * mine.head},
                 kept | {"gradients on their way": (c + cast) * mine.head},
             ]
         else:
-            loss = head_bytes(shape, self.tokens, c, self.device, fused)
+            loss = head_bytes(shape, self.tokens, self.sizes, fused)
             head = [
                 kept | loss | {"gathered parameters": c * shape.head},
                 kept | {"gradients on their way": (c + cast + f / self.ranks) * shape.head},
@@ -184,14 +186,14 @@ class _Work:
 
     def score(self) -> Parts:
         """Passes without gradients, one model after the other."""
-        shape, c = self.shape, self.compute
+        shape, c = self.shape, self.sizes.compute
         hidden = float(2 * c * self.tokens * shape.width)
         gathered = c * (shape.outside + 2 * shape.layer) if self.sharded else 0.0
         head, tokens = self._share() if self.split else (shape, self.tokens)
         others = {"hidden states of all ranks": c * tokens * shape.width} if self.split else {}
         return _most(
             {"activations": self.body.forward, "gathered parameters": gathered},
-            {"logits": score_tile_bytes(head, tokens, c, self.device), "hidden states, head": hidden,
+            {"logits": score_tile_bytes(head, tokens, self.sizes), "hidden states, head": hidden,
              "gathered parameters": c * head.head if self.sharded else 0.0} | others,
         )  # fmt: skip
 
@@ -202,15 +204,15 @@ class _Work:
 
     def sampling(self, prompts: int, n: int, prompt_tokens: int, length: int) -> Parts:
         """`prompts` are read, then `n` responses to each drawn side by side; a layer's keys are copied as they grow."""
-        shape, c = self.shape, self.compute
+        shape, c = self.shape, self.sizes.compute
         whole = {"whole policy": c * shape.parameters if self.sharded else 0.0}
         cache, logits = c * shape.cache_per_token * prompts * n * length, prompts * n * shape.vocabulary
         share = prompts * prompt_tokens / self.body.tokens
         return whole | _most(
             {"keys and values": c * shape.cache_per_token * prompts * prompt_tokens,
              "activations": share * self.body.forward},
-            {"keys and values": cache * (1 + 1 / (2 * shape.layers)), "logits": c * logits},
-            {"keys and values": cache, "logits": drawing_bytes(shape, c, self.device) * prompts * n},
+            {"keys and values": cache * (1 + 1 / (2 * shape.layers)), "logits": self.sizes.logit * logits},
+            {"keys and values": cache, "logits": drawing_bytes(shape, self.sizes) * prompts * n},
         )  # fmt: skip
 
 

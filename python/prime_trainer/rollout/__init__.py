@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .engines import make_sampler, weights
+from .engines import follow_logits, make_sampler, weights
 from .sampler import EngineConfig, EngineDied, Sample, Sampler, Sampling
 from .transformers_sampler import TransformersSampler
 
@@ -13,6 +13,7 @@ __all__ = [
     "Sampler",
     "Sampling",
     "TransformersSampler",
+    "follow_logits",
     "make_sampler",
     "weights",
 ]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
 from ..config.sections import RolloutConfig, vllm_installed
+from ..models.lm_head import set_logits_dtype
 from ..models.loading import device, named_tensors
 from ..models.protocols import CausalLM, Tokenizer
 from ..scale.ranks import SINGLE, Ranks
@@ -58,6 +59,34 @@ def make_sampler(
         sampler.close()
         raise
     return sampler
+
+
+def follow_logits(cfg: EngineConfig, sampler: Sampler, models: Sequence[CausalLM]) -> str | None:
+    """Gives the trainer's `models` the logits that `sampler` draws from, and returns a word to the user where these are
+    rounded ones that `model.logits_dtype` does not ask for.
+
+    Raises ValueError where it asks for others than the engine has.
+    """
+    asked, engine, dtype = cfg.model.logits_dtype, cfg.rollout.engine, cfg.model.dtype
+    if dtype == "float32":  # nothing is rounded
+        return None
+    found = sampler.logits_dtype
+    if found == asked or (asked, found) == ("auto", "float32"):
+        said = None
+    elif asked == "auto":
+        said = (
+            f"model.logits_dtype = auto: 'input', as the engine {engine} rounds its logits to {dtype}; the trainer's "
+            "are rounded alike"
+        )
+    else:
+        has = f"rounds its logits to {dtype}" if found == "input" else "has float32 logits"
+        raise ValueError(
+            f"model.logits_dtype = {asked!r} is for trainer and engine, and the engine {engine} {has}: take 'auto', a "
+            "vLLM that knows head_dtype, or servers that were started with the same model.logits_dtype"
+        )
+    for model in models:
+        set_logits_dtype(model, found)
+    return said
 
 
 def weights(cfg: RolloutConfig, model: CausalLM) -> Iterable[tuple[str, Tensor]]:

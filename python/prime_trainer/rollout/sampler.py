@@ -36,6 +36,10 @@ class Sample:
     weight_version: int
 
 
+LogitsDtype = Literal["float32", "input"]
+"""As `model.logits_dtype`, resolved."""
+
+
 @dataclass(frozen=True)
 class EngineConfig:
     """What of the configuration an engine is built from."""
@@ -55,6 +59,11 @@ class Sampler(Protocol):
     """Of the weights that sample now."""
     limit: int | None
     """Tokens of prompt and response together."""
+
+    @property
+    def logits_dtype(self) -> LogitsDtype:
+        """What the log-probs of samples come from."""
+        ...
 
     def generate(
         self, prompts: Sequence[list[int]], n: int, sampling: Sampling, seeds: Sequence[int]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from torch import Tensor
 
 from ..scale.ranks import Ranks
-from .sampler import Sample, Sampler, Sampling
+from .sampler import LogitsDtype, Sample, Sampler, Sampling
 
 
 class SharedSampler:
@@ -18,11 +18,11 @@ class SharedSampler:
         self.engine: Sampler | None = None
         self.version = -1
 
-        def build() -> int | None:
+        def build() -> tuple[int | None, LogitsDtype]:
             self.engine = make()
-            return self.engine.limit
+            return self.engine.limit, self.engine.logits_dtype
 
-        self.limit = ranks.once(build)
+        self.limit, self.logits_dtype = ranks.once(build)
 
     @property
     def _first(self) -> Sampler:

@@ -1,4 +1,4 @@
-"""Sampling with the transformers model that is being trained: no second copy of the weights.
+"""Sampling with the transformers model that is being trained: no second copy of its weights, and its losses' logits.
 
 The loop is our own instead of `generate` for four reasons, each measured on the demo's model: a prompt is read once for
 its n responses, rows leave the batch as they end, a token is drawn from one uniform number a row (`torch.multinomial`
@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from ..models.forward import new_cache
+from ..models.lm_head import logits_dtype, same_logits
 from ..models.protocols import CausalLM, Tokenizer
 from ..models.traits import first_line
 from ..run.seeds import derive_seed
 from ..scale.sharding import gathered
-from .sampler import Sample, Sampling, model_shape
+from .sampler import LogitsDtype, Sample, Sampling, model_shape
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ DECODINGS = [Decoding(*each) for each in itertools.product((True, False), repeat
 CHECKED = ((2, 11), 3, 6)
 """Lengths of the prompts, responses each, and their longest, on which a way of decoding is proved."""
 NOISE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.03}
-"""Mean difference of log-probs, in nats, that is rounding; of one token it may be ten times that."""
+"""Mean difference of log-probs, in nats, that is rounding in a model of this dtype; of one token it may be ten times
+that."""
 
 
 class TransformersSampler:
@@ -52,8 +54,12 @@ class TransformersSampler:
         self.stops = torch.tensor(self.shape.stops, device=model.device)
         self.version = 0
         self._accepts = inspect.signature(model.forward).parameters  # type: ignore[attr-defined]
-        with torch.no_grad(), gathered(model):
+        with torch.no_grad(), gathered(model), same_logits(model):
             self.decoding = self._proved()
+
+    @property
+    def logits_dtype(self) -> LogitsDtype:
+        return logits_dtype(self.model)
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         self.version = version  # the weights are the policy's own
@@ -72,7 +78,8 @@ class TransformersSampler:
         self, prompts: Sequence[list[int]], n: int, sampling: Sampling, seeds: Sequence[int]
     ) -> list[list[Sample]]:
         self.shape.check_prompts(prompts, sampling)
-        with gathered(self.model):  # one in shards is whole meanwhile: ranks decode for different lengths of time
+        # One in shards is whole meanwhile: ranks decode for different lengths of time.
+        with gathered(self.model), same_logits(self.model):
             return self._generate(prompts, n, sampling, seeds, self.stops, self.decoding)
 
     def _generate(
@@ -189,7 +196,7 @@ class TransformersSampler:
                 wanted = logits.float().log_softmax(-1).gather(1, ids[0, len(prompt) :, None]).squeeze(1).cpu()
                 errors.append((torch.tensor(sample.logprobs) - wanted).abs())
         off = torch.cat(errors)
-        noise = NOISE[logits.dtype]
+        noise = NOISE[self.model.get_output_embeddings().weight.dtype]
         if off.mean().item() <= noise and off.max().item() <= 10 * noise:
             return None
         return f"with its cache log-probs are off by {off.mean().item():.2g} nats in the mean"

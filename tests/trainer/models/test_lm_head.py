@@ -1,29 +1,13 @@
-"""The head as the losses take it: float32 logits, or rounded ones where the engine that samples rounds."""
+"""The head as the losses take it: float32 logits or rounded ones, and a model's own logits like these."""
 
 import pytest
 import torch
+import transformers
 from helpers import tiny
 
 import prime_kernels as pk
-from prime_trainer.config.run_config import RunConfig
 from prime_trainer.config.sections import ModelConfig
 from prime_trainer.models import lm_head, loading
-
-
-@pytest.mark.parametrize(
-    ("engine", "dtype", "given", "resolved"),
-    [
-        ("transformers", "bfloat16", "auto", "float32"),
-        ("vllm-server", "bfloat16", "auto", "input"),
-        ("vllm-server", "float32", "auto", "float32"),
-        ("vllm-server", "bfloat16", "float32", "float32"),
-        ("transformers", "bfloat16", "input", "input"),
-    ],
-)
-def test_what_auto_stands_for(engine, dtype, given, resolved):
-    cfg = RunConfig(rollout={"engine": engine}, model={"dtype": dtype, "logits_dtype": given})
-    assert cfg.logits_dtype == resolved
-    assert cfg.model.logits_dtype == given  # the file of a run says what was asked for
 
 
 @pytest.mark.parametrize("given", ["auto", "input"])
@@ -47,3 +31,41 @@ def test_log_probs_of_a_bfloat16_model(tmp_path, given):
     head = lm_head.head(model, hidden)
     nll = pk.linear_nll(head.hidden, head.weight, ids, **lm_head.options(model))
     torch.testing.assert_close(nll, -found.mean())
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("Llama", {}),
+        ("Cohere", {"logit_scale": 0.0625}),
+        ("Gemma2", {"final_logit_softcapping": 3.0, "head_dim": 16}),
+        ("Phi", {}),
+    ],
+    ids=["plain", "scaled", "capped", "with a bias"],
+)
+def test_a_models_own_logits_are_those_of_the_losses(tmp_path, kind, settings):
+    """Factor and cap work on float32 sums; afterwards the model rounds again."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=97, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, initializer_range=0.3, pad_token_id=0, **settings,
+    )  # fmt: skip
+    low = getattr(transformers, f"{kind}ForCausalLM")(config).bfloat16().eval()
+    if kind == "Phi":
+        torch.nn.init.normal_(low.lm_head.bias)
+    ids = torch.randint(97, (3, 9))
+    with torch.no_grad():
+        before = low(input_ids=ids).logits
+        with lm_head.same_logits(low):
+            logits = low(input_ids=ids).logits
+        after = low(input_ids=ids).logits
+        head = lm_head.head(low, low.base_model(input_ids=ids).last_hidden_state)
+    exact = head.hidden.double() @ head.weight.double().T + (0 if head.bias is None else head.bias.double())
+    exact = head.scale * exact
+    if head.softcap is not None:
+        exact = head.softcap * torch.tanh(exact / head.softcap)
+    assert logits.dtype == torch.float32 and (logits - exact).abs().max() < 1e-5
+    assert before.dtype == torch.bfloat16 and torch.equal(before, after) and (before - exact).abs().max() > 4e-4
+    low.logits_dtype = "input"
+    with torch.no_grad(), lm_head.same_logits(low):
+        assert torch.equal(low(input_ids=ids).logits, before)

@@ -116,9 +116,13 @@ def test_tiles_are_those_of_the_losses():
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["log_probs", "nll"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "logits_dtype"),
+    [(torch.float32, "float32"), (torch.bfloat16, "float32"), (torch.bfloat16, "input")],
+    ids=["float32", "bfloat16", "rounded"],
+)
 @pytest.mark.parametrize("tokens", [250, 1200])
-def test_a_loss_over_tiles(monkeypatch, fused, dtype, tokens):
+def test_a_loss_over_tiles(monkeypatch, fused, dtype, logits_dtype, tokens):
     """The most bytes that a loss and its backward pass hold, by torch's own count, temporary copies included."""
     vocabulary, width, fused_bytes = 8000, 256, 256 * 4 * 8000
     sizes = {
@@ -136,7 +140,7 @@ def test_a_loss_over_tiles(monkeypatch, fused, dtype, tokens):
     leaves, ids = [hidden.requires_grad_(), weight.requires_grad_()], torch.randint(vocabulary, (tokens,))
 
     def gradients():
-        loss = pk.linear_nll(*leaves, ids) if fused else -pk.linear_log_probs(*leaves, ids).sum()
+        loss = (pk.linear_nll if fused else pk.linear_log_probs)(*leaves, ids, logits_dtype=logits_dtype).sum()
         return torch.autograd.grad(loss, leaves)
 
     gradients()
@@ -145,9 +149,25 @@ def test_a_loss_over_tiles(monkeypatch, fused, dtype, tokens):
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
     shape = footprint.Shape(0, 0, 0, weight.numel(), False, 1, width, vocabulary, 0)
-    parts = footprint.head_bytes(shape, tokens, hidden.element_size(), "cpu", fused)
+    compute = hidden.element_size()
+    sizes = footprint.Sizes(compute, 4 if logits_dtype == "float32" else compute, "cpu")
+    parts = footprint.head_bytes(shape, tokens, sizes, fused)
     planned = sum(parts.values()) - hidden.nbytes  # which were there before
     assert max(held) == pytest.approx(planned, abs=2**18)  # what a product takes to work in
+
+
+def test_logits_on_a_gpu_are_counted_in_their_own_size(run_config, models_by_size):
+    """float32 ones and their gradient rounded beside them, or rounded ones that their gradient overwrites."""
+    parts = {}
+    for logits_dtype in ("auto", "float32", "input"):
+        model = {"path": str(models_by_size[8192, True]), "dtype": "bfloat16", "device": "auto"}
+        cfg = run_config(model=model | {"logits_dtype": logits_dtype}, **RECOMPUTED)
+        parts[logits_dtype] = {stage: held["logits"] for stage, held in plan.make(cfg, 1, 1).memory.items()}
+    assert parts["auto"] == parts["float32"]
+    for stage in ("score and PRM update", "policy update"):
+        assert parts["float32"][stage] == 3 * parts["input"][stage] > 0
+    # Drawing: logits, float32 copies of rounded ones, probabilities.
+    assert parts["float32"]["rollout"] * (2 + 4 + 4) == parts["input"]["rollout"] * (4 + 4) > 0
 
 
 def test_shares_and_offload(run_config):

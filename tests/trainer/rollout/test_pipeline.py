@@ -11,8 +11,9 @@ from prime_trainer.config.load import load
 from prime_trainer.config.run_config import RunConfig
 from prime_trainer.config.sections import ServerConfig
 from prime_trainer.data.tasks import load_task
+from prime_trainer.models import lm_head
 from prime_trainer.models.loading import named_tensors
-from prime_trainer.rollout import EngineConfig, EngineDied, Sample, make_sampler, pipeline
+from prime_trainer.rollout import EngineConfig, EngineDied, Sample, follow_logits, make_sampler, pipeline
 from prime_trainer.rollout.sampler import model_shape
 from prime_trainer.rollout.vllm.server import check_transfer, without_launcher
 from prime_trainer.run.stage_clock import StageClock
@@ -22,7 +23,7 @@ from prime_trainer.verify import Verdict
 class Engine:
     """Notes every call; dies in the calls that `deaths` names, counted over all engines."""
 
-    limit = None
+    limit, logits_dtype = None, "float32"
 
     def __init__(self, deaths=()):
         self.deaths, self.calls, self.version, self.alive = set(deaths), [], 0, True
@@ -287,3 +288,46 @@ def test_a_resume_may_move_the_server(run_config, tmp_path, monkeypatch):
     assert begin(moved, {})["step"] == 1
     with pytest.raises(ValueError, match="the configuration has changed"):
         begin(run_config(resume=True, rollout={"engine": "vllm-server", "n": 9}), {})
+
+
+@pytest.mark.parametrize(
+    ("asked", "has", "dtype", "taken"),
+    [
+        ("auto", "float32", "bfloat16", "float32"),
+        ("auto", "input", "bfloat16", "input"),
+        ("float32", "float32", "bfloat16", "float32"),
+        ("float32", "input", "bfloat16", r"'float32' is for .* vllm-server rounds its logits to bfloat16: take 'auto'"),
+        ("input", "input", "bfloat16", "input"),
+        ("input", "float32", "bfloat16", "'input' is for .* vllm-server has float32 logits"),
+        ("input", "float32", "float32", "unchanged"),
+    ],
+)
+def test_trainer_and_engine_have_the_same_logits(run_config, asked, has, dtype, taken):
+    cfg = run_config(rollout={"engine": "vllm-server"}, model={"dtype": dtype, "logits_dtype": asked})
+    engine, models = Engine(), [torch.nn.Linear(1, 1) for _ in range(2)]
+    engine.logits_dtype = has
+    for model in models:
+        lm_head.set_logits_dtype(model, "unchanged")
+    if "is for" in taken:
+        with pytest.raises(ValueError, match=taken):
+            follow_logits(engine_config(cfg), engine, models)
+        return
+    said = follow_logits(engine_config(cfg), engine, models)
+    assert (said is not None) == ((asked, taken) == ("auto", "input"))
+    assert {lm_head.logits_dtype(model) for model in models} == {taken}
+
+
+def test_a_run_follows_its_engine(run_config, monkeypatch, capsys):
+    """Policy, PRM and reference; what was decided is said once."""
+    engine = Engine()
+    engine.logits_dtype = "input"
+    monkeypatch.setattr(pipeline, "make_sampler", lambda *args, **options: engine)
+    cfg = run_config(rollout={"engine": "vllm"}, model={"dtype": "bfloat16"}, policy={"kl_coef": 0.1})
+    run = loop.Run(cfg)
+    run.close()
+    models = [run.policy.model, run.prm.model, run.ref]
+    assert [lm_head.logits_dtype(model) for model in models] == ["input"] * 3
+    assert capsys.readouterr().err.count("model.logits_dtype = auto: 'input', as the engine vllm rounds") == 1
+    with pytest.raises(ValueError, match="'float32' is for trainer and engine"):
+        loop.Run(run_config(rollout={"engine": "vllm"}, model={"dtype": "bfloat16", "logits_dtype": "float32"}))
+    assert engine.calls[-1] == ("close",)

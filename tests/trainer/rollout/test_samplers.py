@@ -6,7 +6,9 @@ import pytest
 import torch
 from helpers import tiny
 
+from prime_trainer.config.sections import ModelConfig
 from prime_trainer.data.groups import Group, Response
+from prime_trainer.models import loading
 from prime_trainer.rollout import Sampling, TransformersSampler
 from prime_trainer.rollout.transformers_sampler import _draw
 from prime_trainer.run.seeds import derive_seed
@@ -49,6 +51,25 @@ def test_log_probs_are_the_models(model, sampler, temperature):
             want = log_probs(model, micro, batch.ids[micro.tokens])
         own = [p for group in groups for r in group.responses for p in r.logprobs]
         torch.testing.assert_close(torch.tensor(own)[micro.tokens], want, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("given", ["auto", "input"])
+def test_log_probs_come_from_the_logits_that_the_trainers_come_from(model_dir, tokenizer, given):
+    """Of a bfloat16 model: the float32 sums of the head's product, or rounded ones, as `model.logits_dtype` has it."""
+    cfg = ModelConfig(path=str(model_dir), dtype="bfloat16", device="cpu", logits_dtype=given)
+    model, prompts = loading.load_model(cfg), [list(range(3 + i, 13 + i)) for i in range(40)]
+    sampler = TransformersSampler(model, tokenizer, batch_size=40)
+    first = [group[0] for group in sampler.generate(prompts, 1, Sampling(1), range(40))]
+    drawn, logp = (torch.tensor([getattr(s, name)[0] for s in first]) for name in ("ids", "logprobs"))
+    with torch.no_grad():
+        hidden = model.base_model(input_ids=torch.tensor(prompts)).last_hidden_state[:, -1]
+    exact = hidden.double() @ model.get_output_embeddings().weight.double().T
+    off = {
+        name: (logp - z.double().log_softmax(-1).gather(-1, drawn[:, None]).squeeze(-1)).abs()
+        for name, z in (("auto", exact), ("input", exact.bfloat16()))
+    }
+    # A sum on the border between two bfloat16 numbers may be rounded either way.
+    assert off[given].median() < 1e-5 < 1e-3 < off[{"auto": "input", "input": "auto"}[given]].max()
 
 
 def test_a_response_depends_on_its_seed_alone(model, tokenizer, sampler):

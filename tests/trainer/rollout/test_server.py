@@ -118,6 +118,9 @@ def test_the_servers_words(run_config):
     assert given["--generation-config"] == "vllm" and "--enforce-eager" in words
     assert given["--middleware"] == "prime_trainer.rollout.vllm.server.TokenGuard"
     assert json.loads(given["--weight-transfer-config"]) == {"backend": "file"}
+    assert json.loads(given["--hf-overrides"]) == {"head_dtype": "float32"}
+    rounded = cfg.model.model_copy(update={"logits_dtype": "input"})
+    assert "--hf-overrides" not in arguments(cfg.rollout, rounded, "model", "127.0.0.1", 81, dummy=True)
 
 
 def test_serve_without_vllm_says_what_to_install(capsys, monkeypatch):

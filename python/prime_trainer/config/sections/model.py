@@ -20,9 +20,9 @@ class ModelConfig(Section):
     """`auto`: SDPA where the model has it, else eager (Gemma 2, GPT-OSS). `flash_attention_2`: one unpadded row of
     sequences a pass, with flash-attn's varlen kernels (extra `cuda`)."""
     logits_dtype: Literal["auto", "float32", "input"] = "auto"
-    """Logits of the losses and log-probs: the float32 sums of the head's product, or these rounded to `dtype` as the
-    model's own head rounds them. `auto`: float32, but `input` in `rl` where a vLLM engine samples in bfloat16, whose
-    head rounds: the log-probs of both then agree better."""
+    """Logits of the losses, of log-probs and of what samples: the float32 sums of the head's product, or these rounded
+    to `dtype` as the model's own head rounds them. `auto`: float32, but `input` in `rl` where the engine that samples
+    cannot give float32 ones (vLLM before 0.26): trainer and engine always have the same."""
     chat_template: Literal["model", "bare"] = "model"
     """`model`: the tokenizer's own template. `bare`: ChatML turns without a default system prompt (shorter prompts)."""
 

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 
 from ...errors import RunError
-from ..sampler import EngineDied, Sampling
+from ..sampler import EngineDied, LogitsDtype, Sampling
 from .server import MODEL_NAME
 
 CONTROL_SECONDS = 600.0  # draining waits for the longest response
@@ -54,6 +54,10 @@ class Client:
     def weight_version(self) -> str:
         """`default` for a server that has had no update."""
         return self.call("GET", "/weight_info")["weight_version"]
+
+    def logits_dtype(self) -> LogitsDtype:
+        found = set(self.call("POST", "/collective_rpc", {"method": "logits_dtype"})["results"])
+        return "float32" if found == {"float32"} else "input"
 
     def update(self, send: Callable[[Client], None], version: int) -> None:
         """Drains running requests, calls `send` for the transfer, and clears the prefix cache of the old weights."""

@@ -6,6 +6,7 @@ been run.
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import random
@@ -16,25 +17,30 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ...config.sections import RolloutConfig
-from ..sampler import EngineDied, Sample, Sampling
+from prime_kernels.integrations import head_logits
+
+from ...config.sections import ModelConfig, RolloutConfig
+from ..sampler import EngineDied, LogitsDtype, Sample, Sampling
 
 FILE_BACKEND = "file"
 _ENDED: dict[str, Literal["stop", "length"]] = {"stop": "stop", "length": "length"}
 QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def engine_options(cfg: RolloutConfig, dtype: str, on_cpu: bool, limit: int | None) -> dict[str, Any]:
+def engine_options(cfg: RolloutConfig, model: ModelConfig, on_cpu: bool, limit: int | None) -> dict[str, Any]:
     """vLLM's engine arguments, the same in process and in a server.
 
     `processed_logprobs` are those of the distribution that was sampled from, after the temperature; without
     `generation_config = "vllm"` the model's own file would set top_p and the like behind our back.
+    `head_dtype` asks for float32 logits, of the same weights; vLLM before 0.26 takes no notice, as `logits_dtype`
+    tells.
     On CPUs a prompt is read in one go: of one read in part vLLM drops what it sampled and turns the random stream of
     its request back, which a stream of a CPU cannot do. Many prompts at once, or a full cache, are enough for that.
     """
     v = cfg.vllm
     options = {
-        "dtype": dtype,
+        "dtype": model.dtype,
+        "hf_overrides": None if model.logits_dtype == "input" else {"head_dtype": "float32"},
         "seed": 0,
         "generation_config": "vllm",
         "logprobs_mode": "processed_logprobs",
@@ -47,6 +53,16 @@ def engine_options(cfg: RolloutConfig, dtype: str, on_cpu: bool, limit: int | No
         "gpu_memory_utilization": None if on_cpu else v.gpu_memory_utilization,
     }
     return {key: value for key, value in options.items() if value is not None}
+
+
+def logits_dtype(worker: Any) -> LogitsDtype:
+    """What the log-probs of a worker's samples come from, as its model is built."""
+    from vllm.model_executor.layers.logits_processor import LogitsProcessor
+
+    found = [module for module in worker.get_model().modules() if isinstance(module, LogitsProcessor)]
+    # Without the attribute logits are in the model's dtype.
+    dtypes = {getattr(module, "head_dtype", None) or worker.model_config.dtype for module in found}
+    return "float32" if dtypes == {torch.float32} else "input"
 
 
 class Engine:
@@ -63,11 +79,16 @@ class Engine:
         with undisturbed(device):
             from vllm import LLM
 
+            register_head()
             try:
                 self._llm = LLM(directory, load_format="dummy", skip_tokenizer_init=True, **options)
             except Exception as error:
                 _forget_groups()
                 raise EngineDied(f"vLLM cannot build its engine (keys rollout.vllm.*): {error}") from error
+
+    def logits_dtype(self) -> LogitsDtype:
+        (found,) = self._llm.collective_rpc(logits_dtype)
+        return found
 
     def generate(
         self, prompts: Sequence[list[int]], seeds: Sequence[int], sampling: Sampling, stops: Sequence[int], version: int
@@ -184,6 +205,27 @@ def load_weights(model: Any, model_config: Any, tensors: Mapping[str, Tensor]) -
         # On CPUs a head that is tied to the embedding holds a packed copy, which the reload leaves as it was.
         if isinstance(module, ParallelLMHead) and hasattr(module, "cpu_linear"):
             module.quant_method.process_weights_after_loading(module)
+
+
+@functools.cache
+def register_head() -> None:
+    """Float32 logits on CPUs by our own kernels: there vLLM's way is to convert all weights of the head in every step.
+
+    To be called before a model is built. Nothing changes on GPUs, nor where logits are rounded.
+    """
+    from vllm.model_executor.layers.logits_processor import LogitsProcessor
+
+    if not hasattr(LogitsProcessor, "_apply_head"):  # vLLM before 0.26, which has no float32 head
+        return
+
+    @LogitsProcessor.register_oot
+    class Float32Logits(LogitsProcessor):
+        def _apply_head(self, lm_head: Any, hidden_states: Tensor, embedding_bias: Tensor | None) -> Tensor:
+            weight = lm_head.weight
+            unrounded = self.head_dtype == torch.float32 != hidden_states.dtype == weight.dtype
+            if unrounded and hidden_states.device.type == weight.device.type == "cpu":
+                return head_logits(hidden_states, weight, embedding_bias)
+            return super()._apply_head(lm_head, hidden_states, embedding_bias)
 
 
 def register_file_backend() -> None:

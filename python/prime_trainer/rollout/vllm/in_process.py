@@ -10,7 +10,7 @@ from torch import Tensor
 from ...models.loading import save_config
 from ...models.protocols import CausalLM, Tokenizer
 from ...run.seeds import derive_seed
-from ..sampler import EngineConfig, EngineDied, Sample, Sampling, model_shape
+from ..sampler import EngineConfig, EngineDied, LogitsDtype, Sample, Sampling, model_shape
 from . import engine
 
 
@@ -20,7 +20,7 @@ class VLLMSampler:
         self.limit = self.shape.limit
         self.sleeps = cfg.rollout.vllm.sleep
         self.device = model.device
-        self.options = engine.engine_options(cfg.rollout, cfg.model.dtype, self.device.type == "cpu", self.shape.limit)
+        self.options = engine.engine_options(cfg.rollout, cfg.model, self.device.type == "cpu", self.shape.limit)
         if self.sleeps and self.device.type != "cpu":  # on CPUs vLLM refuses the option; there sleeping does nothing
             self.options["enable_sleep_mode"] = True
         self.directory = tempfile.TemporaryDirectory(prefix="prime-trainer-")
@@ -33,6 +33,10 @@ class VLLMSampler:
         except BaseException:
             self.close()
             raise
+
+    @property
+    def logits_dtype(self) -> LogitsDtype:
+        return self._live.logits_dtype()
 
     def generate(
         self, prompts: Sequence[list[int]], n: int, sampling: Sampling, seeds: Sequence[int]

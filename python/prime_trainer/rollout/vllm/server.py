@@ -82,7 +82,7 @@ def arguments(
 ) -> list[str]:
     """The words of vLLM's server. `dummy`: random weights, because a push follows at once."""
     limit = cfg.vllm.max_model_len
-    options = engine.engine_options(cfg, model.dtype, loading.device(model).type == "cpu", limit) | {
+    options = engine.engine_options(cfg, model, loading.device(model).type == "cpu", limit) | {
         "model": directory,
         "served_model_name": MODEL_NAME,
         "host": host,
@@ -91,13 +91,14 @@ def arguments(
         "load_format": "dummy" if dummy else "auto",
         "middleware": f"{TokenGuard.__module__}.{TokenGuard.__name__}",
         "worker_extension_cls": "prime_trainer.rollout.vllm.worker_extension.WorkerExtension",
-        "weight_transfer_config": json.dumps({"backend": cfg.server.transfer}),
+        "weight_transfer_config": {"backend": cfg.server.transfer},
         "disable_uvicorn_access_log": True,
     }
     words = []
     for key, value in options.items():
         name = key.replace("_", "-")
-        words += [f"--{'no-' * (value is False)}{name}"] + ([] if isinstance(value, bool) else [str(value)])
+        text = json.dumps(value) if isinstance(value, dict) else str(value)
+        words += [f"--{'no-' * (value is False)}{name}"] + ([] if isinstance(value, bool) else [text])
     return words
 
 

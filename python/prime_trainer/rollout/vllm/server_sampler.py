@@ -21,7 +21,7 @@ from torch import Tensor
 from ...models.loading import save_config
 from ...models.protocols import CausalLM, Tokenizer
 from ...run.seeds import derive_seed
-from ..sampler import EngineConfig, EngineDied, Sample, Sampling, model_shape
+from ..sampler import EngineConfig, EngineDied, LogitsDtype, Sample, Sampling, model_shape
 from . import engine
 from .client import Client
 from .server import ServerProcess, free_port, read_token
@@ -64,6 +64,16 @@ class ServerSampler:
         jobs = [(i, prompt, derive_seed(seeds[i], k)) for i, prompt in enumerate(prompts) for k in range(n)]
         flat = asyncio.run(self._sample(jobs, sampling))
         return [flat[at : at + n] for at in range(0, len(flat), n)]
+
+    @property
+    def logits_dtype(self) -> LogitsDtype:
+        found: dict[str, LogitsDtype] = {client.url: client.logits_dtype() for client in self.clients}
+        if len(set(found.values())) > 1:
+            raise ValueError(
+                f"rollout.server.urls: their servers must have the same logits, got {found}; start all with the same "
+                "model.logits_dtype"
+            )
+        return found[self.clients[0].url]
 
     async def _sample(self, jobs: Sequence[tuple[int, list[int], int]], sampling: Sampling) -> list[Sample]:
         async with AsyncExitStack() as stack:

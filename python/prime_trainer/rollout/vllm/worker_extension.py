@@ -1,9 +1,14 @@
-"""What vLLM's workers import (`--worker-extension-cls`): it adds our weight transfer before they make theirs."""
+"""What vLLM's workers import (`--worker-extension-cls`): our weight transfer and head, before they make theirs."""
 
+from ..sampler import LogitsDtype
 from . import engine
 
 engine.register_file_backend()
+engine.register_head()
 
 
 class WorkerExtension:
-    """Adds nothing to the worker; that it is imported is enough."""
+    """A base class that vLLM gives its worker, for calls from outside."""
+
+    def logits_dtype(self) -> LogitsDtype:
+        return engine.logits_dtype(self)
