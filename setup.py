@@ -23,7 +23,7 @@ def find_tool(name: str) -> str:
     path = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
     tool = shutil.which(name, path=path)
     if tool is None:
-        raise SystemExit(f"prime-kernels: '{name}' is needed to build the extension: pip install {name}")
+        raise SystemExit(f"prime-process-rewards: '{name}' is needed to build the extension: pip install {name}")
     return tool
 
 

@@ -6,11 +6,16 @@ rows.py, head.py and packed.py turn tensors into addresses, sizes and strides an
 import torch
 from torch import Tensor
 
+from prime_kernels._distribution import conflict
+
 try:
     from prime_kernels import _C  # type: ignore[attr-defined]  # compiled, has no stubs
 except ImportError as error:  # a source tree that was never built, or a build for another Python
     _C = None
     _reason: str | None = f"the extension prime_kernels._C cannot be imported ({error}); build it with: pip install ."
+    _conflict = conflict()
+    if _conflict is not None:
+        _reason = f"{_reason} ({_conflict})"
 else:
     _reason = None
     DTYPES: dict[torch.dtype, int] = {

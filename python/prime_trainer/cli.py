@@ -46,10 +46,24 @@ def _run(name: str, words: list[str]) -> int:
         return _fail(_place(error), 2 if isinstance(error, _BAD_PATHS) else 1)
     except RunError as error:
         return _fail(str(error), 1)
-    except ModuleNotFoundError as error:
-        return _fail(f"the package {error.name!r} is missing: pip install 'prime-kernels[train]'", 1)
+    except (ImportError, AttributeError) as error:
+        conflict = _conflict()
+        if conflict is not None:
+            return _fail(f"{error}: {conflict}", 1)
+        if isinstance(error, ModuleNotFoundError):
+            return _fail(f"the package {error.name!r} is missing: pip install 'prime-process-rewards[train]'", 1)
+        raise
     except KeyboardInterrupt:
         return _fail("stopped", 130)
+
+
+def _conflict() -> str | None:
+    """What another distribution with a package prime_kernels may have replaced."""
+    try:
+        from prime_kernels._distribution import conflict
+    except ImportError:  # torch is not installed
+        return None
+    return conflict()
 
 
 def _config(words: list[str]) -> RunConfig:

@@ -54,7 +54,7 @@ def test_missing_extension_is_explained():
 @pytest.fixture(scope="module")
 def nvdisasm():
     """From the triton package, which has it wherever it is installed."""
-    pytest.importorskip("triton", reason="nvdisasm comes with triton: pip install 'prime-kernels[triton]'")
+    pytest.importorskip("triton", reason="nvdisasm comes with triton: pip install 'prime-process-rewards[triton]'")
     from triton import knobs
 
     return knobs.nvidia.nvdisasm.path

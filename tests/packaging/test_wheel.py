@@ -8,7 +8,6 @@ import sysconfig
 import tarfile
 import venv
 import zipfile
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -92,7 +91,7 @@ def test_wheel_contents(wheel):
     assert {"prime_kernels/__init__.py", "prime_kernels/py.typed", f"prime_kernels/_C{suffix}"} <= names
     assert "prime_trainer/__init__.py" in names
     tops = {name.partition("/")[0] for name in names}
-    assert tops == {"prime_kernels", "prime_trainer", f"prime_kernels-{version('prime-kernels')}.dist-info"}
+    assert tops == {"prime_kernels", "prime_trainer", f"prime_process_rewards-{prime_kernels.__version__}.dist-info"}
     assert any(name.endswith("/licenses/LICENSE") for name in names)
     assert not [name for name in names if re.search(r"(^|/)tests?[_/]|\.(cpp|cu|h)$", name)]
     sources = {str(path.relative_to(ROOT)) for path in ROOT.glob("prime_kernels/**/*.py")}

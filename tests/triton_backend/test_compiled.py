@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-pytest.importorskip("triton", reason="triton is not installed: pip install 'prime-kernels[triton]'")
+pytest.importorskip("triton", reason="triton is not installed: pip install 'prime-process-rewards[triton]'")
 
 import torch
 from triton_backend.aot import CAPABILITIES, assert_no_spills, build

