@@ -15,7 +15,7 @@ import pytest
 import prime_kernels
 
 ROOT = Path(__file__).resolve().parents[2]
-ISAS = ("avx512", "avx2", "portable")
+ISAS = ("amx", "avx512_bf16", "avx512", "avx2", "portable")
 # All that is public and is neither a type nor about backends.
 OPERATIONS = {name for name in prime_kernels.__all__ if name.islower()} - {"available_backends", "use_backend"}
 
