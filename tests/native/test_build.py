@@ -24,7 +24,7 @@ def nvcc():
 def test_build_info(native):
     info = native.build_info()
     assert set(info) == {"compiler", "flags", "cpu", "openmp", "cuda", "cuda_detail"}
-    assert info["cpu"] in ("avx512", "avx2", "portable")
+    assert info["cpu"] in ("amx", "avx512_bf16", "avx512", "avx2", "portable")
     assert re.match(r"\w+ \d+", info["compiler"])
     assert "-O3" in info["flags"] and "fast-math" not in info["flags"]
     assert isinstance(info["openmp"], bool) and info["cuda_detail"]
@@ -150,6 +150,23 @@ def test_default_architectures(nvcc, tmp_path, monkeypatch):
     assert f"architectures {newest}\n" in done.stdout
 
 
-def test_unknown_cuda_choice_is_an_error(tmp_path):
-    done = configure(tmp_path / "build", "-DPRIME_KERNELS_CUDA=MAYBE")
-    assert done.returncode != 0 and "expected AUTO, ON or OFF" in done.stderr
+@pytest.mark.parametrize("choice", ["PRIME_KERNELS_CUDA", "PRIME_KERNELS_CPU"])
+def test_unknown_choice_is_an_error(tmp_path, choice):
+    done = configure(tmp_path / "build", f"-D{choice}=MAYBE")
+    assert done.returncode != 0 and f"{choice} is 'MAYBE', expected AUTO, ON or OFF" in done.stderr
+
+
+def test_a_compiler_installed_since_is_noticed(tmp_path):
+    """In a build folder that was configured without one."""
+    broken = tmp_path / "c++"
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    build = tmp_path / "build"
+    options = ["-DPRIME_KERNELS_CPU=AUTO", "-DPRIME_KERNELS_CUDA=OFF"]
+    done = configure(build, *options, CXX=str(broken))
+    assert done.returncode == 0 and "no working C++ compiler was found" in (build / "missing.txt").read_text()
+    if shutil.which("c++") is None:
+        pytest.skip("no C++ compiler here")
+    done = configure(build, *options, CXX="c++")
+    assert done.returncode == 0 and not (build / "missing.txt").exists(), done.stderr
+    assert (build / "build.ninja").read_text().count("head_kernels_portable.cpp") > 0

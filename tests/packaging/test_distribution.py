@@ -1,5 +1,6 @@
 """Another distribution with a package `prime_kernels` in the environment: reports and failed imports name it."""
 
+import json
 import subprocess
 import sys
 import sysconfig
@@ -20,9 +21,23 @@ def status(): return {}
 """
 # torch comes from the outer environment, by hand so that no .pth file of it runs (an editable install has one).
 START = f"import sys, runpy; sys.path.append({sysconfig.get_path('platlib')!r}); sys.argv[:] = ['prime']; "
-REPORT = START + "runpy.run_module('prime_kernels', run_name='__main__')"
-TRAIN = START + "from prime_trainer.cli import main; sys.exit(main(['sft', '--model.path', '/nowhere']))"
-NATIVE = START + "from prime_kernels import _native; print(_native.unavailable_reason())"
+EVERYTHING = """
+import contextlib, io, json
+from prime_kernels import _native
+said = {"native": _native.unavailable_reason()}
+for name in ("report", "train"):
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        if name == "report":
+            try:
+                status = runpy.run_module("prime_kernels", run_name="__main__")
+            except SystemExit as end:
+                status = end.code
+        else:
+            from prime_trainer.cli import main
+            status = main(["sft", "--model.path", "/nowhere"])
+    said[name] = status, out.getvalue(), err.getvalue()
+print(json.dumps(said))
+"""
 
 
 def make_wheel(folder, name, files):
@@ -66,13 +81,15 @@ def environment(request, wheels, tmp_path_factory):
     return request.param, python
 
 
-def run(environment, code):
-    done = subprocess.run([environment[1], "-c", code], capture_output=True, text=True, cwd="/")
-    return done.returncode, done.stdout, done.stderr
+@pytest.fixture(scope="module")
+def said(environment):
+    done = subprocess.run([environment[1], "-c", f"{START}\n{EVERYTHING}"], capture_output=True, text=True, cwd="/")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
-def test_report_names_the_conflict(environment):
-    status, out, err = run(environment, REPORT)
+def test_report_names_the_conflict(environment, said):
+    status, out, err = said["report"]
     if environment[0] == "ours":
         assert status == 0 and "conflict" not in out and out.startswith(f"prime_kernels {prime_kernels.__version__}")
     elif environment[0] == "other ours":
@@ -82,12 +99,11 @@ def test_report_names_the_conflict(environment):
         assert "pip uninstall -y prime-kernels prime-process-rewards, then pip install prime-process-rewards" in err
 
 
-def test_failed_imports_name_the_conflict(environment):
+def test_failed_imports_name_the_conflict(environment, said):
     """That of the extension, which no wheel here has, and that of names which the other package lacks."""
-    _, out, _ = run(environment, NATIVE)
-    assert ("prime-kernels and prime-process-rewards" in out) == ("other" in environment[0])
-    assert "prime_kernels._C cannot be imported" in out
-    status, _, err = run(environment, TRAIN)
+    assert ("prime-kernels and prime-process-rewards" in said["native"]) == ("other" in environment[0])
+    assert "prime_kernels._C cannot be imported" in said["native"]
+    status, _, err = said["train"]
     assert "Traceback" not in err and err.count("error: ") == 1
     if environment[0] == "ours other":
         assert status == 1 and "prime-kernels and prime-process-rewards bring the same package" in err
