@@ -245,7 +245,9 @@ def _train(trainer: Run, metrics: Metrics, saver: checkpoint.Saver, stop: Event)
 def _metrics(cfg: RunConfig, step: int) -> MetricsWriter:
     """The record of a run at `step`; a run that resumes at 0 starts over, evaluation included."""
     resume_step = step if step > 0 else -1
-    return MetricsWriter(cfg.output, resume_step=resume_step if cfg.resume else None)
+    return MetricsWriter(
+        cfg.output, resume_step if cfg.resume else None, tracking=cfg.metrics, config=cfg.model_dump(mode="json")
+    )
 
 
 def _can_save(trainer: Run, error: Exception) -> bool:

@@ -63,7 +63,7 @@ def run(cfg: RunConfig) -> Path:
 
     final = cfg.output / "final"
     fit(
-        cfg, cfg.checkpoint, "sft", state, trainable, total, backward, warmup=cfg.sft.warmup, skips=skips,
+        cfg, cfg.checkpoint, cfg.metrics, "sft", state, trainable, total, backward, warmup=cfg.sft.warmup, skips=skips,
         finish=lambda: loading.save(model, tokenizer, final), models=models,
     )  # fmt: skip
     return final

@@ -22,6 +22,7 @@ from .sections import (
     CheckpointConfig,
     EvalConfig,
     FilterConfig,
+    MetricsConfig,
     ModelConfig,
     PolicyConfig,
     PRMConfig,
@@ -71,6 +72,7 @@ class RunConfig(Bounded, BaseSettings):
     policy: PolicyConfig = PolicyConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    metrics: MetricsConfig = MetricsConfig()
     bench: BenchConfig = BenchConfig()
     scale: ScaleConfig = ScaleConfig()
 

@@ -83,7 +83,7 @@ def run(cfg: RunConfig) -> Path:
 
     final = cfg.output / "final"
     fit(
-        cfg, cfg.checkpoint, "prm", state, trainable, total, backward,
+        cfg, cfg.checkpoint, cfg.metrics, "prm", state, trainable, total, backward,
         warmup=own.warmup, skips=skips, floor=0.1, evaluate=evaluate,
         finish=lambda: loading.save(model, tokenizer, final), models=models,
     )  # fmt: skip
