@@ -130,6 +130,35 @@ def _plan(words: list[str]) -> int:
     return 0
 
 
+def _init(words: list[str]) -> int:
+    from .config import recipes
+
+    if words == ["--schema"]:
+        import json
+
+        from .config.run_config import RunConfig
+
+        print(json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema"} | RunConfig.model_json_schema()))
+        return 0
+    if not words or len(words) > 2 or words[0].startswith("-"):
+        listed = "\n".join(f"  {name:12}{about}" for name, about in recipes.RECIPES.items())
+        print(f"usage: prime-trainer init RECIPE [FILE]\n       prime-trainer init --schema\n\nrecipes:\n{listed}")
+        return 0 if words == ["--help"] else 2
+    path = Path(words[1] if len(words) == 2 else f"{words[0]}.toml")
+    recipes.write(words[0], path)
+    print(path)
+    return 0
+
+
+def _completion(words: list[str]) -> int:
+    from .config import completion
+
+    if len(words) != 1:
+        return _fail(f"completion needs a shell: prime-trainer completion {'|'.join(completion.SHELLS)}")
+    print(completion.script(words[0], {name: command.help for name, command in COMMANDS.items()}), end="")
+    return 0
+
+
 def _describe(error: Exception) -> str:
     """pydantic's errors name the key, what came and what was expected; its link to its own pages helps nobody here."""
     details = getattr(error, "errors", None)
@@ -201,6 +230,9 @@ class Command:
 
 
 COMMANDS = {
+    "init": Command(
+        _init, "settings to start from, with comments:  prime-trainer init demo|math|code|prm|eight_gpus [FILE]"
+    ),
     "sft": Command(
         ".sft", "supervised warm-up on chat data or on demonstrations made for the task", "model saved to {}"
     ),
@@ -224,6 +256,7 @@ COMMANDS = {
         _plan, "memory and traffic of a run:  plan run.toml [--gpus 8] [--memory 80] [--prompt-tokens 512]"
     ),
     "report": Command(_report, "an HTML page and PNGs of a run:  prime-trainer report RUN_DIR [OTHER_RUN_DIR ...]"),
+    "completion": Command(_completion, "completion in a shell:  source <(prime-trainer completion bash)"),
 }
 
 if __name__ == "__main__":

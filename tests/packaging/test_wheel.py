@@ -89,7 +89,7 @@ def test_wheel_contents(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     assert {"prime_kernels/__init__.py", "prime_kernels/py.typed", f"prime_kernels/_C{suffix}"} <= names
-    assert "prime_trainer/__init__.py" in names
+    assert {"prime_trainer/__init__.py", "prime_trainer/config/recipes/math.toml"} <= names
     tops = {name.partition("/")[0] for name in names}
     assert tops == {"prime_kernels", "prime_trainer", f"prime_process_rewards-{prime_kernels.__version__}.dist-info"}
     assert any(name.endswith("/licenses/LICENSE") for name in names)

@@ -50,7 +50,7 @@ def fails(capsys, *argv, status=2):
 def test_no_and_unknown_commands(capsys):
     assert main([]) == 2 and "commands:" in capsys.readouterr().out
     assert main(["--help"]) == 0
-    names = "sft, rl, eval, generate, prm, score, select, processbench, serve, plan, report"
+    names = "init, sft, rl, eval, generate, prm, score, select, processbench, serve, plan, report, completion"
     assert fails(capsys, "train") == f"unknown command 'train'; the commands are {names}"
 
 
