@@ -9,7 +9,7 @@ from helpers.support import code_blocks, run_page
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
-HERE = ("pytorch", "huggingface", "kernels", "prm")
+HERE = ("pytorch", "huggingface", "kernels", "prm", "rewards")
 # tests/integrations/installed runs these, in an environment that has the trainers.
 ELSEWHERE = ("trl", "verl", "openrlhf")
 # Commands, settings and tables.

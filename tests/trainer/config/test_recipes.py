@@ -71,10 +71,8 @@ def test_schema_has_every_key_with_its_description(capsys):
 def complete(tmp_path, *words):
     script = tmp_path / "completion.bash"
     quoted = " ".join(f"'{word}'" for word in ("prime-trainer", *words))
-    code = (
-        f"source {script}; COMP_WORDS=({quoted}); COMP_CWORD={len(words)}; _prime_trainer; printf '%s\\n' $COMPREPLY_"
-    )
-    code = code.replace("$COMPREPLY_", '"${COMPREPLY[@]}"')
+    code = f"source {script}; COMP_WORDS=({quoted}); COMP_CWORD={len(words)}; _prime_trainer; "
+    code += 'printf "%s\\n" "${COMPREPLY[@]}"'
     done = subprocess.run(["bash", "--norc", "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     return done.stdout.split()
 

@@ -9,6 +9,7 @@ from prime_trainer.config.run_config import RunConfig
 from prime_trainer.run import checkpoint
 
 LATER = {
+    "task": ("reward", "reward_batch"),
     "model": ("logits_dtype",),
     "prm": ("margin", "kind", "balance"),
     "train_prm": ("margin",),
