@@ -147,7 +147,9 @@ class Run:
         values |= scores.metrics
         weights = None
         if scores.old_logp is not None:
-            weights, compared = importance(scores.old_logp, batch.rollout_logp, cfg.rollout.cap)
+            weights, compared = importance(
+                scores.old_logp, batch.rollout_logp, cfg.rollout.cap, cfg.rollout.tis, batch.cu_seqlens
+            )
             values |= compared
 
         rewards: Rewards | None = None

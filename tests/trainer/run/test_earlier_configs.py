@@ -11,6 +11,7 @@ from prime_trainer.run import checkpoint
 LATER = {
     "task": ("reward", "reward_batch"),
     "model": ("logits_dtype",),
+    "rollout": ("tis",),
     "prm": ("margin", "kind", "balance"),
     "train_prm": ("margin",),
     "algorithm": ("estimator", "process_return", "gae_lambda", "whiten_of"),

@@ -11,12 +11,12 @@ from .evaluation import BenchConfig, BenchmarkName, EvalConfig
 from .metrics import MetricsConfig, TrackerName
 from .model import ModelConfig, ScaleConfig
 from .prm import Compat, ProcessBenchConfig, ScoreConfig, SelectConfig, Splitter, TrainPRMConfig
-from .rollout import FilterConfig, RolloutConfig, ServerConfig, VLLMConfig, vllm_installed
+from .rollout import Correction, FilterConfig, RolloutConfig, ServerConfig, VLLMConfig, vllm_installed
 from .train import COUPLED_KINDS, AlgorithmConfig, CheckpointConfig, PolicyConfig, PRMConfig, PRMKind
 
 __all__ = [
-    "COUPLED_KINDS", "AlgorithmConfig", "BenchConfig", "BenchmarkName", "CheckpointConfig", "Compat", "EvalConfig",
-    "FilterConfig", "MetricsConfig", "ModelConfig", "PRMConfig", "PRMKind", "PolicyConfig", "ProcessBenchConfig",
-    "RolloutConfig", "SFTConfig", "ScaleConfig", "ScoreConfig", "Section", "SelectConfig", "ServerConfig", "Splitter",
-    "TaskConfig", "TrackerName", "TrainPRMConfig", "VLLMConfig", "vllm_installed",
+    "COUPLED_KINDS", "AlgorithmConfig", "BenchConfig", "BenchmarkName", "CheckpointConfig", "Compat", "Correction",
+    "EvalConfig", "FilterConfig", "MetricsConfig", "ModelConfig", "PRMConfig", "PRMKind", "PolicyConfig",
+    "ProcessBenchConfig", "RolloutConfig", "SFTConfig", "ScaleConfig", "ScoreConfig", "Section", "SelectConfig",
+    "ServerConfig", "Splitter", "TaskConfig", "TrackerName", "TrainPRMConfig", "VLLMConfig", "vllm_installed",
 ]  # fmt: skip
