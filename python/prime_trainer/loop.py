@@ -20,7 +20,7 @@ from .models.placement import load_placed
 from .rollout import EngineConfig
 from .rollout.collector import NothingPasses
 from .rollout.pipeline import Rollouts
-from .run import checkpoint, unchanged
+from .run import checkpoint, hub, unchanged
 from .run.metrics import Metrics, MetricsWriter, NoMetrics
 from .run.output_lock import output_lock
 from .run.progress import progress_bar
@@ -195,6 +195,8 @@ def run(cfg: RunConfig) -> Path:
 
 
 def _run(cfg: RunConfig, ranks: Ranks) -> Path:
+    if cfg.resume:
+        hub.resume(cfg.output)
     # Of today's, all three start from the same files.
     models = ranks.once(lambda: loading.fingerprints(dict.fromkeys(("policy", "prm", "reference"), cfg.model)))
     found = ranks.once(lambda: checkpoint.resume_point(cfg, models))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config.sections import TaskConfig
+from ..run import hub
 from ..verify import confinement_for
 from ..verify.answers import CallTests, MathAnswer, OwnReward, ProgramTests, StdioTests
 from . import chat
@@ -65,7 +66,7 @@ def _shuffled(count: int, seed: int, epoch: int) -> list[int]:
 
 
 def _read_problems(path: Path, kind: Kind, cfg: TaskConfig, option: str) -> list[Problem]:
-    if not path.exists():
+    if not path.exists() and hub.data_name(path) is None:
         raise ValueError(f"{option}: no such file: {path}")
     problems: list[Problem] = []
     bad: list[ValueError] = []
