@@ -255,6 +255,7 @@ COMMANDS = {
     "plan": Command(
         _plan, "memory and traffic of a run:  plan run.toml [--gpus 8] [--memory 80] [--prompt-tokens 512]"
     ),
+    "profile": Command(".profiling", "one step of rl under torch.profiler: stages, the ten largest rows, a trace file"),
     "report": Command(_report, "an HTML page and PNGs of a run:  prime-trainer report RUN_DIR [OTHER_RUN_DIR ...]"),
     "completion": Command(_completion, "completion in a shell:  source <(prime-trainer completion bash)"),
 }

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from prime_kernels import Head, linear_log_probs
+import prime_kernels as pk
+from prime_kernels import Head
 from prime_kernels.integrations import output_layer
 
 from ..scale import sharding
@@ -57,14 +58,14 @@ def log_probs(
     group: dist.ProcessGroup | None = getattr(model, "head_group", None)
     if group is None:
         at = head(model, hidden)
-        found = linear_log_probs(
+        found = pk.linear_log_probs(
             at.hidden, at.weight, ids, bias=at.bias, with_entropy=with_entropy, **options(model, temperature)
         )
         return (found, None) if isinstance(found, Tensor) else found
     counts = _gathered(torch.tensor([len(ids)], device=ids.device), [1] * dist.get_world_size(group), group).tolist()
     weight, bias = output_layer(model)
     everyones = _OfAllRanks.apply(hidden, counts, group)
-    found = linear_log_probs(
+    found = pk.linear_log_probs(
         everyones, sharding.share(weight, hidden.dtype, hidden.device), _gathered(ids, counts, group),
         bias=None if bias is None else sharding.share(bias, hidden.dtype, hidden.device),
         with_entropy=with_entropy, process_group=group, **options(model, temperature),
