@@ -14,7 +14,7 @@ HERE = ("pytorch", "huggingface", "kernels", "prm", "rewards")
 ELSEWHERE = ("trl", "verl", "openrlhf")
 # Commands, settings and tables.
 NO_PYTHON = (
-    "drop_ins", "evaluation", "how_prime_works", "models", "reference", "rollouts", "scale", "training",
+    "docker", "drop_ins", "evaluation", "how_prime_works", "models", "reference", "rollouts", "scale", "training",
     "troubleshooting", "verifiers",
 )  # fmt: skip
 MADE = r"api/.*\.html|configuration\.md"

@@ -77,7 +77,7 @@ def test_kernels_know_nothing_of(forbidden):
 
 
 def test_trainer_uses_only_what_kernels_export():
-    exported = {f"prime_kernels.{name}" for name in (*prime_kernels.__all__, "__version__")}
+    exported = {f"prime_kernels.{name}" for name in (*prime_kernels.__all__, "__version__", "__all__")}
     exported |= {f"prime_kernels.integrations.{name}" for name in integrations.__all__}
     exported |= {f"prime_kernels._distribution.{name}" for name in ("NAME", "conflict")}  # one distribution has both
     wrong = [
