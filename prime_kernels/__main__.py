@@ -1,6 +1,7 @@
 """``python -m prime_kernels``: versions, build, available backends with reasons for the others, and a self-test.
 
-The exit status is 1 if an operation disagrees with its reference on a backend that says it can run.
+The exit status is 1 if an operation disagrees with its reference on a backend that says it can run, or if another
+distribution has replaced the package.
 ``python -m prime_kernels bench`` measures every operation instead; ``bench --help`` lists its options.
 """
 
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 
 import prime_kernels
-from prime_kernels import _selftest
+from prime_kernels import _distribution
 
 
 def main(words: Sequence[str]) -> int:
@@ -26,7 +27,14 @@ def main(words: Sequence[str]) -> int:
     if words:
         print(f"usage: python -m prime_kernels [bench ..]: unknown command {words[0]!r}", file=sys.stderr)
         return 2
-    print(f"prime_kernels {prime_kernels.__version__} in {Path(prime_kernels.__file__).parent}")
+    conflict = _distribution.conflict()
+    folder = Path(_distribution.__file__).parent
+    if not hasattr(prime_kernels, "available_backends"):
+        print(f"prime_kernels in {folder} is not that of {_distribution.NAME}: {conflict}", file=sys.stderr)
+        return 1
+    print(f"prime_kernels {prime_kernels.__version__} in {folder}")
+    if conflict is not None:
+        print(f"conflict: {conflict}")
     print(f"Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}")
     print(f"build: {build()}")
     print("devices:", ", ".join(devices()))
@@ -60,6 +68,8 @@ def devices() -> list[str]:
 
 def self_test() -> int:
     """Print one line for each operation and backend; 1 if any fails."""
+    from prime_kernels import _selftest
+
     print("self-test: largest error of results and gradients against plain PyTorch")
     start, outcomes = time.perf_counter(), []
     for outcome in _selftest.run():

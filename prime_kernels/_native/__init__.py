@@ -6,11 +6,13 @@ rows.py, head.py and packed.py turn tensors into addresses, sizes and strides an
 import torch
 from torch import Tensor
 
+from prime_kernels._distribution import conflict, how_to_build, install_command
+
 try:
     from prime_kernels import _C  # type: ignore[attr-defined]  # compiled, has no stubs
 except ImportError as error:  # a source tree that was never built, or a build for another Python
     _C = None
-    _reason: str | None = f"the extension prime_kernels._C cannot be imported ({error}); build it with: pip install ."
+    _reason: str | None = f"the extension prime_kernels._C cannot be imported ({error}); {conflict() or how_to_build()}"
 else:
     _reason = None
     DTYPES: dict[torch.dtype, int] = {
@@ -34,7 +36,7 @@ def cuda_unavailable_reason() -> str | None:
     if not info["cuda"]:
         return (
             f"the extension was built without CUDA kernels ({info['cuda_detail']}); with nvcc on the path, build it "
-            "with: PRIME_KERNELS_CUDA=ON pip install ."
+            f"with: PRIME_KERNELS_CUDA=ON {install_command()}"
         )
     return None if torch.cuda.is_available() else "torch sees no CUDA device"
 

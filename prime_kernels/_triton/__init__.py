@@ -4,7 +4,7 @@ import functools
 
 import torch
 
-INSTALL = "pip install 'prime-kernels[triton]'"
+INSTALL = "pip install 'prime-process-rewards[triton]'"
 
 
 def unavailable_reason() -> str | None:

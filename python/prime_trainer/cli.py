@@ -46,10 +46,24 @@ def _run(name: str, words: list[str]) -> int:
         return _fail(_place(error), 2 if isinstance(error, _BAD_PATHS) else 1)
     except RunError as error:
         return _fail(str(error), 1)
-    except ModuleNotFoundError as error:
-        return _fail(f"the package {error.name!r} is missing: pip install 'prime-kernels[train]'", 1)
+    except (ImportError, AttributeError) as error:
+        conflict = _conflict()
+        if conflict is not None:
+            return _fail(f"{error}: {conflict}", 1)
+        if isinstance(error, ModuleNotFoundError):
+            return _fail(f"the package {error.name!r} is missing: pip install 'prime-process-rewards[train]'", 1)
+        raise
     except KeyboardInterrupt:
         return _fail("stopped", 130)
+
+
+def _conflict() -> str | None:
+    """What another distribution with a package prime_kernels may have replaced."""
+    try:
+        from prime_kernels._distribution import conflict
+    except ImportError:  # torch is not installed
+        return None
+    return conflict()
 
 
 def _config(words: list[str]) -> RunConfig:
@@ -113,6 +127,35 @@ def _plan(words: list[str]) -> int:
 
     gpus = int(sizes["--gpus"])
     print(plan.render(plan.make(cfg, gpus, int(sizes["--prompt-tokens"])), cfg, gpus, sizes["--memory"]))
+    return 0
+
+
+def _init(words: list[str]) -> int:
+    from .config import recipes
+
+    if words == ["--schema"]:
+        import json
+
+        from .config.run_config import RunConfig
+
+        print(json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema"} | RunConfig.model_json_schema()))
+        return 0
+    if not words or len(words) > 2 or words[0].startswith("-"):
+        listed = "\n".join(f"  {name:12}{about}" for name, about in recipes.RECIPES.items())
+        print(f"usage: prime-trainer init RECIPE [FILE]\n       prime-trainer init --schema\n\nrecipes:\n{listed}")
+        return 0 if words == ["--help"] else 2
+    path = Path(words[1] if len(words) == 2 else f"{words[0]}.toml")
+    recipes.write(words[0], path)
+    print(path)
+    return 0
+
+
+def _completion(words: list[str]) -> int:
+    from .config import completion
+
+    if len(words) != 1:
+        return _fail(f"completion needs a shell: prime-trainer completion {'|'.join(completion.SHELLS)}")
+    print(completion.script(words[0], {name: command.help for name, command in COMMANDS.items()}), end="")
     return 0
 
 
@@ -187,6 +230,9 @@ class Command:
 
 
 COMMANDS = {
+    "init": Command(
+        _init, "settings to start from, with comments:  prime-trainer init demo|math|code|prm|eight_gpus [FILE]"
+    ),
     "sft": Command(
         ".sft", "supervised warm-up on chat data or on demonstrations made for the task", "model saved to {}"
     ),
@@ -209,7 +255,9 @@ COMMANDS = {
     "plan": Command(
         _plan, "memory and traffic of a run:  plan run.toml [--gpus 8] [--memory 80] [--prompt-tokens 512]"
     ),
+    "profile": Command(".profiling", "one step of rl under torch.profiler: stages, the ten largest rows, a trace file"),
     "report": Command(_report, "an HTML page and PNGs of a run:  prime-trainer report RUN_DIR [OTHER_RUN_DIR ...]"),
+    "completion": Command(_completion, "completion in a shell:  source <(prime-trainer completion bash)"),
 }
 
 if __name__ == "__main__":

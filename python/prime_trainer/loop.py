@@ -20,7 +20,7 @@ from .models.placement import check_same_architecture, load_placed
 from .rollout import EngineConfig, follow_logits
 from .rollout.collector import NothingPasses
 from .rollout.pipeline import Rollouts
-from .run import checkpoint, unchanged
+from .run import checkpoint, hub, unchanged
 from .run.metrics import Metrics, MetricsWriter, NoMetrics
 from .run.output_lock import output_lock
 from .run.progress import progress_bar
@@ -152,7 +152,9 @@ class Run:
         values |= scores.metrics
         weights = None
         if scores.old_logp is not None:
-            weights, compared = importance(scores.old_logp, batch.rollout_logp, cfg.rollout.cap)
+            weights, compared = importance(
+                scores.old_logp, batch.rollout_logp, cfg.rollout.cap, cfg.rollout.tis, batch.cu_seqlens
+            )
             values |= compared
 
         rewards: Rewards | None = None
@@ -202,6 +204,8 @@ def run(cfg: RunConfig) -> Path:
 
 
 def _run(cfg: RunConfig, ranks: Ranks) -> Path:
+    if cfg.resume:
+        hub.resume(cfg.output)
     start = {"policy": cfg.model, "prm": cfg.prm_model, "reference": cfg.model}
     models = ranks.once(lambda: loading.fingerprints(start))
     found = ranks.once(lambda: checkpoint.resume_point(cfg, models))
@@ -254,7 +258,9 @@ def _train(trainer: Run, metrics: Metrics, saver: checkpoint.Saver, stop: Event)
 def _metrics(cfg: RunConfig, step: int) -> MetricsWriter:
     """The record of a run at `step`; a run that resumes at 0 starts over, evaluation included."""
     resume_step = step if step > 0 else -1
-    return MetricsWriter(cfg.output, resume_step=resume_step if cfg.resume else None)
+    return MetricsWriter(
+        cfg.output, resume_step if cfg.resume else None, tracking=cfg.metrics, config=cfg.model_dump(mode="json")
+    )
 
 
 def _can_save(trainer: Run, error: Exception) -> bool:

@@ -18,7 +18,7 @@ from .data.readers import read_rows
 from .data.tasks import load_task
 from .models import forward, lm_head, loading, tokenizers
 from .models.protocols import Tokenizer
-from .run import checkpoint
+from .run import checkpoint, hub
 from .run.output_lock import owns_output
 from .run.seeds import derive_seed
 from .train.batch import Batch
@@ -34,6 +34,8 @@ def run(cfg: RunConfig) -> Path:
 
     Ctrl-C stops after the current step and leaves a checkpoint for `--resume` beside the model as it is then.
     """
+    if cfg.resume:
+        hub.resume(cfg.output)
     models = loading.fingerprints({"model.path": cfg.model})
     state = checkpoint.begin(cfg, models)
     tokenizer = tokenizers.load_tokenizer(cfg.model)
@@ -63,7 +65,7 @@ def run(cfg: RunConfig) -> Path:
 
     final = cfg.output / "final"
     fit(
-        cfg, cfg.checkpoint, "sft", state, trainable, total, backward, warmup=cfg.sft.warmup, skips=skips,
+        cfg, cfg.checkpoint, cfg.metrics, "sft", state, trainable, total, backward, warmup=cfg.sft.warmup, skips=skips,
         finish=lambda: loading.save(model, tokenizer, final), models=models,
     )  # fmt: skip
     return final

@@ -9,12 +9,12 @@ from helpers.support import code_blocks, run_page
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
-HERE = ("pytorch", "huggingface", "kernels", "prm")
+HERE = ("pytorch", "huggingface", "kernels", "prm", "rewards")
 # tests/integrations/installed runs these, in an environment that has the trainers.
 ELSEWHERE = ("trl", "verl", "openrlhf")
 # Commands, settings and tables.
 NO_PYTHON = (
-    "drop_ins", "evaluation", "how_prime_works", "models", "reference", "rollouts", "scale", "training",
+    "docker", "drop_ins", "evaluation", "how_prime_works", "models", "reference", "rollouts", "scale", "training",
     "troubleshooting", "verifiers",
 )  # fmt: skip
 MADE = r"api/.*\.html|configuration\.md"
@@ -78,7 +78,7 @@ def test_commands_exist(page):
     """The names of commands and keys; tests/packaging/test_readme.py runs whole lines."""
     cli = pytest.importorskip("prime_trainer.cli")
     keys = set(pytest.importorskip("prime_trainer.config.load", reason="pydantic-settings is not installed").keys())
-    keys |= {"gpus", "memory", "prompt-tokens", "help"}  # of plan, and of all
+    keys |= {"gpus", "memory", "prompt-tokens", "help", "schema"}  # of plan, of init, and of all
     text = page.read_text(encoding="utf-8").replace("\\\n", " ")
     plain = "".join(code_blocks(re.sub(r"^```\w+\n.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE), ""))
     for line in re.findall(r"(?:^|-m )prime[-_]trainer(?:\.cli)? (.*)$", plain, re.MULTILINE):

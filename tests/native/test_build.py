@@ -54,7 +54,7 @@ def test_missing_extension_is_explained():
 @pytest.fixture(scope="module")
 def nvdisasm():
     """From the triton package, which has it wherever it is installed."""
-    pytest.importorskip("triton", reason="nvdisasm comes with triton: pip install 'prime-kernels[triton]'")
+    pytest.importorskip("triton", reason="nvdisasm comes with triton: pip install 'prime-process-rewards[triton]'")
     from triton import knobs
 
     return knobs.nvidia.nvdisasm.path
@@ -150,6 +150,23 @@ def test_default_architectures(nvcc, tmp_path, monkeypatch):
     assert f"architectures {newest}\n" in done.stdout
 
 
-def test_unknown_cuda_choice_is_an_error(tmp_path):
-    done = configure(tmp_path / "build", "-DPRIME_KERNELS_CUDA=MAYBE")
-    assert done.returncode != 0 and "expected AUTO, ON or OFF" in done.stderr
+@pytest.mark.parametrize("choice", ["PRIME_KERNELS_CUDA", "PRIME_KERNELS_CPU"])
+def test_unknown_choice_is_an_error(tmp_path, choice):
+    done = configure(tmp_path / "build", f"-D{choice}=MAYBE")
+    assert done.returncode != 0 and f"{choice} is 'MAYBE', expected AUTO, ON or OFF" in done.stderr
+
+
+def test_a_compiler_installed_since_is_noticed(tmp_path):
+    """In a build folder that was configured without one."""
+    broken = tmp_path / "c++"
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    build = tmp_path / "build"
+    options = ["-DPRIME_KERNELS_CPU=AUTO", "-DPRIME_KERNELS_CUDA=OFF"]
+    done = configure(build, *options, CXX=str(broken))
+    assert done.returncode == 0 and "no working C++ compiler was found" in (build / "missing.txt").read_text()
+    if shutil.which("c++") is None:
+        pytest.skip("no C++ compiler here")
+    done = configure(build, *options, CXX="c++")
+    assert done.returncode == 0 and not (build / "missing.txt").exists(), done.stderr
+    assert (build / "build.ninja").read_text().count("head_kernels_portable.cpp") > 0

@@ -28,7 +28,7 @@ def extension(monkeypatch):
 
 @pytest.fixture
 def no_extension(monkeypatch):
-    monkeypatch.setattr(_native, "unavailable_reason", lambda: "not built: pip install prime-kernels")
+    monkeypatch.setattr(_native, "unavailable_reason", lambda: "not built: pip install prime-process-rewards")
     monkeypatch.setattr(_dispatch, "_warned_of_missing_extension", False)
 
 
@@ -85,7 +85,7 @@ def test_without_triton_says_what_to_install(monkeypatch):
         reason = pk.available_backends()["triton"]
     finally:
         _triton._import_error.cache_clear()
-    assert "triton cannot be imported" in reason and "pip install 'prime-kernels[triton]'" in reason
+    assert "triton cannot be imported" in reason and "pip install 'prime-process-rewards[triton]'" in reason
 
 
 def test_triton_is_the_default_of_cuda_tensors(monkeypatch):

@@ -40,7 +40,7 @@ class Kernel:
 
 @pytest.fixture
 def launches(monkeypatch):
-    pytest.importorskip("triton", reason="triton is not installed: pip install 'prime-kernels[triton]'")
+    pytest.importorskip("triton", reason="triton is not installed: pip install 'prime-process-rewards[triton]'")
     from prime_kernels import _triton
     from prime_kernels._triton import rloo
     from prime_kernels._triton._launch_config import Device, choose_scan

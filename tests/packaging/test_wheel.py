@@ -8,7 +8,6 @@ import sysconfig
 import tarfile
 import venv
 import zipfile
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -82,17 +81,45 @@ def dist(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def wheel(dist):
-    (path,) = dist.glob("*.whl")
+    (path,) = [path for path in dist.glob("*.whl") if not path.name.endswith("-none-any.whl")]
     return path
+
+
+@pytest.fixture(scope="module")
+def packaged(dist):
+    """What `make package` adds."""
+    if "PRIME_KERNELS_TEST_DIST" not in os.environ:
+        pytest.skip("make package builds it")
+    return dist
+
+
+def test_manylinux_wheel_needs_nothing_of_the_machine(packaged, wheel):
+    assert re.search(r"-manylinux_2_\d+_x86_64\.whl$|\.manylinux_2_\d+_x86_64\.whl$", wheel.name), wheel.name
+    said = run(sys.executable, "-m", "auditwheel", "show", wheel)
+    assert re.search(r'is\s+consistent\s+with\s+the\s+following\s+platform\s+tag:\s+"manylinux_2_\d+_x86_64"', said), (
+        said
+    )
+    assert not re.search(r"libtorch|libc10|libcuda", said)
+
+
+def test_pure_wheel_is_the_other_without_the_extension(packaged, wheel):
+    (pure,) = packaged.glob("*-py3-none-any.whl")
+
+    def modules(path):
+        names = (name for name in zipfile.ZipFile(path).namelist() if not name.endswith("/"))
+        return {name for name in names if name.startswith(("prime_kernels/", "prime_trainer/"))}
+
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    assert modules(wheel) - modules(pure) == {f"prime_kernels/_C{suffix}"} and modules(pure) <= modules(wheel)
 
 
 def test_wheel_contents(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     assert {"prime_kernels/__init__.py", "prime_kernels/py.typed", f"prime_kernels/_C{suffix}"} <= names
-    assert "prime_trainer/__init__.py" in names
-    tops = {name.partition("/")[0] for name in names}
-    assert tops == {"prime_kernels", "prime_trainer", f"prime_kernels-{version('prime-kernels')}.dist-info"}
+    assert {"prime_trainer/__init__.py", "prime_trainer/config/recipes/math.toml"} <= names
+    tops = {name.partition("/")[0] for name in names} - {"prime_process_rewards.libs"}  # what auditwheel adds
+    assert tops == {"prime_kernels", "prime_trainer", f"prime_process_rewards-{prime_kernels.__version__}.dist-info"}
     assert any(name.endswith("/licenses/LICENSE") for name in names)
     assert not [name for name in names if re.search(r"(^|/)tests?[_/]|\.(cpp|cu|h)$", name)]
     sources = {str(path.relative_to(ROOT)) for path in ROOT.glob("prime_kernels/**/*.py")}

@@ -50,7 +50,7 @@ def fails(capsys, *argv, status=2):
 def test_no_and_unknown_commands(capsys):
     assert main([]) == 2 and "commands:" in capsys.readouterr().out
     assert main(["--help"]) == 0
-    names = "sft, rl, eval, generate, prm, score, select, processbench, serve, plan, report"
+    names = "init, sft, rl, eval, generate, prm, score, select, processbench, serve, plan, profile, report, completion"
     assert fails(capsys, "train") == f"unknown command 'train'; the commands are {names}"
 
 
@@ -68,7 +68,10 @@ def test_no_and_unknown_commands(capsys):
         (["--task.kind", "jsonl"], "task.path is required when task.kind = 'jsonl'"),
         (["--filter.low", "0.9"], "filter.low must not exceed filter.high, got 0.9 > 0.8"),
         (["--resume"], "--resume: runs/none has no checkpoint to go on from"),
-        (["--model.path", "/none"], "model.path must be a model directory or 'smollm2-135m-instruct', got '/none'"),
+        (
+            ["--model.path", "/none"],
+            "model.path must be a model directory, a name on the Hugging Face Hub or 'smollm2-135m-instruct', got",
+        ),
         (["--model.path", "/"], "model.path = '/' has no config.json"),
         (["--model.device", "abacus"], "model.device = 'abacus' cannot be used"),
         (["--task.name", "chain_sun"], "task.name must be a reasoning-gym dataset, got 'chain_sun'; did you mean"),

@@ -21,7 +21,7 @@ OPERATIONS = [
     ids=["kernels", "operations"],
 )
 def test_interpreted(what, seed):
-    pytest.importorskip("triton", reason="triton is not installed: pip install 'prime-kernels[triton]'")
+    pytest.importorskip("triton", reason="triton is not installed: pip install 'prime-process-rewards[triton]'")
     environment = {
         "TRITON_INTERPRET": "1",
         "PRIME_KERNELS_TEST_BACKENDS": "triton",

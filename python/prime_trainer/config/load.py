@@ -53,7 +53,7 @@ def load(toml: Path | None, overrides: list[str] | None = None) -> RunConfig:
 
 def _switches(words: list[str]) -> list[str]:
     """`--resume true` and `--scale.shard=false` as argparse has them: `--resume` and `--no-scale.shard`."""
-    options = {f"--{key}" for key, kind in _fields(RunConfig) if kind is bool}
+    options = {f"--{key}" for key, kind in fields(RunConfig) if kind is bool}
     out: list[str] = []
     for word in words:
         name, equals, value = word.partition("=")
@@ -70,15 +70,15 @@ def _switches(words: list[str]) -> list[str]:
 
 def keys() -> Iterator[str]:
     """Every key, sections included, dotted."""
-    return (key for key, _ in _fields(RunConfig))
+    return (key for key, _ in fields(RunConfig))
 
 
-def _fields(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def fields(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every key with its type."""
     for name, field in section.model_fields.items():
         yield prefix + name, field.annotation
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _fields(field.annotation, f"{prefix}{name}.")
+            yield from fields(field.annotation, f"{prefix}{name}.")
 
 
 def close_keys(key: str) -> str:

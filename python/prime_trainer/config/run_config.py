@@ -21,6 +21,7 @@ from .sections import (
     CheckpointConfig,
     EvalConfig,
     FilterConfig,
+    MetricsConfig,
     ModelConfig,
     PolicyConfig,
     PRMConfig,
@@ -70,6 +71,7 @@ class RunConfig(Bounded, BaseSettings):
     policy: PolicyConfig = PolicyConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    metrics: MetricsConfig = MetricsConfig()
     bench: BenchConfig = BenchConfig()
     scale: ScaleConfig = ScaleConfig()
 

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from ..config.sections import TaskConfig
+from ..run import hub
 from ..verify import confinement_for
-from ..verify.answers import CallTests, MathAnswer, ProgramTests, StdioTests
+from ..verify.answers import CallTests, MathAnswer, OwnReward, ProgramTests, StdioTests
 from . import chat
 from .problems import Problem, messages_for
 from .readers import Kind, check_text, kind_of, read_rows, refuse
@@ -65,7 +66,7 @@ def _shuffled(count: int, seed: int, epoch: int) -> list[int]:
 
 
 def _read_problems(path: Path, kind: Kind, cfg: TaskConfig, option: str) -> list[Problem]:
-    if not path.exists():
+    if not path.exists() and hub.data_name(path) is None:
         raise ValueError(f"{option}: no such file: {path}")
     problems: list[Problem] = []
     bad: list[ValueError] = []
@@ -73,7 +74,7 @@ def _read_problems(path: Path, kind: Kind, cfg: TaskConfig, option: str) -> list
     for place, row in read_rows(path, option, kind, bad.append if skips else refuse):
         try:
             where = f"{path}, {place}"
-            answer = problem_answer(row)
+            answer = problem_answer(row) if cfg.reward is None else OwnReward(_plain(row))
             if isinstance(answer, ProgramTests):
                 _check_tests(answer, where)
             problems.append(Problem(f"{path.stem}/{len(problems)}", _messages(row, cfg), answer, where))
@@ -93,6 +94,12 @@ def _read_problems(path: Path, kind: Kind, cfg: TaskConfig, option: str) -> list
     if any(isinstance(problem.answer, ProgramTests) for problem in problems):
         confinement_for(cfg)  # fails before training on a machine that cannot run programs
     return problems
+
+
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as JSON has it; what JSON lacks, such as dates, as text."""
+    plain: dict[str, Any] = json.loads(json.dumps(row, default=str))
+    return plain
 
 
 def _check_tests(answer: ProgramTests, where: str) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from ..run import hub
 from ..run.jsonl import check_text, jsonl_rows, read_json, refuse
 
 Bad = Callable[[ValueError], None]
@@ -23,12 +24,20 @@ def kind_of(path: Path) -> Kind | None:
 def read_rows(
     path: Path, key: str, kind: Kind | None = None, bad: Bad = refuse
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields ("line 3" or "row 3", row) of a JSONL file (gzipped if its name says so), a JSON list or a parquet file.
+    """Yields ("line 3" or "row 3", row) of a JSONL file (gzipped if its name says so), a JSON list or a parquet file,
+    here or on the Hugging Face Hub (run/hub).
 
     `kind` None takes what the name says, JSONL where it says nothing. Raises FileNotFoundError for a missing file
     and ValueError, naming file and line, for what is no row of usable text; `bad`, if given, is called with the error
     of a single row instead, and the row left out. `key` is the setting that named the file.
     """
+    files = hub.data_files(path, key)
+    if files != [path]:
+        return (
+            (place if len(files) == 1 else f"{file.name}, {place}", row)
+            for file in files
+            for place, row in read_rows(file, key, kind, bad)
+        )
     if path.is_dir():
         raise IsADirectoryError(f"{key}: a file is expected, got a directory: {path}")
     if not path.is_file():

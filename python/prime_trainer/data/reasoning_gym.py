@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
 from ..config.sections import TaskConfig
 from ..config.suggest import did_you_mean
-from ..verify.answers import GymAnswer
+from ..verify.answers import GymAnswer, OwnReward
 from .problems import Problem, messages_for
 
 _CHUNK = 256  # positions that share a dataset object
@@ -75,13 +76,16 @@ class ReasoningGymTask:
         epoch, spare = divmod(attempt, _SPARES)
         try:
             item = self._chunk(f"{stream}/{chunk}/{epoch}")[spare * _CHUNK + offset]
-            entry = encode({key: item[key] for key in ("question", "answer", "metadata")})
+            known = {key: item[key] for key in ("question", "answer", "metadata")}
+            entry = encode(known)
         except Exception as error:
             raise ValueError(
                 f"task.params: reasoning-gym's {self.name!r} cannot make a problem with {self._cfg.params!r}: "
                 f"{type(error).__name__}: {error}"
             ) from error
-        answer = GymAnswer(self.name, entry, self._cfg.params)
+        answer: GymAnswer | OwnReward = GymAnswer(self.name, entry, self._cfg.params)
+        if self._cfg.reward is not None:
+            answer = OwnReward(json.loads(json.dumps(known, default=str)))
         return Problem(f"{self.name}/{stream}/{position}", messages_for(self._cfg, item["question"]), answer)
 
     def _make_chunk(self, key: str) -> Any:

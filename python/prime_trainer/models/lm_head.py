@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 import prime_kernels as pk
+from prime_kernels import Head
 from prime_kernels.integrations import head_logits, output_layer
 
 from ..scale import sharding
@@ -28,11 +29,11 @@ def is_split(model: CausalLM) -> bool:
     return getattr(model, "head_group", None) is not None
 
 
-def head(model: CausalLM, hidden: Tensor) -> pk.Head:
+def head(model: CausalLM, hidden: Tensor) -> Head:
     """The whole LM head applied to `hidden` [T, H], as the kernels take it."""
     weight, bias = output_layer(model)
     form = traits.of(model).head
-    return pk.Head(
+    return Head(
         hidden,
         sharding.whole(weight, hidden.dtype, hidden.device),
         None if bias is None else sharding.whole(bias, hidden.dtype, hidden.device),

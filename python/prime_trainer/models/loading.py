@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..config.sections import ModelConfig
+from ..run import hub
 from ..run.atomic_files import replace_directory
 from ..scale import sharding
 from ..scale.ranks import SINGLE, Ranks
@@ -22,6 +23,8 @@ from .model_files import READ_SAFELY, ModelError, check_directory, check_loaded,
 from .protocols import CausalLM, Tokenizer
 
 SMOLLM2 = "smollm2-135m-instruct"
+_MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+"""No pickles, no code."""
 
 
 @contextmanager
@@ -48,9 +51,7 @@ def _locate(cfg: ModelConfig) -> tuple[str, str | None]:
             )
         directory = Path(spec.submodule_search_locations[0])
         return str(directory), next(directory.glob("*.gguf")).name
-    directory = Path(cfg.path)
-    if not directory.is_dir():
-        raise ModelError(f"model.path must be a model directory or {SMOLLM2!r}, got {cfg.path!r}: no such directory")
+    directory = _directory(cfg)
     if cfg.gguf_file is None and not (directory / "config.json").is_file():
         raise ModelError(f"model.path = {cfg.path!r} has no config.json; for a GGUF model set model.gguf_file")
     if cfg.gguf_file is not None and not (directory / cfg.gguf_file).is_file():
@@ -58,6 +59,23 @@ def _locate(cfg: ModelConfig) -> tuple[str, str | None]:
     if cfg.gguf_file is None:
         check_directory(directory, cfg)
     return str(directory), cfg.gguf_file
+
+
+def _directory(cfg: ModelConfig) -> Path:
+    """A local directory, or that of a name on the Hub."""
+    wanted = hub.model_name(cfg.path)
+    if wanted is not None:
+        files = _MODEL_FILES if cfg.gguf_file is None else (cfg.gguf_file,)
+        try:
+            return hub.snapshot("model", wanted, files, "model.path")
+        except ValueError as error:
+            raise ModelError(str(error)) from None
+    if not Path(cfg.path).is_dir():
+        raise ModelError(
+            f"model.path must be a model directory, a name on the Hugging Face Hub or {SMOLLM2!r}, got {cfg.path!r}: "
+            "no such directory"
+        )
+    return Path(cfg.path)
 
 
 def directory(cfg: ModelConfig) -> str | None:
@@ -85,7 +103,7 @@ def load_model(cfg: ModelConfig) -> CausalLM:
     if cfg.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
         raise ModelError(
             "model.attention = 'flash_attention_2' needs the package flash-attn and a CUDA device: "
-            "pip install 'prime-kernels[cuda]'"
+            "pip install 'prime-process-rewards[cuda]'"
         )
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
     if gguf:

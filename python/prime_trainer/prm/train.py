@@ -24,7 +24,7 @@ from ..config.sections import COUPLED_KINDS, TrainPRMConfig
 from ..models import forward, loading, meta, tokenizers
 from ..models.protocols import CausalLM
 from ..report.statistics import auc
-from ..run import checkpoint
+from ..run import checkpoint, hub
 from ..run.output_lock import owns_output
 from ..run.seeds import derive_seed
 from ..train.batch import Batch, Micro
@@ -50,6 +50,8 @@ def run(cfg: RunConfig) -> Path:
     reference_model = cfg.model
     if own.reference is not None:
         reference_model = cfg.model.model_copy(update={"path": str(own.reference), "gguf_file": None})
+    if cfg.resume:
+        hub.resume(cfg.output)
     models = loading.fingerprints({"model.path": cfg.model, "train_prm.reference": reference_model})
     state = checkpoint.begin(cfg, models)
     tokenizer = tokenizers.load_tokenizer(cfg.model)
@@ -83,7 +85,7 @@ def run(cfg: RunConfig) -> Path:
 
     final = cfg.output / "final"
     fit(
-        cfg, cfg.checkpoint, "prm", state, trainable, total, backward,
+        cfg, cfg.checkpoint, cfg.metrics, "prm", state, trainable, total, backward,
         warmup=own.warmup, skips=skips, floor=0.1, evaluate=evaluate,
         finish=lambda: loading.save(model, tokenizer, final), models=models,
     )  # fmt: skip

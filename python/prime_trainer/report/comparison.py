@@ -15,7 +15,7 @@ from .statistics import t_interval
 
 # What names, places or reads a run and does not change its training.
 _NO_DIFFERENCE = ("seed", "output", "resume", "wait_lock", "rollout.server")
-_NO_TRAINING = ("bench", "checkpoint", "processbench", "score", "select", "train_prm")
+_NO_TRAINING = ("bench", "checkpoint", "metrics", "processbench", "score", "select", "train_prm")
 
 
 @dataclass(frozen=True)

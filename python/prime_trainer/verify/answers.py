@@ -1,4 +1,4 @@
-"""The five kinds of reference answers, and their JSON forms in stored files and on the workers' pipes."""
+"""The kinds of reference answers, and their JSON forms in stored files and on the workers' pipes."""
 
 from __future__ import annotations
 
@@ -108,15 +108,33 @@ class AssertTests:
         }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class OwnReward:
+    """What a reward function of the user's is given beside a response."""
+
+    problem: dict[str, Any]
+    """The row of a file, or `question`, `answer` and `metadata` of reasoning-gym, as plain JSON."""
+
+    @property
+    def reference(self) -> str:
+        """The reference answer for people to read; empty where the row has none."""
+        found = self.problem.get("answer")
+        return "" if found is None else str(found)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": "reward", "problem": self.problem}
+
+
 ScoredAnswer = MathAnswer | GymAnswer
 """Answers that a worker process scores."""
 ProgramTests = StdioTests | CallTests | AssertTests
 """Answers that are tests of a program, which a sandbox runs."""
-Answer = ScoredAnswer | ProgramTests
+Answer = ScoredAnswer | ProgramTests | OwnReward
 
 _CLASSES: dict[tuple[str, str | None], type[Answer]] = {
     ("math", None): MathAnswer,
     ("reasoning_gym", None): GymAnswer,
+    ("reward", None): OwnReward,
     ("code", "stdio"): StdioTests,
     ("code", "calls"): CallTests,
     ("code", "asserts"): AssertTests,
@@ -137,8 +155,8 @@ def from_json(form: dict[str, Any]) -> Answer:
 
 
 def scored_from_json(form: dict[str, Any]) -> ScoredAnswer:
-    """`from_json` for what a worker process scores; raises ValueError for tests of programs."""
+    """`from_json` for what a confined worker scores; raises ValueError for programs and for rewards of the user's."""
     answer = from_json(form)
-    if isinstance(answer, ProgramTests):
+    if isinstance(answer, ProgramTests | OwnReward):
         raise ValueError(f"a worker process scores no programs, got an answer of kind {form['kind']!r}")
     return answer

@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from .answers import Answer, AssertTests, CallTests, MathAnswer, ProgramTests, ScoredAnswer
+from .answers import Answer, AssertTests, CallTests, MathAnswer, OwnReward, ProgramTests, ScoredAnswer
 from .extract import last_answer, last_boxed, plain, programs
 from .programs import CodeRunner
+from .rewards import RewardPool
 from .sandbox import Confinement, Limits, confinement
 from .verdict import Verdict
 from .worker_pool import WorkerPool
@@ -23,7 +24,7 @@ class Verifier:
 
     `answer` is `Problem.answer`, the response the model's whole text. Of it counts the last `\\boxed{...}`, or for
     code the last fenced block of Python. A response without one is wrong: score 0, no failure. With `any_answer`, the
-    last number or formula of a response without a box counts.
+    last number or formula of a response without a box counts. A `reward` gets whole responses.
     """
 
     def __init__(
@@ -34,19 +35,26 @@ class Verifier:
         any_answer: bool = False,
         interval_as_inequality: bool = True,
         code: CodeOptions | None = None,
+        reward: RewardPool | None = None,
     ) -> None:
         self._any_answer, self._interval_as_inequality = any_answer, interval_as_inequality
         self._code = code or CodeOptions()
         self._pool = WorkerPool(seconds, workers, self._code.confine)
         self._runner: CodeRunner | None = None
+        self._reward = reward
 
     @classmethod
     def from_config(cls, cfg: TaskConfig) -> Verifier:
+        """The verifier of a run. Raises VerifierError where `task.reward` cannot be imported."""
+        reward = None
+        if cfg.reward is not None:
+            reward = RewardPool(cfg.reward, cfg.verify_seconds, cfg.verify_workers, cfg.reward_batch)
+            reward.check()
         limits = Limits(cfg.code_seconds, cfg.code_memory_mb)
         code = CodeOptions(lambda: confinement_for(cfg), limits, cfg.code_workers, cfg.code_partial_credit)
         return cls(
             cfg.verify_seconds, cfg.verify_workers, any_answer=cfg.any_answer,
-            interval_as_inequality=cfg.interval_as_inequality, code=code,
+            interval_as_inequality=cfg.interval_as_inequality, code=code, reward=reward,
         )  # fmt: skip
 
     def __enter__(self) -> Verifier:
@@ -58,12 +66,16 @@ class Verifier:
     def close(self) -> None:
         """Ends every process; the next `score` starts new ones."""
         self._pool.close()
+        if self._reward is not None:
+            self._reward.close()
         runner, self._runner = self._runner, None
         if runner is not None:
             runner.close()
 
     def answer(self, answer: Answer, response: str) -> str | None:
-        """What of a response is scored: its answer or its program; None where there is none."""
+        """What of a response is scored: its answer or its program; None where there is none; all for a reward."""
+        if isinstance(answer, OwnReward):
+            return response
         if isinstance(answer, ProgramTests):
             found = candidates(answer, response)
             return found[0] if found else None
@@ -79,17 +91,24 @@ class Verifier:
         verdicts = [Verdict(0.0, None)] * len(items)
         answers: list[tuple[int, ScoredAnswer, str]] = []
         submitted: list[tuple[int, ProgramTests, list[str]]] = []
+        rewarded = [(i, answer, text) for i, (answer, text) in enumerate(items) if isinstance(answer, OwnReward)]
+        if rewarded and self._reward is None:
+            raise ValueError("answers of kind 'reward' need a reward function (task.reward)")
         for i, (answer, response) in enumerate(items):
             if isinstance(answer, ProgramTests):
                 if found := candidates(answer, response):
                     submitted.append((i, answer, found))
-            elif (text := self.answer(answer, response)) is not None:
+            elif not isinstance(answer, OwnReward) and (text := self.answer(answer, response)) is not None:
                 answers.append((i, self._with_options(answer), text))
         try:
             running = {i: self._programs().submit(answer, *found) for i, answer, found in submitted}
             scored = self._score_answers([(answer, text) for _, answer, text in answers])
             for (i, _, _), verdict in zip(answers, scored, strict=True):
                 verdicts[i] = verdict
+            if self._reward is not None:
+                given = self._reward.score([(answer, text) for _, answer, text in rewarded])
+                for (i, _, _), verdict in zip(rewarded, given, strict=True):
+                    verdicts[i] = verdict
             for i, future in running.items():
                 verdicts[i] = future.result()
         except BaseException:

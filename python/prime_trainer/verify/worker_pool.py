@@ -9,7 +9,7 @@ import subprocess
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,7 @@ from .verdict import Verdict
 from .worker import PATIENCE
 
 MAX_ANSWER_CHARS = 10_000
-_START_SECONDS = 120.0
+START_SECONDS = 120.0
 _ATTEMPTS = 3
 _SPARE_SECONDS = 10.0
 _AHEAD = 64  # answers that are sent before they can be scored, for each worker
@@ -33,8 +33,13 @@ class VerifierError(RunError):
     """No worker can score: a fault of the set-up, not of an answer."""
 
 
-class _Died(Exception):
+class Died(Exception):
     """The process ended, stopped, or said what it should not."""
+
+    def __init__(self, why: str, late: bool = False) -> None:
+        super().__init__(why)
+        self.late = late
+        """Whether it merely said nothing in time."""
 
 
 @dataclass
@@ -64,7 +69,7 @@ class WorkerPool:
         self._seconds = seconds
         self._workers = workers or len(os.sched_getaffinity(0))
         self._confine = confine or (lambda: confinement("auto"))
-        self._process: _Process | None = None
+        self._process: LineProcess | None = None
 
     @property
     def pid(self) -> int | None:
@@ -108,7 +113,7 @@ class WorkerPool:
             try:
                 process = self._started({load_key(job.answer): job.answer for job in waiting})
                 self._exchange(process, waiting, sent, verdicts)
-            except _Died:
+            except Died:
                 # All that were in flight are tried again, as nobody knows which of them is to blame, if any.
                 self.close()
                 for job in sent.values():
@@ -118,17 +123,19 @@ class WorkerPool:
                     else:
                         _settle(job, Verdict(0.0, "worker died"), verdicts)
 
-    def _started(self, answers: dict[str, ScoredAnswer]) -> _Process:
+    def _started(self, answers: dict[str, ScoredAnswer]) -> LineProcess:
         """The process, with the scorers of `answers` loaded, which the time limit does not include."""
         for attempt in range(_ATTEMPTS):
             try:
                 if self._process is None:
                     command = self._confine().launch_scorers(self._seconds, self._workers)
-                    self._process = _Process(command)
+                    self._process = LineProcess(command)
+                    if self._process.receive(START_SECONDS) != {"ready": True}:
+                        raise Died("malformed reply from worker")
                 for key in answers.keys() - self._process.loaded:
                     self._process.load(key, answers[key])
                 return self._process
-            except _Died as error:
+            except Died as error:
                 process, self._process = self._process, None
                 words = process.kill() if process is not None else ""
                 if attempt + 1 == _ATTEMPTS:
@@ -136,7 +143,7 @@ class WorkerPool:
         raise AssertionError
 
     def _exchange(
-        self, process: _Process, waiting: deque[_Job], sent: dict[int, _Job], verdicts: list[Verdict]
+        self, process: LineProcess, waiting: deque[_Job], sent: dict[int, _Job], verdicts: list[Verdict]
     ) -> None:
         numbers = iter(range(len(waiting)))
         while waiting or sent:
@@ -148,7 +155,7 @@ class WorkerPool:
             reply = process.receive(PATIENCE * self._seconds + _SPARE_SECONDS)
             scored, verdict = sent.pop(reply.get("number", -1), None), _checked(reply)
             if scored is None or verdict is None:
-                raise _Died("malformed reply from worker")
+                raise Died("malformed reply from worker")
             _settle(scored, verdict, verdicts)
 
 
@@ -163,16 +170,16 @@ def _checked(reply: dict[str, Any]) -> Verdict | None:
     return Verdict(score, failure) if valid else None  # type: ignore[arg-type]
 
 
-class _Process:
+class LineProcess:
     """The process and its two pipes, which never block the trainer, even if the process is stopped."""
 
-    def __init__(self, command: list[str]) -> None:
+    def __init__(self, command: list[str], environment: Mapping[str, str] = ENVIRONMENT, cwd: str = "/") -> None:
         self.loaded: set[str] = set()
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed by kill)
         # An empty environment: the trainer's may hold credentials.
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, bufsize=0, env=ENVIRONMENT,
-            cwd="/", start_new_session=True,  # Ctrl-C is for the trainer
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, bufsize=0, env=environment,
+            cwd=cwd, start_new_session=True,  # Ctrl-C is for the trainer
         )  # fmt: skip
         self.pid = self._process.pid
         assert self._process.stdin is not None and self._process.stdout is not None
@@ -181,17 +188,15 @@ class _Process:
         os.set_blocking(self._replies.fileno(), False)
         self._outgoing, self._incoming = bytearray(), bytearray()
         self._received: deque[bytes] = deque()
-        if self.receive(_START_SECONDS) != {"ready": True}:
-            raise _Died("malformed reply from worker")
 
     def load(self, key: str, answer: ScoredAnswer) -> None:
         """Loads the scorer of `answer`. Raises VerifierError when it cannot be loaded."""
         self.send({"op": "load", "answer": answer.to_json()})
-        reply = self.receive(_START_SECONDS)
+        reply = self.receive(START_SECONDS)
         if "error" in reply:
             raise VerifierError(f"the verifier cannot score {key}: {reply['error']}")
         if reply != {"loaded": True}:
-            raise _Died("malformed reply from worker")
+            raise Died("malformed reply from worker")
         self.loaded.add(key)
 
     def send(self, message: dict[str, Any]) -> None:
@@ -200,7 +205,7 @@ class _Process:
         self._write()
 
     def receive(self, seconds: float) -> dict[str, Any]:
-        """The next message. Raises _Died when none comes in `seconds`."""
+        """The next message. Raises Died when none comes in `seconds`."""
         deadline = time.monotonic() + seconds
         with selectors.DefaultSelector() as selector:
             selector.register(self._replies, selectors.EVENT_READ)
@@ -209,7 +214,7 @@ class _Process:
             while not self._received:
                 ready = selector.select(max(0.0, deadline - time.monotonic()))
                 if not ready:
-                    raise _Died("no reply from worker")
+                    raise Died("no reply from worker", late=True)
                 if self._outgoing:
                     self._write()
                     if not self._outgoing:
@@ -220,7 +225,7 @@ class _Process:
         except ValueError:
             message = None
         if not isinstance(message, dict):
-            raise _Died("malformed reply from worker")
+            raise Died("malformed reply from worker")
         return message
 
     def _read(self) -> None:
@@ -229,12 +234,12 @@ class _Process:
         except BlockingIOError:
             return
         if not chunk:
-            raise _Died("worker died")
+            raise Died("worker died")
         *lines, rest = (self._incoming + chunk).split(b"\n")
         self._received.extend(bytes(line) for line in lines)
         self._incoming = bytearray(rest)
         if len(rest) > _LONGEST_REPLY:
-            raise _Died("malformed reply from worker")
+            raise Died("malformed reply from worker")
 
     def _write(self) -> None:
         try:

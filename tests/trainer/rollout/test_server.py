@@ -126,7 +126,7 @@ def test_the_servers_words(run_config):
 def test_serve_without_vllm_says_what_to_install(capsys, monkeypatch):
     monkeypatch.setattr("prime_trainer.rollout.vllm.server.vllm_installed", lambda: False)
     assert main(["serve"]) == 2
-    assert "serve needs vLLM: pip install 'prime-kernels[vllm]'" in capsys.readouterr().err
+    assert "serve needs vLLM: pip install 'prime-process-rewards[vllm]'" in capsys.readouterr().err
 
 
 @pytest.fixture

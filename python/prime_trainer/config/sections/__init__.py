@@ -8,14 +8,15 @@ warm-up are the paper's; those of `train_prm` are its implicit PRM's (arXiv 2412
 from .base import Section
 from .data import SFTConfig, TaskConfig
 from .evaluation import BenchConfig, BenchmarkName, EvalConfig
+from .metrics import MetricsConfig, TrackerName
 from .model import ModelConfig, ScaleConfig
 from .prm import Compat, ProcessBenchConfig, ScoreConfig, SelectConfig, Splitter, TrainPRMConfig
-from .rollout import FilterConfig, RolloutConfig, ServerConfig, VLLMConfig, vllm_installed
+from .rollout import Correction, FilterConfig, RolloutConfig, ServerConfig, VLLMConfig, vllm_installed
 from .train import COUPLED_KINDS, AlgorithmConfig, CheckpointConfig, PolicyConfig, PRMConfig, PRMKind
 
 __all__ = [
-    "COUPLED_KINDS", "AlgorithmConfig", "BenchConfig", "BenchmarkName", "CheckpointConfig", "Compat", "EvalConfig",
-    "FilterConfig", "ModelConfig", "PRMConfig", "PRMKind", "PolicyConfig", "ProcessBenchConfig", "RolloutConfig",
-    "SFTConfig", "ScaleConfig", "ScoreConfig", "Section", "SelectConfig", "ServerConfig", "Splitter", "TaskConfig",
-    "TrainPRMConfig", "VLLMConfig", "vllm_installed",
+    "COUPLED_KINDS", "AlgorithmConfig", "BenchConfig", "BenchmarkName", "CheckpointConfig", "Compat", "Correction",
+    "EvalConfig", "FilterConfig", "MetricsConfig", "ModelConfig", "PRMConfig", "PRMKind", "PolicyConfig",
+    "ProcessBenchConfig", "RolloutConfig", "SFTConfig", "ScaleConfig", "ScoreConfig", "Section", "SelectConfig",
+    "ServerConfig", "Splitter", "TaskConfig", "TrackerName", "TrainPRMConfig", "VLLMConfig", "vllm_installed",
 ]  # fmt: skip

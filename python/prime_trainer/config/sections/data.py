@@ -26,6 +26,11 @@ class TaskConfig(Section):
     system_prompt: str | None = None
     """`actions` is the action-centric prompt of the Eurus-2-SFT stage; any other text is used as it is."""
     eval_size: PositiveInt = 200
+    reward: str | None = None
+    """A function of your own, `module:function`, in place of the built-in verifiers: it gets a list of responses and
+    one of problems (rows of the file, as dictionaries) and returns a score from 0 to 1 for each."""
+    reward_batch: PositiveInt = 1
+    """Responses that one call of `reward` gets, with `verify_seconds` for each; `verify_workers` calls at once."""
     verify_seconds: float = Field(default=5.0, gt=0)
     """Time limit of one answer; the process that exceeds it is killed and the answer scores 0."""
     verify_workers: PositiveInt | None = None
@@ -54,6 +59,14 @@ class TaskConfig(Section):
     """What programs can import beside the standard library."""
 
     _actions = field_validator("system_prompt")(action_prompt.system_prompt)
+
+    @field_validator("reward")
+    @classmethod
+    def _module_and_function(cls, value: str | None) -> str | None:
+        module, _, function = (value or "m:f").partition(":")
+        if not function.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
+            raise ValueError(f"task.reward must be 'module:function', got {value!r}")
+        return value
 
     @model_validator(mode="after")
     def _needs_path(self) -> TaskConfig:

