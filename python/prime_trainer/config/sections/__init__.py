@@ -9,13 +9,13 @@ from .base import Section
 from .data import SFTConfig, TaskConfig
 from .evaluation import BenchConfig, BenchmarkName, EvalConfig
 from .model import ModelConfig, ScaleConfig
-from .prm import Compat, ProcessBenchConfig, ScoreConfig, SelectConfig, Splitter, TrainPRMConfig
+from .prm import Compat, ProcessBenchConfig, ScoreConfig, ScoreValue, SelectConfig, Splitter, TrainPRMConfig
 from .rollout import FilterConfig, RolloutConfig, ServerConfig, VLLMConfig, vllm_installed
-from .train import COUPLED_KINDS, AlgorithmConfig, CheckpointConfig, PolicyConfig, PRMConfig, PRMKind
+from .train import COUPLED_KINDS, AlgorithmConfig, CheckpointConfig, PolicyConfig, PRMConfig, PRMKind, PRMLossConfig
 
 __all__ = [
     "COUPLED_KINDS", "AlgorithmConfig", "BenchConfig", "BenchmarkName", "CheckpointConfig", "Compat", "EvalConfig",
-    "FilterConfig", "ModelConfig", "PRMConfig", "PRMKind", "PolicyConfig", "ProcessBenchConfig", "RolloutConfig",
-    "SFTConfig", "ScaleConfig", "ScoreConfig", "Section", "SelectConfig", "ServerConfig", "Splitter", "TaskConfig",
-    "TrainPRMConfig", "VLLMConfig", "vllm_installed",
+    "FilterConfig", "ModelConfig", "PRMConfig", "PRMKind", "PRMLossConfig", "PolicyConfig", "ProcessBenchConfig",
+    "RolloutConfig", "SFTConfig", "ScaleConfig", "ScoreConfig", "ScoreValue", "Section", "SelectConfig", "ServerConfig",
+    "Splitter", "TaskConfig", "TrainPRMConfig", "VLLMConfig", "vllm_installed",
 ]  # fmt: skip
