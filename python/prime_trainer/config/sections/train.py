@@ -132,6 +132,9 @@ class PolicyConfig(Section):
     clip_low: float = Field(default=0.2, gt=0)
     clip_high: float = Field(default=0.2, gt=0)
     """0.28 is the wider bound of DAPO (arXiv 2503.14476) and of what followed it."""
+    dual_clip: float | None = Field(default=None, gt=1)
+    """The largest ratio that counts for a sampled token with a negative advantage (arXiv 1912.09729), such as 3; unset:
+    no bound."""
     entropy_coef: float = Field(default=0.0, ge=0)
     kl_coef: float = Field(default=0.0, ge=0)
     """Weight of an estimate of KL(policy || reference) in the loss."""
