@@ -319,7 +319,7 @@ template <typename Args>
 std::vector<Member<Args>> ppo_tokens() {
   return {PK_INNER(Args, tokens, logp),     PK_INNER(Args, tokens, old_logp), PK_INNER(Args, tokens, advantages),
           PK_INNER(Args, tokens, mask),     PK_INNER(Args, tokens, weights),  PK_INNER(Args, tokens, n_tokens),
-          PK_INNER(Args, tokens, clip_low), PK_INNER(Args, tokens, clip_high)};
+          PK_INNER(Args, tokens, clip_low), PK_INNER(Args, tokens, clip_high), PK_INNER(Args, tokens, ceiling)};
 }
 
 void bind_losses(py::module_& m) {

@@ -4,6 +4,7 @@ Row kernels take rows of logits, packed kernels take packed tokens. A backend im
 an object with the functions of the protocol, imported on first use.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
@@ -218,6 +219,14 @@ class PPOTokens(NamedTuple):
     mask: Tensor | None
 
 
+class ClipRange(NamedTuple):
+    """Of the ratio: how far it may fall and rise, and what it counts for at most where the advantage is negative."""
+
+    low: float
+    high: float
+    ceiling: float = math.inf
+
+
 class PPOResults(NamedTuple):
     """Scalars: float32, ``scale`` float64."""
 
@@ -289,13 +298,11 @@ class PackedKernels(Protocol):
         """(value - mean) * rsqrt(unbiased variance + WHITEN_EPS) of the values of which these are the moments."""
         ...
 
-    def ppo_loss_and_scale(
-        self, tokens: PPOTokens, clip: tuple[float, float], denominator: Tensor | float | None
-    ) -> PPOResults:
-        """The loss and its statistics. ``clip`` is (clip_low, clip_high); denominator None means the valid tokens."""
+    def ppo_loss_and_scale(self, tokens: PPOTokens, clip: ClipRange, denominator: Tensor | float | None) -> PPOResults:
+        """The loss and its statistics; denominator None means the valid tokens."""
         ...
 
-    def ppo_gradient(self, tokens: PPOTokens, clip: tuple[float, float], scale: Tensor, grad: Tensor) -> Tensor:
+    def ppo_gradient(self, tokens: PPOTokens, clip: ClipRange, scale: Tensor, grad: Tensor) -> Tensor:
         """d loss / d logp * ``grad``, [T] float32; ``scale`` is that of the forward pass."""
         ...
 

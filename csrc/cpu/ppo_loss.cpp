@@ -1,6 +1,7 @@
 // Clipped PPO loss over tokens: one pass for the sums, one for the gradient.
 
 #include <algorithm>
+#include <limits>
 #include <vector>
 
 #include "pk/abi.h"
@@ -10,6 +11,7 @@
 namespace pk {
 namespace {
 
+constexpr float kNoCeiling = std::numeric_limits<float>::infinity();
 constexpr float kMaxLogRho = static_cast<float>(PK_MAX_LOG_RHO);
 
 // e^x for x of at most kMaxLogRho, relative error below 2^-22; 0 instead of subnormals, NaN for NaN. Without branches,
@@ -39,14 +41,20 @@ struct Token {
   float clipping;
 };
 
-PK_INLINE Token token_of(float logp, float old_logp, float advantage, float low, float high) {
+PK_INLINE Token token_of(float logp, float old_logp, float advantage, float low, float high, float ceiling) {
   const float log_rho = logp - old_logp;
   const float rho = exp_of(log_rho > kMaxLogRho ? kMaxLogRho : log_rho);
   const float bounded = rho < low ? low : (rho > high ? high : rho);
   const float free = -advantage * rho;
   const float clipped = -advantage * bounded;
   const float moving = log_rho > kMaxLogRho ? 0.0f : free;
-  return {log_rho, clipped > free ? clipped : free, clipped > free ? 0.0f : moving, clipped > free ? 1.0f : 0.0f};
+  const float larger = clipped > free ? clipped : free;
+  const float gradient = clipped > free ? 0.0f : moving;
+  const float clipping = clipped > free ? 1.0f : 0.0f;
+  // A select for each value: conditions that are combined as bools keep the loops from being vectorised.
+  const float top = advantage < 0.0f ? ceiling : kNoCeiling;
+  return {log_rho, rho > top ? -advantage * ceiling : larger, rho > top ? 0.0f : gradient,
+          rho > top ? 1.0f : clipping};
 }
 
 struct Sums {
@@ -64,14 +72,14 @@ PK_INLINE float kept(float x, uint32_t keep) { return float_of(bits_of(x) & keep
 // or a store that may alias the struct, would prevent vectorisation.
 template <bool kMask, bool kWeights>
 PK_INLINE Sums sums_of(const float* logp, const float* old_logp, const float* advantages, const uint8_t* mask,
-             const float* weights, int64_t n, float low, float high, float, float*) {
+             const float* weights, int64_t n, float low, float high, float ceiling, float, float*) {
   double loss = 0.0;
   double clipping = 0.0;
   double log_rho = 0.0;
   double count = 0.0;
 #pragma omp simd reduction(+ : loss, clipping, log_rho, count)
   for (int64_t t = 0; t < n; ++t) {
-    const Token token = token_of(logp[t], old_logp[t], advantages[t], low, high);
+    const Token token = token_of(logp[t], old_logp[t], advantages[t], low, high, ceiling);
     const uint32_t keep = kMask ? bits_if(mask[t]) : ~0u;
     const float weighted = kWeights ? token.loss * weights[t] : token.loss;
     loss += kept(weighted, keep);
@@ -85,10 +93,10 @@ PK_INLINE Sums sums_of(const float* logp, const float* old_logp, const float* ad
 template <bool kMask, bool kWeights>
 PK_INLINE Sums gradient_of(const float* __restrict logp, const float* __restrict old_logp,
                            const float* __restrict advantages, const uint8_t* __restrict mask,
-                           const float* __restrict weights, int64_t n, float low, float high, float factor,
-                           float* __restrict out) {
+                           const float* __restrict weights, int64_t n, float low, float high, float ceiling,
+                           float factor, float* __restrict out) {
   for (int64_t t = 0; t < n; ++t) {
-    const Token token = token_of(logp[t], old_logp[t], advantages[t], low, high);
+    const Token token = token_of(logp[t], old_logp[t], advantages[t], low, high, ceiling);
     const uint32_t keep = kMask ? bits_if(mask[t]) : ~0u;
     const float weighted = kWeights ? token.gradient * weights[t] : token.gradient;
     out[t] = kept(weighted * factor, keep);
@@ -97,7 +105,7 @@ PK_INLINE Sums gradient_of(const float* __restrict logp, const float* __restrict
 }
 
 using Loop = Sums (*)(const float*, const float*, const float*, const uint8_t*, const float*, int64_t, float, float,
-                      float, float*);
+                      float, float, float*);
 
 // One clone per x86-64 level; the loader picks the widest that the processor supports. Needs ifunc, hence glibc.
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
@@ -107,8 +115,9 @@ using Loop = Sums (*)(const float*, const float*, const float*, const uint8_t*, 
 #endif
 #define PK_LOOP(name, loop, mask, weights)                                                                           \
   PK_CLONES Sums name(const float* logp, const float* old_logp, const float* advantages, const uint8_t* masked,       \
-                      const float* factors, int64_t n, float low, float high, float factor, float* out) {             \
-    return loop<mask, weights>(logp, old_logp, advantages, masked, factors, n, low, high, factor, out);               \
+                      const float* factors, int64_t n, float low, float high, float ceiling, float factor,            \
+                      float* out) {                                                                                   \
+    return loop<mask, weights>(logp, old_logp, advantages, masked, factors, n, low, high, ceiling, factor, out);      \
   }
 PK_LOOP(sums, sums_of, false, false)
 PK_LOOP(sums_weighted, sums_of, false, true)
@@ -127,6 +136,7 @@ Sums over_blocks(const pk_ppo_tokens& args, const Loop (&loops)[2][2], float fac
   const Loop loop = loops[args.mask != nullptr][args.weights != nullptr];
   const float low = static_cast<float>(1.0 - args.clip_low);
   const float high = static_cast<float>(1.0 + args.clip_high);
+  const float ceiling = static_cast<float>(args.ceiling);
   const int64_t blocks = (args.n_tokens + kTokenBlock - 1) / kTokenBlock;
   std::vector<Sums> of_blocks(static_cast<size_t>(blocks));
   const int threads = thread_count(args.n_threads, blocks, args.n_tokens);
@@ -137,7 +147,7 @@ Sums over_blocks(const pk_ppo_tokens& args, const Loop (&loops)[2][2], float fac
     const int64_t n = std::min(kTokenBlock, args.n_tokens - at);
     of_blocks[static_cast<size_t>(block)] =
         loop(args.logp + at, args.old_logp + at, args.advantages + at, args.mask == nullptr ? nullptr : args.mask + at,
-             args.weights == nullptr ? nullptr : args.weights + at, n, low, high, factor,
+             args.weights == nullptr ? nullptr : args.weights + at, n, low, high, ceiling, factor,
              out == nullptr ? nullptr : out + at);
   }
   Sums total{0.0, 0.0, 0.0, 0.0};

@@ -27,8 +27,11 @@ __device__ Token token_at(const pk_ppo_tokens& args, int64_t t) {
   const float bounded = rho < low ? low : (rho > high ? high : rho);
   const float free = -advantage * rho;
   const float clipped = -advantage * bounded;
-  const bool clipping = clipped > free;
-  return {log_rho, clipping ? clipped : free, clipping || log_rho > kMaxLogRho ? 0.0f : free, clipping};
+  const float ceiling = static_cast<float>(args.ceiling);
+  const bool beyond = advantage < 0.0f && rho > ceiling;
+  const bool clipping = beyond || clipped > free;
+  const float loss = beyond ? -advantage * ceiling : (clipped > free ? clipped : free);
+  return {log_rho, loss, clipping || log_rho > kMaxLogRho ? 0.0f : free, clipping};
 }
 
 __global__ void __launch_bounds__(kThreads) ppo_kernel(pk_ppo_args results) {

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from prime_kernels._backends import PPOResults, PPOTokens, PRMBatch, PRMResults, RlooBatch, RlooSettings
+from prime_kernels._backends import ClipRange, PPOResults, PPOTokens, PRMBatch, PRMResults, RlooBatch, RlooSettings
 from prime_kernels._constants import NORMALIZE_EPS
 from prime_kernels._launch_counters import arrivals
 from prime_kernels._layout import column, mask_column, offsets_column
@@ -134,9 +134,7 @@ class CpuKernels:
         )
         return out
 
-    def ppo_loss_and_scale(
-        self, tokens: PPOTokens, clip: tuple[float, float], denominator: Tensor | float | None
-    ) -> PPOResults:
+    def ppo_loss_and_scale(self, tokens: PPOTokens, clip: ClipRange, denominator: Tensor | float | None) -> PPOResults:
         device = tokens.logp.device
         results = torch.empty(3, dtype=torch.float32, device=device)
         scale = torch.empty((), dtype=torch.float64, device=device)
@@ -160,7 +158,7 @@ class CpuKernels:
         loss, clip_fraction, approx_kl = (each.clone() for each in results)
         return PPOResults(loss, clip_fraction, approx_kl, scale)
 
-    def ppo_gradient(self, tokens: PPOTokens, clip: tuple[float, float], scale: Tensor, grad: Tensor) -> Tensor:
+    def ppo_gradient(self, tokens: PPOTokens, clip: ClipRange, scale: Tensor, grad: Tensor) -> Tensor:
         device = tokens.logp.device
         out = torch.empty(tokens.logp.numel(), dtype=torch.float32, device=device)
         grad = column(grad, torch.float32, 1, device)
@@ -356,7 +354,7 @@ def _rloo(batch: RlooBatch) -> dict[str, Argument]:
     }
 
 
-def _ppo(tokens: PPOTokens, clip: tuple[float, float]) -> dict[str, Argument]:
+def _ppo(tokens: PPOTokens, clip: ClipRange) -> dict[str, Argument]:
     total, device = tokens.logp.numel(), tokens.logp.device
     return {
         "logp": column(tokens.logp, torch.float32, total, device),
@@ -365,8 +363,9 @@ def _ppo(tokens: PPOTokens, clip: tuple[float, float]) -> dict[str, Argument]:
         "weights": column(tokens.weights, torch.float32, total, device),
         "mask": mask_column(tokens.mask, total, device),
         "n_tokens": total,
-        "clip_low": clip[0],
-        "clip_high": clip[1],
+        "clip_low": clip.low,
+        "clip_high": clip.high,
+        "ceiling": clip.ceiling,
     }
 
 

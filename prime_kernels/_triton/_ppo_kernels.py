@@ -22,8 +22,8 @@ def _exp(x):
 
 
 @triton.jit
-def _losses(logp_ptr, old_ptr, advantages_ptr, mask_ptr, token, total, low, high, MASKED: tl.constexpr):
-    """(log ratio, unclipped loss, clipped loss, whether valid) of a block of tokens; 0 where not valid."""
+def _losses(logp_ptr, old_ptr, advantages_ptr, mask_ptr, token, total, low, high, ceiling, MASKED: tl.constexpr):
+    """(log ratio, unclipped loss, loss, whether a bound holds it, whether valid) of a block; 0 where not valid."""
     valid = token < total
     if MASKED:
         valid = valid & (tl.load(mask_ptr + token, mask=valid, other=0) != 0)
@@ -33,7 +33,10 @@ def _losses(logp_ptr, old_ptr, advantages_ptr, mask_ptr, token, total, low, high
     # Selects keep a NaN.
     rho = _exp(tl.where(log_rho > MAX_LOG_RHO, MAX_LOG_RHO, log_rho))
     held = tl.where(rho < low, low, tl.where(rho > high, high, rho))
-    return log_rho, -advantage * rho, -advantage * held, valid
+    free, clipped = -advantage * rho, -advantage * held
+    bounded = (advantage < 0.0) & (rho > ceiling)
+    loss = tl.where(bounded, -advantage * ceiling, tl.where(clipped > free, clipped, free))
+    return log_rho, free, loss, bounded | (clipped > free), valid
 
 
 @triton.jit(do_not_specialize=["total", "tiles"])
@@ -54,6 +57,7 @@ def ppo_forward_kernel(
     tiles,
     low: tl.float32,
     high: tl.float32,
+    ceiling: tl.float32,
     denominator: tl.float64,
     MASKED: tl.constexpr,
     WEIGHTED: tl.constexpr,
@@ -70,11 +74,9 @@ def ppo_forward_kernel(
     valid_count = tl.zeros([BLOCK], tl.int32)
     for start in range(first, end, BLOCK):
         token = start + tl.arange(0, BLOCK)
-        log_rho, free, clipped, valid = _losses(
-            logp_ptr, old_ptr, advantages_ptr, mask_ptr, token, end, low, high, MASKED
+        log_rho, _, loss, clips, valid = _losses(
+            logp_ptr, old_ptr, advantages_ptr, mask_ptr, token, end, low, high, ceiling, MASKED
         )
-        clips = clipped > free
-        loss = tl.where(clips, clipped, free)
         if WEIGHTED:
             loss *= tl.load(weights_ptr + token, mask=valid, other=0.0)
         summed += loss.to(tl.float64)
@@ -118,18 +120,19 @@ def ppo_backward_kernel(
     total: tl.int64,
     low: tl.float32,
     high: tl.float32,
+    ceiling: tl.float32,
     MASKED: tl.constexpr,
     WEIGHTED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     factor = (tl.load(grad_ptr).to(tl.float64) * tl.load(scale_ptr)).to(tl.float32)
-    log_rho, free, clipped, valid = _losses(
-        logp_ptr, old_ptr, advantages_ptr, mask_ptr, token, total, low, high, MASKED
+    log_rho, free, _, clips, valid = _losses(
+        logp_ptr, old_ptr, advantages_ptr, mask_ptr, token, total, low, high, ceiling, MASKED
     )
     # d rho / d logp = rho: the unclipped loss is its own derivative; where clipping applies it is 0.
     gradient = free
     if WEIGHTED:
         gradient *= tl.load(weights_ptr + token, mask=valid, other=0.0)
-    gradient = tl.where((clipped > free) | (log_rho > MAX_LOG_RHO) | ~valid, 0.0, gradient * factor)
+    gradient = tl.where(clips | (log_rho > MAX_LOG_RHO) | ~valid, 0.0, gradient * factor)
     tl.store(out_ptr + token, gradient, mask=token < total)

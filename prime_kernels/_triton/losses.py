@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from prime_kernels._backends import PPOResults, PPOTokens, PRMBatch, PRMResults
+from prime_kernels._backends import ClipRange, PPOResults, PPOTokens, PRMBatch, PRMResults
 from prime_kernels._constants import PRM_PAIR_KINDS
 from prime_kernels._launch_counters import arrivals
 from prime_kernels._layout import column, mask_column
@@ -19,7 +19,7 @@ PPO_SUMS, RESPONSES, RESPONSE_COLUMNS = 4, 512, 3
 
 def ppo_loss_and_scale(
     tokens: PPOTokens,
-    clip: tuple[float, float],
+    clip: ClipRange,
     denominator: Tensor | float | None,
     config: ScanConfig | None = None,
 ) -> PPOResults:
@@ -55,8 +55,9 @@ def ppo_loss_and_scale(
             arrivals(device),
             total,
             config.tiles,
-            1.0 - clip[0],
-            1.0 + clip[1],
+            1.0 - clip.low,
+            1.0 + clip.high,
+            clip.ceiling,
             number,
             MASKED=mask is not None,
             WEIGHTED=weights is not None,
@@ -68,7 +69,7 @@ def ppo_loss_and_scale(
 
 def ppo_gradient(
     tokens: PPOTokens,
-    clip: tuple[float, float],
+    clip: ClipRange,
     scale: Tensor,
     grad: Tensor,
     config: ScanConfig | None = None,
@@ -91,8 +92,9 @@ def ppo_gradient(
             column(grad, torch.float32, 1, device),
             out,
             total,
-            1.0 - clip[0],
-            1.0 + clip[1],
+            1.0 - clip.low,
+            1.0 + clip.high,
+            clip.ceiling,
             MASKED=mask is not None,
             WEIGHTED=weights is not None,
             BLOCK=config.block,

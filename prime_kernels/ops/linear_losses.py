@@ -193,6 +193,7 @@ def linear_ppo_loss(
     softcap: float | None = None,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
+    dual_clip: float | None = None,
     denominator: Tensor | float | None = None,
     logits_dtype: str = "float32",
     backend: str | None = None,
@@ -216,6 +217,7 @@ def linear_ppo_loss(
         softcap: above 0 or None, as in :func:`prime_kernels.linear_log_probs`.
         clip_low: in [0, 1].
         clip_high: at least 0.
+        dual_clip: above 1, or None.
         denominator: a number or a tensor of one element above 0, or None for the valid tokens given here.
         logits_dtype: "float32" or "input", as in :func:`prime_kernels.linear_log_probs`.
         backend: see :mod:`prime_kernels`.
@@ -249,6 +251,7 @@ def linear_ppo_loss(
             weights=weights,
             clip_low=clip_low,
             clip_high=clip_high,
+            dual_clip=dual_clip,
             denominator=denominator,
         )
     given = (hidden, weight, ids, bias, mask, temperature, softcap, False, logits_dtype, backend)
@@ -269,6 +272,7 @@ def linear_ppo_loss(
             weights=weights,
             clip_low=clip_low,
             clip_high=clip_high,
+            dual_clip=dual_clip,
             denominator=denominator,
         )
 

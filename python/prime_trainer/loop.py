@@ -15,7 +15,7 @@ from .config.run_config import RunConfig
 from .data.problems import usable
 from .data.tasks import load_task
 from .evaluation.held_out import evaluate
-from .models import loading, tokenizers, traits
+from .models import loading, prm_record, tokenizers, traits
 from .models.placement import check_same_architecture, load_placed
 from .rollout import EngineConfig, follow_logits
 from .rollout.collector import NothingPasses
@@ -225,7 +225,9 @@ def _run(cfg: RunConfig, ranks: Ranks) -> Path:
             saver.wait()
             loading.save(trainer.policy.model, trainer.tokenizer, cfg.output / "final", ranks)
             if trainer.prm is not None:
-                loading.save(trainer.prm.model, trainer.tokenizer, cfg.output / "prm", ranks)
+                untrained = Path(cfg.prm_model.path) if cfg.prm.update == "none" else None
+                beside = prm_record.files(cfg.prm, untrained)
+                loading.save(trainer.prm.model, trainer.tokenizer, cfg.output / "prm", ranks, beside)
     except Exception as error:
         if _can_save(trainer, error):
             checkpoint.leave(trainer.step, trainer.whole, lambda: trainer.save(saver))

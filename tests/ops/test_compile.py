@@ -182,7 +182,9 @@ OF_NUMBERS = {
             v, o, CU, GROUPS, gamma_process=x, gamma_outcome=1 - x, process_coef=x, outcome_coef=2 * x, backend=on
         ).advantages
     ),
-    "ppo_loss": lambda x, v, o, on: pk.ppo_loss(v, v - 0.3, v, clip_low=x, clip_high=x, backend=on).loss,
+    "ppo_loss": lambda x, v, o, on: (
+        pk.ppo_loss(v, v - 0.3, v, clip_low=x, clip_high=x, dual_clip=1 + x, backend=on).loss
+    ),
     "prm_loss": lambda x, v, o, on: pk.prm_loss(v, o, CU, beta=x, backend=on).loss,
     "prm_loss of prefixes": lambda x, v, o, on: (
         pk.prm_loss(v, o, CU, kind="prefix", beta=x, margin=2 * x, weights=o + 1, shift=o - 0.5, backend=on).loss

@@ -76,7 +76,7 @@ def linear_nll(backend=None, **changed):
 def linear_ppo_loss(backend=None, **changed):
     a = tensors()
     a = {"old": a["values"], "advantages": a["values"]} | a | changed
-    options = {k: a[k] for k in ("weights", "denominator", "clip_low") if k in a}
+    options = {k: a[k] for k in ("weights", "denominator", "clip_low", "dual_clip") if k in a}
     columns = (a["old"], a["advantages"])
     return pk.linear_ppo_loss(a["hidden"], a["weight"], a["ids"], *columns, mask=a["mask"], backend=backend, **options)
 
@@ -200,6 +200,7 @@ CASES = [
     (linear_nll, {"temperature": -1.0}, ValueError, "temperature: expected a finite number", "got -1.0"),
     (linear_ppo_loss, {"old": torch.zeros(4)}, ValueError, "old_logp: expected shape [5] as of ids", "[4]"),
     (linear_ppo_loss, {"advantages": None}, TypeError, "advantages: expected a tensor", "NoneType"),
+    (linear_ppo_loss, {"dual_clip": 0.5}, ValueError, "dual_clip: expected a finite number in (1, inf)", "got 0.5"),
     (linear_ppo_loss, {"clip_low": 1.1}, ValueError, "clip_low: expected a finite number in [0, 1]", "got 1.1"),
     (linear_ppo_loss, {"denominator": t(1.0, 2.0)}, ValueError, "denominator: expected one element", "[2]"),
     (segment_scan, {"values": torch.zeros(5, 1)}, ValueError, "values: expected 1 dimension", "[5, 1]"),
@@ -248,6 +249,7 @@ CASES = [
     (ppo_loss, {"mask": t(1, 1, 1, 1, 1)}, TypeError, "mask: expected dtype bool", "int64"),
     (ppo_loss, {"clip_low": 1.1}, ValueError, "clip_low: expected a finite number in [0, 1]", "got 1.1"),
     (ppo_loss, {"clip_high": -1}, ValueError, "clip_high: expected a finite number in [0, inf)", "got -1"),
+    (ppo_loss, {"dual_clip": 1}, ValueError, "dual_clip: expected a finite number in (1, inf)", "got 1"),
     (ppo_loss, {"denominator": 0}, ValueError, "denominator: expected a finite number in (0, inf)", "got 0"),
     (ppo_loss, {"denominator": t(0.0)}, ValueError, "denominator: expected finite values above 0", "got 0.0"),
     (ppo_loss, {"denominator": t(1.0, 2.0)}, ValueError, "denominator: expected one element", "[2]"),

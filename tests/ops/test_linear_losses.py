@@ -77,6 +77,8 @@ def test_nll(backend, rows_a_tile, dtype, masked, weighted):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("denominator", [None, 20.0, torch.tensor(5)], ids=str)
 def test_ppo_loss(backend, rows_a_tile, dtype, denominator):
+    # Between the ratios of the two largest log-ratios below.
+    dual_clip = 2.4 if denominator == 20.0 else None
     leaves, ids, mask = inputs(dtype)
     truth = double_logp(leaves, ids, mask, 1.0)
     # Log-ratios inside the clip range (-0.11 to 0.26) and beyond it on either side, none of them so near a limit that
@@ -84,7 +86,8 @@ def test_ppo_loss(backend, rows_a_tile, dtype, denominator):
     log_ratio = torch.tensor([-0.9, -0.4, 0.04, 0.12, 0.6, 1.2])[torch.randint(6, (TOKENS,))]
     old_logp = (truth.detach() - log_ratio).float()
     advantages, weights = torch.randn(TOKENS), torch.rand(TOKENS)
-    options = {"mask": mask, "weights": weights, "clip_low": 0.1, "clip_high": 0.3, "denominator": denominator}
+    options = {"mask": mask, "weights": weights, "clip_low": 0.1, "clip_high": 0.3, "dual_clip": dual_clip,
+               "denominator": denominator}  # fmt: skip
     got = pk.linear_ppo_loss(*leaves[:2], ids, old_logp, advantages, bias=leaves[2], backend=backend, **options)
     want = pk.ppo_loss(truth, old_logp, advantages, **options)
     assert not got.clip_fraction.requires_grad and not got.approx_kl.requires_grad

@@ -18,7 +18,7 @@ def on_each_backend(backend):
         yield
 
 
-def loop(logp, old, advantages, mask, weights, low, high, denominator):
+def loop(logp, old, advantages, mask, weights, low, high, dual, denominator):
     """(loss, clip fraction, approximate KL, gradient) with the ratio held at e^20."""
     total, clips, kl, count, gradient = 0.0, 0, 0.0, 0, [0.0] * len(logp)
     for t in range(len(logp)):
@@ -28,10 +28,13 @@ def loop(logp, old, advantages, mask, weights, low, high, denominator):
         log_rho = logp[t] - old[t]
         rho = math.exp(min(log_rho, 20.0))
         free, clipped = -advantages[t] * rho, -advantages[t] * min(max(rho, 1 - low), 1 + high)
-        total += weights[t] * max(free, clipped)
-        clips += clipped > free
+        loss, held = max(free, clipped), clipped > free
+        if dual is not None and advantages[t] < 0 and loss > -advantages[t] * dual:
+            loss, held = -advantages[t] * dual, True
+        total += weights[t] * loss
+        clips += held
         kl -= log_rho
-        if free >= clipped and log_rho <= 20.0:
+        if not held and log_rho <= 20.0:
             gradient[t] = weights[t] * free
     count = max(count, 1)
     divisor = count if denominator is None else denominator
@@ -43,13 +46,14 @@ def loop(logp, old, advantages, mask, weights, low, high, denominator):
     spread=st.sampled_from([0.0, 0.3, 5.0]),
     low=st.sampled_from([0.0, 0.2, 1.0]),
     high=st.sampled_from([0.0, 0.28, 3.0]),
+    dual=st.sampled_from([None, 1.1, 3.0]),
     masked=st.booleans(),
     weighted=st.booleans(),
     denominator=st.sampled_from([None, 7, 2.5]),
     as_tensor=st.booleans(),
     seed=seeds,
 )
-def test_matches_loop(count, spread, low, high, masked, weighted, denominator, as_tensor, seed):
+def test_matches_loop(count, spread, low, high, dual, masked, weighted, denominator, as_tensor, seed):
     torch.manual_seed(seed)
     logp = torch.randn(count, dtype=torch.float64).requires_grad_()
     old = logp.detach() + torch.randn(count, dtype=torch.float64) * spread
@@ -64,16 +68,33 @@ def test_matches_loop(count, spread, low, high, masked, weighted, denominator, a
         [1.0] * count if weights is None else weights.tolist(),
         low,
         high,
+        dual,
         denominator,
     )
     divisor = torch.tensor(denominator) if as_tensor and denominator is not None else denominator
     result = pk.ppo_loss(
-        logp, old, advantages, mask=mask, weights=weights, clip_low=low, clip_high=high, denominator=divisor
-    )
+        logp, old, advantages, mask=mask, weights=weights, clip_low=low, clip_high=high, dual_clip=dual,
+        denominator=divisor,
+    )  # fmt: skip
     for got, want in zip(result, expected, strict=False):
         assert_close("float64", got, want)
     (result.loss * 1.7).backward()
     assert_close("float64", logp.grad, [1.7 * g for g in expected[3]])
+
+
+def test_dual_clip_by_hand():
+    """Ratios of 4, 2 and 4 with a bound of 3: the first is held, the second is not, nor is a positive advantage."""
+    logp = torch.tensor([4.0, 2.0, 4.0]).log().requires_grad_()
+    old, advantages = torch.zeros(3), torch.tensor([-0.5, -0.5, 1.0])
+    result = pk.ppo_loss(logp, old, advantages, clip_high=9.0, dual_clip=3.0, denominator=1)
+    result.loss.backward()
+    assert result.loss.item() == pytest.approx(1.5 + 1.0 - 4.0)
+    assert result.clip_fraction.item() == pytest.approx(1 / 3)
+    assert logp.grad.tolist() == pytest.approx([0.0, 1.0, -4.0])
+    # No bound, and one that no ratio reaches, are the same to the bit.
+    free = pk.ppo_loss(logp.detach(), old, advantages, clip_high=9.0)
+    assert free == pk.ppo_loss(logp.detach(), old, advantages, clip_high=9.0, dual_clip=1e9)
+    assert free.loss.item() == pytest.approx((2.0 + 1.0 - 4.0) / 3)
 
 
 def test_float32_agrees_with_float64():

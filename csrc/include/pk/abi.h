@@ -301,6 +301,7 @@ typedef struct pk_ppo_tokens {
   int64_t n_tokens;
   double clip_low;
   double clip_high;
+  double ceiling;     // of the ratio where the advantage is negative; infinite for none
   int32_t n_threads;  // CPU
 } pk_ppo_tokens;
 

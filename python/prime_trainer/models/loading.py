@@ -160,8 +160,15 @@ def fingerprints(models: Mapping[str, ModelConfig]) -> dict[str, str]:
     return {name: found[text] for name, text in settings.items()}
 
 
-def save(model: CausalLM, tokenizer: Tokenizer, directory: Path, ranks: Ranks = SINGLE) -> None:
-    """Writes a Hugging Face directory, complete or not at all. Collective; the first rank writes."""
+def save(
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    directory: Path,
+    ranks: Ranks = SINGLE,
+    beside: Mapping[str, Mapping[str, Any]] | None = None,
+) -> None:
+    """Writes a Hugging Face directory, complete or not at all, with further JSON objects by their file names.
+    Collective; the first rank writes."""
     partial = directory.with_name(directory.name + ".partial")
     # Gathering is collective; only the first rank keeps the tensors.
     whole = {k: v for k, v in named_tensors(model, "cpu") if ranks.first} if ranks.mesh is not None else None
@@ -174,6 +181,8 @@ def save(model: CausalLM, tokenizer: Tokenizer, directory: Path, ranks: Ranks = 
             config = json.loads((partial / "config.json").read_text())
             config["dtype"] = str(model.compute_dtype).removeprefix("torch.")
             (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        for name, content in (beside or {}).items():
+            (partial / name).write_text(json.dumps(content, indent=2) + "\n")
         replace_directory(partial, directory)
 
     ranks.once(write)

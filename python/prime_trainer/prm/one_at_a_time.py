@@ -14,8 +14,9 @@ import torch
 
 import prime_kernels as pk
 
+from ..config.sections import ScoreValue
 from ..models.protocols import CausalLM
-from .step_scorer import Encoded, StepRewards, StepScorer
+from .step_scorer import Encoded, StepRewards, StepScorer, means
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,11 @@ def compare(encoded: Sequence[Encoded], scorer: StepScorer, pair: tuple[CausalLM
     if not encoded:
         raise ValueError("encoded: expected at least one response, got none")
     scorer.score(encoded[:1])
-    plain_rewards(encoded[0], pair, scorer.beta)
+    plain_rewards(encoded[0], pair, scorer.beta, scorer.value)
     began = time.perf_counter()
     batched = scorer.score(encoded)
     seconds, began = time.perf_counter() - began, time.perf_counter()
-    plain = [plain_rewards(each, pair, scorer.beta) for each in encoded]
+    plain = [plain_rewards(each, pair, scorer.beta, scorer.value) for each in encoded]
     plain_seconds = time.perf_counter() - began
     gaps = [
         abs(one - other)
@@ -50,7 +51,9 @@ def compare(encoded: Sequence[Encoded], scorer: StepScorer, pair: tuple[CausalLM
 
 
 @torch.no_grad()
-def plain_rewards(each: Encoded, pair: tuple[CausalLM, CausalLM], beta: float) -> list[float]:
+def plain_rewards(
+    each: Encoded, pair: tuple[CausalLM, CausalLM], beta: float, value: ScoreValue = "sum"
+) -> list[float]:
     """The cumulative rewards of the steps of one response."""
     first, response = len(each.prompt_ids), each.response
     ids = torch.tensor([[*each.prompt_ids, *response.ids]], device=pair[0].device)
@@ -60,4 +63,5 @@ def plain_rewards(each: Encoded, pair: tuple[CausalLM, CausalLM], beta: float) -
     )
     offsets = torch.tensor(response.cu_steps, device=ids.device)
     rewards = beta * (prm - reference)
-    return pk.step_rewards(rewards, offsets, offsets[[0, -1]], mode="cumulative").tolist()
+    sums = pk.step_rewards(rewards, offsets, offsets[[0, -1]], mode="cumulative").tolist()
+    return sums if value == "sum" else means(sums, response.cu_steps)

@@ -30,20 +30,22 @@ def render(rows: Iterable[dict[str, Any]], title: str) -> str:
     source = files("prime_trainer.prm").joinpath("steps.html.j2").read_text(encoding="utf-8")
     responses = [_response(row) for row in rows]
     counts = {kind: sum(r["outcome"] == kind for r in responses) for kind in ("correct", "incorrect", "unlabelled")}
+    of = " or ".join(dict.fromkeys(r["value"] for r in responses)) or "sum"
     return environment.from_string(source).render(
-        title=title, responses=responses, counts=counts, width=WIDTH, height=HEIGHT
+        title=title, responses=responses, counts=counts, of=of, width=WIDTH, height=HEIGHT
     )
 
 
 def _response(row: dict[str, Any]) -> dict[str, Any]:
     rewards, label = row["rewards"], outcome(row)
     tokens = rewards.get("token_rewards") or []
-    # Steps and tokens have separate scales: a step is a sum of many tokens.
+    # Steps and tokens have separate scales: a step is a sum or a mean of many tokens.
     step_scale = max(map(abs, rewards["single"]), default=0.0)
     token_scale = max(map(abs, tokens), default=0.0)
     return {
         "outcome": "unlabelled" if label is None else "correct" if label > 0.5 else "incorrect",
         "prompt": _prompt(row),
+        "value": rewards.get("value", "sum"),
         "total": f"{rewards['cumulative'][-1]:+.4g}",
         "lowest": f"{min(rewards['single']):+.4g}",
         "reward_model": row.get("reward_model", ""),

@@ -1,8 +1,9 @@
 """ProcessBench (arXiv 2412.06559): where a chain of steps first goes wrong, from rewards of its steps.
 
 The prediction is the first step whose value is below t, -1 (all right) if there is none. The value is sigmoid(Q_k) in
-the protocol `prefix` and sigmoid(Q_k - Q_{k-1}) in `step`. F1 is the harmonic mean of the accuracy on chains with an
-error and of that on chains without. t is the best of 10,000 values on one set and is used as it is on the others.
+the protocol `prefix` and sigmoid(Q_k - Q_{k-1}) in `step`, Q_k as `score` has it: a sum, or a mean over tokens. F1 is
+the harmonic mean of the accuracy on chains with an error and of that on chains without. t is the best of 10,000 values
+on one set and is used as it is on the others.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from ..config.run_config import RunConfig
+from ..config.sections import ScoreValue
 from ..data.groups import TooLong
 from ..data.readers import read_rows
 from ..report.markdown import escaped, grid
@@ -27,6 +29,7 @@ from ..run.output_lock import owns_output
 from .items import read_items
 from .one_at_a_time import compare
 from .score import SPEED, Models, score_file
+from .step_scorer import value_of
 
 Protocol = Literal["prefix", "step"]
 RULES: dict[Protocol, str] = {
@@ -64,6 +67,8 @@ class Chain:
 
     cumulative: list[float]
     label: int
+    value: ScoreValue = "sum"
+    """What `cumulative` is of the rewards of tokens."""
 
     def values(self, protocol: Protocol) -> np.ndarray:
         """[S] float64: what is compared with the threshold."""
@@ -115,6 +120,7 @@ def run(cfg: RunConfig) -> Path:
             scored = score_file(_of_set(cfg, path), models)
         name = path.parent.name if path.stem == "scores" else path.stem
         sets.append((name, read_chains(scored, key)))
+    value = _value(sets)
     rows = [
         figures(name, chains, best_threshold(sets[0][1], protocol), protocol)
         for protocol in get_args(Protocol)
@@ -123,13 +129,25 @@ def run(cfg: RunConfig) -> Path:
     speed = None if models is None else _speed(cfg, paths[0][1], [cfg.output / name for name, _ in sets], models)
     cfg.output.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {
+        "value": value,
         "figures": [asdict(row) for row in rows],
         "speed": None if speed is None else asdict(speed),
     }
     replace_file(cfg.output / "processbench.json", json.dumps(found, indent=1) + "\n")
     table = cfg.output / "processbench.md"
-    replace_file(table, _page(rows, cfg.score.name or (cfg.model.path if models else "yours"), speed))
+    replace_file(table, _page(rows, cfg.score.name or (cfg.model.path if models else "yours"), speed, value))
     return table
+
+
+def _value(sets: Sequence[tuple[str, list[Chain]]]) -> ScoreValue:
+    """Of all chains with rewards; ValueError where they differ, as the threshold of one does not fit the other."""
+    values = {chain.value: name for name, chains in sets for chain in chains if chain.cumulative}
+    if len(values) > 1:
+        raise ValueError(
+            f"rewards.value must be alike in all sets, got 'sum' in {values['sum']} and 'mean' in {values['mean']}: a "
+            "threshold of one does not fit the other"
+        )
+    return next(iter(values))
 
 
 def _paths(cfg: RunConfig) -> list[tuple[str, Path]]:
@@ -192,9 +210,9 @@ def _speed(cfg: RunConfig, tuning: Path, folders: Sequence[Path], models: Models
     )  # fmt: skip
 
 
-def _page(rows: Sequence[Figures], name: str, speed: Speed | None) -> str:
+def _page(rows: Sequence[Figures], name: str, speed: Speed | None, value: ScoreValue) -> str:
     """The tables as Markdown."""
-    lines: list[str] = []
+    lines = [f"Q_k is beta times the {value} of the log-ratios of a chain's tokens up to the end of step k.", ""]
     for protocol, rule in RULES.items():
         own = [row for row in rows if row.protocol == protocol]
         cells = [
@@ -255,12 +273,13 @@ def read_chains(path: Path, key: str) -> list[Chain]:
                 "to be scored has steps and no rewards"
             )
         cumulative = [] if row["rewards"] is None else _cumulative(row["rewards"])
+        value = value_of(row["rewards"], f"{path}, {place}")
         if cumulative is None:
             raise ValueError(f"{path}, {place}: rewards.cumulative must be a list of finite numbers, one a step")
         # How many steps a chain without rewards has is not known here.
         if not -1 <= label < (len(cumulative) or math.inf):
             raise ValueError(f"{path}, {place}: label must be -1 or one of {len(cumulative)} steps, got {label}")
-        chains.append(Chain(cumulative, label))
+        chains.append(Chain(cumulative, label, value))
     if not any(chain.cumulative for chain in chains):
         raise ValueError(f"{key}: {path} has no rows{' with rewards' if chains else ''}")
     return chains

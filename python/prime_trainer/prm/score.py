@@ -6,6 +6,7 @@ import itertools
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from ..config.run_config import RunConfig
 from ..config.sections import ScoreConfig
 from ..data.groups import TooLong
 from ..errors import RunError
-from ..models import loading, tokenizers
+from ..models import loading, prm_record, tokenizers
 from ..models.protocols import CausalLM, Tokenizer
 from ..run import checkpoint, unchanged
 from ..run.checkpoint import FINGERPRINTS
@@ -37,9 +38,9 @@ def run(cfg: RunConfig) -> Path:
     """Scores `cfg.score.path` with the PRM `cfg.model`; returns the path of the scores.
 
     A row of `scores.jsonl` is the input's row (of one with completions, a row each) with `reward_model`, `benchmark`
-    and `rewards`: {steps, single, cumulative, tokens, token_rewards, cu_steps, response: {single: {min, mean, sum,
-    last}, cumulative: {..}}}. Rows are written as windows are done; Ctrl-C or an error keeps them, and `--resume` goes
-    on after them, with the same models and where the input up to there is the same. A response on which a model
+    and `rewards`: {value, steps, single, cumulative, tokens, token_rewards, cu_steps, response: {single: {min, mean,
+    sum, last}, cumulative: {..}}}. Rows are written as windows are done; Ctrl-C or an error keeps them, and `--resume`
+    goes on after them, with the same models and where the input up to there is the same. A response on which a model
     overflows ends the run with an error after its window, and stands there with `error` in place of rewards.
     """
     return score_file(cfg, Models(cfg))
@@ -65,9 +66,11 @@ class Models:
     @cached_property
     def fingerprints(self) -> dict[str, Any]:
         """What decides the scores beside the settings and the responses."""
+        trained = prm_record.read(self._cfg.model.path)
         return {
             **loading.fingerprints({"model.path": self._cfg.model, "score.reference": self._reference}),
             "tokenizer": tokenizers.TokenizerIdentity.of(self.tokenizer).fingerprint(),
+            f"{prm_record.RECORD} of model.path": None if trained is None else asdict(trained),
         }
 
     @cached_property
@@ -79,8 +82,8 @@ class Models:
     def scorer(self) -> StepScorer:
         own, (prm, reference) = self._cfg.score, self.pair
         return StepScorer(
-            prm, reference, self.tokenizer, beta=own.beta, splitter=own.splitter, compat=own.compat,
-            micro_batch_tokens=self._cfg.micro_batch_tokens, max_length=own.max_length,
+            prm, reference, self.tokenizer, beta=own.beta, value=own.value, splitter=own.splitter,
+            compat=own.compat, micro_batch_tokens=self._cfg.micro_batch_tokens, max_length=own.max_length,
         )  # fmt: skip
 
 
@@ -218,7 +221,7 @@ def as_row(rewards: StepRewards, tokens: bool) -> dict[str, Any]:
     def short(values: list[float]) -> list[float]:
         return [float(f"{value:.7g}") for value in values]
 
-    row: dict[str, Any] = {"steps": rewards.steps, "cu_steps": rewards.cu_steps}
+    row: dict[str, Any] = {"value": rewards.value, "steps": rewards.steps, "cu_steps": rewards.cu_steps}
     for mode in ("single", "cumulative"):
         row[mode] = short(getattr(rewards, mode))
     row["response"] = {

@@ -1,6 +1,7 @@
 """Choosing among N responses by their rewards: best-of-N, weighted best-of-N, majority voting, pass@N.
 
-A response's score is the min, mean, sum or last of its steps' rewards. Best-of-N takes the highest score; weighted
+A response's score is the min, mean, sum or last of its steps' rewards, which are of sums or of means of the rewards of
+tokens (`rewards.value`): all files of a reward model are of one of the two. Best-of-N takes the highest score; weighted
 best-of-N the answer with the largest sum of sigmoid(score) (arXiv 2408.03314, as the EurusPRM cards have it); majority
 the most frequent answer. An answer is the row's `extracted_answer` or else what stands in the last \\boxed{} of the
 response; equivalent answers count as one.
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config.run_config import RunConfig
+from ..config.sections import ScoreValue
 from ..data.readers import read_rows
 from ..report.markdown import escaped, grid
 from ..report.statistics import bootstrap_interval, majority, pass_at_k
@@ -24,7 +26,7 @@ from ..run.atomic_files import replace_file
 from ..run.output_lock import owns_output
 from ..verify import Verifier, last_boxed
 from .items import items_of, outcome
-from .step_scorer import RESPONSE_REWARDS
+from .step_scorer import RESPONSE_REWARDS, value_of
 
 
 @dataclass
@@ -51,6 +53,8 @@ class Result:
     low: float
     high: float
     problems: int
+    value: ScoreValue = "sum"
+    """What the rewards of steps are of those of tokens."""
 
 
 @owns_output
@@ -60,8 +64,9 @@ def run(cfg: RunConfig) -> Path:
     if not own.paths:
         raise ValueError("select.paths is required: files that `prime-trainer score` wrote")
     found: dict[tuple[str, str], dict[str, Problem]] = {}
+    values: dict[str, ScoreValue] = {}
     for path in own.paths:
-        _read(path, own.step_rewards, found)
+        _read(path, own.step_rewards, found, values)
     with Verifier.from_config(cfg.task) as verifier:
         for problems in found.values():
             groups = verifier.group([p.answers for p in problems.values()])
@@ -70,7 +75,9 @@ def run(cfg: RunConfig) -> Path:
     results = [
         result
         for (benchmark, model), problems in found.items()
-        for result in compare(list(problems.values()), own.n, benchmark, model, own.bootstrap, cfg.seed)
+        for result in compare(
+            list(problems.values()), own.n, benchmark, model, own.bootstrap, cfg.seed, values.get(model, "sum")
+        )
     ]
     for (benchmark, model), problems in found.items():
         said = left_out(problems, own.n)
@@ -86,7 +93,13 @@ def run(cfg: RunConfig) -> Path:
 
 
 def compare(
-    problems: Sequence[Problem], ns: Sequence[int], benchmark: str, model: str, resamples: int, seed: int
+    problems: Sequence[Problem],
+    ns: Sequence[int],
+    benchmark: str,
+    model: str,
+    resamples: int,
+    seed: int,
+    value: ScoreValue = "sum",
 ) -> Iterator[Result]:
     """Every method for every n that all problems have responses for.
 
@@ -105,7 +118,7 @@ def compare(
         for (method, rewards), values in columns.items():
             low, high = bootstrap_interval(values, resamples=resamples, seed=seed)
             mean = sum(values) / len(values)
-            yield Result(benchmark, model, method, rewards, n, mean, low, high, len(values))
+            yield Result(benchmark, model, method, rewards, n, mean, low, high, len(values), value)
 
 
 def left_out(problems: Mapping[str, Problem], ns: Sequence[int]) -> str | None:
@@ -138,7 +151,10 @@ def _sigmoid(value: float) -> float:
     return 0.5 * (1 + math.tanh(value / 2))
 
 
-def _read(path: Path, mode: str, found: dict[tuple[str, str], dict[str, Problem]]) -> None:
+def _read(
+    path: Path, mode: str, found: dict[tuple[str, str], dict[str, Problem]], values: dict[str, ScoreValue]
+) -> None:
+    """Adds the problems of a file to `found`, and what a reward model's rewards are of to `values`."""
     for place, row in read_rows(path, "select.paths"):
         right = outcome(row)
         if right is None:
@@ -146,6 +162,13 @@ def _read(path: Path, mode: str, found: dict[tuple[str, str], dict[str, Problem]
         if "rewards" not in row:
             raise ValueError(f"{path}, {place}: rewards is missing; is this a file that `prime-trainer score` wrote?")
         key = (str(row.get("benchmark") or path.stem), str(row.get("reward_model", "")))
+        if row["rewards"] is not None:
+            given = value_of(row["rewards"], f"{path}, {place}")
+            if values.setdefault(key[1], given) != given:
+                raise ValueError(
+                    f"{path}, {place}: rewards.value is {given!r}, other rewards of {key[1]!r} are of "
+                    f"{values[key[1]]!r}: they cannot be compared; score.name names the two apart"
+                )
         name = row.get("id")
         if name is None:
             name = json.dumps(next(items_of(row, f"{path}, {place}")).messages)
@@ -185,6 +208,9 @@ def markdown(results: Sequence[Result], step_rewards: str) -> str:
         f"Accuracy in percent with its 95 % bootstrap interval over problems; scores are taken over {step_rewards} "
         "rewards of the steps.",
     ]
+    means = dict.fromkeys(escaped(r.reward_model) or "–" for r in results if r.value == "mean")
+    if means:
+        lines += ["", f"Rewards of {', '.join(means)} are of means over tokens, others of sums."]
     for n in sorted({r.n for r in results}):
         cells: dict[tuple[str, str, str], dict[str, Result]] = {}
         for r in results:

@@ -1,31 +1,32 @@
 """Rewards of tokens, steps and responses under an implicit PRM.
 
-The reward of a token is beta * (log pi_prm - log pi_ref); `single` is its sum over a step, Q_k - Q_{k-1}, `cumulative`
-the sum from the start of the response, Q_k (arXiv 2412.01981).
+The reward of a token is beta * (log pi_prm - log pi_ref). `cumulative`, Q_k, is the sum of rewards from the start of
+the response to the end of step k (arXiv 2412.01981), or their mean for a PRM that was trained on the mean of every
+prefix (arXiv 2604.13197); `single` is Q_k - Q_{k-1}, with Q_0 = 0.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 import prime_kernels as pk
 
-from ..config.sections import Compat, Splitter
+from ..config.sections import Compat, PRMLossConfig, ScoreValue, Splitter
 from ..data.groups import check_length
-from ..models import forward, lm_head, tokenizers, traits
+from ..models import forward, lm_head, prm_record, tokenizers, traits
 from ..models.protocols import CausalLM, Tokenizer
 from ..train.batch import Batch, Micro
 from ..train.forward import predicting
 from .eurus_card import CARD_BETA, card_micro, encode_card
 from .items import Item, StepGroup, StepResponse, encode, items_of
 
-BETA = 0.05
 RESPONSE_REWARDS = ("min", "mean", "sum", "last")
 
 
@@ -49,6 +50,8 @@ class StepRewards:
     """[S]"""
     cumulative: list[float]
     """[S]"""
+    value: ScoreValue = "sum"
+    """What `cumulative` is of the rewards of the tokens so far."""
 
     def response(self, mode: str = "single") -> dict[str, float]:
         """`min`, `mean`, `sum` and `last` of the `single` or `cumulative` rewards of the steps."""
@@ -64,6 +67,7 @@ def score_steps(
     reference: CausalLM,
     tokenizer: Tokenizer,
     beta: float | None = None,
+    value: ScoreValue | None = None,
     splitter: Splitter = "blank_line",
     compat: Compat | None = None,
     micro_batch_tokens: int = 4096,
@@ -76,7 +80,10 @@ def score_steps(
             lines) or `completions` (several responses); see prm/items.py.
         prm, reference: causal LMs (of `models.loading.load_model` or of transformers), on the same device.
         tokenizer: a fast tokenizer, the same for both.
-        beta: 0.05 where None; with `compat` the card's 0.001.
+        beta: None is that of the PRM's training (`prm.json` in the directory it was loaded from), and where that is not
+            known 0.05, 10 for means; with `compat` the card's 0.001.
+        value: what Q_k is of the rewards up to the end of step k, "sum" or "mean"; None is as the PRM was trained, the
+            sum where that is not known.
         splitter: "blank_line", "line", "numbered" ("Step 2:"), "action" ("[VERIFY]") or "none"; `steps` win over it.
         compat: "eurus-card" computes what the EurusPRM-Stage2 card's snippet does: its template, its token indices
             (each step one token early, with the first tokens of the next) and its mask over pad tokens.
@@ -87,11 +94,12 @@ def score_steps(
         One StepRewards a response, in order.
 
     Raises:
-        ValueError: a bad row (`rows[3]: ..`), an empty step, a response that does not fit, rewards that are not finite.
+        ValueError: a bad row (`rows[3]: ..`), an empty step, a response that does not fit, rewards that are not finite,
+            means with `compat`.
     """
     items = [item for k, row in enumerate(rows) for item in items_of(row, f"rows[{k}]")]
     scorer = StepScorer(
-        prm, reference, tokenizer, beta=beta, splitter=splitter, compat=compat,
+        prm, reference, tokenizer, beta=beta, value=value, splitter=splitter, compat=compat,
         micro_batch_tokens=micro_batch_tokens, max_length=max_length,
     )  # fmt: skip
     found = scorer.score([scorer.encode(item) for item in items])
@@ -126,6 +134,7 @@ class StepScorer:
         compat: Compat | None,
         micro_batch_tokens: int,
         max_length: int | None,
+        value: ScoreValue | None = None,
     ) -> None:
         if compat not in (None, "eurus-card"):
             raise ValueError(f"compat must be None or 'eurus-card', got {compat!r}")
@@ -138,7 +147,7 @@ class StepScorer:
                 )
         self._prm, self._reference, self._tokenizer = prm, reference, tokenizer
         self._card, self._splitter = compat == "eurus-card", splitter
-        self.beta = beta if beta is not None else CARD_BETA if self._card else BETA
+        self.value, self.beta = resolve(value, beta, compat, prm_record.read(getattr(prm, "name_or_path", "")))
         self._micro_batch_tokens = micro_batch_tokens
         self._limit = forward.length_limit([prm, reference], max_length)
 
@@ -167,7 +176,7 @@ class StepScorer:
             log_ratio[micro.tokens] = self._log_ratio(micro, batch.ids[micro.tokens])
         rewards = self.beta * log_ratio
         cu_steps, owned = _step_offsets(batch, [response for group in groups for response in group.responses])
-        modes = {
+        sums = {
             mode: pk.step_rewards(rewards, cu_steps, batch.cu_seqlens, mode=mode).tolist()
             for mode in ("single", "cumulative")
         }
@@ -183,8 +192,13 @@ class StepScorer:
                     where = encoded[k].place
                     out[k] = NotFinite(f"{where}: the rewards are not finite: a model overflows on this response")
                 continue
-            single, cumulative = (modes[mode][owned[at]] for mode in ("single", "cumulative"))
-            out[k] = StepRewards(response.steps, response.cu_steps, response.pieces, own, single, cumulative)
+            single, cumulative = (sums[mode][owned[at]] for mode in ("single", "cumulative"))
+            if self.value == "mean":
+                cumulative = means(cumulative, response.cu_steps)
+                single = [now - before for before, now in itertools.pairwise([0.0, *cumulative])]
+            out[k] = StepRewards(
+                response.steps, response.cu_steps, response.pieces, own, single, cumulative, self.value
+            )
         return [out[k] for k in range(len(encoded))]
 
     def _group(self, encoded: Sequence[Encoded]) -> tuple[list[int], list[StepGroup]]:
@@ -200,6 +214,38 @@ class StepScorer:
         prm, reference = (lm_head.head(model, predicting(model, micro)) for model in (self._prm, self._reference))
         rounding = lm_head.logits_dtype(self._prm)
         return pk.linear_log_ratios(prm, reference, ids, logits_dtype=rounding).log_ratio
+
+
+def resolve(
+    value: ScoreValue | None, beta: float | None, compat: Compat | None, trained: prm_record.Trained | None
+) -> tuple[ScoreValue, float]:
+    """What steps are scored by, and beta. What is not given is as the PRM was trained, or else as the loss is by
+    default that such values are of. Raises ValueError for means with the card's arithmetic, which has sums alone."""
+    known = None if trained is None else trained.value
+    if compat is not None:
+        if (value or known) == "mean":
+            whose = "score.value" if value is not None else f"a PRM of kind 'prefix' ({prm_record.RECORD})"
+            raise ValueError(f"compat = {compat!r} scores by sums, {whose} by means: score.value = 'sum' asks for sums")
+        return "sum", CARD_BETA if beta is None else beta
+    chosen = value or known or "sum"
+    if beta is None:
+        alike = PRMLossConfig(kind="prefix" if chosen == "mean" else "ce")
+        beta = trained.beta if trained is not None and chosen == known else alike.scale
+    return chosen, beta
+
+
+def value_of(rewards: Any, place: str) -> ScoreValue:
+    """`rewards.value` of a row of scores; before there was one, all were sums. Raises ValueError for another."""
+    given = rewards.get("value", "sum") if isinstance(rewards, dict) else "sum"
+    value: ScoreValue | None = next((each for each in get_args(ScoreValue) if each == given), None)
+    if value is None:
+        raise ValueError(f"{place}: rewards.value must be 'sum' or 'mean', got {given!r}")
+    return value
+
+
+def means(sums: Sequence[float], cu_steps: Sequence[int]) -> list[float]:
+    """[S] the mean reward of the tokens up to the end of each step, from sums [S] and offsets [S + 1]; 0 for none."""
+    return [total / max(1, end - cu_steps[0]) for total, end in zip(sums, cu_steps[1:], strict=True)]
 
 
 def _step_offsets(batch: Batch, responses: Sequence[StepResponse]) -> tuple[Tensor, list[slice]]:

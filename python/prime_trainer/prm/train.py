@@ -21,7 +21,7 @@ import prime_kernels as pk
 
 from ..config.run_config import RunConfig
 from ..config.sections import COUPLED_KINDS, TrainPRMConfig
-from ..models import forward, loading, meta, tokenizers
+from ..models import forward, loading, meta, prm_record, tokenizers
 from ..models.protocols import CausalLM
 from ..report.statistics import auc
 from ..run import checkpoint, hub
@@ -87,7 +87,7 @@ def run(cfg: RunConfig) -> Path:
     fit(
         cfg, cfg.checkpoint, cfg.metrics, "prm", state, trainable, total, backward,
         warmup=own.warmup, skips=skips, floor=0.1, evaluate=evaluate,
-        finish=lambda: loading.save(model, tokenizer, final), models=models,
+        finish=lambda: loading.save(model, tokenizer, final, beside=prm_record.files(own)), models=models,
     )  # fmt: skip
     return final
 

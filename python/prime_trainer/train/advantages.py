@@ -15,8 +15,9 @@ group: (d - mean) / (std + 1e-6). Tokens without a process reward are in no mean
 come before them as if they were not there. `normalize_process` divides `sum` and `min` by the largest absolute return
 of the batch + 1e-6. Each source may be whitened, or their sum.
 
-Sources: arXiv 2502.01456 (rloo, sum), 2402.03300 (grpo), 2504.15275 (min), 1506.02438 and 2604.13197 (gae). Every rank
-has the whole batch: nothing here depends on ranks or micro-batches.
+Sources: arXiv 2502.01456 (rloo, sum), 2402.03300 (grpo), 2501.03262 (reinforce: REINFORCE++ with `whiten`, without
+its KL in the reward), 2504.15275 (min, but not its baseline, which is our own), 1506.02438 and 2604.13197
+(gae). Every rank has the whole batch: nothing here depends on ranks or micro-batches.
 """
 
 from __future__ import annotations

@@ -119,7 +119,8 @@ def _loss(at: _Pass) -> tuple[Tensor, dict[str, Tensor]]:
         head = lm_head.head(at.model, hidden)
         ppo = pk.linear_ppo_loss(
             head.hidden, head.weight, at.ids, at.old_logp, at.advantages, bias=head.bias,
-            weights=weights, clip_low=cfg.clip_low, clip_high=cfg.clip_high, denominator=at.denominator,
+            weights=weights, clip_low=cfg.clip_low, clip_high=cfg.clip_high, dual_clip=cfg.dual_clip,
+            denominator=at.denominator,
             **lm_head.options(at.model, at.temperature),
         )  # fmt: skip
         return ppo.loss, _metrics(ppo, at.share)
@@ -133,7 +134,8 @@ def _loss(at: _Pass) -> tuple[Tensor, dict[str, Tensor]]:
     old = logp.detach() if at.old_logp is None else at.old_logp
     ppo = pk.ppo_loss(
         logp, old, at.advantages,
-        weights=weights, clip_low=cfg.clip_low, clip_high=cfg.clip_high, denominator=at.denominator,
+        weights=weights, clip_low=cfg.clip_low, clip_high=cfg.clip_high, dual_clip=cfg.dual_clip,
+        denominator=at.denominator,
     )  # fmt: skip
     loss, metrics = ppo.loss, _metrics(ppo, at.share)
     if at.candidates is not None:

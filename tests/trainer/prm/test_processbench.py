@@ -102,6 +102,20 @@ def test_chains_without_rewards_are_not_found(tmp_path, capsys):
         read_chains(write("none.jsonl", {"label": 0}), "x")
 
 
+def test_sets_of_means_and_of_sums_are_not_mixed(tmp_path, capsys):
+    def write(name, **value):
+        rows = [{"rewards": {"cumulative": chain.cumulative, **value}, "label": chain.label} for chain in CHAINS]
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(tmp_path / name)
+
+    words = ["processbench", "--output", str(tmp_path / "out"), "--processbench.tune", write("a.jsonl", value="mean")]
+    assert main(words) == 0
+    assert "Q_k is beta times the mean of the log-ratios" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "processbench.json").read_text())["value"] == "mean"
+    assert main([*words, "--processbench.paths", write("b.jsonl")]) == 2
+    assert "rewards.value must be alike in all sets, got 'sum' in b and 'mean' in a" in capsys.readouterr().err
+
+
 @pytest.fixture
 def own_files(tmp_path):
     """Six short chains of each of the benchmark's own files."""
@@ -175,6 +189,22 @@ def test_the_benchmarks_own_files_are_scored_and_resumed(command, own_files, tmp
     assert [item.row["id"].rsplit("-", 1)[0] for item in scored] == ["math"] * 2 + ["olympiadbench"] * 6
     assert {name: (out / name / "scores.jsonl").read_bytes() for name in whole} == whole
     assert json.loads((out / "processbench.json").read_text())["figures"] == json.loads(before)["figures"]
+
+
+def test_a_prm_of_means_is_scored_and_compared_as_one(command, prm_dir, model_dir, tmp_path, capsys):
+    own = tmp_path / "prefix"
+    shutil.copytree(prm_dir, own)
+    (own / "prm.json").write_text('{"kind": "prefix", "beta": 4.0}')
+    assert main([*command, "--model.path", str(own), "--processbench.compare", "3"]) == 0
+    found = json.loads((tmp_path / "out" / "processbench.json").read_text())
+    assert found["value"] == "mean" and found["speed"]["compared"] == 3
+    assert found["speed"]["largest_difference"] < 1e-4
+    for row in read_jsonl(tmp_path / "out" / "gsm8k" / "scores.jsonl"):
+        if (rewards := row["rewards"]) is not None:
+            ends = rewards["cu_steps"][1:]
+            means = [sum(rewards["token_rewards"][:end]) / end for end in ends]
+            assert rewards["cumulative"] == pytest.approx(means, abs=1e-5)
+            assert np.diff([0.0, *means]).tolist() == pytest.approx(rewards["single"], abs=1e-5)
 
 
 def test_a_model_that_is_another_one_does_not_go_on(command, model_dir, capsys):

@@ -15,7 +15,7 @@ from prime_trainer.config.sections import ModelConfig
 from prime_trainer.models import loading, tokenizers
 from prime_trainer.models.tokenizers import render
 from prime_trainer.prm import score_steps
-from prime_trainer.prm.step_scorer import StepScorer
+from prime_trainer.prm.step_scorer import StepScorer, means
 
 GOLDEN = Path(__file__).resolve().parents[4] / "shared" / "golden" / "eurusprm_snippet_vectors.json"
 ROWS = [
@@ -66,6 +66,65 @@ def test_equal_weights_give_exactly_zero(model_dir, tokenizer, dtype):
     one, other = tiny.load(model_dir, dtype), tiny.load(model_dir, dtype)
     for rewards in score_steps(ROWS, prm=one, reference=other, tokenizer=tokenizer):
         assert set(rewards.token_rewards) == {0.0}
+
+
+@pytest.fixture
+def recorded(prm_dir, tmp_path):
+    """The PRM with a record of its training beside it."""
+
+    def make(**record):
+        own = tmp_path / "recorded"
+        shutil.rmtree(own, ignore_errors=True)
+        shutil.copytree(prm_dir, own)
+        (own / "prm.json").write_text(json.dumps(record))
+        return own
+
+    return make
+
+
+@pytest.mark.parametrize("micro_batch_tokens", [1, 4096])
+def test_means_are_those_of_plain_passes(prm, model, tokenizer, micro_batch_tokens):
+    options = {"prm": prm, "reference": model, "tokenizer": tokenizer, "micro_batch_tokens": micro_batch_tokens}
+    for row, rewards in zip(ROWS, score_steps(ROWS, **options, beta=3.0, value="mean"), strict=True):
+        q1, q2 = plain((prm, model), tokenizer, row, 3.0)
+        _, first, tokens = rewards.cu_steps
+        assert rewards.value == "mean" and tokens == len(rewards.tokens) > first > 1
+        assert rewards.cumulative == pytest.approx([q1 / first, q2 / tokens], abs=1e-4)
+        assert rewards.single == pytest.approx([q1 / first, q2 / tokens - q1 / first], abs=1e-4)
+        assert sum(rewards.token_rewards) == pytest.approx(q2, abs=1e-3)  # a token has its own reward
+        assert rewards.response()["sum"] == pytest.approx(rewards.response("cumulative")["last"])
+
+
+def test_means_by_hand():
+    assert means([4.0, 6.0, -2.0], [0, 2, 3, 8]) == [2.0, 2.0, -0.25]
+    assert means([0.0, 3.0], [0, 0, 3]) == [0.0, 1.0]  # an empty step at the start
+
+
+def test_a_prm_is_scored_as_it_was_trained(recorded, prm, model, tokenizer):
+    def found(loaded, **options):
+        (rewards,) = score_steps(ROWS[:1], prm=loaded, reference=model, tokenizer=tokenizer, **options)
+        return rewards.value, rewards.cumulative
+
+    sums, averages = found(prm, beta=1.0)[1], found(prm, beta=1.0, value="mean")[1]
+
+    def times(beta, values):
+        return pytest.approx([beta * value for value in values], rel=1e-4, abs=1e-6)
+
+    assert found(prm) == ("sum", times(0.05, sums))  # nothing is known of it
+    assert found(prm, value="mean") == ("mean", times(10.0, averages))
+    prefix = tiny.load(recorded(kind="prefix", beta=4.0))
+    assert found(prefix) == found(prefix, value="mean") == ("mean", times(4.0, averages))
+    assert found(prefix, beta=2.0) == ("mean", times(2.0, averages))
+    assert found(prefix, value="sum") == ("sum", times(0.05, sums))  # its beta is one of means
+    with pytest.raises(ValueError, match=r"scores by sums, a PRM of kind 'prefix' \(prm.json\) by means"):
+        found(prefix, compat="eurus-card")
+    with pytest.raises(ValueError, match=r"scores by sums, score\.value by means"):
+        found(prm, compat="eurus-card", value="mean")
+    assert found(tiny.load(recorded(kind="dpo", beta=0.5))) == ("sum", times(0.5, sums))
+    with pytest.raises(ValueError, match=r"prm\.json: kind must be one of ce, .*, got 'ipvrm'"):
+        found(tiny.load(recorded(kind="ipvrm", beta=0.5)))
+    with pytest.raises(ValueError, match=r"prm\.json: beta must be a number above 0, got 0"):
+        found(tiny.load(recorded(kind="ce", beta=0)))
 
 
 def test_given_steps_and_completions(prm, model, tokenizer):
@@ -197,6 +256,28 @@ def test_scores_of_another_model_are_not_gone_on_with(score, jsonl, tmp_path, mo
     (tmp_path / "out" / "fingerprints.json").unlink()
     assert score(path, "--resume", f"--{key}", str(own)) == 2
     assert "fingerprints.json is missing" in capsys.readouterr().err
+
+
+def test_means_are_written_and_not_gone_on_with_as_sums(score, recorded, jsonl, tmp_path, capsys):
+    own, path, out = recorded(kind="prefix", beta=4.0), jsonl("rows.jsonl", ROWS), tmp_path / "out" / "scores.jsonl"
+    assert score(path, "--model.path", str(own)) == 0
+    for row in read(out):
+        rewards = row["rewards"]
+        assert rewards["value"] == "mean"
+        so_far = [sum(rewards["token_rewards"][:end]) / end for end in rewards["cu_steps"][1:]]
+        assert rewards["cumulative"] == pytest.approx(so_far, abs=1e-5)
+        assert rewards["response"]["single"]["last"] == pytest.approx(so_far[1] - so_far[0], abs=1e-5)
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "The curve is Q, the mean of rewards" in page and "<span>mean " in page and "<span>sum " not in page
+    out.write_bytes(b"".join(out.read_bytes().splitlines(keepends=True)[:4]))
+    assert score(path, "--model.path", str(own), "--resume", "--score.value", "sum") == 2
+    assert "the configuration has changed (value: None -> sum)" in capsys.readouterr().err
+    (own / "prm.json").unlink()
+    assert score(path, "--model.path", str(own), "--resume") == 2
+    assert "prm.json of model.path has changed since" in capsys.readouterr().err
+    assert score(path, "--model.path", str(own), "--score.value", "mean", "--score.beta", "4", output="given") == 0
+    given = read(tmp_path / "given" / "scores.jsonl")
+    assert [row["rewards"] for row in read(out)] == [row["rewards"] for row in given[:4]]
 
 
 @pytest.fixture

@@ -134,7 +134,7 @@ def test_command_writes_the_card_table(jsonl, tmp_path, capsys):
 
 def test_scores_are_taken_over_the_rewards_asked_for(jsonl):
     found = {}
-    _read(jsonl("a.jsonl", rows("ours", "sums")), "cumulative", found)
+    _read(jsonl("a.jsonl", rows("ours", "sums")), "cumulative", found, {})
     (problems,) = found.values()
     assert problems["0"].scores == {"min": [0.5, 0.2, 0.1, -1.0], "mean": [0.5, 0.2, 0.1, -1.0],
                                     "sum": [0.5, 0.2, 0.1, -1.0], "last": [-0.5, -0.2, -0.1, 1.0]}  # fmt: skip
@@ -152,11 +152,11 @@ def test_chats_are_different_problems(jsonl):
     ]
     data.append(scored | {"prompt": chat("1 + 1?", "")[:3], "response": "\\boxed{3}"})
     found = {}
-    _read(jsonl("a.jsonl", data), "single", found)
+    _read(jsonl("a.jsonl", data), "single", found, {})
     first, second = found["b", "m"].values()
     assert first.answers == ["2", "5", None, "3"] and second.answers == ["2", "5", None]
     with pytest.raises(ValueError, match=r"b\.jsonl, line 1: a row needs its prompt"):
-        _read(jsonl("b.jsonl", [scored | {"response": "5"}]), "single", {})
+        _read(jsonl("b.jsonl", [scored | {"response": "5"}]), "single", {}, {})
 
 
 def test_bad_rows_are_named(jsonl, tmp_path, capsys):
@@ -177,3 +177,21 @@ def test_bad_rows_are_named(jsonl, tmp_path, capsys):
         assert main(["select", "--select.paths", str(foreign), *out]) == 2
         name = "min" if k < 2 else "mean"
         assert f"c{k}.jsonl, line 2: rewards.response.single.{name} must be a finite" in capsys.readouterr().err
+
+
+def test_means_and_sums_are_not_mixed(jsonl, tmp_path, capsys):
+    means = rows("ours", "sums")
+    for row in means:
+        row["rewards"]["value"] = "mean"
+    words = ["--select.n", "4", "--output", str(tmp_path / "out")]
+    two = f"{jsonl('a.jsonl', means)},{jsonl('b.jsonl', rows('theirs', 'sums'))}"
+    assert main(["select", "--select.paths", two, *words]) == 0
+    assert "Rewards of ours are of means over tokens, others of sums." in capsys.readouterr().out
+    results = json.loads((tmp_path / "out" / "select.json").read_text())["results"]
+    assert {(r["reward_model"], r["value"]) for r in results} == {("ours", "mean"), ("theirs", "sum")}
+    path = jsonl("c.jsonl", rows("ours", "algebra"))
+    assert main(["select", "--select.paths", f"{jsonl('a.jsonl', means)},{path}", *words]) == 2
+    assert "c.jsonl, line 1: rewards.value is 'sum', other rewards of 'ours' are of 'mean'" in capsys.readouterr().err
+    means[1]["rewards"]["value"] = "median"
+    assert main(["select", "--select.paths", str(jsonl("d.jsonl", means)), *words]) == 2
+    assert "d.jsonl, line 2: rewards.value must be 'sum' or 'mean', got 'median'" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from prime_kernels import prm_loss
 from prime_trainer.cli import main
 from prime_trainer.config.sections import ModelConfig, TrainPRMConfig
-from prime_trainer.models import loading, tokenizers
+from prime_trainer.models import loading, prm_record, tokenizers
 from prime_trainer.prm import score_steps, train, training_data
 from prime_trainer.prm.reference_cache import Reference
 from prime_trainer.report.statistics import auc
@@ -123,6 +123,12 @@ def test_it_learns_and_its_checkpoint_scores(prm_config, tokenizer):
     test = [{"prompt": "What is 20 + 3?", "completions": ["\\boxed{5}", "so 2 + 3 7"]}]
     right, wrong = score_steps(test, prm=prm, reference=reference, tokenizer=tokenizer, beta=0.5)
     assert right.cumulative[-1] > 0 > wrong.cumulative[-1]
+
+
+def test_what_it_was_trained_as_stands_beside_it(prm_config):
+    final = train.run(prm_config(kind="prefix", beta=None))
+    assert json.loads((final / "prm.json").read_text()) == {"kind": "prefix", "beta": 10.0}
+    assert prm_record.read(final) == prm_record.Trained("prefix", 10.0)
 
 
 def test_prefixes_learn_and_are_judged_by_their_means(prm_config, monkeypatch):

@@ -141,6 +141,14 @@ def test_clipped_tokens_get_no_gradient(model_dir, batch):
     assert metrics["clip_fraction"] == pytest.approx(1.0)
     got, metrics = gradient(model_dir, batch, -up, old=old)
     assert any(g.any() for g in got)
+    for clip_high in (0.2, 9.0):  # e is above 2.5, whatever the range
+        got, metrics = gradient(model_dir, batch, -up, old=old, dual_clip=2.5, clip_high=clip_high)
+        assert not any(g.any() for g in got) and metrics["clip_fraction"] == pytest.approx(1.0)
+    # Beside a KL of 0, where the loss has a pass of its own.
+    got, metrics = gradient(model_dir, batch, -up, old=old, ref=logp, kl_coef=1.0, dual_clip=2.5)
+    assert max(g.abs().max() for g in got) < 1e-5 and metrics["clip_fraction"] == pytest.approx(1.0)
+    got, _ = gradient(model_dir, batch, -up, old=old, ref=logp, kl_coef=1.0)
+    assert max(g.abs().max() for g in got) > 1e-3
 
 
 def test_epochs_and_minibatches_are_optimizer_steps(model_dir, batch, advantages):

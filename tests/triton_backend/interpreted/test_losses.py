@@ -7,14 +7,14 @@ import torch
 from helpers.support import assert_close, offsets
 
 import prime_kernels as pk
-from prime_kernels._backends import PPOTokens, PRMBatch
+from prime_kernels._backends import ClipRange, PPOTokens, PRMBatch
 from prime_kernels._constants import PRM_BALANCED_KINDS, PRM_KINDS
 from prime_kernels._triton import losses as kernels
 from prime_kernels._triton.segments import fill_segments, scan_segments
 from prime_kernels.ops import ppo_loss
 
 TOTAL = 67
-CLIP = (0.2, 0.28)
+CLIP = ClipRange(0.2, 0.28)
 
 
 def tokens(spread=0.5):
@@ -26,12 +26,14 @@ def tokens(spread=0.5):
     return logp, old, torch.randn(TOTAL), torch.rand(TOTAL) * 2
 
 
-def ppo_truth(columns, mask, denominator):
+def ppo_truth(columns, mask, clip, denominator):
     """(loss, clip fraction, approximate KL), gradient; the log-ratio is that of float32."""
     logp, old, advantages, weights = columns
     leaf = (logp - old).double().requires_grad_()
     weights = None if weights is None else weights.double()
-    result = ppo_loss.reference(leaf, torch.zeros(TOTAL), advantages.double(), mask, weights, *CLIP, denominator)
+    dual = None if clip.ceiling == math.inf else clip.ceiling
+    given = (leaf, torch.zeros(TOTAL), advantages.double(), mask, weights)
+    result = ppo_loss.reference(*given, clip.low, clip.high, dual, denominator)
     return result, torch.autograd.grad(result.loss, leaf)[0]
 
 
@@ -41,25 +43,26 @@ TENSOR = torch.tensor(3.0, dtype=torch.float64)
 @pytest.mark.parametrize("weighted, denominator", [(False, None), (True, None), (False, 7.5), (True, TENSOR)], ids=str)
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 def test_ppo(masked, weighted, denominator, cut):
+    clip = CLIP._replace(ceiling=1.5) if weighted else CLIP
     columns, mask = tokens(), torch.rand(TOTAL) < 0.6 if masked else None
     columns = (*columns[:3], columns[3] if weighted else None)
     if masked:
         mask[0] = False
     else:
         columns[2][0] = 0.0
-    want, gradient = ppo_truth(columns, mask, denominator)
+    want, gradient = ppo_truth(columns, mask, clip, denominator)
     if masked:
         for each in columns:
             if each is not None:
                 each[~mask] = math.nan
     config = cut(TOTAL)
-    *got, scale = kernels.ppo_loss_and_scale(PPOTokens(*columns, mask), CLIP, denominator, config)
+    *got, scale = kernels.ppo_loss_and_scale(PPOTokens(*columns, mask), clip, denominator, config)
     for value, expected in zip(got, want, strict=True):
         assert value.shape == () and value.dtype == torch.float32
         assert_close("golden", value, expected.detach())
     divisor = (TOTAL if mask is None else int(mask.sum())) if denominator is None else float(denominator)
     assert_close("float64", scale, 1.0 / divisor)
-    got = kernels.ppo_gradient(PPOTokens(*columns, mask), CLIP, scale, torch.tensor(-2.0), config)
+    got = kernels.ppo_gradient(PPOTokens(*columns, mask), clip, scale, torch.tensor(-2.0), config)
     assert_close("grad.float32", got, -2.0 * gradient)
     if masked:
         assert (got[~mask] == 0.0).all()
@@ -69,10 +72,10 @@ def test_ppo_of_exploded_ratios(cut):
     """Held at e^20, where nothing flows back, and right to the last digits just below."""
     logp = torch.tensor([19.75, 25.0, -12.3, 20.0])
     batch = PPOTokens(logp, torch.zeros(4), torch.full((4,), -1.0), None, None)
-    loss, clip_fraction, approx_kl, scale = kernels.ppo_loss_and_scale(batch, (0.2, 0.2), 1.0, cut(4))
+    loss, clip_fraction, approx_kl, scale = kernels.ppo_loss_and_scale(batch, ClipRange(0.2, 0.2), 1.0, cut(4))
     assert float(loss) == pytest.approx(math.exp(19.75) + 2 * math.exp(20.0) + 0.8, rel=1e-6)
     assert float(clip_fraction) == 0.25 and float(approx_kl) == pytest.approx(-52.45 / 4, rel=1e-6)
-    got = kernels.ppo_gradient(batch, (0.2, 0.2), scale, torch.tensor(1.0), cut(4))
+    got = kernels.ppo_gradient(batch, ClipRange(0.2, 0.2), scale, torch.tensor(1.0), cut(4))
     assert got.tolist() == pytest.approx([math.exp(19.75), 0.0, 0.0, math.exp(20.0)], rel=1e-6)
 
 

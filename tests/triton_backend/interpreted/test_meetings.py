@@ -14,7 +14,7 @@ from helpers.support import offsets
 from triton.runtime import interpreter
 
 from prime_kernels import _launch_counters
-from prime_kernels._backends import PPOTokens, PRMBatch, RlooBatch, RlooSettings
+from prime_kernels._backends import ClipRange, PPOTokens, PRMBatch, RlooBatch, RlooSettings
 from prime_kernels._triton import _launch, rloo, segments
 from prime_kernels._triton import losses as loss_kernels
 
@@ -52,7 +52,7 @@ def losses(config):
     torch.manual_seed(4)
     tokens = PPOTokens(*(torch.randn(TOTAL) for _ in range(3)), weights=None, mask=None)
     outcomes = torch.rand(len(LENGTHS), dtype=torch.float64)
-    ppo = loss_kernels.ppo_loss_and_scale(tokens, (0.2, 0.2), None, config)
+    ppo = loss_kernels.ppo_loss_and_scale(tokens, ClipRange(0.2, 0.2), None, config)
     batch = PRMBatch(tokens.logp, outcomes, offsets(LENGTHS), offsets(GROUPS), None, None)
     return [*ppo, *loss_kernels.prm_loss_and_slope(batch, "dpo", 0.5, config), *prefixes(config)]
 

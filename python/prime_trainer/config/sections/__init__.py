@@ -10,13 +10,14 @@ from .data import SFTConfig, TaskConfig
 from .evaluation import BenchConfig, BenchmarkName, EvalConfig
 from .metrics import MetricsConfig, TrackerName
 from .model import ModelConfig, ScaleConfig
-from .prm import Compat, ProcessBenchConfig, ScoreConfig, SelectConfig, Splitter, TrainPRMConfig
+from .prm import Compat, ProcessBenchConfig, ScoreConfig, ScoreValue, SelectConfig, Splitter, TrainPRMConfig
 from .rollout import Correction, FilterConfig, RolloutConfig, ServerConfig, VLLMConfig, vllm_installed
-from .train import COUPLED_KINDS, AlgorithmConfig, CheckpointConfig, PolicyConfig, PRMConfig, PRMKind
+from .train import COUPLED_KINDS, AlgorithmConfig, CheckpointConfig, PolicyConfig, PRMConfig, PRMKind, PRMLossConfig
 
 __all__ = [
     "COUPLED_KINDS", "AlgorithmConfig", "BenchConfig", "BenchmarkName", "CheckpointConfig", "Compat", "Correction",
-    "EvalConfig", "FilterConfig", "MetricsConfig", "ModelConfig", "PRMConfig", "PRMKind", "PolicyConfig",
-    "ProcessBenchConfig", "RolloutConfig", "SFTConfig", "ScaleConfig", "ScoreConfig", "Section", "SelectConfig",
-    "ServerConfig", "Splitter", "TaskConfig", "TrackerName", "TrainPRMConfig", "VLLMConfig", "vllm_installed",
+    "EvalConfig", "FilterConfig", "MetricsConfig", "ModelConfig", "PRMConfig", "PRMKind", "PRMLossConfig",
+    "PolicyConfig", "ProcessBenchConfig", "RolloutConfig", "SFTConfig", "ScaleConfig", "ScoreConfig", "ScoreValue",
+    "Section", "SelectConfig", "ServerConfig", "Splitter", "TaskConfig", "TrackerName", "TrainPRMConfig", "VLLMConfig",
+    "vllm_installed",
 ]  # fmt: skip

@@ -56,6 +56,8 @@ class TrainPRMConfig(PRMLossConfig):
 
 Compat = Literal["eurus-card"]
 Splitter = Literal["blank_line", "line", "numbered", "action", "none"]
+ScoreValue = Literal["sum", "mean"]
+"""Q_k, the value of a response up to the end of step k: beta times the sum of its tokens' log-ratios, or their mean."""
 
 
 class ScoreConfig(Section):
@@ -66,7 +68,11 @@ class ScoreConfig(Section):
     reference: Path | None = None
     """The model that the PRM was trained from (its directory)."""
     beta: float | None = Field(default=None, gt=0)
-    """Without it 0.05, or the card's 0.001 with `compat`."""
+    """Without it that of the PRM's own training (`prm.json` beside its weights); where that is not known 0.05, 10 for
+    means, the card's 0.001 with `compat`."""
+    value: ScoreValue | None = None
+    """Q_k, by which steps are scored: beta times the sum of the log-ratios up to the end of step k, or times their mean
+    for a PRM of kind `prefix`. Without it as the PRM was trained (`prm.json`), the sum where that is not known."""
     splitter: Splitter = "blank_line"
     """Where steps of a response begin: after a blank line, on every line, at "Step n:", at [ACTION], nowhere. Rows with
     `steps` have their own."""

@@ -86,13 +86,14 @@ class CandidatesConfig(Section):
 class AlgorithmConfig(Section):
     estimator: Literal["rloo", "grpo", "reinforce"] = "rloo"
     """What an outcome is compared with: the mean of the group's others; the group's mean, in units of its standard
-    deviation (no `whiten` then, to be GRPO); nothing, so that whitening is the only baseline."""
+    deviation (no `whiten` then, to be GRPO); nothing, so that whitening is the only baseline (REINFORCE++)."""
     process_coef: float = Field(default=1.0, ge=0)
     """0 is outcomes alone: no PRM is loaded. The 5 in the paper's scripts never reaches RLOO in its public code."""
     outcome_coef: float = Field(default=1.0, ge=0)
     process_return: Literal["sum", "min", "gae"] = "sum"
-    """A token's credit: the discounted sum of the process rewards from it on; their minimum (PURE); or the discounted
-    sum of standardised rewards with gamma_process * gae_lambda."""
+    """A token's credit: the discounted sum of the process rewards from it on; their minimum (PURE), less the mean of
+    the other responses' minima (our own baseline); or the discounted sum of standardised rewards with gamma_process *
+    gae_lambda."""
     gamma_process: float = Field(default=1.0, ge=0.0, le=1.0)
     gamma_outcome: float = Field(default=1.0, ge=0.0, le=1.0)
     gae_lambda: float = Field(default=0.95, ge=0.0, le=1.0)
@@ -131,6 +132,9 @@ class PolicyConfig(Section):
     clip_low: float = Field(default=0.2, gt=0)
     clip_high: float = Field(default=0.2, gt=0)
     """0.28 is the wider bound of DAPO (arXiv 2503.14476) and of what followed it."""
+    dual_clip: float | None = Field(default=None, gt=1)
+    """The largest ratio that counts for a sampled token with a negative advantage (arXiv 1912.09729), such as 3; unset:
+    no bound."""
     entropy_coef: float = Field(default=0.0, ge=0)
     kl_coef: float = Field(default=0.0, ge=0)
     """Weight of an estimate of KL(policy || reference) in the loss."""

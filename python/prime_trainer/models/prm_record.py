@@ -1,0 +1,46 @@
+"""What an implicit PRM was trained as, in a file beside its weights."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from ..config.sections import PRMKind, PRMLossConfig, ScoreValue
+from ..run.jsonl import read_object
+
+RECORD = "prm.json"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The loss of a PRM's outcomes and its beta."""
+
+    kind: PRMKind
+    beta: float
+
+    @property
+    def value(self) -> ScoreValue:
+        return "mean" if self.kind == "prefix" else "sum"
+
+
+def files(cfg: PRMLossConfig, kept_from: Path | None = None) -> dict[str, dict[str, Any]]:
+    """What to save beside a PRM, a JSON object by its file name; of one that was not trained, the record that is in the
+    directory `kept_from`, where it is from."""
+    known = Trained(cfg.kind, cfg.scale) if kept_from is None else read(kept_from)
+    return {} if known is None else {RECORD: asdict(known)}
+
+
+def read(directory: str | Path) -> Trained | None:
+    """None where there is no record, as beside a PRM from elsewhere. Raises ValueError for one that cannot be used."""
+    path = Path(directory) / RECORD
+    if not path.is_file():
+        return None
+    found = read_object(path)
+    beta = found.get("beta")
+    kind = next((each for each in get_args(PRMKind) if each == found.get("kind")), None)
+    if kind is None:
+        raise ValueError(f"{path}: kind must be one of {', '.join(get_args(PRMKind))}, got {found.get('kind')!r}")
+    if isinstance(beta, bool) or not isinstance(beta, (int, float)) or not 0 < beta < float("inf"):
+        raise ValueError(f"{path}: beta must be a number above 0, got {beta!r}")
+    return Trained(kind, float(beta))
