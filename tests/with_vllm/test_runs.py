@@ -67,7 +67,7 @@ def test_every_engine_has_the_same_statistics(smollm2, configure):
     for engine in ENGINES:
         cfg = configure(
             engine,
-            rollout={"prompts_per_step": 8, "n": 4, "max_new_tokens": 20, "batch_size": 32, "vllm": {}},
+            rollout={"prompts_per_step": 16, "n": 4, "max_new_tokens": 20, "batch_size": 64, "vllm": {}},
             model={"path": str(smollm2), "device": "cpu", "dtype": DTYPE},
             algorithm={"process_coef": 0.0},
             policy={"lr": 1e-6, "minibatches": 1},
@@ -76,7 +76,7 @@ def test_every_engine_has_the_same_statistics(smollm2, configure):
         loop.run(cfg)
         assert not processes(f"prime_trainer.rollout.vllm.server_main\0{os.getpid()}") and not shared_memory()
         steps = rows(cfg.output)
-        assert len(steps) == 3 and all(row["groups_sampled"] == 8 for row in steps)
+        assert len(steps) == 3 and all(row["groups_sampled"] == 16 for row in steps)
         assert {row["lag"] for row in steps} == {0.0}
         for row in steps if engine != "transformers" else ():
             # In bfloat16 the two sides round differently, a token's log-prob by some hundredths.
@@ -86,8 +86,8 @@ def test_every_engine_has_the_same_statistics(smollm2, configure):
         means[engine] = {key: sum(row[key] for row in steps) / 3 for key in ("reward", "groups_kept", "entropy")}
     for engine in ENGINES[1:]:
         one, other = means["transformers"], means[engine]
-        # The problems are the same for both, so what differs is the draws: of 96 responses, and of 24 groups.
-        for key, draws, unit in (("reward", 96, 1), ("groups_kept", 24, 8)):
+        # The problems are the same for both, so what differs is the draws: of 192 responses, and of 48 groups.
+        for key, draws, unit in (("reward", 192, 1), ("groups_kept", 48, 16)):
             share = (one[key] + other[key]) / 2 / unit
             assert abs(one[key] - other[key]) / unit < 4 * math.sqrt(2 * share * (1 - share) / draws)
         assert abs(one["entropy"] - other["entropy"]) < 0.5
