@@ -159,6 +159,7 @@ def test_a_prm_trained_before_is_gone_on_with(run_config, tmp_path):
     """Its rewards are those of its own weights from the first step on, and another model's are refused."""
     loop.run(run_config(output=tmp_path / "before", steps=1, prm={"lr": 1e-3}))
     trained = tmp_path / "before" / "prm"
+    assert json.loads((trained / "prm.json").read_text()) == {"kind": "ce", "beta": 0.05}  # how `score` reads it
     loop.run(run_config(output=tmp_path / "own", steps=2, prm={"path": trained, "lr": 1e-12}))
     loop.run(run_config(output=tmp_path / "none", steps=2, prm={"lr": 1e-12}))
     of = {name: rows(tmp_path / name / "samples.jsonl")[0]["process_rewards"] for name in ("own", "none")}

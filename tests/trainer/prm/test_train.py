@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from prime_kernels import prm_loss
 from prime_trainer.cli import main
-from prime_trainer.config.sections import ModelConfig, TrainPRMConfig
+from prime_trainer.config.sections import ModelConfig, PRMConfig, TrainPRMConfig
 from prime_trainer.models import loading, prm_record, tokenizers
 from prime_trainer.prm import score_steps, train, training_data
 from prime_trainer.prm.reference_cache import Reference
@@ -129,6 +129,9 @@ def test_what_it_was_trained_as_stands_beside_it(prm_config):
     final = train.run(prm_config(kind="prefix", beta=None))
     assert json.loads((final / "prm.json").read_text()) == {"kind": "prefix", "beta": 10.0}
     assert prm_record.read(final) == prm_record.Trained("prefix", 10.0)
+    # A PRM that `rl` does not train is what it was, whatever the loss there would be.
+    assert prm_record.files(PRMConfig(update="none"), final) == {"prm.json": {"kind": "prefix", "beta": 10.0}}
+    assert prm_record.files(PRMConfig(update="none"), final.parent) == {}
 
 
 def test_prefixes_learn_and_are_judged_by_their_means(prm_config, monkeypatch):
