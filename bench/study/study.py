@@ -34,9 +34,9 @@ sys.path.append(str(HERE))
 import chains  # noqa: E402
 
 CONFIG = HERE / "study.toml"
-OUTCOME_RATES = tuple(("--policy.lr", rate) for rate in ("1e-5", "3e-5", "1e-4", "3e-4"))
+OUTCOME_RATES = tuple(("--policy.lr", rate) for rate in ("1e-5", "2e-5", "4e-5", "8e-5"))
 PROCESS_RATES = tuple(
-    ("--policy.lr", rate, "--prm.lr", prm_rate) for rate in ("3e-5", "1e-4") for prm_rate in ("1e-4", "3e-4")
+    ("--policy.lr", rate, "--prm.lr", prm_rate) for rate in ("2e-5", "4e-5") for prm_rate in ("1e-4", "3e-4")
 )
 """Learning rates that an arm is searched over: four settings for each arm, with a PRM or without."""
 SEARCH_SEED = 1000

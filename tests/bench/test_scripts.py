@@ -308,7 +308,7 @@ def test_study(module, tmp_path, monkeypatch, capsys):
         assert cli.main(list(words)) == 0
 
     for seeds, settings in study.ARMS.values():  # none of them a misspelt key or a value out of range
-        assert seeds > 0 and load(study.CONFIG, ["--task.path", "x", *settings]).prm.lr == 1e-4
+        assert seeds > 0 and load(study.CONFIG, ["--task.path", "x", *settings]).prm.lr == 3e-4
     assert {len(study.rates_of(arm)) for arm in study.ARMS} == {4}  # the same budget
     assert "--prm.lr" not in study.rates_of("grpo")[0] and "--prm.lr" in study.rates_of("prefix")[0]
     monkeypatch.setattr(study, "call", call)
