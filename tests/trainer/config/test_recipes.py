@@ -83,7 +83,7 @@ def test_bash_completes(tmp_path, capsys):
     assert main(["completion", "bash"]) == 0
     (tmp_path / "completion.bash").write_text(capsys.readouterr().out)
     (tmp_path / "run.toml").touch()
-    assert complete(tmp_path, "pr") == ["prm", "processbench"]
+    assert complete(tmp_path, "pr") == ["prm", "processbench", "profile"]
     assert complete(tmp_path, "init", "e") == ["eight_gpus"]
     assert complete(tmp_path, "rl", "ru") == ["run.toml"]
     assert complete(tmp_path, "rl", "run.toml", "--policy.clip") == ["--policy.clip_low", "--policy.clip_high"]
