@@ -65,6 +65,7 @@ class Run:
         self.prm: Trainable | None = None
         if self.needs.prm:
             if cfg.prm.path is not None:
+                prm_record.check_goes_on(cfg.prm.path, cfg.prm)
                 tokenizers.check_same_tokenizer(
                     tokenizers.load_tokenizer(cfg.prm_model), self.tokenizer, ("prm.path", "model.path")
                 )

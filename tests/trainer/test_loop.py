@@ -166,6 +166,8 @@ def test_a_prm_trained_before_is_gone_on_with(run_config, tmp_path):
     assert max(map(abs, of["own"])) > 1e-4 > max(map(abs, of["none"]))
     started, ended = weights(trained), weights(tmp_path / "own" / "prm")
     assert all(torch.allclose(started[key], ended[key], rtol=0, atol=1e-9) for key in started)
+    with pytest.raises(ValueError, match=r"trained with kind 'ce' \(prm\.json\), got prm\.kind = 'prefix'"):
+        loop.run(run_config(output=tmp_path / "refused", prm={"path": trained, "kind": "prefix"}))
     other = tiny.write_model(tmp_path / "other", sizes={"intermediate_size": 96})
     with pytest.raises(ModelError, match=r"prm\.path and model\.path .* intermediate_size is 96 and 128"):
         loop.run(run_config(output=tmp_path / "refused", prm={"path": other}))

@@ -44,3 +44,14 @@ def read(directory: str | Path) -> Trained | None:
     if isinstance(beta, bool) or not isinstance(beta, (int, float)) or not 0 < beta < float("inf"):
         raise ValueError(f"{path}: beta must be a number above 0, got {beta!r}")
     return Trained(kind, float(beta))
+
+
+def check_goes_on(directory: Path, cfg: PRMLossConfig) -> None:
+    """Raises ValueError where the PRM in `directory` has values of another sort than the loss of `cfg` fits: means of
+    log-ratios and sums of them."""
+    before = read(directory)
+    if before is not None and before.value != Trained(cfg.kind, cfg.scale).value:
+        raise ValueError(
+            f"prm.path = {str(directory)!r} was trained with kind {before.kind!r} ({RECORD}), got prm.kind = "
+            f"{cfg.kind!r}: one fits the mean of log-ratios, the other their sum"
+        )
