@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton", reason="triton is not installed: pip install 'prime-kernels[triton]'")
+pytest.importorskip("triton", reason="triton is not installed: pip install 'prime-process-rewards[triton]'")
 
 import torch
 import triton
