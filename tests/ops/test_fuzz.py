@@ -152,7 +152,8 @@ def ids_of_float(case, source):
 
 
 def ids_of_another_shape(case, source):
-    case.ids = torch.zeros([*case.shape, 2], dtype=torch.int64)
+    # One dimension more would be several ids of each position.
+    case.ids = torch.zeros([*case.shape, 2, 1], dtype=torch.int64)
     return "ids", ValueError, None
 
 

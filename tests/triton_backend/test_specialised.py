@@ -19,7 +19,7 @@ import torch
 import triton
 from triton_backend import stand_in
 
-from prime_kernels._backends import PPOTokens, PRMBatch, RlooBatch, RlooSettings, RowGradient
+from prime_kernels._backends import ClipRange, PPOTokens, PRMBatch, RlooBatch, RlooSettings, RowGradient
 from prime_kernels._triton import losses, pack, rloo, rows, segments
 from prime_kernels._triton._log_probs_kernels import forward_kernel
 
@@ -87,8 +87,8 @@ def checks(masked):
 
 def ppo(denominator=None, mask=True):
     tokens = PPOTokens(*(tensor(TOKENS) for _ in range(4)), tensor(TOKENS, dtype=torch.bool) if mask else None)
-    losses.ppo_loss_and_scale(tokens, (0.2, 0.2), denominator)
-    losses.ppo_gradient(tokens, (0.2, 0.2), tensor(1, dtype=torch.float64), tensor(1))
+    losses.ppo_loss_and_scale(tokens, ClipRange(0.2, 0.2, 3.0), denominator)
+    losses.ppo_gradient(tokens, ClipRange(0.2, 0.2, 3.0), tensor(1, dtype=torch.float64), tensor(1))
 
 
 def prm(kind, balanced=False):
