@@ -11,7 +11,8 @@ reference), ``"cpu"``, ``"triton"`` or ``"cuda"``. See :func:`use_backend` and :
 from prime_kernels._dispatch import BackendUnavailable, available_backends, use_backend
 from prime_kernels.ops import _custom_ops as _custom_ops
 from prime_kernels.ops.candidates import Candidates, candidates, distribution_ppo_loss
-from prime_kernels.ops.linear_log_probs import Head, linear_log_probs, linear_log_ratios
+from prime_kernels.ops.linear_log_probs import Head, linear_log_probs
+from prime_kernels.ops.linear_log_ratios import linear_log_ratios
 from prime_kernels.ops.linear_losses import linear_nll, linear_ppo_loss
 from prime_kernels.ops.log_probs import log_probs
 from prime_kernels.ops.log_ratios import LogRatios, log_ratios
