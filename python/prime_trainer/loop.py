@@ -65,7 +65,7 @@ class Run:
         self.prm: Trainable | None = None
         if self.needs.prm:
             if cfg.prm.path is not None:
-                prm_record.check_goes_on(cfg.prm.path, cfg.prm)
+                prm_record.check_goes_on(cfg.prm_model, cfg.prm)
                 tokenizers.check_same_tokenizer(
                     tokenizers.load_tokenizer(cfg.prm_model), self.tokenizer, ("prm.path", "model.path")
                 )
@@ -226,7 +226,7 @@ def _run(cfg: RunConfig, ranks: Ranks) -> Path:
             saver.wait()
             loading.save(trainer.policy.model, trainer.tokenizer, cfg.output / "final", ranks)
             if trainer.prm is not None:
-                untrained = Path(cfg.prm_model.path) if cfg.prm.update == "none" else None
+                untrained = cfg.prm_model if cfg.prm.update == "none" else None
                 beside = prm_record.files(cfg.prm, untrained)
                 loading.save(trainer.prm.model, trainer.tokenizer, cfg.output / "prm", ranks, beside)
     except Exception as error:

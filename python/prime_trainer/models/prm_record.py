@@ -6,8 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from ..config.sections import PRMKind, PRMLossConfig, ScoreValue
+from ..config.sections import ModelConfig, PRMKind, PRMLossConfig, ScoreValue
 from ..run.jsonl import read_object
+from . import loading
 
 RECORD = "prm.json"
 
@@ -24,10 +25,10 @@ class Trained:
         return "mean" if self.kind == "prefix" else "sum"
 
 
-def files(cfg: PRMLossConfig, kept_from: Path | None = None) -> dict[str, dict[str, Any]]:
-    """What to save beside a PRM, a JSON object by its file name; of one that was not trained, the record that is in the
-    directory `kept_from`, where it is from."""
-    known = Trained(cfg.kind, cfg.scale) if kept_from is None else read(kept_from)
+def files(cfg: PRMLossConfig, kept_from: ModelConfig | None = None) -> dict[str, dict[str, Any]]:
+    """What to save beside a PRM, a JSON object by its file name; of one that was not trained, the record of the
+    model `kept_from`, where it is from."""
+    known = Trained(cfg.kind, cfg.scale) if kept_from is None else of_model(kept_from)
     return {} if known is None else {RECORD: asdict(known)}
 
 
@@ -46,12 +47,18 @@ def read(directory: str | Path) -> Trained | None:
     return Trained(kind, float(beta))
 
 
-def check_goes_on(directory: Path, cfg: PRMLossConfig) -> None:
-    """Raises ValueError where the PRM in `directory` has values of another sort than the loss of `cfg` fits: means of
-    log-ratios and sums of them."""
-    before = read(directory)
+def of_model(model: ModelConfig) -> Trained | None:
+    """Of the model where it lies on this machine, a name on the Hub included; None for a GGUF file."""
+    directory = loading.directory(model)
+    return None if directory is None else read(directory)
+
+
+def check_goes_on(model: ModelConfig, cfg: PRMLossConfig) -> None:
+    """Raises ValueError where the PRM that `rl` starts from has values of another sort than the loss of `cfg` fits: one
+    is the mean of log-ratios, the other their sum."""
+    before = of_model(model)
     if before is not None and before.value != Trained(cfg.kind, cfg.scale).value:
         raise ValueError(
-            f"prm.path = {str(directory)!r} was trained with kind {before.kind!r} ({RECORD}), got prm.kind = "
+            f"prm.path = {model.path!r} was trained with kind {before.kind!r} ({RECORD}), got prm.kind = "
             f"{cfg.kind!r}: one fits the mean of log-ratios, the other their sum"
         )

@@ -66,7 +66,7 @@ class Models:
     @cached_property
     def fingerprints(self) -> dict[str, Any]:
         """What decides the scores beside the settings and the responses."""
-        trained = prm_record.read(self._cfg.model.path)
+        trained = prm_record.of_model(self._cfg.model)
         return {
             **loading.fingerprints({"model.path": self._cfg.model, "score.reference": self._reference}),
             "tokenizer": tokenizers.TokenizerIdentity.of(self.tokenizer).fingerprint(),

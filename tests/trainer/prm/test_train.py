@@ -126,12 +126,14 @@ def test_it_learns_and_its_checkpoint_scores(prm_config, tokenizer):
 
 
 def test_what_it_was_trained_as_stands_beside_it(prm_config):
-    final = train.run(prm_config(kind="prefix", beta=None))
+    cfg = prm_config(kind="prefix", beta=None)
+    final = train.run(cfg)
     assert json.loads((final / "prm.json").read_text()) == {"kind": "prefix", "beta": 10.0}
     assert prm_record.read(final) == prm_record.Trained("prefix", 10.0)
+    saved = cfg.model.model_copy(update={"path": str(final)})
     # A PRM that `rl` does not train is what it was, whatever the loss there would be.
-    assert prm_record.files(PRMConfig(update="none"), final) == {"prm.json": {"kind": "prefix", "beta": 10.0}}
-    assert prm_record.files(PRMConfig(update="none"), final.parent) == {}
+    assert prm_record.files(PRMConfig(update="none"), saved) == {"prm.json": {"kind": "prefix", "beta": 10.0}}
+    assert prm_record.files(PRMConfig(update="none"), cfg.model) == {}
 
 
 def test_prefixes_learn_and_are_judged_by_their_means(prm_config, monkeypatch):
