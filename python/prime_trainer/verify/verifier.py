@@ -164,7 +164,7 @@ _WHOLE_NUMBER = re.compile(r"0|-?[1-9][0-9]{0,17}")
 
 def _settled(answer: ScoredAnswer, text: str) -> Verdict | None:
     """The verdict on a whole number where the reference is one, both written in the one shortest way; else None. To
-    compare the digits evaluates nothing, and a process for it would cost some hundred times as much."""
+    compare the digits evaluates nothing, so it needs no process."""
     if not isinstance(answer, MathAnswer) or answer.tolerance is not None:
         return None
     if not all(map(_WHOLE_NUMBER.fullmatch, (answer.reference, text))):
