@@ -4,8 +4,9 @@ usage: python bench/study/study.py STAGE OUTPUT [--seeds N] [--arms NAME ..] [--
 
 The stages, each of which skips what is done and resumes what was interrupted; words after -- go to all runs:
 
-    warmup   the problems, OUTPUT/data, and the model that all arms start from, OUTPUT/sft
-    search   every arm with each of its learning rates, one seed that the study does not use: OUTPUT/search.json
+    warmup   the problems, OUTPUT/data, the model that all arms start from, OUTPUT/sft, and a PRM, OUTPUT/prm, that was
+             trained on 2,400 of its responses
+    search   every arm with each of its learning rates, two seeds that the study does not use: OUTPUT/search.json
     run      every arm with its best rates and its seeds, `--jobs` side by side with one thread each: OUTPUT/ARM-SEED
     collect  OUTPUT/study: the report of all finished runs, their metrics and configurations, and localisation.md
 """
@@ -18,15 +19,14 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from prime_trainer.report.comparison import MEASURES, Comparison, arms_of, value_of
 from prime_trainer.report.markdown import grid
 from prime_trainer.report.page import write_report
-from prime_trainer.report.run_record import read_record
 from prime_trainer.run.jsonl import read_jsonl
 
 HERE = Path(__file__).resolve().parent
@@ -34,26 +34,32 @@ sys.path.append(str(HERE))
 import chains  # noqa: E402
 
 CONFIG = HERE / "study.toml"
-OUTCOME_RATES = tuple(("--policy.lr", rate) for rate in ("1e-5", "2e-5", "4e-5", "8e-5"))
+OUTCOME_RATES = tuple(("--policy.lr", rate) for rate in ("2.5e-5", "5e-5", "1e-4", "2e-4"))
 PROCESS_RATES = tuple(
-    ("--policy.lr", rate, "--prm.lr", prm_rate) for rate in ("2e-5", "4e-5") for prm_rate in ("1e-4", "3e-4")
+    ("--policy.lr", rate, "--prm.lr", prm_rate) for rate in ("5e-5", "1e-4") for prm_rate in ("1e-4", "3e-4")
 )
 """Learning rates that an arm is searched over: four settings for each arm, with a PRM or without."""
-SEARCH_SEED = 1000
+SEARCH_SEEDS = (1000, 1001)
+SEARCH_STEPS = 40
 OUTCOMES_ALONE = ("--algorithm.process_coef", "0")
 BALANCED = ("--prm.balance", "true")
-BALANCED_GAE = (*BALANCED, "--algorithm.process_return", "gae", "--algorithm.whiten_of", "source")
-PREFIX = (*BALANCED_GAE, "--prm.kind", "prefix", "--prm.beta", "10", "--prm.ref_type", "policy")
+LOCAL = (*BALANCED, "--algorithm.process_return", "gae", "--algorithm.whiten_of", "source", "--prm.ref_type", "policy")
+TD = (*LOCAL, "--algorithm.gae_lambda", "0", "--prm.update", "before")
+PREFIX = (*LOCAL, "--prm.kind", "prefix", "--prm.beta", "10")
+OFFLINE_PRM = ("--train_prm.beta", "2", "--train_prm.lr", "3e-4", "--train_prm.epochs", "2")
 ARMS: dict[str, tuple[int, tuple[str, ...]]] = {
     "rloo": (5, OUTCOMES_ALONE),
-    "grpo": (3, (*OUTCOMES_ALONE, "--algorithm.estimator", "grpo", "--algorithm.whiten", "false")),
+    "grpo": (5, (*OUTCOMES_ALONE, "--algorithm.estimator", "grpo", "--algorithm.whiten", "false")),
     "prime": (5, ()),
-    "balanced": (3, BALANCED),
-    "balanced-gae": (3, BALANCED_GAE),
-    "prefix": (3, PREFIX),
-    "prefix-candidates": (3, (*PREFIX, "--algorithm.candidates.coef", "0.1")),
+    "balanced": (5, BALANCED),
+    "td": (5, TD),
+    "td-warm": (5, (*TD, "--prm.path", "{prm}")),
+    "prefix": (5, PREFIX),
+    "prefix-candidates": (5, (*PREFIX, "--algorithm.candidates.coef", "0.1")),
 }
-"""Seeds and settings of each; the first is what the others are compared with."""
+"""Seeds and settings of each; {prm} is the PRM of the warm-up. The first is what the others are compared with."""
+LOST, LOST_REWARD = "lost", 0.15
+"""Mark of a run of the search that ended early, and the mean reward of its last three steps below which that is so."""
 REPORTED = ("config.json", "metrics.jsonl")
 
 
@@ -67,9 +73,9 @@ def call(words: Sequence[str], log: Path) -> None:
         raise RuntimeError(f"{words[0]} ended with status {status}: see {log}")
 
 
-def train(command: str, output: Path, words: Sequence[str], config: Path = CONFIG) -> None:
+def train(command: str, output: Path, words: Sequence[str]) -> None:
     """A run, unless it is finished; one that left a checkpoint goes on from it."""
-    if (output / "final").is_dir():
+    if (output / "final").is_dir() or (output / LOST).exists():
         print(f"{output}: done", flush=True)
         return
     resume = any((output / "checkpoints").glob("step_*"))
@@ -78,17 +84,28 @@ def train(command: str, output: Path, words: Sequence[str], config: Path = CONFI
     output.parent.mkdir(parents=True, exist_ok=True)
     print(f"{output}: {'goes on' if resume else 'starts'}", flush=True)
     last = ["--resume"] if resume else []
-    call([command, str(config), "--output", str(output), *words, *last], output.parent / f"{output.name}.log")
+    call([command, str(CONFIG), "--output", str(output), *words, *last], output.parent / f"{output.name}.log")
 
 
-def side_by_side(jobs: int, runs: Sequence[tuple[Path, list[str]]]) -> None:
+def train_or_lose(output: Path, words: Sequence[str]) -> None:
+    """As `train` of `rl`, but a run whose policy solves nothing any more is a result of the search, and finished."""
+    try:
+        train("rl", output, words)
+    except RuntimeError:
+        rewards = rewards_of(output)
+        if not rewards or sum(rewards[-3:]) / 3 > LOST_REWARD:
+            raise
+        (output / LOST).touch()
+
+
+def rewards_of(run: Path) -> list[float]:
+    return [row["reward"] for row in read_jsonl(run / "metrics.jsonl") if row["stage"] == "rl"]
+
+
+def side_by_side(jobs: int, runs: Sequence[tuple[Path, list[str]]], one: Callable[[Path, list[str]], None]) -> None:
     """All of them, in order; the first error is raised once those that have begun are through."""
-    if jobs == 1:
-        for output, words in runs:
-            train("rl", output, words)
-        return
     with ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(train, "rl", output, words) for output, words in runs]
+        futures = [pool.submit(one, output, words) for output, words in runs]
         try:
             for future in futures:
                 future.result()
@@ -103,26 +120,36 @@ def rates_of(arm: str) -> tuple[tuple[str, ...], ...]:
 
 def search(output: Path, arms: Sequence[str], jobs: int, words: list[str]) -> dict[str, list[str]]:
     """The learning rates of highest mean reward for each arm, every arm with the same budget."""
-    runs = {(arm, rates): output / "search" / "-".join((arm, *rates[1::2])) for arm in arms for rates in rates_of(arm)}
+
+    def place_of(arm: str, rates: tuple[str, ...], seed: int) -> Path:
+        return output / "search" / "-".join((arm, *rates[1::2], str(seed)))
+
+    runs = [(arm, rates, seed) for seed in SEARCH_SEEDS for arm in arms for rates in rates_of(arm)]
+    short = ["--steps", str(SEARCH_STEPS), "--eval.every", "0", *words]
     side_by_side(jobs, [
-        (path, [*of_arm(output, arm, SEARCH_SEED), *rates, *words]) for (arm, rates), path in runs.items()
-    ])  # fmt: skip
-    place, measure = output / "search.json", next(m for m in MEASURES if m.over == "all" and m.share)
+        (place_of(arm, rates, seed), [*of_arm(output, arm, seed), *rates, *short]) for arm, rates, seed in runs
+    ], train_or_lose)  # fmt: skip
+    place = output / "search.json"
     found = json.loads(place.read_text()) if place.is_file() else {}
     for arm in arms:
-        records = [read_record(runs[arm, rates]) for rates in rates_of(arm)]
-        together = Comparison(arms_of(records).arms, ())
-        rewards = [value_of(measure, record, together) or 0.0 for record in records]
-        best = max(range(len(rewards)), key=rewards.__getitem__)
-        tried = {" ".join(rates): reward for rates, reward in zip(rates_of(arm), rewards, strict=True)}
-        found[arm] = {"best": list(rates_of(arm)[best]), "mean rewards": tried}
+        tried = {rates: [mean_reward(place_of(arm, rates, seed)) for seed in SEARCH_SEEDS] for rates in rates_of(arm)}
+        best = max(tried, key=lambda rates: sum(tried[rates]))
+        found[arm] = {
+            "best": list(best), "mean rewards": {" ".join(rates): rewards for rates, rewards in tried.items()}
+        }  # fmt: skip
     place.write_text(json.dumps(found, indent=1) + "\n")
     return {arm: found[arm]["best"] for arm in arms}
 
 
+def mean_reward(run: Path) -> float:
+    """Over all steps; 0 after the last step of a run that ended early, as one does whose policy has been lost."""
+    return sum(rewards_of(run)) / SEARCH_STEPS
+
+
 def of_arm(output: Path, arm: str, seed: int) -> list[str]:
-    model = output / "sft" / "final"
-    return ["--model.path", str(model), "--seed", str(seed), *problems(output), *ARMS[arm][1]]
+    model, prm = output / "sft" / "final", output / "prm" / "final"
+    settings = [word.format(prm=prm) for word in ARMS[arm][1]]
+    return ["--model.path", str(model), "--seed", str(seed), *problems(output), *settings]
 
 
 def problems(output: Path) -> list[str]:
@@ -136,6 +163,18 @@ def warm_up(output: Path, words: list[str]) -> None:
         chains.write(data)
     model, worked = ("--model.path", str(data / "untrained")), ("--sft.path", str(data / "worked.jsonl"))
     train("sft", output / "sft", [*model, *worked, *problems(output), *words])
+    start, responses = ["--model.path", str(output / "sft" / "final"), *problems(output)], output / "responses"
+    if not (output / "prm" / "final").is_dir():
+        sample = [sys.executable, str(HERE.parent / "prm" / "sample.py"), str(CONFIG)]
+        subprocess.run([*sample, *start, "--output", str(responses)], check=True)
+        data = [
+            "--train_prm.path",
+            str(responses / "train.jsonl"),
+            "--train_prm.eval_path",
+            str(responses / "test.jsonl"),
+        ]
+        cache = ["--train_prm.cache", str(output / "reference-cache")]
+        train("prm", output / "prm", [*start, *data, *cache, *OFFLINE_PRM, *words])
 
 
 def study(output: Path, arms: Sequence[str], seeds: int | None, jobs: int, words: list[str]) -> None:
@@ -149,7 +188,7 @@ def study(output: Path, arms: Sequence[str], seeds: int | None, jobs: int, words
                 continue
             best = rates[arm]["best"] if arm in rates else []
             runs.append((output / f"{arm}-{seed}", [*of_arm(output, arm, seed), *best, *words]))
-    side_by_side(jobs, runs)
+    side_by_side(jobs, runs, partial(train, "rl"))
 
 
 def collect(output: Path, arms: Sequence[str]) -> Path:
