@@ -50,10 +50,16 @@ def searched(
     good &= results.lse.isfinite().unsqueeze(-1)
     if mask is not None:
         good &= mask.unsqueeze(-1)
-    found_ids, order = found_ids.where(good, logits.shape[-1]).sort(-1)
-    good = good.gather(-1, order)
-    found = found.gather(-1, order).where(good, -torch.inf)
-    return RowCandidates(results.logp, results.lse, found_ids.where(good, -1), found)
+    return RowCandidates(
+        results.logp, results.lse, *ascending(found_ids.where(good, -1), found.where(good, -torch.inf))
+    )
+
+
+def ascending(found_ids: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns [N, slots] in the order of their ids, free slots, with id -1, last."""
+    last = torch.iinfo(found_ids.dtype).max
+    found_ids, order = found_ids.where(found_ids >= 0, last).sort(-1)
+    return found_ids.where(found_ids < last, -1), found.gather(-1, order)
 
 
 def logits_gradient(

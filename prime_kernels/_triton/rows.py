@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from prime_kernels._backends import RowCandidates, RowGradient, RowResults
-from prime_kernels._eager.rows import searched
+from prime_kernels._eager.rows import SEARCH_SLACK, ascending
 from prime_kernels._layout import column, is_rows, mask_column, row_stride
 from prime_kernels._triton._launch import device_of, on_device
-from prime_kernels._triton._launch_config import Config, choose
-from prime_kernels._triton._log_probs_kernels import backward_kernel, combine_kernel, forward_kernel
+from prime_kernels._triton._launch_config import Config, choose, power_of_two_from
+from prime_kernels._triton._log_probs_kernels import backward_kernel, combine_kernel, forward_kernel, search_kernel
 
 # Rows that all start at 16-byte boundaries: strides that are multiples of 8 columns (for any dtype), aligned addresses.
 ALIGNED_COLUMNS, ALIGNED_BYTES = 8, 16
@@ -27,11 +27,30 @@ def token_log_probs(
     config: Config | None = None,
 ) -> RowResults:
     """Results [models, N] of one to three models: one launch if they share a dtype, else one launch each."""
-    first, count = models[0], len(models)
+    first = models[0]
     if any(z.dtype != first.dtype for z in models):
         each = zip(models, temperatures, strict=True)
         parts = [token_log_probs([z], ids, mask, [temperature], with_entropy, config) for z, temperature in each]
         return RowResults.cat(parts, 0)
+    return _scored(models, ids, mask, temperatures, with_entropy, config or _chosen(models), None)
+
+
+def _chosen(models: Sequence[Tensor]) -> Config:
+    (rows, vocabulary), first = models[0].shape, models[0]
+    return choose(max(1, len(models) * rows), vocabulary, first.element_size(), device_of(first.device))
+
+
+def _scored(
+    models: Sequence[Tensor],
+    ids: Tensor,
+    mask: Tensor | None,
+    temperatures: Sequence[float],
+    with_entropy: bool,
+    config: Config,
+    lanes: Tensor | None,
+) -> RowResults:
+    """Results of models of one dtype; ``lanes`` [models, N, splits, lanes of a block] gets the maxima of lanes."""
+    first, count = models[0], len(models)
     rows, vocabulary = first.shape
     assert all(is_rows(z) and z.shape == first.shape for z in models) and vocabulary < 2**31
     ids, mask = column(ids, torch.int64, rows, first.device), mask_column(mask, rows, first.device)
@@ -39,7 +58,6 @@ def token_log_probs(
     entropy = torch.empty_like(lse) if with_entropy else None
     if rows == 0:
         return RowResults(logp, lse, entropy)
-    config = config or choose(count * rows, vocabulary, first.element_size(), device_of(first.device))
     splits = config.splits
     partial = lse if splits == 1 else first.new_empty(PARTIAL_FIELDS, count, rows, splits, dtype=torch.float32)
     alignment = _alignment(*models)
@@ -58,9 +76,11 @@ def token_log_probs(
             mask,
             *outputs,
             partial,
+            lse if lanes is None else lanes,
             rows,
             vocabulary,
             _chunk(vocabulary, config),
+            SEARCHED=lanes is not None,
             **common,
             ALIGNMENT=alignment,
             WIDTH=ALIGNED_BYTES // first.element_size(),
@@ -76,9 +96,42 @@ def token_log_probs(
 def token_candidates(
     logits: Tensor, ids: Tensor, mask: Tensor | None, temperature: float, log_min_prob: float, slots: int
 ) -> RowCandidates:
-    """Results and candidates of logits [N, V]; torch.topk comes after the kernel."""
-    results = token_log_probs([logits], ids, mask, [temperature], False).only_model()
-    return searched(results, logits, mask, temperature, log_min_prob, slots)
+    """Results and candidates of logits [N, V]: a second launch reads the lanes again that have candidates."""
+    (rows, vocabulary), device = logits.shape, logits.device
+    config, width = _chosen([logits]), ALIGNED_BYTES // logits.element_size()
+    lanes = logits.new_empty(1, rows, config.splits, config.block // width, dtype=torch.float32)
+    results = _scored([logits], ids, mask, [temperature], False, config, lanes).only_model()
+    found_ids = torch.full((rows, slots), -1, dtype=torch.int64, device=device)
+    found = torch.full((rows, slots), -torch.inf, dtype=torch.float32, device=device)
+    if rows:
+        ids, mask = column(ids, torch.int64, rows, device), mask_column(mask, rows, device)
+        alignment = _alignment(logits)
+        counts = torch.zeros(rows, dtype=torch.int32, device=device)
+        with on_device(device):
+            search_kernel[(rows, config.splits)](
+                logits,
+                row_stride(logits) // alignment,
+                1.0 / temperature,
+                log_min_prob - SEARCH_SLACK,
+                ids,
+                ids if mask is None else mask,
+                results.lse,
+                lanes,
+                counts,
+                found_ids,
+                found,
+                vocabulary,
+                _chunk(vocabulary, config),
+                slots,
+                MASKED=mask is not None,
+                SPLITS=config.splits,
+                ALIGNMENT=alignment,
+                WIDTH=width,
+                BLOCK=config.block,
+                BLOCKS=power_of_two_from(_chunk(vocabulary, config) // config.block),
+                num_warps=1,
+            )
+    return RowCandidates(results.logp, results.lse, *ascending(found_ids, found))
 
 
 def logits_gradient(

@@ -67,8 +67,8 @@ def candidates(
     For gradients, give these ids [..., M] to :func:`prime_kernels.log_probs` or
     :func:`prime_kernels.linear_log_probs`, and the log-probs to :func:`prime_kernels.distribution_ppo_loss`. "cpu"
     searches each row while it is in cache; with a Head it makes the few blocks of logits that hold a candidate again.
-    "eager", "triton" and "cuda" use torch.topk on the logits or the tile after scoring them. Equally probable tokens
-    come in the order of their ids.
+    "triton" and "cuda" read a few percent of the logits or of the tile once more; "eager" uses torch.topk on them.
+    Equally probable tokens come in the order of their ids.
 
     Args:
         scored: logits [..., V], as in :func:`prime_kernels.log_probs`; or a Head, of which logits never exist at once.

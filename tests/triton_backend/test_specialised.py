@@ -46,6 +46,11 @@ def forward(models=1, entropy=True, count=ROWS, columns=VOCABULARY, dtype=torch.
     return rows.token_log_probs(logits, tensor(count, dtype=torch.int64), mask, [0.7] * models, entropy)
 
 
+def candidates(count=ROWS, columns=VOCABULARY, dtype=torch.bfloat16):
+    mask = tensor(count, dtype=torch.bool)
+    rows.token_candidates(tensor(count, columns, dtype=dtype), tensor(count, dtype=torch.int64), mask, 0.7, -2.3, 11)
+
+
 def backward(entropy=True, columns=VOCABULARY, dtype=torch.bfloat16, apart=False):
     logits, column = tensor(ROWS, columns, dtype=dtype), tensor(ROWS)
     gradient = RowGradient(column, *((column, column, column) if entropy else (None, column, None)))
@@ -117,6 +122,9 @@ CASES = {
     "forward, odd vocabulary, aligned rows": lambda: forward(columns=ODD, stride=ODD + 7),
     "forward, one row": lambda: forward(count=1),
     "forward, one row of three models, odd vocabulary": lambda: forward(3, entropy=False, count=2, columns=ODD),
+    "candidates": candidates,
+    "candidates, float32, odd vocabulary": lambda: candidates(dtype=torch.float32, columns=ODD),
+    "candidates, one row": lambda: candidates(count=1),
     "backward": backward,
     "backward, no entropy": lambda: backward(entropy=False),
     "backward, float32": lambda: backward(dtype=torch.float32),
