@@ -193,16 +193,17 @@ void bind_rows(py::module_& m) {
   bind_cpu_rows(m, "log_probs_forward", forward, &pk_cpu_log_probs_forward);
   bind_cpu_rows(m, "log_probs_backward", backward, &pk_cpu_log_probs_backward);
   using Search = pk_candidates_args;
-  bind_cpu_rows(m, "candidates",
-                std::vector{PK_MEMBER(Search, logits), PK_MEMBER(Search, stride), PK_MEMBER(Search, dtype),
-                            PK_MEMBER(Search, ids), PK_MEMBER(Search, mask), PK_MEMBER(Search, n_rows),
-                            PK_MEMBER(Search, n_cols), PK_MEMBER(Search, temperature), PK_MEMBER(Search, log_min_prob),
-                            PK_MEMBER(Search, n_slots), PK_MEMBER(Search, logp), PK_MEMBER(Search, lse),
-                            PK_MEMBER(Search, found_ids), PK_MEMBER(Search, found)},
-                &pk_cpu_candidates);
+  const std::vector<Member<Search>> search = {
+      PK_MEMBER(Search, logits), PK_MEMBER(Search, stride), PK_MEMBER(Search, dtype),
+      PK_MEMBER(Search, ids), PK_MEMBER(Search, mask), PK_MEMBER(Search, n_rows),
+      PK_MEMBER(Search, n_cols), PK_MEMBER(Search, temperature), PK_MEMBER(Search, log_min_prob),
+      PK_MEMBER(Search, n_slots), PK_MEMBER(Search, logp), PK_MEMBER(Search, lse),
+      PK_MEMBER(Search, found_ids), PK_MEMBER(Search, found)};
+  bind_cpu_rows(m, "candidates", search, &pk_cpu_candidates);
 #ifdef PK_HAS_CUDA
   bind_cuda(m, "log_probs_forward", forward, &pk_cuda_log_probs_forward);
   bind_cuda(m, "log_probs_backward", backward, &pk_cuda_log_probs_backward);
+  bind_cuda(m, "candidates", search, &pk_cuda_candidates);
 #endif
 }
 

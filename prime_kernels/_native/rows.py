@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from prime_kernels._backends import RowCandidates, RowGradient, RowResults
-from prime_kernels._eager.rows import searched
+from prime_kernels._eager.rows import ascending
 from prime_kernels._layout import column, is_rows, mask_column, row_stride
 from prime_kernels._native import _C, DTYPES, address
 
@@ -55,41 +55,35 @@ def token_log_probs(
 def token_candidates(
     logits: Tensor, ids: Tensor, mask: Tensor | None, temperature: float, log_min_prob: float, slots: int
 ) -> RowCandidates:
-    """Results and candidates of logits [N, V]: one pass on CPUs; on CUDA torch.topk comes after the kernel."""
+    """Results and candidates of logits [N, V] in one pass."""
     (rows, vocabulary), device = logits.shape, logits.device
-    if device.type != "cpu":
-        return candidates_after(logits, ids, mask, temperature, log_min_prob, slots)
     assert is_rows(logits)
     ids, mask = column(ids, torch.int64, rows, device), mask_column(mask, rows, device)
     logp, lse = torch.empty(2, rows, dtype=torch.float32, device=device)
     found_ids = torch.empty(rows, slots, dtype=torch.int64, device=device)
     found = torch.empty(rows, slots, dtype=torch.float32, device=device)
-    _C.candidates(
-        logits=logits.data_ptr(),
-        stride=row_stride(logits),
-        dtype=DTYPES[logits.dtype],
-        ids=ids.data_ptr(),
-        mask=address(mask),
-        n_rows=rows,
-        n_cols=vocabulary,
-        temperature=temperature,
-        log_min_prob=log_min_prob,
-        n_slots=slots,
-        logp=logp.data_ptr(),
-        lse=lse.data_ptr(),
-        found_ids=found_ids.data_ptr(),
-        found=found.data_ptr(),
-        n_threads=torch.get_num_threads(),
-    )
-    return RowCandidates(logp, lse, found_ids, found)
-
-
-def candidates_after(
-    logits: Tensor, ids: Tensor, mask: Tensor | None, temperature: float, log_min_prob: float, slots: int
-) -> RowCandidates:
-    """What :func:`token_candidates` is on CUDA."""
-    results = token_log_probs([logits], ids, mask, [temperature], False).only_model()
-    return searched(results, logits, mask, temperature, log_min_prob, slots)
+    fields = {
+        "logits": logits.data_ptr(),
+        "stride": row_stride(logits),
+        "dtype": DTYPES[logits.dtype],
+        "ids": ids.data_ptr(),
+        "mask": address(mask),
+        "n_rows": rows,
+        "n_cols": vocabulary,
+        "temperature": temperature,
+        "log_min_prob": log_min_prob,
+        "n_slots": slots,
+        "logp": logp.data_ptr(),
+        "lse": lse.data_ptr(),
+        "found_ids": found_ids.data_ptr(),
+        "found": found.data_ptr(),
+    }
+    if device.type == "cpu":
+        _C.candidates(**fields, n_threads=torch.get_num_threads())
+        return RowCandidates(logp, lse, found_ids, found)
+    with torch.cuda.device(device):
+        _C.cuda_candidates(**fields, stream=torch.cuda.current_stream(device).cuda_stream)
+    return RowCandidates(logp, lse, *ascending(found_ids, found))
 
 
 def logits_gradient(

@@ -20,7 +20,7 @@ CPU_SOURCES = [*sorted((ROOT / "csrc" / "cpu").glob("*.cpp")), ROOT / "csrc" / "
 SOURCES = [
     *(
         ROOT / "csrc" / "cuda" / f"{name}.cu"
-        for name in ("log_probs", "losses", "prefix_loss", "rloo", "segments", "status")
+        for name in ("candidates", "log_probs", "losses", "prefix_loss", "rloo", "segments", "status")
     ),
     *CPU_SOURCES,
 ]
@@ -97,6 +97,9 @@ class Rows:
     def log_probs_backward(self, *, n_threads, **arguments) -> None:
         self.extension.cuda_log_probs_backward(**arguments, stream=0)
 
+    def candidates(self, *, n_threads, **arguments) -> None:
+        self.extension.cuda_candidates(**arguments, stream=0)
+
 
 def load(module: Path) -> None:
     """Put this extension in the place of the real one."""
@@ -119,7 +122,6 @@ def install(module: Path) -> None:
 
     packed.CudaKernels._launch = launch
     rows._C = Rows(_native._C)
-    rows.token_candidates = rows.candidates_after
 
 
 def pytest_collection_modifyitems(config, items) -> None:

@@ -87,8 +87,12 @@ def unrolled_loop(kernel):
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 @pytest.mark.parametrize(
-    "op, wide", [("log_probs", True), ("losses", False), ("prefix_loss", False), ("rloo", False), ("segments", False)]
-)
+    "op, wide",
+    [
+        ("candidates", True), ("log_probs", True), ("losses", False), ("prefix_loss", False), ("rloo", False),
+        ("segments", False),
+    ],
+)  # fmt: skip
 def test_cuda_kernels_keep_to_registers(nvcc, nvdisasm, tmp_path, op, wide, architecture):
     """No spills, no local memory, and 16 bytes a load where a row is read."""
     source, cubin = ROOT / "csrc" / "cuda" / f"{op}.cu", tmp_path / "a.cubin"

@@ -96,9 +96,9 @@ typedef struct pk_candidates_args {
   int64_t n_slots;     // at most this many of a row are written
   float* logp;         // [n_rows]
   float* lse;          // [n_rows]
-  int64_t* found_ids;  // [n_rows, n_slots]: ascending, then -1
+  int64_t* found_ids;  // [n_rows, n_slots]: ascending (on CUDA in any order), then -1
   float* found;        // [n_rows, n_slots]: their logits, then -inf
-  int64_t* bad_row;
+  int64_t* bad_row;    // CPU, as in pk_log_probs_args
 } pk_candidates_args;
 
 // An output layer over tokens: z = hidden @ weight.T + bias, in float32 for any operands. CPU only.
@@ -386,6 +386,7 @@ int pk_cpu_prefix_loss(const pk_prefix_args* args);
 // `stream` is a cudaStream_t. The launch is asynchronous, and all addresses are device addresses unless noted.
 int pk_cuda_log_probs_forward(const pk_log_probs_args* args, void* stream);
 int pk_cuda_log_probs_backward(const pk_log_probs_grad_args* args, void* stream);
+int pk_cuda_candidates(const pk_candidates_args* args, void* stream);
 int pk_cuda_segment_scan(const pk_segment_scan_args* args, void* stream);
 int pk_cuda_segment_sum(const pk_segment_sum_args* args, void* stream);
 int pk_cuda_segment_fill(const pk_segment_fill_args* args, void* stream);

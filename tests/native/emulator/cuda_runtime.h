@@ -15,6 +15,7 @@
 #include <functional>
 #include <memory>
 #include <tuple>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -201,8 +202,9 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
   const unsigned thread = threadIdx.x;
   return emulator::shuffle(value, thread ^ static_cast<unsigned>(mask));
 }
-inline uint32_t atomicAdd(uint32_t* at, uint32_t value) {
-  const uint32_t before = *at;
+template <typename T>
+T atomicAdd(T* at, std::common_type_t<T> value) {
+  const T before = *at;
   *at += value;
   return before;
 }
