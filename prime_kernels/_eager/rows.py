@@ -34,15 +34,8 @@ def token_log_probs(
 def token_candidates(
     logits: Tensor, ids: Tensor, mask: Tensor | None, temperature: float, log_min_prob: float, slots: int
 ) -> RowCandidates:
-    """Results [N] of logits [N, V] and the tokens with a log-probability of at least ``log_min_prob``."""
+    """Results [N] of logits [N, V] and, by torch.topk, the tokens of a log-probability of at least ``log_min_prob``."""
     results = token_log_probs([logits], ids, mask, [temperature], False).only_model()
-    return searched(results, logits, mask, temperature, log_min_prob, slots)
-
-
-def searched(
-    results: RowResults, logits: Tensor, mask: Tensor | None, temperature: float, log_min_prob: float, slots: int
-) -> RowCandidates:
-    """What :func:`token_candidates` finds, from the results of scored rows, by torch.topk: a second pass."""
     found, found_ids = logits.topk(min(slots, logits.shape[-1]), -1)
     found = found.to(result_dtype(logits))
     # Comparisons with NaN, as where a row has no distribution, are false.
