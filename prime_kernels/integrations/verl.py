@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from prime_kernels.integrations import _logits
-from prime_kernels.integrations._patching import Integration, function_target
+from prime_kernels.integrations._patching import Integration, Patched, function_target, kernel_of
 from prime_kernels.ops.log_probs import log_probs
 from prime_kernels.ops.prm_loss import prm_loss
 from prime_kernels.ops.rloo_advantages import rloo_advantages
@@ -195,7 +195,12 @@ _INTEGRATION = Integration(
     tested="0.9.1",
     namespaces=("verl", "recipe"),
     targets=(
-        function_target(_LOGITS, logprobs_from_logits, "logits, labels, inplace_backward=True"),
+        function_target(
+            _LOGITS,
+            logprobs_from_logits,
+            "logits, labels, inplace_backward=True",
+            fused=kernel_of("flash_attn", "on CUDA verl runs flash-attn's cross-entropy"),
+        ),
         function_target(_LOGITS, logprobs_from_logits_naive, "logits, labels"),
         function_target(_LOGITS, logprobs_from_logits_v2, "logits, labels"),
         function_target(_LOGITS, entropy_from_logits, "logits"),
@@ -213,13 +218,19 @@ _INTEGRATION = Integration(
 )
 
 
-def patch() -> None:
-    """Replace verl's functions by these, in its registry of advantage estimators too. A second call changes nothing.
+def patch(*, replace_fused: bool = False) -> Patched:
+    """Replace verl's functions by these, in its registry of advantage estimators too.
+
+    Returns and logs what was replaced and what was left. The last call holds.
+
+    Args:
+        replace_fused: where there is a GPU, also replace ``logprobs_from_logits`` where flash-attn is installed, whose
+            cross-entropy verl runs.
 
     Raises:
         IntegrationError: verl cannot be imported, or is of a version whose functions have changed.
     """
-    _INTEGRATION.patch()
+    return _INTEGRATION.patch(replace_fused=replace_fused)
 
 
 def unpatch() -> None:
