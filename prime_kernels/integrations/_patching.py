@@ -193,7 +193,15 @@ def exists(module: str) -> bool:
 
 
 def signature_of(function: Any) -> str:
-    """Names and defaults of the parameters; of an autograd function, those of its forward."""
-    signature = inspect.signature(getattr(function, "forward", function))
+    """Names and defaults of the parameters; of an autograd function, those of its forward; of a module, those of its
+    constructor and its forward."""
+    forward = getattr(function, "forward", function)
+    if inspect.isclass(function) and issubclass(function, torch.nn.Module):
+        return f"{_parameters(function)}; {_parameters(forward)}"
+    return _parameters(forward)
+
+
+def _parameters(function: Any) -> str:
+    signature = inspect.signature(function)
     bare = [each.replace(annotation=inspect.Parameter.empty) for each in signature.parameters.values()]
     return str(inspect.Signature(bare))[1:-1]

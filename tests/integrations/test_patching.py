@@ -196,6 +196,15 @@ def test_signatures():
             return hidden
 
     assert signature_of(Function) == "ctx, hidden, outputs=('a', 'b')"
+
+    class Head(torch.nn.Module):
+        def __init__(self, chunk_size: int = 512):
+            super().__init__()
+
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            return hidden
+
+    assert signature_of(Head) == "chunk_size=512; self, hidden"
     assert signature_of(lambda a, *, b=1e-6, **c: None) == "a, *, b=1e-06, **c"
     assert signature_of(torch.compile(score)) == "logits, ids, temperature=1.0"
 
@@ -267,6 +276,41 @@ def test_recipe_of_verl(verl_with_recipe):
     assert recipe.compute_detach_dpo_loss_rm is before["compute_detach_dpo_loss_rm"]
     verl.unpatch()
     assert vars(recipe) == before and workers.compute_ce_dpo_loss_rm is before["compute_ce_dpo_loss_rm"]
+
+
+def test_head_of_an_older_verl_is_refused(verl_with_recipe, monkeypatch):
+    """Before 0.9.1 FusedLinearForPPO has one implementation: verl would take it without a word."""
+
+    class FusedLinearForPPO(torch.nn.Module):
+        def __init__(self, chunk_size=512):
+            super().__init__()
+
+        def forward(self, hidden_states, vocab_weights, input_ids, temperature=1.0):
+            return "theirs"
+
+    seen = []
+
+    def patch_forward_with_backends(model, use_fused_kernels=False, fused_kernels_backend=None):
+        seen.append((use_fused_kernels, fused_kernels_backend))
+
+    for package in ("verl.utils.experimental", "verl.models", "verl.models.transformers"):
+        module(monkeypatch, package)
+    heads = module(monkeypatch, "verl.utils.experimental.torch_functional", FusedLinearForPPO=FusedLinearForPPO)
+    users = module(
+        monkeypatch,
+        "verl.models.transformers.monkey_patch",
+        patch_forward_with_backends=patch_forward_with_backends,
+    )
+    path = "verl.utils.experimental.torch_functional.FusedLinearForPPO"
+    why = verl.patch().left[path]
+    assert "has the signature (chunk_size=512; self" in why and heads.FusedLinearForPPO is FusedLinearForPPO
+    with pytest.raises(IntegrationError, match=r"impl_backend: expected verl 0.9.1 or later for 'prime_kernels'"):
+        users.patch_forward_with_backends(object(), True, "prime_kernels")
+    for others in ((False, "prime_kernels"), (True, "torch"), (True, "triton")):
+        users.patch_forward_with_backends(object(), *others)
+    assert seen == [(False, "prime_kernels"), (True, "torch"), (True, "triton")]
+    verl.unpatch()
+    assert users.patch_forward_with_backends is patch_forward_with_backends
 
 
 def test_recipe_of_an_older_verl_is_refused(verl_with_recipe):
