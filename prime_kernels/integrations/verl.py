@@ -63,7 +63,7 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool 
     ``inplace_backward`` lets backward write the gradient over the logits, as verl has it with flash-attn; logits that
     are leaves of the graph, or whose rows are not dense, are left alone all the same.
     """
-    return log_probs(logits, labels, inplace_backward=bool(inplace_backward) and _logits.can_be_overwritten(logits))
+    return _logits.verl_log_probs(logits, labels, inplace_backward)
 
 
 def logprobs_from_logits_naive(logits: Tensor, labels: Tensor) -> Tensor:

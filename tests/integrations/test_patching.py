@@ -7,9 +7,10 @@ from types import ModuleType
 import pytest
 import torch
 
-from prime_kernels.integrations import IntegrationError, Patched, _patching, openrlhf, trl, verl
+from prime_kernels.integrations import IntegrationError, Patched, _patching, openrlhf, skyrl, trl, verl
 from prime_kernels.integrations._patching import Integration, Target, function_target, signature_of
 
+TRAINERS = [("trl", trl), ("verl", verl), ("openrlhf", openrlhf), ("skyrl", skyrl)]
 PINS = Path(__file__).with_name("requirements.txt")
 
 
@@ -209,7 +210,7 @@ def test_signatures():
     assert signature_of(torch.compile(score)) == "logits, ids, temperature=1.0"
 
 
-@pytest.mark.parametrize("name, trainer", [("trl", trl), ("verl", verl), ("openrlhf", openrlhf)])
+@pytest.mark.parametrize("name, trainer", TRAINERS)
 def test_trainers_that_are_not_there(monkeypatch, name, trainer):
     for loaded in [key for key in sys.modules if key.partition(".")[0] == name]:
         monkeypatch.delitem(sys.modules, loaded)
@@ -344,6 +345,13 @@ OPENRLHF = {
         "compute_entropy": "logits",
     },
 }
+SKYRL = {
+    "skyrl.backends.skyrl_train.utils.torch_utils": {
+        "logprobs_from_logits": "logits, labels, inplace_backward=True",
+        "logprobs_from_logits_v2": "logits, labels",
+        "chunked_entropy_from_logits": "logits, requires_grad=False, attention_mask=None, chunk_size=1024",
+    },
+}
 # What each has a kernel for, and the module that it needs.
 KERNELS = {
     "trl": (
@@ -354,6 +362,13 @@ KERNELS = {
         set(),
     ),
     "verl": (verl, VERL, "flash_attn", {"verl.utils.torch_functional.logprobs_from_logits"}, set()),
+    "skyrl": (
+        skyrl,
+        SKYRL,
+        "flash_attn",
+        {"skyrl.backends.skyrl_train.utils.torch_utils.logprobs_from_logits"},
+        set(),
+    ),
     "openrlhf": (
         openrlhf,
         OPENRLHF,
@@ -390,6 +405,6 @@ def test_kernels_of_each_trainer(monkeypatch, gpu, name, installed):
         trainer.unpatch()
 
 
-@pytest.mark.parametrize("name, trainer", [("trl", trl), ("verl", verl), ("openrlhf", openrlhf)])
+@pytest.mark.parametrize("name, trainer", TRAINERS)
 def test_messages_name_the_tested_version(name, trainer):
     assert f"{name}=={trainer._INTEGRATION.tested}" in PINS.read_text().split()

@@ -9,6 +9,7 @@ import torch
 from conftest import ROOT
 from helpers.support import code_blocks, run_page
 
+from prime_kernels._bench import formulas
 from prime_kernels.integrations import _patching
 from prime_kernels.integrations import trl as ours
 
@@ -178,6 +179,16 @@ def test_grpo_trains_the_same(tmp_path, trl_steps):
             assert one[key] == pytest.approx(other[key], abs=1e-4), key
     assert max(abs(entry["loss"]) for entry in mine["logs"]) > 1e-3
     assert mine["tokens"] == theirs["tokens"] and len(mine["backward_seconds"]) == 5
+
+
+@pytest.mark.parametrize("op", ["log_probs", "linear_log_probs"])
+def test_what_benchmarks_compare_with(op):
+    """TRL's own functions as `python -m prime_kernels bench` calls them."""
+    ids, inputs = torch.randint(211, (17,)), [torch.randn(17, 211)]
+    if op == "linear_log_probs":
+        inputs = [torch.randn(17, 24), torch.randn(211, 24) * 0.5]
+    theirs = formulas.peers(op, "cpu")["trl"](*inputs, ids)
+    torch.testing.assert_close(theirs, getattr(formulas, op)(*inputs, ids), atol=2e-5, rtol=1e-5)
 
 
 def test_page(tmp_path):
