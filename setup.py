@@ -1,7 +1,8 @@
 """A thin shim from setuptools to CMake: CMakeLists.txt is the one build truth, pyproject.toml the one metadata truth.
 
 Environment: PRIME_KERNELS_CPU=AUTO|ON|OFF (OFF builds a wheel of pure Python), PRIME_KERNELS_CUDA=AUTO|ON|OFF,
-PRIME_KERNELS_CUDA_ARCHITECTURES="90;100", CMAKE_BUILD_PARALLEL_LEVEL, CMAKE_ARGS (added last, so it wins).
+PRIME_KERNELS_CUDA_ARCHITECTURES="90;100", PRIME_KERNELS_LOCAL_VERSION=cu128 (with PRIME_KERNELS_CUDA=ON, as make
+package-cuda has it), CMAKE_BUILD_PARALLEL_LEVEL, CMAKE_ARGS (added last, so it wins).
 """
 
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.egg_info import egg_info
 
 ROOT = Path(__file__).resolve().parent
 
@@ -32,6 +34,21 @@ def find_tool(name: str) -> str:
     if tool is None:
         raise SystemExit(f"prime-process-rewards: '{name}' is needed to build the extension: pip install {name}")
     return tool
+
+
+LOCAL_VERSION = os.environ.get("PRIME_KERNELS_LOCAL_VERSION", "")
+if LOCAL_VERSION and choice("PRIME_KERNELS_CUDA") != "ON":
+    raise SystemExit(
+        f"prime-process-rewards: PRIME_KERNELS_LOCAL_VERSION={LOCAL_VERSION!r} names the CUDA kernels of a wheel: "
+        f"expected PRIME_KERNELS_CUDA=ON, got {choice('PRIME_KERNELS_CUDA')}"
+    )
+
+
+class LocalVersion(egg_info):
+    # Not by setup(options=..): the setup.cfg of an sdist would win.
+    def finalize_options(self) -> None:
+        self.tag_build = f"+{LOCAL_VERSION}"
+        super().finalize_options()
 
 
 class CMakeBuild(build_ext):
@@ -66,5 +83,5 @@ class CMakeBuild(build_ext):
 EXTENSION = Extension("prime_kernels._C", sources=[], optional=True)
 setup(
     ext_modules=[] if choice("PRIME_KERNELS_CPU") == "OFF" else [EXTENSION],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build_ext": CMakeBuild} | ({"egg_info": LocalVersion} if LOCAL_VERSION else {}),
 )

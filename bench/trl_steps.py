@@ -75,7 +75,7 @@ def run(model: Path, *, patch: bool, steps: int, tokens: int, dtype: str) -> dic
 
     integration.unpatch()
     if patch:
-        integration.patch()
+        integration.patch(replace_fused=True)
     function = utils._ChunkedLogProbFunction
     watch = utils._ChunkedLogProbFunction = Stopwatch(function)
     prompts = [[{"role": "user", "content": f"What is {a} + {a + 7}? Explain."}] for a in range(11, 11 + 2 * steps)]
@@ -137,7 +137,7 @@ def part(model: Path, *, dtype: str, tokens: int = 1024, rounds: int = 7) -> dic
     targets = torch.randint(len(weight), (tokens,))
     chunk, outputs = utils._CHUNKED_LOGPROB_CHUNK_SIZE, ("log_probs", "entropy")
     functions = {"TRL": utils._ChunkedLogProbFunction}
-    integration.patch()
+    integration.patch(replace_fused=True)
     functions["patched"] = utils._ChunkedLogProbFunction
     integration.unpatch()
     found: dict = {"tokens": tokens, "threads": torch.get_num_threads()}

@@ -13,7 +13,10 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTED = ("prime_kernels", *(f"prime_kernels.integrations{name}" for name in ("", ".trl", ".verl", ".openrlhf")))
+DOCUMENTED = (
+    "prime_kernels",
+    *(f"prime_kernels.integrations{name}" for name in ("", ".trl", ".verl", ".openrlhf", ".skyrl")),
+)
 DOCUMENTED += ("prime_trainer.prm",)
 FOLDERS = ("bench", "examples")
 """Part of the site under their own names, so that pages can link to results and settings."""

@@ -5,12 +5,14 @@
 
 Call it in every process that makes an ``Actor`` (a Ray worker imports the package for itself). Results are float32 also
 for 16-bit logits; logits are never changed, where OpenRLHF divides them by the temperature in place.
+Where there is a GPU, what OpenRLHF runs a fused kernel for stays in place: log-probs where flash-attn is installed, and
+the entropy, which it compiles. ``patch(replace_fused=True)`` replaces them, too.
 """
 
 from torch import Tensor
 
 from prime_kernels.integrations import _logits
-from prime_kernels.integrations._patching import Integration, function_target
+from prime_kernels.integrations._patching import Integration, Patched, function_target, kernel_of
 from prime_kernels.ops.log_probs import log_probs
 
 __all__ = ["compute_entropy", "log_probs_from_logits", "patch", "unpatch"]
@@ -33,19 +35,29 @@ _INTEGRATION = Integration(
     tested="0.11.2",
     namespaces=("openrlhf",),
     targets=(
-        function_target(_UTILS, log_probs_from_logits, "logits, labels, temperature=1.0"),
-        function_target(_UTILS, compute_entropy, "logits"),
+        function_target(
+            _UTILS,
+            log_probs_from_logits,
+            "logits, labels, temperature=1.0",
+            fused=kernel_of("flash_attn", "on CUDA OpenRLHF runs flash-attn's cross-entropy"),
+        ),
+        function_target(
+            _UTILS, compute_entropy, "logits", fused=lambda: "OpenRLHF has it compiled, to a fused kernel on CUDA"
+        ),
     ),
 )
 
 
-def patch() -> None:
-    """Replace OpenRLHF's functions by these. A second call changes nothing.
+def patch(*, replace_fused: bool = False) -> Patched:
+    """Replace OpenRLHF's functions by these; returns and logs what was replaced and what was left. The last call holds.
+
+    Args:
+        replace_fused: where there is a GPU, also replace what OpenRLHF has a fused kernel for.
 
     Raises:
         IntegrationError: OpenRLHF cannot be imported, or is of a version whose functions have changed.
     """
-    _INTEGRATION.patch()
+    return _INTEGRATION.patch(replace_fused=replace_fused)
 
 
 def unpatch() -> None:

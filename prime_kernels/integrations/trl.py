@@ -3,6 +3,7 @@
     from prime_kernels.integrations import trl
     trl.patch()                         # or logits_dtype="input", to round logits as the model's own head does
 
+Where there is a GPU, what TRL has Triton kernels for stays in place; ``patch(replace_fused=True)`` replaces it, too.
 ZeRO-3, devices other than CPU and CUDA, and the outputs that only SFT asks for stay on TRL's own code. Results are
 float32 also for 16-bit logits, where TRL's eager code rounds them to 16 bits. TRL 1.14 and older have no fused LM head;
 there the functions on logits are replaced, and logits come as the model's own head has rounded them.
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from prime_kernels.integrations import _logits
 from prime_kernels.integrations._heads import head_log_probs
-from prime_kernels.integrations._patching import Integration, Target, function_target
+from prime_kernels.integrations._patching import Integration, Patched, Target, exists, function_target
 from prime_kernels.integrations.causal_head import CausalHead
 from prime_kernels.ops.linear_log_probs import check_logits_dtype
 from prime_kernels.ops.log_probs import log_probs
@@ -106,6 +107,11 @@ def _chunked_log_prob(original: Any) -> Any:
     return ChunkedLogProbFunction
 
 
+def _triton_kernel() -> str | None:
+    """TRL from 1.15 has Triton kernels, where triton can be imported."""
+    return "on CUDA TRL runs a Triton kernel of its own" if exists("trl.kernels") and exists("triton") else None
+
+
 _UTILS = "trl.trainer.utils"
 _INTEGRATION = Integration(
     package="trl",
@@ -125,6 +131,7 @@ _INTEGRATION = Integration(
             selective_log_softmax_and_entropy,
             "logits, index, entropy_requires_grad=True, temperature=1.0, row_mask=None",
             optional=True,
+            fused=_triton_kernel,
         ),
         Target(
             "trl.kernels.chunked_logprob",
@@ -135,17 +142,20 @@ _INTEGRATION = Integration(
                 "logit_scale=1.0, outputs=('entropy', 'log_sum_sq_probs', 'mean_logits', 'is_top1')",
             ),
             optional=True,
+            fused=_triton_kernel,
         ),
     ),
 )
 
 
-def patch(*, logits_dtype: str = "float32") -> None:
-    """Replace TRL's functions by these. A second call changes ``logits_dtype`` alone.
+def patch(*, logits_dtype: str = "float32", replace_fused: bool = False) -> Patched:
+    """Replace TRL's functions by these; returns and logs what was replaced and what was left. The last call holds.
 
     Args:
         logits_dtype: of the fused LM head, "float32" or "input", as in :func:`prime_kernels.linear_log_probs`; "input"
             rounds to the dtype of the hidden states, or of autocast, as the model's own head does.
+        replace_fused: where there is a GPU, also replace what TRL has Triton kernels for: the fused LM head and
+            ``selective_log_softmax_and_entropy``.
 
     Raises:
         IntegrationError: TRL is not installed, or of a version whose functions have changed.
@@ -153,8 +163,9 @@ def patch(*, logits_dtype: str = "float32") -> None:
     """
     global _logits_dtype
     check_logits_dtype(logits_dtype)
-    _INTEGRATION.patch()
+    done = _INTEGRATION.patch(replace_fused=replace_fused)
     _logits_dtype = logits_dtype
+    return done
 
 
 def unpatch() -> None:

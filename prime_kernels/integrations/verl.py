@@ -6,20 +6,36 @@
 Call it in every worker process, before engines are made: they keep the entropy function that they find (as a Ray
 worker's set-up hook, or through verl's ``VERL_USE_EXTERNAL_MODULES``). Results are float32 also for 16-bit logits. The
 functions of the recipe (``recipe.prime.prime_core_algos``) are replaced where that package can be imported.
+
+With verl 0.9.1 and later our head can be chosen for ``use_fused_kernels=True``, never by default:
+
+    actor_rollout_ref.model.use_fused_kernels=True
+    actor_rollout_ref.model.fused_kernel_options.impl_backend=prime_kernels
 """
 
+import importlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from prime_kernels.integrations import _logits
-from prime_kernels.integrations._patching import Integration, function_target
+from prime_kernels.integrations._heads import head_log_probs
+from prime_kernels.integrations._patching import (
+    Integration,
+    IntegrationError,
+    Patched,
+    Target,
+    function_target,
+    kernel_of,
+)
+from prime_kernels.ops.linear_log_probs import check_logits_dtype
 from prime_kernels.ops.log_probs import log_probs
 from prime_kernels.ops.prm_loss import prm_loss
 from prime_kernels.ops.rloo_advantages import rloo_advantages
 
 __all__ = [
+    "BACKEND",
     "compute_ce_dpo_loss_rm",
     "compute_dpo_accuracy",
     "compute_rloo_advantage_return",
@@ -34,6 +50,12 @@ __all__ = [
     "unpatch",
 ]
 
+BACKEND = "prime_kernels"
+"""The name of our head in verl's ``fused_kernel_options.impl_backend``."""
+
+_logits_dtype = "float32"
+"""Of that head, as the last :func:`patch` has it."""
+
 
 def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
     """Log-probabilities [...] of ``labels`` [...] under softmax(logits), logits [..., V].
@@ -41,7 +63,7 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool 
     ``inplace_backward`` lets backward write the gradient over the logits, as verl has it with flash-attn; logits that
     are leaves of the graph, or whose rows are not dense, are left alone all the same.
     """
-    return log_probs(logits, labels, inplace_backward=bool(inplace_backward) and _logits.can_be_overwritten(logits))
+    return _logits.verl_log_probs(logits, labels, inplace_backward)
 
 
 def logprobs_from_logits_naive(logits: Tensor, labels: Tensor) -> Tensor:
@@ -186,6 +208,55 @@ def _even_groups(responses: Tensor, n_samples: int) -> Tensor:
     return torch.arange(0, len(responses) + 1, n_samples, dtype=torch.int64, device=responses.device)
 
 
+def _selectable_head(original: Any) -> Any:
+    """verl's class with :data:`BACKEND` among the names that ``impl_backend`` takes; the others are verl's own code."""
+
+    class FusedLinearForPPO(original):
+        def __init__(self, chunk_size: int = 512, impl_backend: str = "torch") -> None:
+            super().__init__(chunk_size, "torch" if impl_backend == BACKEND else impl_backend)
+            self.impl_backend = impl_backend
+
+        def forward(
+            self, hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float = 1.0
+        ) -> tuple[Tensor, Tensor | None]:
+            if self.impl_backend != BACKEND:
+                return super().forward(hidden_states, vocab_weights, input_ids, temperature)
+            return head_log_probs(
+                hidden_states,
+                vocab_weights,
+                None,
+                input_ids.to(torch.int64),
+                temperature=temperature,
+                with_entropy=True,
+                logits_dtype=_logits_dtype,
+            )
+
+    FusedLinearForPPO.__doc__ = original.__doc__
+    return FusedLinearForPPO
+
+
+def _forward_with_head(original: Any) -> Any:
+    """verl's choice of a model's forward, which takes three names and ignores others."""
+
+    def patch_forward_with_backends(
+        model: Any, use_fused_kernels: bool = False, fused_kernels_backend: str | None = None
+    ) -> None:
+        if not use_fused_kernels or fused_kernels_backend != BACKEND:
+            return original(model, use_fused_kernels, fused_kernels_backend)
+        # An older verl would take its own head without a word.
+        if not hasattr(importlib.import_module(_HEADS).FusedLinearForPPO(), "impl_backend"):
+            raise IntegrationError(
+                f"fused_kernel_options.impl_backend: expected verl 0.9.1 or later for {BACKEND!r}, got a verl whose "
+                f"FusedLinearForPPO has no choice of backend"
+            )
+        # The forward that calls FusedLinearForPPO, with the backend that the model names.
+        original(model, True, "torch")
+        model._verl_fused_kernels_backend = BACKEND
+
+    return patch_forward_with_backends
+
+
+_HEADS = "verl.utils.experimental.torch_functional"
 _LOGITS, _ALGORITHMS = "verl.utils.torch_functional", "verl.trainer.ppo.core_algos"
 _RECIPE = "recipe.prime.prime_core_algos"
 _RLOO = "token_level_rewards, response_mask, index, epsilon=1e-06, config=None, **kwargs"
@@ -195,7 +266,12 @@ _INTEGRATION = Integration(
     tested="0.9.1",
     namespaces=("verl", "recipe"),
     targets=(
-        function_target(_LOGITS, logprobs_from_logits, "logits, labels, inplace_backward=True"),
+        function_target(
+            _LOGITS,
+            logprobs_from_logits,
+            "logits, labels, inplace_backward=True",
+            fused=kernel_of("flash_attn", "on CUDA verl runs flash-attn's cross-entropy"),
+        ),
         function_target(_LOGITS, logprobs_from_logits_naive, "logits, labels"),
         function_target(_LOGITS, logprobs_from_logits_v2, "logits, labels"),
         function_target(_LOGITS, entropy_from_logits, "logits"),
@@ -209,17 +285,47 @@ _INTEGRATION = Integration(
         function_target(
             _RECIPE, compute_dpo_accuracy, "token_level_scores, acc, response_mask, n_samples", optional=True
         ),
+        Target(
+            _HEADS,
+            "FusedLinearForPPO",
+            _selectable_head,
+            ("chunk_size=512, impl_backend='torch'; self, hidden_states, vocab_weights, input_ids, temperature=1.0",),
+            optional=True,
+            addition=True,
+        ),
+        Target(
+            "verl.models.transformers.monkey_patch",
+            "patch_forward_with_backends",
+            _forward_with_head,
+            ("model, use_fused_kernels=False, fused_kernels_backend=None",),
+            optional=True,
+            addition=True,
+        ),
     ),
 )
 
 
-def patch() -> None:
-    """Replace verl's functions by these, in its registry of advantage estimators too. A second call changes nothing.
+def patch(*, logits_dtype: str = "float32", replace_fused: bool = False) -> Patched:
+    """Replace verl's functions by these, in its registry of advantage estimators too, and add :data:`BACKEND` to the
+    backends of ``FusedLinearForPPO``.
+
+    Returns and logs what was replaced and what was left. The last call holds.
+
+    Args:
+        logits_dtype: of that backend, "float32" or "input", as in :func:`prime_kernels.linear_log_probs`; "input"
+            rounds to the dtype of the hidden states, or of autocast, as verl's own do.
+        replace_fused: where there is a GPU, also replace ``logprobs_from_logits`` where flash-attn is installed, whose
+            cross-entropy verl runs.
 
     Raises:
         IntegrationError: verl cannot be imported, or is of a version whose functions have changed.
+        ValueError: another logits_dtype.
     """
-    _INTEGRATION.patch()
+    global _logits_dtype
+    check_logits_dtype(logits_dtype)
+    done = _INTEGRATION.patch(replace_fused=replace_fused)
+    _logits_dtype = logits_dtype
+    return done
 
 
 def unpatch() -> None:

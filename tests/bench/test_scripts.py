@@ -34,8 +34,19 @@ HERE = {
     "prm/results", "prm/sample", "rollout", "step_share", "study/chains", "study/study", "trainer_cost", "trl_table",
     "verify/math_answers", "verify/programs", "verify/rates",
 }  # fmt: skip
-# What other tests of this folder and of packaging, integrations, triton_backend and the trainer run.
-ELSEWHERE = {"conftest", "measure", "readme_charts", "smoke", "table", "trl_steps", "tune", "verify/forms", "zoo"}
+# What other tests of this folder and of docs, packaging, integrations, triton_backend and the trainer run.
+ELSEWHERE = {
+    "conformance",
+    "conftest",
+    "measure",
+    "readme_charts",
+    "smoke",
+    "table",
+    "trl_steps",
+    "tune",
+    "verify/forms",
+    "zoo",
+}
 DATA = SHARED / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no {DATA}: the benchmark files are not here")
 

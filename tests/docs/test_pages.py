@@ -11,11 +11,11 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 HERE = ("pytorch", "huggingface", "kernels", "prm", "rewards")
 # tests/integrations/installed runs these, in an environment that has the trainers.
-ELSEWHERE = ("trl", "verl", "openrlhf")
+ELSEWHERE = ("trl", "verl", "openrlhf", "skyrl")
 # Commands, settings and tables.
 NO_PYTHON = (
-    "docker", "drop_ins", "evaluation", "how_prime_works", "models", "reference", "rollouts", "scale", "training",
-    "troubleshooting", "verifiers",
+    "conformance", "docker", "drop_ins", "evaluation", "how_prime_works", "models", "reference", "rollouts", "scale",
+    "training", "troubleshooting", "verifiers", "wheels",
 )  # fmt: skip
 MADE = r"api/.*\.html|configuration\.md"
 """Made when the site is built; tests/docs/test_site.py looks for them there."""

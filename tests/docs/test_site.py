@@ -15,7 +15,10 @@ import prime_kernels
 from prime_trainer.config.load import keys
 
 ROOT = Path(__file__).resolve().parents[2]
-MODULES = ["prime_kernels", *(f"prime_kernels.integrations{name}" for name in ("", ".trl", ".verl", ".openrlhf"))]
+MODULES = [
+    "prime_kernels",
+    *(f"prime_kernels.integrations{name}" for name in ("", ".trl", ".verl", ".openrlhf", ".skyrl")),
+]
 MODULES += ["prime_trainer.prm"]
 
 

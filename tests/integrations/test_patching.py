@@ -7,9 +7,10 @@ from types import ModuleType
 import pytest
 import torch
 
-from prime_kernels.integrations import IntegrationError, openrlhf, trl, verl
+from prime_kernels.integrations import IntegrationError, Patched, _patching, openrlhf, skyrl, trl, verl
 from prime_kernels.integrations._patching import Integration, Target, function_target, signature_of
 
+TRAINERS = [("trl", trl), ("verl", verl), ("openrlhf", openrlhf), ("skyrl", skyrl)]
 PINS = Path(__file__).with_name("requirements.txt")
 
 
@@ -53,6 +54,18 @@ def integration(*targets):
 
 
 KNOWN = function_target("fake.utils", ours, "logits, ids, temperature=1.0")
+FUSED = Target("fake.utils", "entropy", lambda original: "ours", ("logits",), fused=lambda: "fake has a kernel")
+LEFT = {"fake.utils.entropy": "fake has a kernel; patch(replace_fused=True) replaces it"}
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.setattr(_patching, "on_cuda", lambda: True)
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(_patching, "on_cuda", lambda: False)
 
 
 def test_every_place_and_back(trainer):
@@ -88,6 +101,64 @@ def test_replacements_are_made_from_the_original(trainer):
     assert utils.entropy == (entropy, "wrapped")
     patcher.unpatch()
     assert utils.entropy is entropy
+
+
+def test_fused_kernels_stay_where_there_is_a_gpu(trainer, gpu, caplog):
+    utils, user, _ = trainer
+    patcher = integration(KNOWN, FUSED)
+    with caplog.at_level("INFO", "prime_kernels.integrations"):
+        assert patcher.patch() == Patched(("fake.utils.score",), LEFT)
+    assert utils.score is ours and utils.entropy is user.REGISTRY["b"] is entropy
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("INFO", "fake (not installed): replaced fake.utils.score"),
+        ("WARNING", f"fake (not installed): left fake.utils.entropy in place: {LEFT['fake.utils.entropy']}"),
+    ]
+    patcher.unpatch()
+    assert utils.score is score and utils.entropy is entropy
+
+
+def test_fused_kernels_are_replaced_where_asked_and_the_last_call_holds(trainer, gpu):
+    utils, user, _ = trainer
+    patcher = integration(KNOWN, FUSED)
+    both = Patched(("fake.utils.score", "fake.utils.entropy"), {})
+    assert patcher.patch(replace_fused=True) == both
+    assert utils.score is ours and utils.entropy == user.REGISTRY["b"] == "ours"
+    assert patcher.patch() == Patched(("fake.utils.score",), LEFT)
+    assert utils.score is ours and utils.entropy is user.REGISTRY["b"] is entropy
+    assert patcher.patch(replace_fused=True) == both
+    patcher.unpatch()
+    assert utils.score is score and utils.entropy is user.REGISTRY["b"] is entropy
+
+
+def test_everything_is_replaced_without_a_gpu(trainer, no_gpu, caplog):
+    patcher = integration(KNOWN, FUSED)
+    assert patcher.patch() == Patched(("fake.utils.score", "fake.utils.entropy"), {})
+    patcher.unpatch()
+    assert not caplog.records
+
+
+def test_a_fused_kernel_that_is_not_installed_is_none(trainer, gpu):
+    absent = _patching.kernel_of("fake.kernels", "fake has a kernel")
+    assert absent() is None and _patching.kernel_of("fake.utils", "fake has a kernel")() == "fake has a kernel"
+    patcher = integration(Target("fake.utils", "entropy", lambda original: "ours", ("logits",), fused=absent))
+    assert patcher.patch().left == {}
+    patcher.unpatch()
+
+
+def test_an_addition_that_cannot_be_made_hinders_nothing_else(trainer):
+    utils, _, _ = trainer
+    addition = Target("fake.utils", "entropy", lambda original: None, ("logits, backend",), addition=True)
+    patcher = integration(KNOWN, addition)
+    done = patcher.patch()
+    assert done.replaced == ("fake.utils.score",) and utils.score is ours and utils.entropy is entropy
+    assert "entropy has the signature (logits), expected (logits, backend)" in done.left["fake.utils.entropy"]
+    patcher.unpatch()
+
+
+def test_on_cuda_asks_for_devices(monkeypatch):
+    for count in (0, 2):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
+        assert _patching.on_cuda() is (count > 0)
 
 
 def test_unknown_signature_is_refused_and_nothing_replaced(trainer):
@@ -126,11 +197,20 @@ def test_signatures():
             return hidden
 
     assert signature_of(Function) == "ctx, hidden, outputs=('a', 'b')"
+
+    class Head(torch.nn.Module):
+        def __init__(self, chunk_size: int = 512):
+            super().__init__()
+
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            return hidden
+
+    assert signature_of(Head) == "chunk_size=512; self, hidden"
     assert signature_of(lambda a, *, b=1e-6, **c: None) == "a, *, b=1e-06, **c"
     assert signature_of(torch.compile(score)) == "logits, ids, temperature=1.0"
 
 
-@pytest.mark.parametrize("name, trainer", [("trl", trl), ("verl", verl), ("openrlhf", openrlhf)])
+@pytest.mark.parametrize("name, trainer", TRAINERS)
 def test_trainers_that_are_not_there(monkeypatch, name, trainer):
     for loaded in [key for key in sys.modules if key.partition(".")[0] == name]:
         monkeypatch.delitem(sys.modules, loaded)
@@ -199,6 +279,41 @@ def test_recipe_of_verl(verl_with_recipe):
     assert vars(recipe) == before and workers.compute_ce_dpo_loss_rm is before["compute_ce_dpo_loss_rm"]
 
 
+def test_head_of_an_older_verl_is_refused(verl_with_recipe, monkeypatch):
+    """Before 0.9.1 FusedLinearForPPO has one implementation: verl would take it without a word."""
+
+    class FusedLinearForPPO(torch.nn.Module):
+        def __init__(self, chunk_size=512):
+            super().__init__()
+
+        def forward(self, hidden_states, vocab_weights, input_ids, temperature=1.0):
+            return "theirs"
+
+    seen = []
+
+    def patch_forward_with_backends(model, use_fused_kernels=False, fused_kernels_backend=None):
+        seen.append((use_fused_kernels, fused_kernels_backend))
+
+    for package in ("verl.utils.experimental", "verl.models", "verl.models.transformers"):
+        module(monkeypatch, package)
+    heads = module(monkeypatch, "verl.utils.experimental.torch_functional", FusedLinearForPPO=FusedLinearForPPO)
+    users = module(
+        monkeypatch,
+        "verl.models.transformers.monkey_patch",
+        patch_forward_with_backends=patch_forward_with_backends,
+    )
+    path = "verl.utils.experimental.torch_functional.FusedLinearForPPO"
+    why = verl.patch().left[path]
+    assert "has the signature (chunk_size=512; self" in why and heads.FusedLinearForPPO is FusedLinearForPPO
+    with pytest.raises(IntegrationError, match=r"impl_backend: expected verl 0.9.1 or later for 'prime_kernels'"):
+        users.patch_forward_with_backends(object(), True, "prime_kernels")
+    for others in ((False, "prime_kernels"), (True, "torch"), (True, "triton")):
+        users.patch_forward_with_backends(object(), *others)
+    assert seen == [(False, "prime_kernels"), (True, "torch"), (True, "triton")]
+    verl.unpatch()
+    assert users.patch_forward_with_backends is patch_forward_with_backends
+
+
 def test_recipe_of_an_older_verl_is_refused(verl_with_recipe):
     """As it was before verl 0.4: nothing is replaced, in verl neither."""
     made, recipe, _ = verl_with_recipe
@@ -209,6 +324,87 @@ def test_recipe_of_an_older_verl_is_refused(verl_with_recipe):
     assert {name: vars(each) for name, each in made.items()} == before
 
 
-@pytest.mark.parametrize("name, trainer", [("trl", trl), ("verl", verl), ("openrlhf", openrlhf)])
+TRL = {
+    "trl.trainer.utils": {
+        "selective_log_softmax": "logits, index, temperature=1.0, row_mask=None",
+        "entropy_from_logits": "logits, chunk_size=128",
+        "selective_log_softmax_and_entropy": (
+            "logits, index, entropy_requires_grad=True, temperature=1.0, row_mask=None"
+        ),
+    },
+    "trl.kernels.chunked_logprob": {
+        "ChunkedLogProbFunction": (
+            "ctx, hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping=None, "
+            "logit_scale=1.0, outputs=('entropy', 'log_sum_sq_probs', 'mean_logits', 'is_top1')"
+        ),
+    },
+}
+OPENRLHF = {
+    "openrlhf.models.utils": {
+        "log_probs_from_logits": "logits, labels, temperature=1.0",
+        "compute_entropy": "logits",
+    },
+}
+SKYRL = {
+    "skyrl.backends.skyrl_train.utils.torch_utils": {
+        "logprobs_from_logits": "logits, labels, inplace_backward=True",
+        "logprobs_from_logits_v2": "logits, labels",
+        "chunked_entropy_from_logits": "logits, requires_grad=False, attention_mask=None, chunk_size=1024",
+    },
+}
+# What each has a kernel for, and the module that it needs.
+KERNELS = {
+    "trl": (
+        trl,
+        TRL,
+        "triton",
+        {"trl.trainer.utils.selective_log_softmax_and_entropy", "trl.kernels.chunked_logprob.ChunkedLogProbFunction"},
+        set(),
+    ),
+    "verl": (verl, VERL, "flash_attn", {"verl.utils.torch_functional.logprobs_from_logits"}, set()),
+    "skyrl": (
+        skyrl,
+        SKYRL,
+        "flash_attn",
+        {"skyrl.backends.skyrl_train.utils.torch_utils.logprobs_from_logits"},
+        set(),
+    ),
+    "openrlhf": (
+        openrlhf,
+        OPENRLHF,
+        "flash_attn",
+        {"openrlhf.models.utils.log_probs_from_logits"},
+        {"openrlhf.models.utils.compute_entropy"},
+    ),
+}
+
+
+@pytest.mark.parametrize("installed", [True, False])
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_of_each_trainer(monkeypatch, gpu, name, installed):
+    """Left in place with a GPU where what they need is installed; replaced where asked."""
+    trainer, functions, needs, kernels, compiled = KERNELS[name]
+    for loaded in [key for key in sys.modules if key.partition(".")[0] in (name, "recipe", needs)]:
+        monkeypatch.delitem(sys.modules, loaded)
+    for path in functions:
+        parts = path.split(".")
+        for depth in range(1, len(parts)):
+            module(monkeypatch, ".".join(parts[:depth]))
+    for path, members in functions.items():
+        module(monkeypatch, path, **{key: eval(f"lambda {signature}: None") for key, signature in members.items()})
+    there = _patching.exists
+    monkeypatch.setattr(_patching, "exists", lambda path: installed if path == needs else there(path))
+    monkeypatch.setattr(trl, "exists", lambda path: installed if path == needs else there(path))
+    try:
+        done = trainer.patch()
+        assert set(done.left) == (kernels if installed else set()) | compiled
+        assert set(done.replaced).isdisjoint(done.left)
+        everything = trainer.patch(replace_fused=True)
+        assert everything.left == {} and set(everything.replaced) == set(done.replaced) | set(done.left)
+    finally:
+        trainer.unpatch()
+
+
+@pytest.mark.parametrize("name, trainer", TRAINERS)
 def test_messages_name_the_tested_version(name, trainer):
     assert f"{name}=={trainer._INTEGRATION.tested}" in PINS.read_text().split()

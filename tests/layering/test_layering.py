@@ -248,9 +248,16 @@ def test_import_needs_only_torch():
 
 def test_drop_ins_import_no_trainer():
     """Only patch() does."""
-    code = "import sys; from prime_kernels.integrations import openrlhf, trl, verl; print(*sys.modules)"
+    code = "import sys; from prime_kernels.integrations import openrlhf, skyrl, trl, verl; print(*sys.modules)"
     roots = {name.partition(".")[0] for name in fresh(code).split()}
-    assert "prime_kernels" in roots and not roots & {"trl", "verl", "openrlhf", "transformers", "prime_trainer"}
+    assert "prime_kernels" in roots and not roots & {
+        "trl",
+        "verl",
+        "openrlhf",
+        "skyrl",
+        "transformers",
+        "prime_trainer",
+    }
 
 
 def test_import_takes_under_a_second_beyond_torch():

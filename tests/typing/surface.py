@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import prime_kernels as pk
 from prime_kernels import integrations
-from prime_kernels.integrations import openrlhf, trl, verl
+from prime_kernels.integrations import openrlhf, skyrl, trl, verl
 
 
 def operations(x: Tensor, ids: Tensor, cu: Tensor, flag: bool) -> None:
@@ -37,9 +37,15 @@ def operations(x: Tensor, ids: Tensor, cu: Tensor, flag: bool) -> None:
 
 
 def drop_ins(x: Tensor, ids: Tensor, model: nn.Module) -> None:
-    patches: list[Callable[[], None]] = [trl.patch, trl.unpatch, verl.patch, verl.unpatch, openrlhf.patch]
-    assert len(patches) == 5
-    trl.patch(logits_dtype="input")
+    patches: list[Callable[[], integrations.Patched]] = [trl.patch, verl.patch, openrlhf.patch, skyrl.patch]
+    undo: list[Callable[[], None]] = [trl.unpatch, verl.unpatch, openrlhf.unpatch, skyrl.unpatch]
+    assert len(patches) == len(undo) == 4
+    done = trl.patch(logits_dtype="input", replace_fused=True)
+    assert_type(done.replaced, tuple[str, ...])
+    assert_type(done.left, dict[str, str])
+    verl.patch(replace_fused=True)
+    openrlhf.patch(replace_fused=True)
+    assert_type(skyrl.patch(replace_fused=True), integrations.Patched)
     assert_type(trl.selective_log_softmax(x, ids, row_mask=x), Tensor)
     assert_type(trl.selective_log_softmax_and_entropy(x, ids), tuple[Tensor, Tensor])
     assert_type(verl.logprobs_from_logits(x, ids, inplace_backward=False), Tensor)

@@ -1,7 +1,7 @@
 """The trainers themselves, in an environment of their own: `make test-integrations` sets it up and runs these tests.
 
-verl and OpenRLHF come without their dependencies, which are large and want a GPU: what their modules import beyond what
-is there is stood in for by empty modules, in a process for each trainer.
+verl, OpenRLHF and SkyRL come without their dependencies, which are large and want a GPU: what their modules import
+beyond what is there is stood in for by empty modules, in a process for each trainer.
 """
 
 import importlib.util

@@ -22,7 +22,7 @@ def utils(stand_in):
 
 @pytest.fixture
 def patched(utils):
-    ours.patch()
+    ours.patch(replace_fused=True)
     yield utils
     ours.unpatch()
 
@@ -62,8 +62,8 @@ def test_entropy(utils, rows, assert_same):
 def test_actor_gets_them_and_loses_them(utils):
     actor = importlib.import_module("openrlhf.models.actor")
     before = (utils.log_probs_from_logits, utils.compute_entropy)
-    ours.patch()
-    ours.patch()
+    ours.patch(replace_fused=True)
+    ours.patch(replace_fused=True)
     for module in (utils, actor):
         assert module.log_probs_from_logits is ours.log_probs_from_logits
         assert module.compute_entropy is ours.compute_entropy

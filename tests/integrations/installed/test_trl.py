@@ -9,6 +9,8 @@ import torch
 from conftest import ROOT
 from helpers.support import code_blocks, run_page
 
+from prime_kernels._bench import formulas
+from prime_kernels.integrations import _patching
 from prime_kernels.integrations import trl as ours
 
 utils = pytest.importorskip("trl.trainer.utils", reason="trl is not installed: make test-integrations has it")
@@ -16,7 +18,7 @@ utils = pytest.importorskip("trl.trainer.utils", reason="trl is not installed: m
 
 @pytest.fixture
 def patched():
-    ours.patch()
+    ours.patch(replace_fused=True)
     yield utils
     ours.unpatch()
 
@@ -83,7 +85,7 @@ def test_fused_head(kind, bias):
     """The function under GRPO, RLOO, DPO and KTO; what ours does not have must be left to TRL's."""
     options = {"final_logit_softcapping": None, "logit_scale": 1.0, "outputs": ("log_probs", "entropy")} | HEADS[kind]
     original = utils._ChunkedLogProbFunction
-    ours.patch()
+    ours.patch(replace_fused=True)
     replacement = utils._ChunkedLogProbFunction
     ours.unpatch()
     assert utils._ChunkedLogProbFunction is original is not replacement
@@ -134,14 +136,33 @@ def test_modules_get_them_and_lose_them():
 
     assert grpo_trainer.add_fused_lm_head.__globals__ is rloo_trainer.add_fused_lm_head.__globals__ is vars(utils)
     before = (utils.selective_log_softmax, utils.entropy_from_logits, utils._ChunkedLogProbFunction)
-    ours.patch()
-    ours.patch()
+    ours.patch(replace_fused=True)
+    ours.patch(replace_fused=True)
     assert utils.selective_log_softmax is ours.selective_log_softmax
     assert utils.entropy_from_logits is ours.entropy_from_logits
     assert utils.selective_log_softmax_and_entropy is ours.selective_log_softmax_and_entropy
     assert utils._ChunkedLogProbFunction is chunked_logprob.ChunkedLogProbFunction is not before[2]
     ours.unpatch()
     assert (utils.selective_log_softmax, utils.entropy_from_logits, utils._ChunkedLogProbFunction) == before
+
+
+def test_what_a_gpu_leaves_in_place(monkeypatch):
+    """TRL's Triton kernels: the head and the joint function stay, with what TRL imports of its own."""
+    from trl.kernels import chunked_logprob
+
+    monkeypatch.setattr(_patching, "on_cuda", lambda: True)
+    before = utils._ChunkedLogProbFunction, utils.selective_log_softmax_and_entropy
+    done = ours.patch()
+    assert set(done.left) == {
+        "trl.trainer.utils.selective_log_softmax_and_entropy",
+        "trl.kernels.chunked_logprob.ChunkedLogProbFunction",
+    }
+    assert (utils._ChunkedLogProbFunction, utils.selective_log_softmax_and_entropy) == before
+    assert chunked_logprob.ChunkedLogProbFunction is before[0]
+    assert utils.selective_log_softmax is ours.selective_log_softmax
+    assert ours.patch(replace_fused=True).left == {}
+    assert utils._ChunkedLogProbFunction is not before[0]
+    ours.unpatch()
 
 
 def test_grpo_trains_the_same(tmp_path, trl_steps):
@@ -158,6 +179,16 @@ def test_grpo_trains_the_same(tmp_path, trl_steps):
             assert one[key] == pytest.approx(other[key], abs=1e-4), key
     assert max(abs(entry["loss"]) for entry in mine["logs"]) > 1e-3
     assert mine["tokens"] == theirs["tokens"] and len(mine["backward_seconds"]) == 5
+
+
+@pytest.mark.parametrize("op", ["log_probs", "linear_log_probs"])
+def test_what_benchmarks_compare_with(op):
+    """TRL's own functions as `python -m prime_kernels bench` calls them."""
+    ids, inputs = torch.randint(211, (17,)), [torch.randn(17, 211)]
+    if op == "linear_log_probs":
+        inputs = [torch.randn(17, 24), torch.randn(211, 24) * 0.5]
+    theirs = formulas.peers(op, "cpu")["trl"](*inputs, ids)
+    torch.testing.assert_close(theirs, getattr(formulas, op)(*inputs, ids), atol=2e-5, rtol=1e-5)
 
 
 def test_page(tmp_path):

@@ -85,8 +85,8 @@ def test_engines_and_registry_get_them_and_lose_them(functional, algorithms):
     prefix = importlib.import_module("verl.trainer.ppo.prefix_grouper_utils")
     registry = dict(algorithms.ADV_ESTIMATOR_REGISTRY)
     before = [getattr(functional, name) for name in LOGPROBS + ENTROPIES]
-    ours.patch()
-    ours.patch()
+    ours.patch(replace_fused=True)
+    ours.patch(replace_fused=True)
     assert [getattr(functional, name) for name in LOGPROBS + ENTROPIES] == [
         getattr(ours, name) for name in LOGPROBS + ENTROPIES
     ]
@@ -111,6 +111,104 @@ def test_whitening_is_that_of_the_recipe(functional):
     advantages, returns = ours.compute_rloo_advantage_return(data, mask, 2, config)
     want = functional.masked_whiten(returns, mask.float()) * mask
     torch.testing.assert_close(advantages, want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture
+def patched(verl):
+    ours.patch()
+    yield importlib.import_module("verl.utils.experimental.torch_functional")
+    ours.unpatch()
+
+
+HEAD_SHAPES = {"packed": (17,), "padded": (2, 9)}
+
+
+@pytest.mark.parametrize("outputs", ["log_probs", "entropy", "both"])
+@pytest.mark.parametrize("shape", HEAD_SHAPES)
+def test_head(patched, shape, outputs):
+    """Values, and gradients of each output alone and of both, are those of verl's torch backend."""
+    leading, temperature = HEAD_SHAPES[shape], 0.7
+    ids = torch.randint(211, leading)
+    inputs = torch.randn(*leading, 24), torch.randn(211, 24) * 0.5
+    weights = {"log_probs": (1.0, 0.0), "entropy": (0.0, 1.0), "both": (1.0, 0.5)}[outputs]
+    factors = torch.randn(2, *leading)
+    found = []
+    for backend in (ours.BACKEND, "torch"):
+        hidden, weight = (each.clone().requires_grad_() for each in inputs)
+        head = patched.FusedLinearForPPO(chunk_size=4, impl_backend=backend)
+        logp, entropy = head(hidden, weight, ids.to(torch.int32), temperature)
+        assert logp.shape == entropy.shape == leading
+        kept = [(w * f * z).sum() for w, f, z in zip(weights, factors, (logp, entropy), strict=True) if w]
+        sum(kept).backward()
+        found.append((logp, entropy, hidden.grad, weight.grad))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, atol=3e-5, rtol=1e-4)
+        assert want.abs().sum() > 0
+
+
+def test_head_in_bfloat16_is_nearer_than_the_torch_backend(patched):
+    """float32 logits, or rounded where patch() says so, as verl's are."""
+    hidden, weight, ids = torch.randn(64, 32).bfloat16(), torch.randn(211, 32).bfloat16(), torch.randint(211, (64,))
+    exact = (hidden.double() @ weight.double().T).log_softmax(-1)
+    logp = exact.gather(-1, ids[:, None])[:, 0]
+    entropy = -(exact.exp() * exact).sum(-1)
+
+    def errors(backend):
+        got = patched.FusedLinearForPPO(impl_backend=backend)(hidden, weight, ids)
+        return [(mine - want).abs().max().item() for mine, want in zip(got, (logp, entropy), strict=True)]
+
+    mine, theirs = errors(ours.BACKEND), errors("torch")
+    assert all(one < 1e-4 < other / 10 for one, other in zip(mine, theirs, strict=True)), (mine, theirs)
+    ours.patch(logits_dtype="input")
+    rounded = errors(ours.BACKEND)
+    ours.patch()
+    assert 1e-3 < rounded[0] <= 2 * theirs[0]
+    with pytest.raises(ValueError, match="logits_dtype: expected"):
+        ours.patch(logits_dtype="bfloat16")
+
+
+def test_head_is_chosen_by_name_alone(patched, monkeypatch):
+    """Every other name means what it means to verl, torch by default; unpatched, ours is unknown."""
+    monkeypatch.setattr(ours, "head_log_probs", lambda *_, **__: pytest.fail("not chosen"))
+    hidden, weight, ids = torch.randn(5, 8), torch.randn(31, 8), torch.randint(31, (5,))
+    for head in (patched.FusedLinearForPPO(), patched.FusedLinearForPPO(64), patched.FusedLinearForPPO(64, "liger")):
+        assert head(hidden, weight, ids)[0].shape == (5,)
+    with pytest.raises(ValueError, match="Unsupported FusedLinearForPPO backend: other"):
+        patched.FusedLinearForPPO(impl_backend="other")
+    ours.unpatch()
+    with pytest.raises(ValueError, match="Unsupported FusedLinearForPPO backend: prime_kernels"):
+        patched.FusedLinearForPPO(impl_backend=ours.BACKEND)
+
+
+def test_head_in_a_model(patched, monkeypatch, tmp_path):
+    """By verl's own function that gives a model its fused forward: log-probs and entropies are those of its logits."""
+    from helpers.tiny import write_model
+    from transformers import AutoModelForCausalLM
+
+    choice = importlib.import_module("verl.models.transformers.monkey_patch")
+    model = AutoModelForCausalLM.from_pretrained(write_model(tmp_path), dtype=torch.float32)
+    ids = torch.randint(3, 301, (2, 9))
+    logits = model(ids).logits / 0.8
+    monkeypatch.setattr(type(model), "forward", type(model).forward)
+    ours.patch()  # the module that chooses was imported after the first
+    choice.patch_forward_with_backends(model, use_fused_kernels=True, fused_kernels_backend=ours.BACKEND)
+    assert model._verl_fused_kernels_backend == ours.BACKEND
+    called = []
+    original = ours.head_log_probs
+    monkeypatch.setattr(ours, "head_log_probs", lambda *a, **k: called.append(1) or original(*a, **k))
+    output = model(input_ids=ids, temperature=0.8, return_dict=True)
+    assert called
+    log_p = logits.log_softmax(-1)
+    want = log_p.gather(-1, ids.roll(-1, -1)[..., None])[..., 0]
+    torch.testing.assert_close(output.log_probs, want, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(output.entropy, -(log_p.exp() * log_p).sum(-1), atol=2e-5, rtol=1e-5)
+    grads = []
+    for loss in (output.log_probs.sum() + output.entropy.sum(), want.sum() - (log_p.exp() * log_p).sum()):
+        model.zero_grad()
+        loss.backward()
+        grads.append({name: each.grad.clone() for name, each in model.named_parameters()})
+    for name, grad in grads[1].items():
+        torch.testing.assert_close(grads[0][name], grad, atol=1e-4, rtol=1e-3)
 
 
 def test_page(verl):
