@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "cpu/isa.h"
+#include "cpu/pages.h"
 #include "pk/abi.h"
 
 namespace py = pybind11;
@@ -379,6 +380,21 @@ py::dict build_info() {
   return info;
 }
 
+// Memory as torch.frombuffer takes it.
+struct Memory {
+  pk::Pages pages;
+  int64_t bytes;
+  explicit Memory(int64_t size) : pages(size), bytes(size) {}
+};
+
+void bind_memory(py::module_& m) {
+  py::class_<Memory>(m, "Memory", py::buffer_protocol()).def(py::init<int64_t>()).def_buffer([](Memory& memory) {
+    return py::buffer_info(reinterpret_cast<uint8_t*>(memory.pages.begin()), static_cast<py::ssize_t>(memory.bytes));
+  });
+  m.def("release_spare_memory", &pk::release_spare_pages);
+  m.attr("LEAST_MEMORY") = pk::kLeastPages;
+}
+
 void bind_constants(py::module_& m) {
   m.attr("FLOAT32") = static_cast<int>(PK_FLOAT32);
   m.attr("BFLOAT16") = static_cast<int>(PK_BFLOAT16);
@@ -405,6 +421,7 @@ PYBIND11_MODULE(_C, m) {
   pk::cpu_isa();  // an unavailable instruction set fails the import, not the first kernel
   m.def("build_info", &build_info);
   bind_constants(m);
+  bind_memory(m);
   bind_rows(m);
   bind_heads(m);
   bind_segments(m);

@@ -350,6 +350,15 @@ def rows(backend: str) -> RowKernels:
     return native_rows
 
 
+def empty_like(tensor: Tensor, backend: str) -> Tensor:
+    """Uninitialised and dense, for results of the row kernels of a resolved backend."""
+    if backend != "cpu":
+        return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+    from prime_kernels import _native
+
+    return _native.empty(tensor.dtype, *tensor.shape)
+
+
 def head(backend: str) -> HeadKernels:
     """The kernels for whole heads; "cpu" alone has them, the others go by tiles (ops/_tiled_head.py)."""
     assert backend == "cpu"

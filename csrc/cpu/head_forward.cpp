@@ -11,7 +11,6 @@
 
 #include "half.h"
 #include "head_layout.h"
-#include "pages.h"
 #include "threads.h"
 
 namespace pk {
@@ -130,7 +129,6 @@ void head_forward(const pk_head_forward_args& args, float* highest) {
   const int64_t lanes = layout.kernels.lanes;
   const int64_t chunk_panels = std::min(layout.chunk_panels(), layout.panels(head.n_tokens));
   const int threads = thread_count(head.n_threads, layout.n_segments * chunk_panels, head.n_tokens * head.n_vocabulary);
-  if (head.kept != nullptr) ask_for_huge_pages(head.kept, layout.panels(head.n_tokens) * layout.kept_floats() * 4);
   const Buffer panels(chunk_panels * layout.panel_bytes());
   const Partials partials(layout, chunk_panels, args.entropy != nullptr);
   std::vector<std::unique_ptr<BlockLogits>> blocks(static_cast<size_t>(threads));

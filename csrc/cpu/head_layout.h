@@ -9,6 +9,7 @@
 #include <new>
 
 #include "head_kernels.h"
+#include "pages.h"
 #include "pk/abi.h"
 
 namespace pk {
@@ -20,16 +21,21 @@ inline int64_t rounded_up(int64_t total, int64_t unit) { return blocks_of(total,
 class Buffer {
  public:
   Buffer() = default;
-  explicit Buffer(int64_t bytes) : begin_(static_cast<char*>(std::aligned_alloc(64, rounded_up(bytes + 64, 64)))) {
+  explicit Buffer(int64_t bytes) : pages_(bytes + 64 < kLeastPages ? 0 : bytes + 64), begin_(pages_.begin()) {
+    if (begin_ != nullptr) return;
+    begin_ = static_cast<char*>(std::aligned_alloc(64, rounded_up(bytes + 64, 64)));
     if (begin_ == nullptr) throw std::bad_alloc();
   }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
-  ~Buffer() { std::free(begin_); }
+  ~Buffer() {
+    if (pages_.begin() == nullptr) std::free(begin_);
+  }
   char* bytes(int64_t offset = 0) const { return begin_ + offset; }
   float* floats(int64_t offset = 0) const { return reinterpret_cast<float*>(begin_) + offset; }
 
  private:
+  Pages pages_;
   char* begin_ = nullptr;
 };
 

@@ -102,7 +102,11 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
     if not Path("/proc/self/clear_refs").exists():
         call()
         return None
-    ctypes.CDLL(None).malloc_trim(0)  # what earlier calls freed would otherwise be taken again unseen
+    # What earlier calls freed would otherwise be taken again unseen.
+    ctypes.CDLL(None).malloc_trim(0)
+    from prime_kernels import _native
+
+    _native.release_spare_memory()
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from what is held now
     before = _status("VmRSS")
     call()

@@ -3,6 +3,8 @@
 rows.py, head.py and packed.py turn tensors into addresses, sizes and strides and call its kernels; nothing else does.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -54,3 +56,20 @@ def build_info() -> dict[str, str | bool]:
 def address(tensor: Tensor | None) -> int:
     """The address of the first element; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def empty(dtype: torch.dtype, *shape: int) -> Tensor:
+    """Uninitialised, on CPUs. Large memory is reused from call to call: the system zeroes new pages at first touch.
+
+    The storage of a large one cannot be resized.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if size < _C.LEAST_MEMORY:
+        return torch.empty(shape, dtype=dtype, device="cpu")
+    # No view: those that are made without a graph cannot be changed in place by the caller.
+    return torch.frombuffer(_C.Memory(size), dtype=dtype).resize_(shape)
+
+
+def release_spare_memory() -> int:
+    """Give memory that waits to be reused back to the system; its bytes."""
+    return 0 if _C is None else int(_C.release_spare_memory())

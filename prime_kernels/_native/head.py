@@ -15,7 +15,7 @@ from torch import Tensor
 
 from prime_kernels._backends import HeadGradients, LinearHead, RowCandidates, RowGradient, RowResults
 from prime_kernels._layout import column
-from prime_kernels._native import _C, DTYPES, address
+from prime_kernels._native import _C, DTYPES, address, empty
 
 CPU = torch.device("cpu")
 
@@ -26,7 +26,7 @@ def token_log_probs(head: LinearHead, with_entropy: bool, keep: bool = False) ->
     if keep:
         n_tokens, depth, dtype = *head.hidden.shape, DTYPES[head.hidden.dtype]
         size = _C.head_kept_floats(n_tokens=n_tokens, n_vocabulary=len(head.weight), depth=depth, dtype=dtype)
-        kept = torch.empty(size, dtype=torch.float32, device=CPU)
+        kept = empty(torch.float32, size)
     arguments = _Arguments(head, kept)
     logp = torch.empty(head.ids.shape, dtype=torch.float32, device=CPU)
     lse = torch.empty(len(head.hidden), dtype=torch.float32, device=CPU)
@@ -83,7 +83,7 @@ def gradients(
     grad_logp = column(gradient.grad_logp, torch.float32, head.ids.numel(), CPU)
     results = HeadGradients(
         *(
-            None if part is None or not want else torch.empty(part.shape, dtype=part.dtype, device=CPU)
+            None if part is None or not want else empty(part.dtype, *part.shape)
             for part, want in zip((head.hidden, head.weight, head.bias), wanted, strict=True)
         )
     )

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from prime_kernels import _checks, _dispatch
+from prime_kernels import _backends, _checks, _dispatch
 from prime_kernels._autograd import Gradients
 from prime_kernels._backends import RowGradient
 from prime_kernels._segment_math import result_dtype
@@ -105,7 +105,7 @@ def log_probs_backward(
     ids = _checks.labels("ids", ids, mask, logits.shape[-1])
     chosen = _dispatch.resolve("log_probs", logits, backend)
     dense = logits if logits.stride(-1) == 1 else logits.contiguous()
-    out = torch.empty_like(dense, memory_format=torch.contiguous_format)
+    out = _backends.empty_like(dense, chosen)
     gradient = RowGradient(lse, entropy, grad_logp, grad_entropy)
     rows.gradient_of_views(dense, ids, mask, gradient, temperature, out, chosen, softcap)
     return out

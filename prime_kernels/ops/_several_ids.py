@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from prime_kernels import _backends
 from prime_kernels._autograd import Gradients, first_derivative_only
 from prime_kernels._backends import LinearHead, RowGradient, RowResults
 from prime_kernels.ops import _tiled_head as tiles
@@ -190,7 +191,7 @@ class LogitsLogProbs(torch.autograd.Function):
             return (None,) * 7
         if mask is not None:
             grad_logp = None if grad_logp is None else grad_logp.masked_fill(~mask.unsqueeze(1), 0.0)
-        out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        out = _backends.empty_like(logits, ctx.backend)
         gradient = RowGradient(lse, None if grad_entropy is None else entropy, grad_logp, grad_entropy)
         SeveralIds(ctx.backend, ctx.softcap).logits_gradient(logits, ids, mask, gradient, ctx.temperature, out)
         return out, None, None, None, None, None, None

@@ -14,7 +14,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from prime_kernels import _checks, _dispatch
+from prime_kernels import _backends, _checks, _dispatch
 from prime_kernels._autograd import Gradients, first_derivative_only
 from prime_kernels._backends import RowGradient, RowResults
 from prime_kernels._segment_math import result_dtype
@@ -87,7 +87,7 @@ class LogProbs(torch.autograd.Function):
         logits, ids, mask, lse, entropy = ctx.saved_tensors
         if grad_logp is None and grad_entropy is None:
             return (None,) * 8
-        out = logits.detach() if ctx.inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
+        out = logits.detach() if ctx.inplace else _backends.empty_like(logits, ctx.backend)
         gradient = RowGradient(lse, entropy, grad_logp, grad_entropy)
         gradient_of_views(logits, ids, mask, gradient, ctx.temperature, out, ctx.backend, ctx.softcap)
         if ctx.inplace:

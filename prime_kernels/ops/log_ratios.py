@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from prime_kernels import _checks, _dispatch
+from prime_kernels import _backends, _checks, _dispatch
 from prime_kernels._autograd import Gradients, first_derivative_only
 from prime_kernels._backends import RowGradient
 from prime_kernels.ops import _softcap
@@ -62,7 +62,7 @@ class LogRatiosOnePass(torch.autograd.Function):
         for place, (z, grad) in enumerate(zip(models, grads, strict=True)):
             if z is None or grad is None or place == REF:
                 continue
-            out = gradients[place] = torch.empty_like(z, memory_format=torch.contiguous_format)
+            out = gradients[place] = _backends.empty_like(z, ctx.backend)
             gradient = RowGradient(lse[place], None, grad, None)
             rows.gradient_of_views(z, ids, mask, gradient, ctx.temperatures[place], out, ctx.backend, ctx.softcap)
         return None, None, None, None, None, *gradients

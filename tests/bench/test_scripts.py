@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("transformers", reason="the trainer's packages are not installed: pip install '.[train]'")
 
@@ -31,8 +32,8 @@ EXAMPLES = ROOT / "examples"
 DEMO = EXAMPLES / "demo.toml"
 HERE = {
     "candidates", "demo/results", "faults_table", "plan_table", "precision", "precision_study", "prm/first_wrong_step",
-    "prm/results", "prm/sample", "rollout", "step_share", "study/chains", "study/study", "trainer_cost", "trl_table",
-    "verify/math_answers", "verify/programs", "verify/rates",
+    "prm/results", "prm/sample", "products", "rollout", "step_share", "study/chains", "study/study", "trainer_cost",
+    "trl_table", "verify/math_answers", "verify/programs", "verify/rates",
 }  # fmt: skip
 # What other tests of this folder and of docs, packaging, integrations, triton_backend and the trainer run.
 ELSEWHERE = {
@@ -205,6 +206,24 @@ def test_mismatch_of_an_engine(small, script):
     assert len(found) == 4 and found["float32", "float32"] < min(
         found["float32", "rounded"], found["rounded", "float32"]
     )
+
+
+def test_products(script, monkeypatch):
+    monkeypatch.setenv("PRIME_BENCH_SMALL", "1")
+    monkeypatch.delitem(sys.modules, "measure", raising=False)
+    threads = torch.get_num_threads()
+    said = script("products", "--rounds", "2")
+    torch.set_num_threads(threads)
+    rows = [line.strip("| ").split(" | ") for line in said.splitlines() if line.startswith("| ")][2:]
+    found = {(row[0], row[1]): row[2:] for row in rows}
+    firsts = [row[2:] for at, row in enumerate(rows) if at == 0 or row[0] != rows[at - 1][0]]
+    assert len(found) == len(rows) and len(firsts) == 3
+    assert all(row[2].startswith("1.00 / 1.00") for row in firsts)
+    assert all(float(share) > 0 for row in found.values() for share in row[2].removesuffix(" |").split(" / "))
+    errors = {way: float(found["forward", way][3]) for way in ("linear_log_probs", "eager PyTorch")}
+    assert errors["linear_log_probs"] < 2e-5 < errors["eager PyTorch"]
+    for way in ("linear_log_probs", "linear_nll", "linear_ppo_loss", "eager PyTorch: nll", "torch.compile: ppo"):
+        assert 0.0 < float(found["forward and backward", way][3]) < 0.02, way  # bfloat16 gradients
 
 
 def test_plan_table(script):
