@@ -27,7 +27,7 @@ from prime_trainer.rollout.collector import Collector
 from prime_trainer.train import batch as batch_module
 from prime_trainer.train.batch import Batch
 from prime_trainer.train.forward import log_probs
-from prime_trainer.train.policy_step import Targets, policy_update
+from prime_trainer.train.policy_step import Targets, minibatches_of, policy_update
 from prime_trainer.train.prm_step import PRMScorer, Rewards, Scorer, process_rewards
 from prime_trainer.train.trainable import Trainable
 from prime_trainer.verify import Verifier
@@ -107,9 +107,9 @@ class Setting:
         targets = Targets(advantages, torch.zeros(batch.num_tokens) if cfg.needs.ppo_ratio else None)
 
         def work() -> None:
-            shuffle = torch.Generator().manual_seed(0)
+            parts = minibatches_of(batch, cfg.policy, torch.Generator().manual_seed(0))
             policy_update(
-                self.policy, batch, targets, cfg.policy, micro_batch_tokens=cfg.micro_batch_tokens, generator=shuffle
+                self.policy, batch, targets, cfg.policy, micro_batch_tokens=cfg.micro_batch_tokens, parts=parts
             )
 
         return work
