@@ -31,8 +31,8 @@ EXAMPLES = ROOT / "examples"
 DEMO = EXAMPLES / "demo.toml"
 HERE = {
     "candidates", "demo/results", "faults_table", "plan_table", "precision", "precision_study", "prm/first_wrong_step",
-    "prm/results", "prm/sample", "rollout", "step_share", "study/chains", "study/study", "trainer_cost", "trl_table",
-    "verify/math_answers", "verify/programs", "verify/rates",
+    "prm/results", "prm/sample", "rollout", "step", "step_share", "study/chains", "study/study", "trainer_cost",
+    "trl_table", "verify/math_answers", "verify/programs", "verify/rates",
 }  # fmt: skip
 # What other tests of this folder and of packaging, integrations, triton_backend and the trainer run.
 ELSEWHERE = {"conftest", "measure", "readme_charts", "smoke", "table", "trl_steps", "tune", "verify/forms", "zoo"}
@@ -213,6 +213,21 @@ def test_trl_table(module, monkeypatch):
     lines, want = ([line for line in each.splitlines() if line.startswith(("|", "Largest"))]
                    for each in (text, (committed / "README.md").read_text()))  # fmt: skip
     assert lines == want and len(lines) == 2 + 4 + 1 + 2 + 5
+
+
+def test_step(small, module, tmp_path):
+    """Ours at a small size, where lengths are equal and groups are centred: a loss of 0; and the table."""
+    step, model = module("step"), Path(small[1])
+    sizes = {"tokens": 4, "groups": 2, "n": 3, "prompt": 5}
+    rows = []
+    for way in ("outcomes", "policy"):
+        step.child(way, model, tmp_path / "row.json", sizes, "float32")
+        rows.append(json.loads((tmp_path / "row.json").read_text()) | {"note": ""})
+    assert rows[0]["loss"] == pytest.approx(0, abs=1e-6) and rows[0]["grad_norm"] > 0.1
+    assert rows[1]["time/prm"] > 0 and "time/prm" not in rows[0]
+    peer = rows[0] | {"way": "trl", "seconds": 2 * rows[0]["seconds"], "peak_MiB": 4 * rows[0]["peak_MiB"]}
+    (line,) = [line for line in step.readme([*rows, peer]).splitlines() if "outcomes alone" in line]
+    assert line.split("|")[6].strip() == "2.00" and line.split("|")[8].strip() == "0.25"
 
 
 SUM = re.compile(r"\d+(?: \+ \d+)+")
