@@ -30,9 +30,9 @@ BENCH = ROOT / "bench"
 EXAMPLES = ROOT / "examples"
 DEMO = EXAMPLES / "demo.toml"
 HERE = {
-    "candidates", "demo/results", "faults_table", "plan_table", "precision", "precision_study", "prm/first_wrong_step",
-    "prm/results", "prm/sample", "rollout", "step", "step_share", "study/chains", "study/study", "trainer_cost",
-    "trl_table", "verify/math_answers", "verify/programs", "verify/rates",
+    "candidates", "demo/results", "faults_table", "plan_seconds", "plan_table", "precision", "precision_study",
+    "prm/first_wrong_step", "prm/results", "prm/sample", "rollout", "step", "step_share", "study/chains", "study/study",
+    "trainer_cost", "trl_table", "verify/math_answers", "verify/programs", "verify/rates",
 }  # fmt: skip
 # What other tests of this folder and of packaging, integrations, triton_backend and the trainer run.
 ELSEWHERE = {"conftest", "measure", "readme_charts", "smoke", "table", "trl_steps", "tune", "verify/forms", "zoo"}
@@ -213,6 +213,15 @@ def test_trl_table(module, monkeypatch):
     lines, want = ([line for line in each.splitlines() if line.startswith(("|", "Largest"))]
                    for each in (text, (committed / "README.md").read_text()))  # fmt: skip
     assert lines == want and len(lines) == 2 + 4 + 1 + 2 + 5
+
+
+def test_plan_seconds(small, script, tmp_path):
+    text = script("plan_seconds", DEMO, *small, "--output", tmp_path / "run", "--policy.minibatches", "1")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    assert [row[0] for row in rows] == ["stage", "rollout", "policy", "score and prm", "**sum**"]
+    parts = [[float(cell) for cell in row[1:3]] for row in rows[1:]]
+    for column in zip(*parts, strict=True):
+        assert sum(column[:3]) == pytest.approx(column[3], abs=0.01) and column[3] > 0
 
 
 def test_step(small, module, tmp_path):
