@@ -1,11 +1,13 @@
 """`prime-trainer plan --calibrate`: rates of this device for `plan.seconds`, by a minute of a run's own passes.
 
-One model of the configuration stands for policy and PRM; groups are random tokens at the lengths given, in the run's
-layout, as many as one forward pass holds. Nothing is written.
+One model of the configuration stands for policy and PRM. Groups are of random tokens, responses between half and one
+and a half times as long as given, in the run's layout, as many as one forward pass of a minibatch holds. Nothing is
+written.
 """
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -24,8 +26,8 @@ from .train.prm_objective import Objective, backward
 from .train.prm_step import Scorer
 from .train.trainable import Trainable
 
-ROUNDS = 2
-"""Of each probe after one that does not count; the least of them is the rate."""
+ROUNDS = 3
+"""Of each probe after one that does not count; their median is the rate."""
 TOKENS = (4, 20)
 """Of responses that are sampled; their difference gives the rate of a token."""
 
@@ -43,42 +45,49 @@ def run(cfg: RunConfig, prompt_tokens: int, response_tokens: int | None = None) 
 def probe(cfg: RunConfig, prompt_tokens: int, response_tokens: int) -> seconds.Rates:
     """Measures one pass of each kind, an optimizer step and, with the transformers engine, sampling."""
     model = loading.load_model(cfg.model)
-    device, size = model.device, len(model.get_output_embeddings().weight)
+    device, limit, n = model.device, cfg.micro_batch_tokens, cfg.rollout.n
     trained = _Clocked(model, lr=1e-12, grad_clip=1.0)
 
-    def groups(count: int) -> list[Group]:
-        return _groups(count, cfg.rollout.n, prompt_tokens, response_tokens, size)
-
     def batch_of(count: int) -> Batch:
-        return Batch(groups(count), device, layout=traits.of(model).layout)
+        groups = _groups(model, count, n, prompt_tokens, response_tokens, cfg.rollout.max_new_tokens)
+        return Batch(groups, device, layout=traits.of(model).layout)
 
-    count, limit = 1, cfg.micro_batch_tokens
-    while count < cfg.rollout.prompts_per_step and len(batch_of(count + 1).micro_batches(range(count + 1), limit)) == 1:
-        count += 1
-    batch, everything = batch_of(count), range(count)
-    zeros = torch.zeros(batch.num_tokens, device=device)
-    targets = Targets(
-        torch.randn(batch.num_tokens, generator=torch.Generator().manual_seed(0)).to(device),
-        zeros if cfg.needs.ppo_ratio else None, zeros if cfg.policy.kl_coef > 0 else None,
-    )  # fmt: skip
+    def minibatch(parts: int) -> Batch:
+        """As many groups as one pass of one of `parts` minibatches holds."""
+        count = 1
+        while count < cfg.rollout.prompts_per_step // parts:
+            if len(batch_of(count + 1).micro_batches(range(count + 1), limit)) > 1:
+                break
+            count += 1
+        return batch_of(count)
 
-    def score() -> None:
-        Scorer(model, None, limit).log_probs(model, batch, [everything])
+    def a_group(batch: Batch, work: Callable[[Batch], object], trains: bool = True) -> float:
+        taken = _median(lambda: work(batch), device, trained if trains else None)
+        return taken * n * response_tokens / batch.num_tokens
 
-    def prm() -> None:
+    def score(batch: Batch) -> None:
+        Scorer(model, None, limit).log_probs(model, batch, [range(len(batch.groups))])
+
+    def prm(batch: Batch) -> None:
+        everything, zeros = range(len(batch.groups)), torch.zeros(batch.num_tokens, device=device)
         loss = Objective(batch, everything, cfg.prm.kind, cfg.prm.scale, margin=cfg.prm.margin).loss
         backward(model, batch, everything, zeros, loss, limit, coupled=False)
         trained.step()
 
-    def policy() -> None:
+    def policy(batch: Batch) -> None:
+        zeros = torch.zeros(batch.num_tokens, device=device)
+        targets = Targets(
+            torch.linspace(-1.0, 1.0, batch.num_tokens, device=device),
+            zeros if cfg.needs.ppo_ratio else None, zeros if cfg.policy.kl_coef > 0 else None,
+        )  # fmt: skip
         policy_update(
-            trained, batch, targets, cfg.policy, micro_batch_tokens=limit, parts=[everything],
+            trained, batch, targets, cfg.policy, micro_batch_tokens=limit, parts=[range(len(batch.groups))],
             temperature=cfg.rollout.temperature,
         )  # fmt: skip
 
-    of_prm, of_policy = (_least(work, device, trained) for work in (prm, policy))
-    first, following = _sampling(cfg, model, prompt_tokens)
-    return seconds.Rates(count, _least(score, device), of_prm, of_policy, min(trained.spent), first, following)
+    of_prm, of_policy = minibatch(cfg.prm.minibatches), minibatch(cfg.policy.minibatches)
+    passes = a_group(of_prm, score, trains=False), a_group(of_prm, prm), a_group(of_policy, policy)
+    return seconds.Rates(*passes, statistics.median(trained.spent[1:]), *_sampling(cfg, model, prompt_tokens))
 
 
 class _Clocked(Trainable):
@@ -102,42 +111,58 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _least(work: Callable[[], object], device: torch.device, trained: _Clocked | None = None) -> float:
-    """Seconds of `work`, those of optimizer steps in it left out."""
+def _median(work: Callable[[], object], device: torch.device, trained: _Clocked | None = None) -> float:
+    """Seconds of `work`, those of the optimizer step in it left out."""
     found = []
     for _ in range(1 + ROUNDS):
         begin = _now(device)
         work()
         found.append(_now(device) - begin - (0.0 if trained is None else trained.spent[-1]))
-    return min(found[1:])
+    return statistics.median(found[1:])
 
 
-def _sampling(cfg: RunConfig, model: CausalLM, prompt_tokens: int) -> tuple[float | None, float]:
-    """Seconds of the first token of a batch of responses, and of one more of each."""
+def _sampling(cfg: RunConfig, model: CausalLM, prompt_tokens: int) -> tuple[float | None, float, float]:
+    """Seconds of the first token of a batch of responses, the overhead of one more, and what each batch adds to it."""
     if cfg.rollout.engine != "transformers":
-        return None, 0.0
+        return None, 0.0, 0.0
     sampler = TransformersSampler(model, tokenizers.load_tokenizer(cfg.model), batch_size=cfg.rollout.batch_size)
     sampler.stops = torch.tensor([-1], device=model.device)  # every response has the length asked for
-    size = len(model.get_output_embeddings().weight)
-    prompts = min(cfg.rollout.prompts_per_step, max(1, cfg.rollout.batch_size // cfg.rollout.n))
-    given = [group.prompt_ids for group in _groups(prompts, 1, prompt_tokens, 1, size)]
+    whole = min(cfg.rollout.prompts_per_step, max(1, cfg.rollout.batch_size // cfg.rollout.n))
 
-    def sample(tokens: int) -> float:
+    def sample(prompts: int, tokens: int) -> float:
+        given = [group.prompt_ids for group in _groups(model, prompts, 1, prompt_tokens, 1, 1)]
         sampling = Sampling(tokens, cfg.rollout.temperature)
-        return _least(lambda: sampler.generate(given, cfg.rollout.n, sampling, list(range(prompts))), model.device)
+        return _median(lambda: sampler.generate(given, cfg.rollout.n, sampling, list(range(prompts))), model.device)
 
-    short, long = map(sample, TOKENS)
-    following = (long - short) / (TOKENS[1] - TOKENS[0])
-    return max(0.0, short - (TOKENS[0] - 1) * following), following
+    def one_more(prompts: int) -> tuple[float, float]:
+        """(seconds of the first token, of one more) of responses to some prompts."""
+        short, long = (sample(prompts, tokens) for tokens in TOKENS)
+        more = max(0.0, (long - short) / (TOKENS[1] - TOKENS[0]))
+        return max(0.0, short - (TOKENS[0] - 1) * more), more
+
+    first, of_whole = one_more(whole)
+    part = max(1, whole // 4)
+    if part == whole:
+        return first, 0.0, of_whole
+    of_part = one_more(part)[1]
+    # A line through both: what is left at no responses is overhead.
+    overhead = min(of_whole, max(0.0, (of_part * whole - of_whole * part) / (whole - part)))
+    return first, overhead, of_whole - overhead
 
 
-def _groups(count: int, n: int, prompt_tokens: int, response_tokens: int, vocabulary: int) -> list[Group]:
+def _groups(model: CausalLM, count: int, n: int, prompt_tokens: int, mean: int, most: int) -> list[Group]:
+    """Responses of `mean` / 2 to 3 `mean` / 2 tokens, at most `most`."""
     generator = torch.Generator().manual_seed(0)
+    vocabulary = len(model.get_output_embeddings().weight)
+
+    def below(low: int, high: int, shape: int) -> list[int]:
+        return torch.randint(low, high + 1, (shape,), generator=generator).tolist()
 
     def ids(length: int) -> list[int]:
-        return torch.randint(min(3, vocabulary - 1), vocabulary, (length,), generator=generator).tolist()
+        return below(min(3, vocabulary - 1), vocabulary - 1, length)
 
+    lengths = [min(most, length) for length in below(max(1, mean // 2), max(1, mean + mean // 2), count * n)]
     return [
-        Group(ids(prompt_tokens), [Response(ids(response_tokens), float(k % 2)) for k in range(n)])
-        for _ in range(count)
+        Group(ids(prompt_tokens), [Response(ids(lengths[g * n + k]), float(k % 2)) for k in range(n)])
+        for g in range(count)
     ]

@@ -172,6 +172,17 @@ def test_trainer_cost(small, script):
     )
 
 
+def test_trainer_cost_by_length(small, script):
+    """Where rollouts take 53 % of a step, 47 % of what process rewards add to the rest is left."""
+    said = script("trainer_cost", DEMO, "--rounds", "1", "--lengths", "2,9", "--prompt-tokens", "3", *small)
+    assert ": 2 groups of 2, prompts of 3 tokens" in said
+    head, _, *rows = [line.strip("| ").split(" | ") for line in said.splitlines() if line.startswith("| ")]
+    assert [row[0] for row in rows] == ["2", "9"] and all(len(row) == len(head) == 9 for row in rows)
+    for row in rows:
+        alone, whole = ([int(cell.strip("+%")) for cell in row[at : at + 2]] for at in (5, 7))
+        assert whole == pytest.approx([0.47 * extra for extra in alone], abs=1)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_precision(small, script, dtype):
     said = script("precision", DEMO, "--tokens", "50", *small, "--model.dtype", dtype)

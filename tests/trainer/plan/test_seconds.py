@@ -7,13 +7,16 @@ import torch
 
 from prime_trainer import calibrate, loop
 from prime_trainer.cli import main
+from prime_trainer.data.groups import Group, Response
 from prime_trainer.plan import seconds
 from prime_trainer.plan.seconds import Rates
 
-RATES = Rates(groups=4, score=1.0, prm=3.0, policy=4.0, optimizer=0.5, first_token=2.0, next_token=0.25)
-# 16 groups are four probes; 64 responses are two batches; a response has 9 tokens.
-ROLLOUT = {"prompts_per_step": 16, "n": 4, "batch_size": 32}
-SAMPLED = 2 * (2.0 + 8 * 0.25)
+RATES = Rates(
+    score=0.25, prm=0.75, policy=1.0, optimizer=0.5, first_token=2.0, overhead=0.125, next_token=0.25
+)  # fmt: skip
+# 64 responses are two batches; a response has 9 tokens, the longest 13.
+ROLLOUT = {"prompts_per_step": 16, "n": 4, "batch_size": 32, "max_new_tokens": 13}
+SAMPLED = 2 * (2.0 + 12 * 0.125 + 8 * 0.25)
 
 
 def predicted(run_config, rates=RATES, **sections):
@@ -33,7 +36,6 @@ def predicted(run_config, rates=RATES, **sections):
         ({"prm": {"update": "none"}}, {"rollout": SAMPLED, "score": 8.0, "policy": 16.5}),
         # Pairs: all log-ratios before the first gradient.
         ({"prm": {"kind": "dpo"}}, {"rollout": SAMPLED, "score": 4.0, "prm": 16.5, "policy": 16.5}),
-        ({"prm": {"kind": "dpo", "minibatches": 4}}, {"rollout": SAMPLED, "score": 4.0, "prm": 14.0, "policy": 16.5}),
         ({"algorithm": {"process_coef": 0.0}}, {"rollout": SAMPLED, "policy": 16.5}),
         # Two epochs of two minibatches compare with log-probs from before them.
         ({"algorithm": {"process_coef": 0.0}, "policy": {"epochs": 2, "minibatches": 2}},
@@ -54,22 +56,42 @@ def test_an_engine_that_is_not_probed_is_left_out_and_named(run_config):
     assert "rollouts of transformers apart" in text and "**33.0**" in text and "| policy | 16.5 | 50% |" in text
 
 
-@pytest.mark.parametrize("layout_limit, groups", [(1024, 3), (0, 1)])
-def test_probes_are_a_pass_of_the_runs_own(run_config, monkeypatch, layout_limit, groups):
-    """Groups of 5 + 3 * 4 tokens share a row; of rows of 9 tokens each, 27 a group."""
-    monkeypatch.setattr("prime_trainer.train.batch.SHARED_ROW_LIMIT", layout_limit)
-    cfg = run_config(micro_batch_tokens=53, rollout={"prompts_per_step": 7})
+def test_probes_are_passes_of_the_runs_own(run_config, monkeypatch):
+    """Groups of 5 + 3 * 4 tokens share a row: three fit into 53 tokens, and two are a minibatch of the policy."""
+    sizes, score, update = [], calibrate.Scorer.log_probs, calibrate.policy_update
+
+    def scored(self, model, batch, parts):
+        sizes.append(("score", len(batch.groups)))
+        return score(self, model, batch, parts)
+
+    def updated(trained, batch, *given, **options):
+        sizes.append(("policy", len(batch.groups)))
+        return update(trained, batch, *given, **options)
+
+    monkeypatch.setattr(calibrate.Scorer, "log_probs", scored)
+    monkeypatch.setattr(calibrate, "policy_update", updated)
+    monkeypatch.setattr(calibrate, "_groups", lambda model, count, n, prompt, mean, most: [
+        Group([5] * prompt, [Response([7] * mean) for _ in range(n)]) for _ in range(count)
+    ])  # fmt: skip
+    cfg = run_config(micro_batch_tokens=53, rollout={"prompts_per_step": 7}, policy={"minibatches": 3})
     rates = calibrate.probe(cfg, prompt_tokens=5, response_tokens=4)
-    assert rates.groups == groups
-    assert min(dataclasses.astuple(rates)) > 0
+    assert set(sizes) == {("score", 3), ("policy", 2)}
+    assert min(rates.score, rates.prm, rates.policy, rates.optimizer) > 0 and rates.first_token is not None
 
 
-def test_a_probe_leaves_out_the_optimizer_and_what_does_not_count(monkeypatch):
-    now = iter([0, 10, 100, 105, 200, 204])
+def test_probed_responses_have_the_lengths_asked_for(model):
+    groups = calibrate._groups(model, count=20, n=4, prompt_tokens=3, mean=8, most=11)
+    found = [len(response.ids) for group in groups for response in group.responses]
+    assert min(found) == 4 and max(found) == 11 and 6.5 < sum(found) / 80 < 8.5
+    assert all(len(group.prompt_ids) == 3 for group in groups)
+
+
+def test_a_probe_is_the_median_without_the_optimizer_and_the_first(monkeypatch):
+    now = iter([0, 10, 100, 105, 200, 204, 300, 309])
     monkeypatch.setattr(calibrate, "_now", lambda device: next(now))
     trained = calibrate._Clocked.__new__(calibrate._Clocked)
     trained.spent = [1.0]
-    assert calibrate._least(lambda: None, torch.device("cpu"), trained) == 3.0
+    assert calibrate._median(lambda: None, torch.device("cpu"), trained) == 4.0
 
 
 def test_command(run_config, tmp_path, capsys):
@@ -79,7 +101,7 @@ def test_command(run_config, tmp_path, capsys):
     words = ["plan", str(path), "--calibrate", "--prompt-tokens", "4", "--response-tokens", "6"]
     assert main(words) == 0
     out = capsys.readouterr().out
-    assert "responses of 6 tokens by probes of 2 groups" in out
+    assert "responses of 6 tokens by probes of this device" in out
     stages = [line.split("|")[1].strip() for line in out.splitlines() if line.startswith("|")]
     assert stages == ["seconds of a step", "---", "rollout", "score", "prm", "policy", "**sum**"]
     assert main([*words, "--gpus", "2"]) == 2 and "expected --gpus 1, got 2" in capsys.readouterr().err
