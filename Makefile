@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 TRITON := triton==3.6.0
 
 .DEFAULT_GOAL := help
-.PHONY: help debian demo test test-integrations test-vllm test-oldest package package-cuda cuda-tag try-wheels sanitize faults bench bench-integrations docs lint format clean
+.PHONY: help debian demo test test-integrations test-vllm test-oldest package package-cuda cuda-tag try-wheels sanitize faults bench bench-integrations bench-step docs lint format clean
 
 help:
 	@echo "make demo    train SmolLM2-135M with PRIME on arithmetic (SEED=0), then write its report"
@@ -26,6 +26,7 @@ help:
 	@echo "make bench   time every operation against plain PyTorch and write bench/results/ops; a short form with a"
 	@echo "             verdict for each: python -m prime_kernels bench"
 	@echo "make bench-integrations  GRPO steps of TRL with and without the patch: bench/results/integrations"
+	@echo "make bench-step  one training step beside TRL's GRPO trainer: bench/results/step"
 	@echo "make docs    the documentation as a static site with the API reference, in build/docs"
 	@echo "make lint    ruff check, ruff format --check (make format repairs) and mypy on the public API"
 	@echo "make clean   remove builds and caches; .venv and runs/ stay"
@@ -207,6 +208,10 @@ bench: $(READY)
 
 bench-integrations: $(INTEGRATIONS_READY)
 	@$(ON_INTEGRATIONS) bench/trl_table.py bench/results/integrations/trl
+
+bench-step: $(INTEGRATIONS_READY)
+	@$(ON_INTEGRATIONS) bench/step.py bench/results/step --tokens 64
+	@$(ON_INTEGRATIONS) bench/step.py bench/results/step --tokens 512
 
 docs: $(READY)
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet

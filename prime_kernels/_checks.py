@@ -110,12 +110,26 @@ def offsets(name: str, value: object, total: int | None, unit: str, other: Tenso
         f"{name}: expected non-decreasing offsets",
     )
     if total is not None:
-        _require(
-            checked[-1] == total,
-            lambda: ValueError(f"{name}: expected to end at {total} {unit}, got {int(checked[-1])}"),
-            f"{name}: expected to end at {total} {unit}",
-        )
+        ends(name, checked, total, unit)
     return checked
+
+
+def ends(name: str, checked: Tensor, total: int, unit: str) -> None:
+    """Offsets end at ``total``."""
+    _require(
+        checked[-1] == total,
+        lambda: ValueError(f"{name}: expected to end at {total} {unit}, got {int(checked[-1])}"),
+        f"{name}: expected to end at {total} {unit}",
+    )
+
+
+def size(name: str, value: object) -> int | None:
+    """``value`` is None or a whole number, at least 0; returned."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        raise TypeError(f"{name}: expected a whole number or None, got {type(value).__name__}")
+    if value is not None and value < 0:
+        raise ValueError(f"{name}: expected at least 0, got {value}")
+    return value
 
 
 def offsets_unread(name: str, value: object, other: Tensor, source: str) -> Tensor:

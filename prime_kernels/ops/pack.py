@@ -104,7 +104,7 @@ def pack(
     Source: the packed layout of flash-attn's variable-length attention.
     """
     _check_copied("padded", padded, 2)
-    cu_seqlens = _checks.offsets("cu_seqlens", cu_seqlens, _check_size("total", total), "tokens", padded, "padded")
+    cu_seqlens = _checks.offsets("cu_seqlens", cu_seqlens, _checks.size("total", total), "tokens", padded, "padded")
     _checks.shape("padded", padded, (cu_seqlens.numel() - 1, *padded.shape[1:]), "the rows of cu_seqlens")
     _checks.choice("padding", padding, PADDINGS)
     _checks.longest("cu_seqlens", cu_seqlens, padded.shape[1], "the columns of padded")
@@ -160,7 +160,7 @@ def unpack(
         )
         if not low <= fill <= high:
             raise ValueError(f"fill: expected a value of {values.dtype}, in [{low}, {high}], got {fill}")
-    length = _check_size("length", length)
+    length = _checks.size("length", length)
     if length is None:
         length = int(cu_seqlens.diff().max()) if cu_seqlens.numel() > 1 else 0
     else:
@@ -180,11 +180,3 @@ def _check_copied(name: str, value: object, dimensions: int) -> None:
         raise TypeError(f"{name}: expected a dtype of at most 8 bytes an element, got {value.dtype}")
     if value.ndim < dimensions:
         raise ValueError(f"{name}: expected at least {dimensions} dimensions, got shape {list(value.shape)}")
-
-
-def _check_size(name: str, value: object) -> int | None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-        raise TypeError(f"{name}: expected a whole number or None, got {type(value).__name__}")
-    if value is not None and value < 0:
-        raise ValueError(f"{name}: expected at least 0, got {value}")
-    return value

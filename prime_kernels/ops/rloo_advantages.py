@@ -123,21 +123,25 @@ def _whitened(values: Tensor, process_group: Any) -> Tensor:
     return centred * torch.rsqrt(variance + WHITEN_EPS)
 
 
-def _checked(batch: RlooBatch, backend: str) -> RlooBatch:
-    """The batch with int64 offsets and its number of tokens, after all checks that read values."""
-    process_rewards, mask, outcomes, cu_seqlens, cu_groups, total = batch
+def _checked(batch: RlooBatch, total: int | None, backend: str) -> RlooBatch:
+    """The batch with int64 offsets and its number of tokens, after all checks that read values; ``total`` None is read
+    from the offsets."""
+    process_rewards, mask, outcomes, cu_seqlens, cu_groups, _ = batch
     if outcomes.is_cuda and backend in ("triton", "cuda"):
         batch = _backends.packed_on_gpu(backend).checked_batch(batch)
+        if process_rewards is None and total is not None:
+            _checks.ends("cu_seqlens", batch.cu_seqlens, total, "tokens")
     else:
-        ends = None if process_rewards is None else total
-        cu_seqlens = _checks.offsets("cu_seqlens", cu_seqlens, ends, "tokens", outcomes, "outcomes")
+        cu_seqlens = _checks.offsets("cu_seqlens", cu_seqlens, total, "tokens", outcomes, "outcomes")
         cu_groups = _checks.offsets("cu_groups", cu_groups, outcomes.numel(), "responses", outcomes, "outcomes")
         _checks.finite("outcomes", outcomes)
         # On "cpu" the moments of the returns show whether all rewards were finite.
         if process_rewards is not None and backend != "cpu":
             _checks.finite("process_rewards", process_rewards, mask)
         batch = batch._replace(cu_seqlens=cu_seqlens, cu_groups=cu_groups)
-    return batch if process_rewards is not None else batch._replace(total=int(batch.cu_seqlens[-1]))
+    if total is None:
+        batch = batch._replace(total=int(batch.cu_seqlens[-1]))
+    return batch
 
 
 def rloo_advantages(
@@ -155,6 +159,7 @@ def rloo_advantages(
     whiten: bool = True,
     process_group: Any = None,
     reward_mask: Tensor | None = None,
+    total: int | None = None,
     backend: str | None = None,
 ) -> Advantages:
     """Token returns and whitened advantages from process and outcome rewards. Targets: computed without gradient.
@@ -166,8 +171,7 @@ def rloo_advantages(
     * Whitening one token, or equal returns, gives advantage 0.
 
     Args:
-        process_rewards: [T], floating point and finite: the reward of each response token; None for outcomes alone
-            (then T is read from ``cu_seqlens``, waiting for the device once).
+        process_rewards: [T], floating point and finite: the reward of each response token; None for outcomes alone.
         outcomes: [B], floating point and finite: the verified outcome of each response, usually in [0, 1].
         cu_seqlens: [B + 1], int32 or int64: where responses start, from 0, non-decreasing, ending at T.
         cu_groups: [G + 1], int32 or int64: where prompt groups start, counted in responses, ending at B. A group lies
@@ -182,6 +186,8 @@ def rloo_advantages(
             must call, also with no tokens. None: this process alone.
         reward_mask: [T], bool: the tokens that have a process reward, such as the last of each step; None for all. The
             others have process reward 0 (not read), get no baseline, and do not count in m_i.
+        total: T. With ``process_rewards`` it is known; without, None reads it from ``cu_seqlens``, waiting for the
+            device once.
         backend: see :mod:`prime_kernels`.
 
     Returns:
@@ -218,8 +224,13 @@ def rloo_advantages(
     settings = RlooSettings(
         gamma_process, gamma_outcome, process_coef, outcome_coef, normalize_process, process_baseline
     )
-    total = 0 if process_rewards is None else process_rewards.numel()
-    batch = _checked(RlooBatch(process_rewards, reward_mask, outcomes, cu_seqlens, cu_groups, total), chosen)
+    total = _checks.size("total", total)
+    if process_rewards is not None:
+        if total not in (None, process_rewards.numel()):
+            raise ValueError(f"total: expected the {process_rewards.numel()} tokens of process_rewards, got {total}")
+        total = process_rewards.numel()
+    given = RlooBatch(process_rewards, reward_mask, outcomes, cu_seqlens, cu_groups, total or 0)
+    batch = _checked(given, total, chosen)
     with torch.no_grad():
         if chosen == "eager":
             result = reference(batch, settings, whiten, process_group)

@@ -113,7 +113,9 @@ def _report(words: list[str]) -> int:
 
 
 def _plan(words: list[str]) -> int:
-    sizes = {"--gpus": 8.0, "--memory": 80.0, "--prompt-tokens": 512.0}
+    calibrate = "--calibrate" in words
+    words = [word for word in words if word != "--calibrate"]
+    sizes = {"--gpus": 1.0 if calibrate else 8.0, "--memory": 80.0, "--prompt-tokens": 512.0, "--response-tokens": 0.0}
     for name in sizes:
         if name in words:
             at = words.index(name)
@@ -122,7 +124,16 @@ def _plan(words: list[str]) -> int:
                 return _fail(f"{name} takes a number of at least 1, got {text!r}")
             sizes[name] = float(text)
             del words[at : at + 2]
+    if sizes["--response-tokens"] and not calibrate:
+        return _fail("--response-tokens is for plan --calibrate; memory is planned for rollout.max_new_tokens")
+    if calibrate and sizes["--gpus"] > 1:
+        return _fail(f"plan --calibrate probes one device: expected --gpus 1, got {sizes['--gpus']:g}")
     cfg = _config(words)
+    if calibrate:
+        from .calibrate import run
+
+        print(run(cfg, int(sizes["--prompt-tokens"]), int(sizes["--response-tokens"]) or None))
+        return 0
     from .plan import plan
 
     gpus = int(sizes["--gpus"])
@@ -253,7 +264,9 @@ COMMANDS = {
     ),
     "serve": Command(_serve, "a vLLM server for rollouts:  prime-trainer serve run.toml --rollout.server.port 8001"),
     "plan": Command(
-        _plan, "memory and traffic of a run:  plan run.toml [--gpus 8] [--memory 80] [--prompt-tokens 512]"
+        _plan,
+        "memory and traffic of a run:  plan run.toml [--gpus 8] [--memory 80] [--prompt-tokens 512]; "
+        "with --calibrate seconds of a step by probes of this device [--response-tokens N]",
     ),
     "profile": Command(".profiling", "one step of rl under torch.profiler: stages, the ten largest rows, a trace file"),
     "report": Command(_report, "an HTML page and PNGs of a run:  prime-trainer report RUN_DIR [OTHER_RUN_DIR ...]"),

@@ -29,13 +29,14 @@ from .run.stage_clock import StageClock
 from .run.stop_signal import stop_signal
 from .scale.heartbeat import watched
 from .scale.ranks import SINGLE, Ranks, connect
+from .scale.transfer import Values, fetched
 from .train.advantages import advantages_of
 from .train.batch import Batch
 from .train.candidates import CandidateTargets, candidate_targets
 from .train.examples import examples_of
 from .train.importance import importance
 from .train.nonfinite_guard import Skips, TooManySkipped, finite
-from .train.policy_step import Targets, policy_update
+from .train.policy_step import Targets, minibatches_of, policy_update
 from .train.prm_step import PRMScorer, PRMScores, Rewards, Scorer, process_rewards
 from .train.trainable import Trainable
 from .verify import Verifier
@@ -80,7 +81,7 @@ class Run:
         self.scorer = scorer if self.prm is None else PRMScorer(scorer, self.prm, cfg.prm)
         self.layout = traits.of(model).layout
         vocabulary = len(model.get_output_embeddings().weight)
-        self.step_ends = tokenizers.newline_tokens(self.tokenizer, vocabulary).to(self.device)
+        self.step_ends = tokenizers.newline_tokens(self.tokenizer, vocabulary)
         self.verifier = Verifier.from_config(cfg.task)
         engine = EngineConfig(cfg.rollout, cfg.model, cfg.output)
         with ExitStack() as failing:
@@ -144,12 +145,25 @@ class Run:
         cfg, clock = self.cfg, StageClock()
         step, self._before = self.step + 1, self._updates()
 
-        groups, values = self.rollouts.batch(step, clock)
+        groups, found = self.rollouts.batch(step, clock)
+        values: Values = {**found}
         batch = Batch(groups, self.device, self.ranks, self.layout)
-        values["kept_reward"] = batch.outcomes.mean().item()
+        shuffle = torch.Generator().manual_seed(derive_seed(cfg.seed, "shuffle", step))
+        minibatches = minibatches_of(batch, cfg.policy, shuffle)
+        # From here on the host only queues work for the device; it waits where a stage decides something.
+        batch.lay_out([*self.scorer.parts(batch), *minibatches], cfg.micro_batch_tokens)
+        values["kept_reward"] = batch.outcomes.mean()
 
+        rewards: Rewards | None = None
+        beside: CandidateTargets | None = None
         with clock("score" if self.prm is None or cfg.prm.update == "none" else "prm"):
             scores = self.scorer.score(batch)
+            if isinstance(scores, PRMScores):
+                rewards = process_rewards(scores.log_ratio, batch, cfg.prm, self.step_ends)
+                if self.needs.candidates:
+                    beside = candidate_targets(batch, scores, cfg.prm.scale, cfg.algorithm.candidates.coef)
+            values_of = (None if rewards is None else rewards.values, None if beside is None else beside.advantages)
+            usable_scores = finite(scores.old_logp, scores.ref_logp, *values_of)
         values |= scores.metrics
         weights = None
         if scores.old_logp is not None:
@@ -157,23 +171,14 @@ class Run:
                 scores.old_logp, batch.rollout_logp, cfg.rollout.cap, cfg.rollout.tis, batch.cu_seqlens
             )
             values |= compared
-
-        rewards: Rewards | None = None
-        beside: CandidateTargets | None = None
-        if isinstance(scores, PRMScores):
-            rewards = process_rewards(scores.log_ratio, batch, cfg.prm, self.step_ends)
-            if self.needs.candidates:
-                beside = candidate_targets(batch, scores, cfg.prm.scale, cfg.algorithm.candidates.coef)
         skipped = 0 if self.prm is None else self.prm.taken_skips()
-        values_of = (None if rewards is None else rewards.values, None if beside is None else beside.advantages)
-        if finite(scores.old_logp, scores.ref_logp, *values_of):
+        if usable_scores:
             advantages = advantages_of(batch, rewards, cfg.algorithm)
             old_logp = scores.old_logp if self.needs.ppo_ratio else None
             with clock("policy"):
                 values |= policy_update(
                     self.policy, batch, Targets(advantages, old_logp, scores.ref_logp, weights, beside), cfg.policy,
-                    micro_batch_tokens=cfg.micro_batch_tokens,
-                    generator=torch.Generator().manual_seed(derive_seed(cfg.seed, "shuffle", step)),
+                    micro_batch_tokens=cfg.micro_batch_tokens, parts=minibatches,
                     lr_scale=min(1.0, step / max(1, cfg.policy.warmup_steps)), temperature=cfg.rollout.temperature,
                 )  # fmt: skip
             skipped += self.policy.taken_skips()
@@ -182,7 +187,7 @@ class Run:
         self.step, self._before = step, self._updates()
         values |= self.skips.note(skipped)
         examples = examples_of(batch, rewards, advantages, self.tokenizer)
-        return StepResult(values | clock.times(), examples, batch)
+        return StepResult(fetched(values) | clock.times(), examples, batch)
 
     def save(self, saver: checkpoint.Saver) -> None:
         """A checkpoint in the middle of what failed: the batch that was not trained on is the next one again."""

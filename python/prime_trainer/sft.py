@@ -20,7 +20,8 @@ from .models import forward, lm_head, loading, tokenizers
 from .models.protocols import Tokenizer
 from .run import checkpoint, hub
 from .run.output_lock import owns_output
-from .run.seeds import derive_seed
+from .run.seeds import shuffled
+from .scale.transfer import Values
 from .train.batch import Batch
 from .train.forward import predicting
 from .train.nonfinite_guard import Skips
@@ -47,12 +48,11 @@ def run(cfg: RunConfig) -> Path:
     total = cfg.sft.epochs * per_epoch
     skips = Skips(min(cfg.sft.max_skipped, total), "sft.max_skipped", "sft.lr")
 
-    def backward(step: int) -> dict[str, float]:
+    def backward(step: int) -> Values:
         epoch, at = divmod(step, per_epoch)
-        generator = torch.Generator().manual_seed(derive_seed(cfg.seed, "sft", epoch))
-        order = torch.randperm(len(examples), generator=generator).tolist()
+        order = shuffled(len(examples), cfg.seed, "sft", epoch)
         batch = Batch.for_model(model, [examples[i] for i in order[at * size : (at + 1) * size]])
-        loss = 0.0
+        loss: float | torch.Tensor = 0.0
         for micro in batch.micro_batches(range(len(batch.groups)), cfg.micro_batch_tokens, pack=cfg.sft.pack):
             head = lm_head.head(model, predicting(model, micro))
             part = pk.linear_nll(
@@ -60,7 +60,7 @@ def run(cfg: RunConfig) -> Path:
                 **lm_head.options(model),
             )  # fmt: skip
             part.backward()
-            loss += part.item()
+            loss = loss + part.detach().double()
         return {"loss": loss, "tokens": batch.num_tokens}
 
     final = cfg.output / "final"

@@ -31,9 +31,9 @@ BENCH = ROOT / "bench"
 EXAMPLES = ROOT / "examples"
 DEMO = EXAMPLES / "demo.toml"
 HERE = {
-    "candidates", "demo/results", "faults_table", "plan_table", "precision", "precision_study", "prm/first_wrong_step",
-    "prm/results", "prm/sample", "products", "rollout", "step_share", "study/chains", "study/study", "trainer_cost",
-    "trl_table", "verify/math_answers", "verify/programs", "verify/rates",
+    "candidates", "demo/results", "faults_table", "plan_seconds", "plan_table", "precision", "precision_study",
+    "prm/first_wrong_step", "prm/results", "prm/sample", "products", "rollout", "step", "step_share", "study/chains",
+    "study/study", "trainer_cost", "trl_table", "verify/math_answers", "verify/programs", "verify/rates",
 }  # fmt: skip
 # What other tests of this folder and of docs, packaging, integrations, triton_backend and the trainer run.
 ELSEWHERE = {
@@ -184,6 +184,17 @@ def test_trainer_cost(small, script):
     )
 
 
+def test_trainer_cost_by_length(small, script):
+    """Where rollouts take 53 % of a step, 47 % of what process rewards add to the rest is left."""
+    said = script("trainer_cost", DEMO, "--rounds", "1", "--lengths", "2,9", "--prompt-tokens", "3", *small)
+    assert ": 2 groups of 2, prompts of 3 tokens" in said
+    head, _, *rows = [line.strip("| ").split(" | ") for line in said.splitlines() if line.startswith("| ")]
+    assert [row[0] for row in rows] == ["2", "9"] and all(len(row) == len(head) == 9 for row in rows)
+    for row in rows:
+        alone, whole = ([int(cell.strip("+%")) for cell in row[at : at + 2]] for at in (5, 7))
+        assert whole == pytest.approx([0.47 * extra for extra in alone], abs=1)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_precision(small, script, dtype):
     said = script("precision", DEMO, "--tokens", "50", *small, "--model.dtype", dtype)
@@ -243,6 +254,30 @@ def test_trl_table(module, monkeypatch):
     lines, want = ([line for line in each.splitlines() if line.startswith(("|", "Largest"))]
                    for each in (text, (committed / "README.md").read_text()))  # fmt: skip
     assert lines == want and len(lines) == 2 + 4 + 1 + 2 + 5
+
+
+def test_plan_seconds(small, script, tmp_path):
+    text = script("plan_seconds", DEMO, *small, "--output", tmp_path / "run", "--policy.minibatches", "1")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    assert [row[0] for row in rows] == ["stage", "rollout", "policy", "score and prm", "**sum**"]
+    parts = [[float(cell) for cell in row[1:3]] for row in rows[1:]]
+    for column in zip(*parts, strict=True):
+        assert sum(column[:3]) == pytest.approx(column[3], abs=0.01) and column[3] > 0
+
+
+def test_step(small, module, tmp_path):
+    """Ours at a small size, where lengths are equal and groups are centred: a loss of 0; and the table."""
+    step, model = module("step"), Path(small[1])
+    sizes = {"tokens": 4, "groups": 2, "n": 3, "prompt": 5}
+    rows = []
+    for way in ("outcomes", "policy"):
+        step.child(way, model, tmp_path / "row.json", sizes, "float32")
+        rows.append(json.loads((tmp_path / "row.json").read_text()) | {"note": ""})
+    assert rows[0]["loss"] == pytest.approx(0, abs=1e-6) and rows[0]["grad_norm"] > 0.1
+    assert rows[1]["time/prm"] > 0 and "time/prm" not in rows[0]
+    peer = rows[0] | {"way": "trl", "seconds": 2 * rows[0]["seconds"], "peak_MiB": 4 * rows[0]["peak_MiB"]}
+    (line,) = [line for line in step.readme([*rows, peer]).splitlines() if "outcomes alone" in line]
+    assert line.split("|")[6].strip() == "2.00" and line.split("|")[8].strip() == "0.25"
 
 
 SUM = re.compile(r"\d+(?: \+ \d+)+")

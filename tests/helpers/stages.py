@@ -16,7 +16,7 @@ from prime_trainer.rollout import Sampling
 from prime_trainer.scale.ranks import SINGLE
 from prime_trainer.train import batch
 from prime_trainer.train.batch import Batch
-from prime_trainer.train.policy_step import Targets, policy_update
+from prime_trainer.train.policy_step import Targets, minibatches_of, policy_update
 
 PROMPT = 64
 """Tokens of every prompt; responses have `rollout.max_new_tokens`."""
@@ -78,7 +78,8 @@ def _measure(cfg, ranks) -> dict[str, int]:
     old, ref = scored[0].old_logp if cfg.needs.ppo_ratio else None, scored[0].ref_logp
     targets = Targets(torch.ones(packed.num_tokens), old, ref)
     found["policy update"] = least(lambda: policy_update(
-        run.policy, packed, targets, cfg.policy, micro_batch_tokens=cfg.micro_batch_tokens, generator=random
+        run.policy, packed, targets, cfg.policy, micro_batch_tokens=cfg.micro_batch_tokens,
+        parts=minibatches_of(packed, cfg.policy, random),
     ))  # fmt: skip
     run.close()
     return found

@@ -118,7 +118,7 @@ FLOORS = (
     ("rollout", "train"),
     ("evaluation", "prm"),
     ("loop", "sft"),
-    ("profiling",),
+    ("profiling", "calibrate"),
     ("cli",),
 )
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
@@ -146,7 +146,8 @@ def test_rooms_import_from_earlier_floors_alone():
 
 
 COMMANDS = (
-    *("cli.py", "loop.py", "sft.py", "profiling.py", "plan/plan.py", "prm/train.py", "prm/score.py", "prm/select.py"),
+    *("cli.py", "loop.py", "sft.py", "profiling.py", "calibrate.py", "plan/plan.py", "prm/train.py"),
+    *("prm/score.py", "prm/select.py"),
     *("prm/processbench.py", "evaluation/held_out.py", "evaluation/responses.py", "evaluation/benchmark_table.py"),
 )
 

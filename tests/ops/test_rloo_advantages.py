@@ -132,6 +132,17 @@ def test_group_of_one_has_baseline_zero():
     assert result.returns.tolist() == [4.5, 3.5] and torch.equal(result.returns, result.advantages)
 
 
+def test_a_given_number_of_tokens_must_be_that_of_the_offsets():
+    outcomes, cu, groups = torch.tensor([1.0, 0.0]), torch.tensor([0, 2, 5]), torch.tensor([0, 2])
+    found = pk.rloo_advantages(None, outcomes, cu, groups)
+    given = pk.rloo_advantages(None, outcomes, cu, groups, total=5)
+    assert torch.equal(found.advantages, given.advantages) and found.advantages.any()
+    with pytest.raises(ValueError, match="cu_seqlens: expected to end at 4 tokens, got 5"):
+        pk.rloo_advantages(None, outcomes, cu, groups, total=4)
+    with pytest.raises(ValueError, match="total: expected the 5 tokens of process_rewards, got 4"):
+        pk.rloo_advantages(torch.zeros(5), outcomes, cu, groups, total=4)
+
+
 def test_empty_response_counts_in_no_baseline():
     """The outcome 0 of the empty response must not pull the baseline of the others down."""
     with_empty = pk.rloo_advantages(None, torch.tensor([1.0, 0.0, 1.0]), offsets([1, 0, 1]), offsets([3]), whiten=False)

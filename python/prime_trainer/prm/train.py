@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,8 @@ from ..models.protocols import CausalLM
 from ..report.statistics import auc
 from ..run import checkpoint, hub
 from ..run.output_lock import owns_output
-from ..run.seeds import derive_seed
+from ..run.seeds import shuffled
+from ..scale.transfer import Values, upload, upload_together
 from ..train.batch import Batch, Micro
 from ..train.forward import log_probs
 from ..train.nonfinite_guard import Skips
@@ -72,11 +72,11 @@ def run(cfg: RunConfig) -> Path:
     total = own.epochs * len(outcomes.batches)
     skips = Skips(min(own.max_skipped, total), "train_prm.max_skipped", "train_prm.lr")
 
-    def backward(step: int) -> dict[str, float]:
+    def backward(step: int) -> Values:
         values = _backward_outcomes(model, outcomes.at(step), own, cfg.micro_batch_tokens)
         if steps is not None:
-            values["step_loss"] = _backward_steps(model, steps.at(step), own, cfg.micro_batch_tokens)
-            values["loss"] += own.step_coef * values["step_loss"]
+            step_loss = _backward_steps(model, steps.at(step), own, cfg.micro_batch_tokens).double()
+            values |= {"step_loss": step_loss, "loss": values["loss"] + own.step_coef * step_loss}
         return values
 
     def evaluate(step: int) -> dict[str, float]:
@@ -116,53 +116,52 @@ class _Source:
     def at(self, step: int) -> _Labelled:
         """The batch of a step, from 0; every epoch has its own order."""
         epoch, at = divmod(step, len(self.batches))
-        generator = torch.Generator().manual_seed(derive_seed(self._seed, "prm", self._name, epoch))
-        return self.batches[torch.randperm(len(self.batches), generator=generator)[at]]
+        return self.batches[shuffled(len(self.batches), self._seed, "prm", self._name, epoch)[at]]
 
 
 def _content(group: StepGroup) -> bytes:
     return hashlib.sha256(json.dumps([group.prompt_ids, [r.ids for r in group.responses]]).encode()).digest()
 
 
-def _backward_outcomes(model: CausalLM, labelled: _Labelled, cfg: TrainPRMConfig, max_tokens: int) -> dict[str, float]:
+def _backward_outcomes(model: CausalLM, labelled: _Labelled, cfg: TrainPRMConfig, max_tokens: int) -> Values:
     batch = Batch.for_model(model, labelled.groups)
     everything = range(len(batch.groups))
     objective = Objective(batch, everything, cfg.kind, cfg.scale, margin=cfg.margin)
-    ref_logp = labelled.ref_logp.to(batch.device)
+    ref_logp = upload(labelled.ref_logp, batch.device)
     coupled = cfg.kind in COUPLED_KINDS
     logp = backward(model, batch, everything, ref_logp, objective.loss, max_tokens, coupled=coupled)
     found = objective(logp - ref_logp)
     return {
-        "loss": found.loss.item(),
-        "pair_accuracy": found.pair_accuracy.item(),
+        "loss": found.loss,
+        "pair_accuracy": found.pair_accuracy,
         "tokens": batch.num_tokens,
         "responses": batch.num_responses,
     }
 
 
-def _backward_steps(model: CausalLM, labelled: _Labelled, cfg: TrainPRMConfig, max_tokens: int) -> float:
+def _backward_steps(model: CausalLM, labelled: _Labelled, cfg: TrainPRMConfig, max_tokens: int) -> Tensor:
     batch = Batch.for_model(model, labelled.groups)
     responses = [r for g in labelled.groups for r in g.responses]
-    starts = batch.cu_seqlens.tolist()
-    offsets = [0]
-    for start, response in zip(starts, responses, strict=False):
+    offsets, start = [0], 0
+    for response in responses:
         offsets += [start + at for at in response.cu_steps[1:]]
-    cu_steps = torch.tensor(offsets, device=batch.device)
+        start += len(response.ids)
     # A step without a label takes part in no mean.
-    given = [math.nan if y is None else y for r in responses for y in r.step_labels]
-    labels = torch.tensor(given, device=batch.device)
-    known = ~labels.isnan()
+    given = [y for r in responses for y in r.step_labels]
+    at = [k for k, y in enumerate(given) if y is not None]
+    cu_steps, known = upload_together([torch.tensor(offsets), torch.tensor(at, dtype=torch.int64)], batch.device)
+    labels = upload(torch.tensor([y for y in given if y is not None], dtype=torch.float32), batch.device)
 
     def loss_of(log_ratio: Tensor) -> Tensor:
         rewards = pk.step_rewards(cfg.scale * log_ratio, cu_steps, batch.cu_seqlens)
-        return (torch.sigmoid(rewards[known]) - labels[known]).square().mean()
+        return (torch.sigmoid(rewards[known]) - labels).square().mean()
 
     def scaled(log_ratio: Tensor) -> Tensor:
         return cfg.step_coef * loss_of(log_ratio)
 
-    ref_logp = labelled.ref_logp.to(batch.device)
+    ref_logp = upload(labelled.ref_logp, batch.device)
     logp = backward(model, batch, range(len(batch.groups)), ref_logp, scaled, max_tokens, coupled=False)
-    return loss_of(logp - ref_logp).item()
+    return loss_of(logp - ref_logp)
 
 
 @torch.no_grad()
@@ -178,7 +177,7 @@ def _evaluate(model: CausalLM, source: _Source, cfg: TrainPRMConfig, max_tokens:
     ratios = []
     for labelled in source.batches:
         batch = Batch.for_model(model, labelled.groups)
-        micros = list(batch.micro_batches(range(len(batch.groups)), max_tokens))
+        micros = batch.micro_batches(range(len(batch.groups)), max_tokens)
         ratios.append(_log_ratio(model, batch, labelled.ref_logp.to(model.device), micros))
     everything = Batch([group for labelled in source.batches for group in labelled.groups], model.device)
     log_ratio = torch.cat(ratios)

@@ -7,13 +7,11 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from ..config.sections import TrainPRMConfig
 from ..data.groups import fits
 from ..models import tokenizers
 from ..models.protocols import Tokenizer
-from ..run.seeds import derive_seed
+from ..run.seeds import shuffled
 from .items import Item, StepGroup, encode, grouped, read_items
 
 
@@ -26,8 +24,7 @@ def outcome_groups(
         held_out = _read_groups(cfg.eval_path, "train_prm.eval_path", cfg, tokenizer, limit, steps=False)
     else:
         count = min(len(groups) - 1, math.ceil(cfg.eval_share * len(groups)))
-        generator = torch.Generator().manual_seed(derive_seed(seed, "prm", "split"))
-        order = torch.randperm(len(groups), generator=generator).tolist()
+        order = shuffled(len(groups), seed, "prm", "split")
         held_out = [groups[k] for k in sorted(order[:count])]
         groups = [groups[k] for k in sorted(order[count:])]
     _check_classes(groups, f"train_prm.path: {path}")

@@ -79,6 +79,12 @@ class Ranks:
         summed = self.sum_(torch.tensor(list(values.values()), dtype=torch.float64))
         return dict(zip(values, summed.tolist(), strict=True))
 
+    def sum_scalars(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Sums of scalars of one dtype and device by key, in one collective; every rank has the same keys."""
+        if self.group is None:
+            return values
+        return dict(zip(values, self.sum_(torch.stack(list(values.values()))).unbind(), strict=True))
+
     def any(self, flag: bool) -> bool:
         """Whether `flag` is set on any rank."""
         return any(self.gather(flag))

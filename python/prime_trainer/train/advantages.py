@@ -58,8 +58,7 @@ def outcome_returns(batch: Batch, cfg: AlgorithmConfig) -> Tensor:
         group, counted = _groups(batch), batch.cu_seqlens.diff() > 0
         values = _standardised(values, group, counted, len(batch.groups))
     placed = torch.zeros(batch.num_tokens, dtype=torch.float64, device=batch.device)
-    nonempty = batch.cu_seqlens.diff() > 0
-    placed[batch.cu_seqlens[1:][nonempty] - 1] = values[nonempty]
+    placed[batch.last_tokens] = values[batch.answered]
     return pk.segment_scan(placed, batch.cu_seqlens, gamma=cfg.gamma_outcome, reverse=True).float()
 
 
@@ -70,7 +69,7 @@ def process_returns(batch: Batch, rewards: Rewards, cfg: AlgorithmConfig) -> Ten
         return _rloo(batch, rewards, alone, whiten=False)
     values = rewards.values.double()
     has = torch.ones_like(values, dtype=torch.bool) if rewards.mask is None else rewards.mask
-    found = _minima(batch, values, has, cfg) if cfg.process_return == "min" else _gae(batch, values, has, cfg)
+    found = _minima(batch, values, has, cfg) if cfg.process_return == "min" else _gae(batch, rewards, has, cfg)
     return found.float()
 
 
@@ -90,23 +89,21 @@ def _rloo(batch: Batch, rewards: Rewards | None, cfg: AlgorithmConfig, *, whiten
         gamma_process=cfg.gamma_process, gamma_outcome=cfg.gamma_outcome,
         process_coef=cfg.process_coef, outcome_coef=cfg.outcome_coef,
         normalize_process=cfg.normalize_process, process_baseline=cfg.process_baseline, whiten=whiten,
+        total=batch.num_tokens,
     ).advantages  # fmt: skip
 
 
 def value_deviation(batch: Batch, rewards: Rewards) -> Tensor:
     """std V + 1e-6, a float64 scalar: V are the running sums of the process rewards, over the whole batch."""
-    values = rewards.values.double()
-    has = torch.ones_like(values, dtype=torch.bool) if rewards.mask is None else rewards.mask
-    return _deviation(batch, values.masked_fill(~has, 0.0), has)
-
-
-def _deviation(batch: Batch, values: Tensor, has: Tensor) -> Tensor:
-    running = pk.segment_scan(values, batch.cu_seqlens)[has]
+    running = pk.segment_scan(rewards.values.double(), batch.cu_seqlens)
+    if rewards.places is not None:
+        running = running[rewards.places]
     return (running.std() if running.numel() > 1 else running.new_zeros(())) + _EPS
 
 
 def _minima(batch: Batch, values: Tensor, has: Tensor, cfg: AlgorithmConfig) -> Tensor:
-    padded = pk.unpack(values.masked_fill(~has, torch.inf), batch.cu_seqlens, fill=torch.inf)
+    filled = values.masked_fill(~has, torch.inf)
+    padded = pk.unpack(filled, batch.cu_seqlens, length=batch.longest(), fill=torch.inf)
     future = padded.flip(1).cummin(1).values.flip(1) if padded.numel() else padded
     minima = pk.pack(future, batch.cu_seqlens, total=batch.num_tokens)
     # After a response's last reward there is nothing to blame or to praise.
@@ -114,18 +111,18 @@ def _minima(batch: Batch, values: Tensor, has: Tensor, cfg: AlgorithmConfig) -> 
     if cfg.normalize_process and batch.num_tokens:
         minima = minima / (minima.abs().max() + _EPS)
     response = _responses(batch)
-    nonempty = batch.cu_seqlens.diff() > 0
     whole = torch.zeros(batch.num_responses, dtype=torch.float64, device=batch.device)
-    whole[nonempty] = minima[batch.cu_seqlens[:-1][nonempty]]
+    whole[batch.answered] = minima[batch.cu_seqlens[:-1][batch.answered]]
     # The mean of the others' minima, by the kernel that centres outcomes: m_i - (m_i - mean_{j != i} m_j).
-    centred = pk.rloo_advantages(None, whole, batch.cu_seqlens, batch.cu_groups, whiten=False).advantages
+    centred = pk.rloo_advantages(
+        None, whole, batch.cu_seqlens, batch.cu_groups, whiten=False, total=batch.num_tokens
+    ).advantages
     return minima - whole[response] + centred
 
 
-def _gae(batch: Batch, values: Tensor, has: Tensor, cfg: AlgorithmConfig) -> Tensor:
-    values = values.masked_fill(~has, 0.0)
+def _gae(batch: Batch, rewards: Rewards, has: Tensor, cfg: AlgorithmConfig) -> Tensor:
     group = _groups(batch)[_responses(batch)]
-    scaled = values / _deviation(batch, values, has)
+    scaled = rewards.values.double() / value_deviation(batch, rewards)
     deltas = _standardised(scaled, group, has, len(batch.groups)).masked_fill(~has, 0.0)
     return pk.segment_scan(deltas, batch.cu_seqlens, gamma=cfg.gamma_process * cfg.gae_lambda, reverse=True)
 
@@ -144,9 +141,9 @@ def _standardised(values: Tensor, group: Tensor, counted: Tensor, groups: int) -
 
 def _groups(batch: Batch) -> Tensor:
     """[B] the group of each response."""
-    return torch.repeat_interleave(batch.cu_groups.diff())
+    return torch.repeat_interleave(batch.cu_groups.diff(), output_size=batch.num_responses)
 
 
 def _responses(batch: Batch) -> Tensor:
     """[T] the response of each token."""
-    return torch.repeat_interleave(batch.cu_seqlens.diff())
+    return torch.repeat_interleave(batch.cu_seqlens.diff(), output_size=batch.num_tokens)

@@ -5,12 +5,16 @@ prompt is computed once however many responses it has; a packed row holds severa
 that no mask keeps apart (`models.traits`), fall back to one response a row, where nothing needs a mask. For
 flash-attn's varlen kernels a pass is one unpadded row of sequences instead, each a prompt with a response; positions
 that restart at 0 mark where a sequence begins.
+
+Passes are laid out from the lists of the groups, on the host; nothing here reads what is on the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,10 +24,13 @@ from ..models import traits
 from ..models.protocols import CausalLM
 from ..models.traits import SHARED_ROW_LIMIT
 from ..scale.ranks import SINGLE, Ranks, deal
+from ..scale.transfer import upload, upload_together
 
 Entry = tuple[int, list[int]]
 """A group and those of its responses that share a row with its prompt."""
 Row = list[Entry]
+Parts = Sequence[Sequence[int]]
+"""Minibatches, each as indices of groups."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +41,10 @@ class Micro:
     """[rows, L]"""
     position_ids: Tensor | None
     """[rows, L], or None where rows are single sequences and the model's own are right."""
-    attention_mask: Tensor | None
-    """bool [rows, 1, L, L], or None where causal attention is right."""
+    owner: Tensor | None
+    """[rows, L] which group of its row a token is of, -1 for padding; None where causal attention is right."""
+    segment: Tensor | None
+    """[rows, L] 0 for a prompt's tokens, k for those of its k-th response, -1 for padding; None with `owner`."""
     predictors: Tensor
     """[T] index into rows * L of the hidden state that predicts each response token."""
     tokens: Tensor
@@ -44,12 +53,22 @@ class Micro:
     """[B] index of each response in the batch."""
     cu_seqlens: Tensor
     """[B + 1] of this micro-batch's own tokens."""
-    nonempty: int
-    """Responses of at least one token."""
+    seen: Tensor | None = None
+    """bool [rows, 1, L, L] in place of the mask by `owner` and `segment`."""
+
+    @property
+    def attention_mask(self) -> Tensor | None:
+        """bool [rows, 1, L, L], made where the tokens are; None where causal attention is right."""
+        if self.seen is not None or self.owner is None or self.segment is None:
+            return self.seen
+        return traits.visible(self.owner, self.segment)
 
 
 class Batch:
-    """All groups of a step: `ids` [T], `cu_seqlens` [B + 1], `cu_groups` [G + 1] (in responses), `outcomes` [B]."""
+    """All groups of a step: `ids` [T], `cu_seqlens` [B + 1], `cu_groups` [G + 1] (in responses), `outcomes` [B].
+
+    `answered` [N] are the responses of at least one token, `last_tokens` [N] the indices of their last ones.
+    """
 
     def __init__(
         self,
@@ -63,12 +82,17 @@ class Batch:
         self.groups, self.device, self.ranks, self.layout = list(groups), torch.device(device), ranks, layout
         responses = [r for g in self.groups for r in g.responses]
         lengths = [len(r.ids) for r in responses]
-        self.ids = torch.tensor([i for r in responses for i in r.ids], dtype=torch.int64, device=device)
-        self.cu_seqlens = _cumulative(lengths, device)
-        self.cu_groups = _cumulative([len(g.responses) for g in self.groups], device)
-        self.outcomes = torch.tensor([r.outcome for r in responses], device=device)
-        self._starts = self.cu_seqlens.tolist()
-        self._first = self.cu_groups.tolist()
+        self._ids = torch.tensor([i for r in responses for i in r.ids], dtype=torch.int64)
+        offsets, groups_at = _cumulative(lengths), _cumulative([len(g.responses) for g in self.groups])
+        self._starts: list[int] = offsets.tolist()
+        self._first: list[int] = groups_at.tolist()
+        answered = torch.tensor([k for k, length in enumerate(lengths) if length], dtype=torch.int64)
+        self._last = offsets[1:][answered] - 1
+        self.ids, self.cu_seqlens, self.cu_groups, self.answered, self.last_tokens = upload_together(
+            [self._ids, offsets, groups_at, answered, self._last], self.device
+        )
+        self.outcomes = upload(torch.tensor([r.outcome for r in responses]), self.device)
+        self._laid_out: dict[tuple[tuple[int, ...], int, bool], list[Micro]] = {}
 
     @classmethod
     def for_model(cls, model: CausalLM, groups: Sequence[Group], *others: CausalLM) -> Batch:
@@ -78,7 +102,8 @@ class Batch:
     @property
     def rollout_logp(self) -> Tensor:
         """[T] the sampler's log-probs."""
-        return torch.tensor([p for g in self.groups for r in g.responses for p in r.logprobs or ()], device=self.device)
+        given = [p for g in self.groups for r in g.responses for p in r.logprobs or ()]
+        return upload(torch.tensor(given), self.device)
 
     @property
     def num_tokens(self) -> int:
@@ -101,25 +126,55 @@ class Batch:
     def responses_of(self, groups: Sequence[int]) -> int:
         return sum(len(self.groups[g].responses) for g in groups)
 
-    def nonempty_of(self, groups: Sequence[int]) -> int:
-        """Responses of at least one token."""
-        return sum(bool(r.ids) for g in groups for r in self.groups[g].responses)
+    def spans_of(self, groups: Sequence[int]) -> tuple[slice, slice]:
+        """(responses, tokens) of consecutive groups."""
+        responses = slice(self._first[groups[0]], self._first[groups[-1] + 1])
+        return responses, slice(self._starts[responses.start], self._starts[responses.stop])
 
-    def micro_batches(self, groups: Sequence[int], max_tokens: int, *, pack: bool = False) -> Iterator[Micro]:
+    def response_spans(self, group: int) -> list[slice]:
+        """Tokens of each response of a group."""
+        return [slice(self._starts[m], self._starts[m + 1]) for m in self._members(group)]
+
+    def longest(self) -> int:
+        """Tokens of the longest response."""
+        return max(after - before for before, after in itertools.pairwise(self._starts))
+
+    def ends(self, step_ends: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Of the sections that end with each response and, with `step_ends` (bool [V], on the host), after each token
+        that ends a step: (their last tokens [S], their offsets [S + 1]), on the device."""
+        mask = torch.zeros(self.num_tokens, dtype=torch.bool)
+        mask[self._last] = True
+        if step_ends is not None:
+            mask |= step_ends[self._ids]
+        ends = mask.nonzero().squeeze(1)
+        last, offsets = upload_together([ends, torch.cat([ends.new_zeros(1), ends + 1])], self.device)
+        return last, offsets
+
+    def lay_out(self, parts: Parts, max_tokens: int, *, pack: bool = False) -> None:
+        """Prepares `micro_batches` of each of `parts` and copies them to the device together."""
+        keys = {(tuple(part), max_tokens, pack) for part in parts}
+        new = {key: self._planned(*key) for key in sorted(keys - self._laid_out.keys())}
+        there = iter(_uploaded([micro for micros in new.values() for micro in micros], self.device))
+        for key, micros in new.items():
+            self._laid_out[key] = [next(there) for _ in micros]
+
+    def micro_batches(self, groups: Sequence[int], max_tokens: int, *, pack: bool = False) -> list[Micro]:
         """Forward passes of at most `max_tokens` padded tokens (a longer row goes alone), like lengths together.
 
         With `pack`, a row holds as many groups as fit into min(max_tokens, SHARED_ROW_LIMIT) tokens; varlen passes
         need no packing. With several ranks, the passes of this rank's share of `groups`, dealt out so that tokens
         balance. Every rank gets the same number of passes, some of them without responses: the passes of a sharded
-        model are collective.
+        model are collective. What `lay_out` has prepared is at hand.
         """
+        self.lay_out([groups], max_tokens, pack=pack)
+        return self._laid_out[tuple(groups), max_tokens, pack]
+
+    def _planned(self, groups: Sequence[int], max_tokens: int, pack: bool) -> list[Micro]:
         loads = [self._length((g, self._members(g))) for g in groups]
         plans = [self._passes([groups[i] for i in part], max_tokens, pack) for part in deal(loads, self.ranks.size)]
         mine = plans[self.ranks.rank]
-        for rows in mine:
-            yield self._micro(rows)
-        for _ in range(max(map(len, plans)) - len(mine)):
-            yield self._micro([[(groups[0], [])]])
+        nothing: list[Row] = [[(groups[0], [])]]
+        return [self._micro(rows) for rows in [*mine, *[nothing] * (max(map(len, plans)) - len(mine))]]
 
     def _passes(self, groups: Sequence[int], max_tokens: int, pack: bool) -> list[list[Row]]:
         entries: list[Entry] = []
@@ -171,6 +226,7 @@ class Batch:
         return list(range(self._first[group], self._first[group + 1]))
 
     def _micro(self, rows: list[Row]) -> Micro:
+        """On the host."""
         width = max(map(self._width, rows))
         shape = (len(rows), width)
         input_ids = torch.zeros(shape, dtype=torch.int64)
@@ -198,7 +254,7 @@ class Batch:
                 for k, m in enumerate(members, 1):
                     length = self._starts[m + 1] - self._starts[m]
                     span = slice(at, at + length)
-                    input_ids[row, span] = self.ids[self._starts[m] : self._starts[m + 1]].cpu()
+                    input_ids[row, span] = self._ids[self._starts[m] : self._starts[m + 1]]
                     position_ids[row, span] = torch.arange(len(prompt), len(prompt) + length)
                     owner[row, span], segment[row, span] = k_group, k
                     where = torch.arange(at - 1, at + length - 1)
@@ -208,26 +264,34 @@ class Batch:
                     responses.append(m)
                     lengths.append(length)
                     at += length
-        mask = None
-        if any(len(entries) > 1 or len(entries[0][1]) > 1 for entries in rows):
-            mask = traits.visible(owner, segment)
+        masked = any(len(entries) > 1 or len(entries[0][1]) > 1 for entries in rows)
         predictors = torch.cat(predicted_at)
         if self.layout == "varlen":
             kept = (segment >= 0).flatten()
             input_ids, position_ids = (x.flatten()[kept][None] for x in (input_ids, position_ids))
             predictors = (kept.cumsum(0) - 1)[predictors]
-        to = self.device
         return Micro(
-            input_ids.to(to),
-            None if mask is None and self.layout != "varlen" else position_ids.to(to),
-            None if mask is None else mask.to(to),
-            predictors.to(to),
-            torch.cat(tokens).to(to),
-            torch.tensor(responses, dtype=torch.int64, device=to),
-            _cumulative(lengths, to),
-            sum(map(bool, lengths)),
+            input_ids,
+            position_ids if masked or self.layout == "varlen" else None,
+            owner if masked else None,
+            segment if masked else None,
+            predictors,
+            torch.cat(tokens),
+            torch.tensor(responses, dtype=torch.int64),
+            _cumulative(lengths),
         )
 
 
-def _cumulative(lengths: Sequence[int], device: torch.device | str) -> Tensor:
-    return torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0).to(device)
+def _uploaded(micros: Sequence[Micro], device: torch.device) -> list[Micro]:
+    """All in one copy."""
+    columns = [{field.name: getattr(micro, field.name) for field in fields(micro)} for micro in micros]
+    host = [tensor for tensors in columns for tensor in tensors.values() if tensor is not None]
+    there = iter(upload_together(host, device) if host else ())
+    moved: list[dict[str, Any]] = [
+        {name: None if tensor is None else next(there) for name, tensor in each.items()} for each in columns
+    ]
+    return [replace(micro, **tensors) for micro, tensors in zip(micros, moved, strict=True)]
+
+
+def _cumulative(lengths: Sequence[int]) -> Tensor:
+    return torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0)

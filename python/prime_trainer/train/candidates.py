@@ -42,6 +42,6 @@ def candidate_targets(batch: Batch, scores: PRMScores, beta: float, coef: float)
     if found is None or scores.old_logp is None:
         raise ValueError("scores have no candidates: give the scorer the policy and min_prob")
     log_ratio = (found.prm_logp - found.old_logp).masked_fill(found.old_logp == -torch.inf, 0.0)
-    rewards = Rewards(beta * (found.token_logp - scores.old_logp), None)
+    rewards = Rewards(beta * (found.token_logp - scores.old_logp))
     advantages = beta * log_ratio.double() / value_deviation(batch, rewards)
     return CandidateTargets(found.ids, found.old_logp, advantages.float(), coef)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..data.groups import Group
@@ -16,18 +17,21 @@ def examples_of(
     batch: Batch, rewards: Rewards | None, advantages: Tensor, tokenizer: Tokenizer, count: int = 2
 ) -> list[dict[str, Any]]:
     """The best and the worst response of each of the first `count` groups, as rows of `samples.jsonl`."""
-    first, starts = batch.cu_groups.tolist(), batch.cu_seqlens.tolist()
+    shown = range(min(count, len(batch.groups)))
+    tokens = batch.spans_of(shown)[1]
+    columns = [advantages[tokens], *(() if rewards is None else (rewards.values[tokens],))]
+    advantage, *reward = torch.stack(columns).tolist()  # one copy, which waits for the device
     rows = []
-    for g, group in enumerate(batch.groups[:count]):
+    for g in shown:
+        group, spans = batch.groups[g], batch.response_spans(g)
         for k in _best_and_worst(group):
-            r, response = first[g] + k, group.responses[k]
-            span = slice(starts[r], starts[r + 1])
+            response, span = group.responses[k], spans[k]
             rows.append(
                 {
                     "prompt": group.prompt_text,
                     "tokens": tokenizer.batch_decode([[i] for i in response.ids]),
-                    "process_rewards": None if rewards is None else rewards.values[span].tolist(),
-                    "advantages": advantages[span].tolist(),
+                    "process_rewards": reward[0][span] if reward else None,
+                    "advantages": advantage[span],
                     "outcome": response.outcome,
                     "reference": group.reference,
                 }

@@ -8,6 +8,7 @@ from torch import Tensor
 import prime_kernels as pk
 
 from ..config.sections import Correction
+from ..scale.transfer import Values
 
 
 def importance(
@@ -16,7 +17,7 @@ def importance(
     cap: float,
     mode: Correction = "token_truncate",
     cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor | None, dict[str, float]]:
+) -> tuple[Tensor | None, Values]:
     """Importance weights and metrics of a batch.
 
     Args:
@@ -37,11 +38,11 @@ def importance(
     if not len(gap):
         return (None if cap == 0 else gap.float()), {}
     ratio = gap.exp()
-    metrics = {
-        "mismatch": gap.abs().mean().item(),
-        "mismatch_max": gap.abs().max().item(),
-        "mismatch_kl": (ratio - 1 - gap).mean().item(),
-        "mismatch_ess": (ratio.sum().square() / ratio.square().sum() / len(ratio)).item(),
+    metrics: Values = {
+        "mismatch": gap.abs().mean(),
+        "mismatch_max": gap.abs().max(),
+        "mismatch_kl": (ratio - 1 - gap).mean(),
+        "mismatch_ess": ratio.sum().square() / ratio.square().sum() / len(ratio),
     }
     if cap == 0 or mode == "off":
         return None, metrics
@@ -52,10 +53,10 @@ def importance(
             raise ValueError("cu_seqlens: expected the offsets of responses for mode='sequence_mask', got None")
         products = pk.segment_sum(gap, cu_seqlens).exp()
         metrics["tis_masked_responses"] = _share(products > cap)
-        ratio = torch.repeat_interleave(products, cu_seqlens.diff())
+        ratio = torch.repeat_interleave(products, cu_seqlens.diff(), output_size=len(gap))
     masked = ratio > cap
     return ratio.masked_fill(masked, 0.0).float(), metrics | {"tis_masked": _share(masked)}
 
 
-def _share(chosen: Tensor) -> float:
-    return chosen.double().mean().item()
+def _share(chosen: Tensor) -> Tensor:
+    return chosen.double().mean()

@@ -54,4 +54,6 @@ class Skips:
 
 
 def finite(*values: Tensor | None) -> bool:
-    return all(bool(torch.isfinite(value).all()) for value in values if value is not None)
+    """Whether all numbers are; waits for the device once."""
+    found = [torch.isfinite(value).all() for value in values if value is not None]
+    return not found or bool(torch.stack(found).all())

@@ -12,7 +12,8 @@ import prime_kernels as pk
 from ..config.sections import PolicyConfig
 from ..models import lm_head
 from ..models.protocols import CausalLM
-from .batch import Batch, Micro
+from ..scale.transfer import Values
+from .batch import Batch, Micro, Parts
 from .candidates import CandidateTargets
 from .forward import predicting
 from .trainable import Trainable
@@ -33,6 +34,11 @@ class Targets:
     """Tokens that each position has beside the sampled one, whose loss is added."""
 
 
+def minibatches_of(batch: Batch, cfg: PolicyConfig, generator: torch.Generator) -> list[list[int]]:
+    """The groups of each optimizer step, `cfg.epochs` x `cfg.minibatches`; `generator` shuffles them."""
+    return [part for _ in range(cfg.epochs) for part in batch.minibatches(cfg.minibatches, generator)]
+
+
 def policy_update(
     policy: Trainable,
     batch: Batch,
@@ -40,44 +46,44 @@ def policy_update(
     cfg: PolicyConfig,
     *,
     micro_batch_tokens: int,
-    generator: torch.Generator,
+    parts: Parts,
     lr_scale: float = 1.0,
     temperature: float = 1.0,
-) -> dict[str, float]:
-    """`cfg.epochs` x `cfg.minibatches` optimizer steps; returns their mean metrics.
+) -> Values:
+    """An optimizer step for each of `parts` (`minibatches_of`); returns their mean metrics.
 
-    `generator` shuffles the groups; `temperature` is the one that was sampled at.
+    `temperature` is the one that was sampled at. Each step waits once for its gradients' norm, which decides whether it
+    is taken; the other metrics stay on the device.
     """
     if cfg.kl_coef > 0 and targets.ref_logp is None:
         raise ValueError(f"policy.kl_coef = {cfg.kl_coef} needs the reference's log-probs, got none")
     lengths = batch.cu_seqlens.diff()
-    per_token = torch.repeat_interleave(1.0 / lengths.clamp_min(1), lengths)
-    totals: dict[str, float] = {}
-    steps, norms = 0, 0.0
-    for _ in range(cfg.epochs):
-        for part in batch.minibatches(cfg.minibatches, generator):
-            tokens = batch.tokens_of(part)
-            for micro in batch.micro_batches(part, micro_batch_tokens):
-                loss, metrics = _loss(_Pass(
-                    policy.model, micro, batch.ids[micro.tokens],
-                    advantages=targets.advantages[micro.tokens],
-                    old_logp=_at(targets.old_logp, micro),
-                    ref_logp=_at(targets.ref_logp, micro),
-                    importance=_at(targets.importance, micro),
-                    candidates=None if targets.candidates is None else targets.candidates.at(micro.tokens),
-                    # One weight a token turns the token mean into the mean over responses of each response's mean.
-                    weights=None if cfg.loss_mean == "token" else per_token[micro.tokens],
-                    denominator=tokens if cfg.loss_mean == "token" else batch.responses_of(part),
-                    share=len(micro.tokens) / max(1, tokens),
-                    temperature=temperature, cfg=cfg,
-                ))  # fmt: skip
-                loss.backward()
-                for key, value in metrics.items():
-                    totals[key] = totals.get(key, 0.0) + value.item()
-            norms += policy.step(lr_scale)
-            steps += 1
-    totals = batch.ranks.sum_values(totals) | {"policy_grad_norm": norms}
-    return {key: value / steps for key, value in totals.items()}
+    per_token = torch.repeat_interleave(1.0 / lengths.clamp_min(1), lengths, output_size=batch.num_tokens)
+    batch.lay_out(parts, micro_batch_tokens)
+    totals: dict[str, Tensor] = {}
+    norms = 0.0
+    for part in parts:
+        tokens = batch.tokens_of(part)
+        for micro in batch.micro_batches(part, micro_batch_tokens):
+            loss, metrics = _loss(_Pass(
+                policy.model, micro, batch.ids[micro.tokens],
+                advantages=targets.advantages[micro.tokens],
+                old_logp=_at(targets.old_logp, micro),
+                ref_logp=_at(targets.ref_logp, micro),
+                importance=_at(targets.importance, micro),
+                candidates=None if targets.candidates is None else targets.candidates.at(micro.tokens),
+                # One weight a token turns the token mean into the mean over responses of each response's mean.
+                weights=None if cfg.loss_mean == "token" else per_token[micro.tokens],
+                denominator=tokens if cfg.loss_mean == "token" else batch.responses_of(part),
+                share=len(micro.tokens) / max(1, tokens),
+                temperature=temperature, cfg=cfg,
+            ))  # fmt: skip
+            loss.backward()
+            for key, value in metrics.items():
+                totals[key] = totals.get(key, 0.0) + value.double()
+        norms += policy.step(lr_scale)
+    summed = batch.ranks.sum_scalars(totals)
+    return {key: value / len(parts) for key, value in summed.items()} | {"policy_grad_norm": norms / len(parts)}
 
 
 def _at(values: Tensor | None, micro: Micro) -> Tensor | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -31,7 +30,7 @@ def balance_of(batch: Batch) -> Balance:
 
     A soft outcome a weighs a * (1 - mu) + (1 - a) * mu. Responses of groups that are all right or all wrong weigh 0.
     """
-    group = torch.repeat_interleave(batch.cu_groups.diff())
+    group = torch.repeat_interleave(batch.cu_groups.diff(), output_size=batch.num_responses)
     counted = (batch.cu_seqlens.diff() > 0).double()
     outcomes = batch.outcomes.double()
 
@@ -70,15 +69,8 @@ class Objective:
         """`log_ratio` [T] of the batch."""
         return self._of(log_ratio, grouped=True)
 
-    @cached_property
-    def _spans(self) -> tuple[slice, slice]:
-        """(responses, tokens) of the part; the tokens' offsets are read from the device once."""
-        low = self.batch.responses_of(range(self.part[0]))
-        high = low + self.batch.responses_of(self.part)
-        return slice(low, high), slice(*self.batch.cu_seqlens[[low, high]].tolist())
-
     def _of(self, log_ratio: Tensor, *, grouped: bool) -> pk.PRMLoss:
-        batch, balance, (responses, tokens) = self.batch, self.balance, self._spans
+        batch, balance, (responses, tokens) = self.batch, self.balance, self.batch.spans_of(self.part)
         cu_groups = batch.cu_groups[self.part[0] : self.part[-1] + 2] - responses.start
         return pk.prm_loss(
             log_ratio[tokens], batch.outcomes[responses],
@@ -106,7 +98,7 @@ def backward(
     (pairs, a mean over the batch), all log-ratios must be known before the first gradient is: that takes a second
     forward pass unless one holds all of `part`.
     """
-    micros = list(batch.micro_batches(part, max_tokens))
+    micros = batch.micro_batches(part, max_tokens)
     known = torch.zeros_like(reference)
     if coupled and (len(micros) > 1 or batch.ranks.size > 1):
         with torch.no_grad():

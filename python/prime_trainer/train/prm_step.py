@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -16,13 +17,11 @@ import prime_kernels as pk
 
 from ..config.sections import COUPLED_KINDS, PRMConfig
 from ..models.protocols import CausalLM
-from .batch import Batch
+from ..scale.transfer import Values
+from .batch import Batch, Parts
 from .forward import candidates, log_probs
 from .prm_objective import Objective, backward, balance_of
 from .trainable import Trainable
-
-Parts = Sequence[Sequence[int]]
-"""Minibatches, each as indices of groups."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +34,12 @@ class Found:
     """Under that policy; -inf after the last one."""
 
     @property
-    def metrics(self) -> dict[str, float]:
+    def metrics(self) -> Values:
         """Candidates a position, and the probability that they hold together."""
         there, n_tokens = self.old_logp > -torch.inf, max(1, len(self.ids))
         return {
-            "candidates": there.sum().item() / n_tokens,
-            "candidate_mass": self.old_logp.double().exp().sum().item() / n_tokens,
+            "candidates": there.sum().double() / n_tokens,
+            "candidate_mass": self.old_logp.double().exp().sum() / n_tokens,
         }
 
 
@@ -62,7 +61,7 @@ class Scores:
     """Of the policy before its update."""
     ref_logp: Tensor | None
     """Of the frozen reference."""
-    metrics: dict[str, float]
+    metrics: Values
     candidates: Found | None = None
 
 
@@ -74,7 +73,7 @@ class PRMScores:
     ref_logp: Tensor
     """Of the PRM's reference: the frozen one, or the policy before its update."""
     prm_logp: Tensor
-    metrics: dict[str, float]
+    metrics: Values
     candidates: FoundByPRM | None = None
 
     @property
@@ -95,8 +94,12 @@ class Scorer:
     min_prob: float | None = None
     """With it, the policy's pass finds all tokens of at least this probability, too."""
 
+    def parts(self, batch: Batch) -> Parts:
+        """The groups of the passes that `score` makes, for `Batch.lay_out`."""
+        return [range(len(batch.groups))]
+
     def score(self, batch: Batch) -> Scores:
-        return self.passes(batch, [range(len(batch.groups))])
+        return self.passes(batch, self.parts(batch))
 
     def passes(self, batch: Batch, parts: Parts) -> Scores:
         """Laid out by `parts`: log-ratios of equal weights are exactly 0 only between passes of equal layout."""
@@ -147,9 +150,15 @@ class PRMScorer:
     prm: Trainable
     cfg: PRMConfig
 
+    def parts(self, batch: Batch) -> Parts:
+        """The groups of the passes that `score` makes, for `Batch.lay_out`."""
+        found = batch.minibatches(self.cfg.minibatches) if self.cfg.update != "none" else []
+        return found if self.cfg.update == "after" else [*found, *self.frozen.parts(batch)]
+
     def score(self, batch: Batch) -> PRMScores:
-        """A pass over the batch for each model, and the PRM's update."""
-        everything: Parts = [range(len(batch.groups))]
+        """A pass over the batch for each model, and the PRM's update. Waits for nothing but the norm of each update's
+        gradients and, with candidates, for their number."""
+        everything = self.frozen.parts(batch)
         parts, update = batch.minibatches(self.cfg.minibatches), self.cfg.update
         scores = self.frozen.passes(batch, parts if update in ("after", "before") else everything)
         reference = scores.old_logp if scores.ref_logp is None else scores.ref_logp
@@ -172,7 +181,7 @@ class PRMScorer:
         scored = PRMScores(scores.old_logp, reference, prm_logp, metrics, by_prm)
         with torch.no_grad():
             whole = self._objective(batch, range(len(batch.groups)))(scored.log_ratio)
-        metrics |= {"prm_loss": whole.loss.item(), "prm_pair_accuracy": whole.pair_accuracy.item()}
+        metrics |= {"prm_loss": whole.loss, "prm_pair_accuracy": whole.pair_accuracy}
         return scored
 
     def _of_candidates(self, batch: Batch, parts: Parts, found: Found) -> FoundByPRM:
@@ -198,27 +207,29 @@ class PRMScorer:
 
 @dataclass(frozen=True)
 class Rewards:
-    """Process rewards [T] and, where only some tokens have one, which: bool [T]."""
+    """Process rewards [T], 0 at tokens without one."""
 
     values: Tensor
-    mask: Tensor | None
+    places: Tensor | None = None
+    """[N] the tokens that have one, rising; None: all."""
+
+    @cached_property
+    def mask(self) -> Tensor | None:
+        """bool [T], or None: all tokens have one."""
+        if self.places is None:
+            return None
+        return torch.zeros_like(self.values, dtype=torch.bool).index_fill_(0, self.places, True)
 
 
 def process_rewards(log_ratio: Tensor, batch: Batch, cfg: PRMConfig, step_ends: Tensor | None) -> Rewards:
-    """beta * log-ratio at the configured granularity. `step_ends`, bool [V], are the tokens that end a step; it is
-    required for `prm.granularity = "step"`."""
+    """beta * log-ratio at the configured granularity. `step_ends`, bool [V] on the host, are the tokens that end a
+    step; it is required for `prm.granularity = "step"`."""
     values = cfg.scale * log_ratio
     if cfg.granularity == "token":
-        return Rewards(values, None)
-    mask = torch.zeros_like(values, dtype=torch.bool)
-    nonempty = batch.cu_seqlens[1:] > batch.cu_seqlens[:-1]
-    mask[batch.cu_seqlens[1:][nonempty] - 1] = True
-    if cfg.granularity == "step":
-        if step_ends is None:
-            raise ValueError("prm.granularity = 'step' needs step_ends, the tokens that end a step; got None")
-        mask |= step_ends[batch.ids]
-    ends = mask.nonzero().squeeze(1)
-    cu_steps = torch.cat([ends.new_zeros(1), ends + 1])
+        return Rewards(values)
+    if cfg.granularity == "step" and step_ends is None:
+        raise ValueError("prm.granularity = 'step' needs step_ends, the tokens that end a step; got None")
+    ends, cu_steps = batch.ends(step_ends if cfg.granularity == "step" else None)
     placed = torch.zeros_like(values)
     placed[ends] = pk.segment_sum(values, cu_steps)
-    return Rewards(placed, mask)
+    return Rewards(placed, ends)

@@ -13,6 +13,7 @@ from ..run import checkpoint
 from ..run.metrics import MetricsWriter, Stage
 from ..run.progress import progress_bar
 from ..run.stop_signal import stop_signal
+from ..scale.transfer import Values, fetched
 from .nonfinite_guard import Skips, TooManySkipped
 from .trainable import Trainable
 
@@ -25,7 +26,7 @@ def fit(
     state: dict[str, Any] | None,
     trainable: Trainable,
     total: int,
-    backward: Callable[[int], dict[str, float]],
+    backward: Callable[[int], Values],
     *,
     warmup: float,
     skips: Skips,
@@ -64,10 +65,11 @@ def fit(
     with closing(record) as metrics, progress_bar(stage, total, step) as bar, stop_signal() as stop:
         try:
             while step < total and not stop.is_set():
-                values = backward(step)
+                found = backward(step)
                 scale = cosine(step + 1, total, warmup, floor)
                 whole = False
-                values |= {"lr": trainable.lr * scale, "grad_norm": trainable.step(scale)}
+                norm = trainable.step(scale)
+                values = fetched(found) | {"lr": trainable.lr * scale, "grad_norm": norm}
                 values |= skips.note(trainable.taken_skips())
                 step, whole = step + 1, True
                 values |= evaluate(step)

@@ -31,7 +31,7 @@ def rewards_of(batch, masked, scale=1.0):
         return Rewards(values, None)
     mask = torch.rand(batch.num_tokens, generator=torch.Generator().manual_seed(2)) < 0.5
     mask[batch.cu_seqlens[1:][batch.cu_seqlens.diff() > 0] - 1] = True
-    return Rewards(torch.where(mask, values, 0.0), mask)
+    return Rewards(torch.where(mask, values, 0.0), mask.nonzero().squeeze(1))
 
 
 def by_response(batch, rewards):
@@ -161,7 +161,7 @@ def test_the_order_of_groups_and_the_scale_of_rewards_do_not_matter(options):
     rewards = rewards_of(first, masked=True, scale=10.0)
     starts = first.cu_seqlens[first.cu_groups].tolist()
     moved = torch.cat([torch.arange(starts[g], starts[g + 1]) for g in order])
-    other = Rewards(0.25 * rewards.values[moved], rewards.mask[moved])
+    other = Rewards(0.25 * rewards.values[moved], rewards.mask[moved].nonzero().squeeze(1))
     torch.testing.assert_close(
         advantages_of(first, rewards, cfg)[moved], advantages_of(second, other, cfg), atol=5e-5, rtol=5e-5
     )

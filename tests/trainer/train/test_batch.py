@@ -76,7 +76,7 @@ def test_long_groups_take_a_row_a_response_and_need_no_mask(groups, monkeypatch)
     (shared,) = batch.micro_batches([0], 10_000)
     assert shared.input_ids.shape[0] == 1 and shared.attention_mask is not None
     monkeypatch.setattr(batch_module, "SHARED_ROW_LIMIT", shared.input_ids.shape[1] - 1)
-    (single,) = batch.micro_batches([0], 10_000)
+    (single,) = Batch(groups).micro_batches([0], 10_000)
     assert single.input_ids.shape[0] == 3 and single.attention_mask is None
 
 

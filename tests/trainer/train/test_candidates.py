@@ -11,10 +11,11 @@ import prime_kernels as pk
 from prime_trainer.config.run_config import RunConfig
 from prime_trainer.config.sections import PolicyConfig, PRMConfig
 from prime_trainer.plan import plan
+from prime_trainer.scale.transfer import fetched
 from prime_trainer.train.batch import Batch
 from prime_trainer.train.candidates import candidate_targets
 from prime_trainer.train.forward import candidates, log_probs, predicting
-from prime_trainer.train.policy_step import Targets, policy_update
+from prime_trainer.train.policy_step import Targets, minibatches_of, policy_update
 from prime_trainer.train.prm_step import PRMScorer, Scorer
 from prime_trainer.train.trainable import Trainable
 
@@ -111,12 +112,11 @@ def test_of_equal_models_advantages_are_exactly_zero(model_dir, batch):
 def gradient(model_dir, batch, targets, micro_batch_tokens=10_000, **cfg):
     policy, kept = trainable(model_dir), []
     policy.step = lambda scale: kept.append([p.grad.clone() for p in policy.master]) or 0.0
-    metrics = policy_update(
-        policy, batch, targets, PolicyConfig(**{"minibatches": 1, **cfg}),
-        micro_batch_tokens=micro_batch_tokens, generator=torch.Generator().manual_seed(1),
-    )  # fmt: skip
+    cfg = PolicyConfig(**{"minibatches": 1, **cfg})
+    parts = minibatches_of(batch, cfg, torch.Generator().manual_seed(1))
+    metrics = policy_update(policy, batch, targets, cfg, micro_batch_tokens=micro_batch_tokens, parts=parts)
     (grads,) = kept
-    return grads, metrics
+    return grads, fetched(metrics)
 
 
 @pytest.mark.parametrize("loss_mean", ["token", "sequence"])
@@ -157,12 +157,13 @@ def test_micro_batches_do_not_change_the_step(model_dir, batch, options, update)
         policy = trainable(model_dir)
         policy.optimizer, policy.lr = torch.optim.SGD(policy.master, lr=1.0), 1.0
         beside = targets_of(batch, scores)
+        cfg = PolicyConfig(**{"minibatches": 1, **options})
         metrics = policy_update(
-            policy, batch, Targets(torch.zeros(batch.num_tokens), scores.old_logp, candidates=beside),
-            PolicyConfig(**{"minibatches": 1, **options}),
-            micro_batch_tokens=micro_batch_tokens, generator=torch.Generator().manual_seed(1),
+            policy, batch, Targets(torch.zeros(batch.num_tokens), scores.old_logp, candidates=beside), cfg,
+            micro_batch_tokens=micro_batch_tokens,
+            parts=minibatches_of(batch, cfg, torch.Generator().manual_seed(1)),
         )  # fmt: skip
-        results.append((policy.master, scores.candidates, metrics))
+        results.append((policy.master, scores.candidates, fetched(metrics)))
     (whole, one, values), (split, other, others) = results
     assert torch.equal(one.ids, other.ids)
     torch.testing.assert_close(one.prm_logp, other.prm_logp, rtol=0, atol=1e-3)

@@ -7,9 +7,10 @@ import torch
 from helpers import tiny
 
 from prime_trainer.config.sections import PolicyConfig
+from prime_trainer.scale.transfer import fetched
 from prime_trainer.train.batch import Batch
 from prime_trainer.train.forward import log_probs
-from prime_trainer.train.policy_step import Targets, policy_update
+from prime_trainer.train.policy_step import Targets, minibatches_of, policy_update
 from prime_trainer.train.trainable import Trainable
 
 
@@ -34,8 +35,8 @@ def all_log_probs(model, batch, with_grad=False):
 def update(policy, batch, advantages, *, old=None, ref=None, micro_batch_tokens=10_000, **cfg):
     cfg = PolicyConfig(**{"minibatches": 1, **cfg})
     generator = torch.Generator().manual_seed(1)
-    targets = Targets(advantages, old, ref)
-    return policy_update(policy, batch, targets, cfg, micro_batch_tokens=micro_batch_tokens, generator=generator)
+    targets, parts = Targets(advantages, old, ref), minibatches_of(batch, cfg, generator)
+    return fetched(policy_update(policy, batch, targets, cfg, micro_batch_tokens=micro_batch_tokens, parts=parts))
 
 
 def trainable(model_dir, dtype="float32", lr=1e-3, grad_clip=1e9):
@@ -104,7 +105,7 @@ def test_entropy_bonus_raises_the_entropy(model_dir, batch):
     policy = trainable(model_dir)
 
     def entropy():
-        micro = next(batch.micro_batches(range(len(batch.groups)), 10_000))
+        (micro,) = batch.micro_batches(range(len(batch.groups)), 10_000)
         with torch.no_grad():
             hidden = policy.model(
                 input_ids=micro.input_ids, position_ids=micro.position_ids, attention_mask=micro.attention_mask
@@ -192,7 +193,7 @@ def test_gradient_clip_and_learning_rate_scale(model_dir, batch, advantages):
     policy.optimizer.step = lambda: seen.append(torch.cat([p.grad.flatten() for p in policy.master]).norm().item())
     policy_update(
         policy, batch, Targets(advantages), PolicyConfig(minibatches=1),
-        micro_batch_tokens=10_000, generator=torch.Generator().manual_seed(1), lr_scale=0.25,
+        micro_batch_tokens=10_000, parts=[range(len(batch.groups))], lr_scale=0.25,
     )  # fmt: skip
     assert seen == [pytest.approx(1e-3, rel=1e-3)]
     assert policy.optimizer.param_groups[0]["lr"] == pytest.approx(0.25e-3)
@@ -218,7 +219,7 @@ def test_importance_weighs_each_tokens_gradient_and_temperature_divides_the_logi
     policy.step = lambda scale: kept.append([p.grad.clone() for p in policy.master]) or 0.0
     policy_update(
         policy, batch, Targets(advantages, importance=weights), PolicyConfig(minibatches=1),
-        micro_batch_tokens=40, generator=torch.Generator().manual_seed(1), temperature=temperature,
+        micro_batch_tokens=40, parts=[range(len(batch.groups))], temperature=temperature,
     )  # fmt: skip
     model = tiny.load(model_dir)
     total = 0.0
