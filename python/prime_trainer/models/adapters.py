@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -74,6 +75,8 @@ class Base:
             parameter.requires_grad_(False)
         self.model, self.cfg = model, cfg.model_copy(update={"adapter": AdapterConfig()})
         self.configs: dict[str, LoraConfig] = {}
+        self.directories: dict[str, Path] = {}
+        """Of the adapters that were read from files."""
         self._layers: dict[str, Any] = {}
         self._on: str | None = None
 
@@ -107,11 +110,7 @@ class Base:
                 "model.adapter.targets has the head, which stays frozen: leave it out, as 'all-linear' does"
             )
         self.configs[name] = config
-        if self._on is None:
-            for layer in self._layers.values():
-                layer.enable_adapters(False)
-        else:
-            self._switch(self._on)
+        self._switch(None)
         return AdaptedModel(self, name)
 
     def view(self, name: str | None) -> AdaptedModel:
@@ -119,7 +118,7 @@ class Base:
         return AdaptedModel(self, name)
 
     def switch(self, name: str | None) -> None:
-        """Makes `name` the adapter that passes go through and that takes gradients; None: no adapter."""
+        """Makes `name` the adapter that passes go through; None: no adapter."""
         if name != self._on:
             self._switch(name)
 
@@ -131,14 +130,11 @@ class Base:
                 if self._on is None:
                     layer.enable_adapters(True)
                 layer.set_adapter(name)
+            # peft takes gradients from what is off. None reach it anyway, and FSDP2 keeps two copies of the flag, of
+            # which a switch meets only one.
+            for factor in (layer.lora_A, layer.lora_B):
+                factor.requires_grad_(True)
         self._on = name
-
-    def take_gradients(self) -> None:
-        """All adapters at once, for who has to know all that are ever trained."""
-        for name in self.configs:
-            for factors in self.factors(name).values():
-                factors.a.requires_grad_(True)
-                factors.b.requires_grad_(True)
 
     def _modules(self) -> Iterator[tuple[str, nn.Module]]:
         model: Any = self.model
@@ -183,14 +179,18 @@ class AdaptedModel:
         return self.base.model(**inputs)
 
     @property
+    def name_or_path(self) -> str:
+        """Where it was read from: the adapter, or the base for one that is new or for none."""
+        return str(self.base.directories.get(self.adapter or "", self.base.cfg.path))
+
+    @property
     def base_model(self) -> nn.Module:
         """The body; the next pass through it is this view's."""
         self.base.switch(self.adapter)
         return self.base.model.base_model
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The base's, frozen, and those of this adapter, which take gradients from here on."""
-        self.base.switch(self.adapter)
+        """The base's, frozen, and those of this adapter."""
         mine = {id(each) for factors in self.factors().values() for each in (factors.a, factors.b)}
         for name, parameter in self.base.model.named_parameters():
             if id(parameter) in mine or self.base.own_name(name) is not None:

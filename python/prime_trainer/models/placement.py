@@ -115,7 +115,6 @@ def _adapted(cfg: Wanted, ranks: Ranks) -> Models:
     if cfg.scale.activation_checkpointing:
         sharding.recompute_activations(base.model)
     if ranks.mesh is not None:
-        base.take_gradients()
         sharding.shard(base.model, ranks.mesh, offload=False, split_head=cfg.scale.vocab_parallel_head)
     views = [None if view is None else as_model(view) for view in (policy, prm)]
     assert views[0] is not None
@@ -155,4 +154,5 @@ def _read_adapter(base: Base, name: str, directory: Path, key: str) -> AdaptedMo
     )
     view = base.add(name, config, 0)
     adapter_files.read_weights(view, directory, key)
+    base.directories[name] = directory
     return view
