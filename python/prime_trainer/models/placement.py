@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from ..config.needs import Needs
 from ..config.sections import ModelConfig, PRMConfig, ScaleConfig
 from ..run.seeds import derive_seed
 from ..scale import sharding
 from ..scale.ranks import Ranks
-from . import adapter_files, loading, prm_record, tokenizers
+from . import adapter_files, loading, meta, prm_record, tokenizers
 from .adapters import AdaptedModel, Base, as_model, lora_config
 from .model_files import ModelError
 from .protocols import CausalLM, Tokenizer
@@ -119,6 +121,38 @@ def _adapted(cfg: Wanted, ranks: Ranks) -> Models:
     views = [None if view is None else as_model(view) for view in (policy, prm)]
     assert views[0] is not None
     return Models(views[0], views[1], as_model(base.view(None)) if cfg.needs.reference else None)
+
+
+@dataclass(frozen=True)
+class WithoutData:
+    """Models on the meta device, for a plan."""
+
+    policy: CausalLM
+    prm: CausalLM | None
+    """None where the policy stands for it."""
+    whole: CausalLM
+    """With all adapters."""
+    base_parameters: int
+    """Of the model without adapters."""
+
+
+def without_data(cfg: ModelConfig, prm: PRMConfig, needs: Needs) -> WithoutData:
+    """The models of `rl` as `load_models` makes them, but for their data."""
+    model = meta.meta_model(cfg)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    if not cfg.adapter.wanted:
+        return WithoutData(model, None, model, count)
+    base = Base(model, cfg)
+    given = cfg.adapter.path
+    own = lora_config(cfg.adapter) if given is None else adapter_files.read_config(given, "model.adapter.path")
+    with torch.device("meta"):
+        policy, of_prm = as_model(base.add("policy", own, 0)), None
+        if needs.prm:
+            other = own if prm.path is None else adapter_files.read_config(prm.path, "prm.path")
+            of_prm = as_model(base.add("prm", other, 0))
+    for parameter in model.parameters():  # peft leaves adapters on this device in float32
+        parameter.data = parameter.data.to(getattr(torch, cfg.dtype))
+    return WithoutData(policy, of_prm, model, count)
 
 
 def load_base(cfg: ModelConfig) -> Base:
