@@ -1,6 +1,6 @@
 """A PRIME step of full fine-tuning against adapters: resident memory, and seconds by stage.
 
-usage: python bench/adapters.py measure RESULTS.json [RUN.toml] [--rank 64] [--steps 2] [--arms full,adapters] [--KEY ..]
+usage: python bench/adapters.py measure RESULTS.json [RUN.toml] [--rank 64] [--steps 2] [--arms full,adapters] [--KEY]
        python bench/adapters.py table RESULTS.json bench/results/adapters
 
 Each arm is a process of its own, from the same weights and seed: with B = 0 the first step of both samples and trains

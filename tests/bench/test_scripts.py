@@ -30,9 +30,9 @@ BENCH = ROOT / "bench"
 EXAMPLES = ROOT / "examples"
 DEMO = EXAMPLES / "demo.toml"
 HERE = {
-    "adapters", "candidates", "demo/results", "faults_table", "plan_table", "precision", "precision_study", "prm/first_wrong_step",
-    "prm/results", "prm/sample", "rollout", "step_share", "study/chains", "study/study", "trainer_cost", "trl_table",
-    "verify/math_answers", "verify/programs", "verify/rates",
+    "adapters", "candidates", "demo/results", "faults_table", "plan_table", "precision", "precision_study",
+    "prm/first_wrong_step", "prm/results", "prm/sample", "rollout", "step_share", "study/chains", "study/study",
+    "trainer_cost", "trl_table", "verify/math_answers", "verify/programs", "verify/rates",
 }  # fmt: skip
 # What other tests of this folder and of packaging, integrations, triton_backend and the trainer run.
 ELSEWHERE = {"conftest", "measure", "readme_charts", "smoke", "table", "trl_steps", "tune", "verify/forms", "zoo"}
