@@ -5,7 +5,8 @@ usage: python bench/adapters.py measure RESULTS.json [RUN.toml] [--rank 64] [--s
 
 Each arm is a process of its own, from the same weights and seed: with B = 0 the first step of both samples and trains
 on the same responses. Every group passes the filter. Resident memory is the most during the steps (VmHWM, reset before
-the first), and that before them. `measure` adds to what RESULTS.json has, so arms may be measured one after another.
+the first), and that before them. Seconds of the processor (all threads) tell more than those of the clock where other
+work shares the machine. `measure` adds to what RESULTS.json has, so arms may be measured one after another.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from prime_trainer import loop
@@ -44,8 +46,10 @@ def one(toml: Path, steps: int, words: list[str]) -> list[dict[str, object]]:
     masters = sum(master.numel() for each in trained for master in each.master)
     try:
         for _ in range(steps):
+            began = time.process_time()
             values = trainer.train_step().metrics
-            row = {f"{stage} s": values[f"time/{stage}"] for stage in STAGES if f"time/{stage}" in values}
+            row = {"cpu s": time.process_time() - began}
+            row |= {f"{stage} s": values[f"time/{stage}"] for stage in STAGES}
             row |= {"tokens": values["tokens"], "trained": masters, "held GB": held, "most GB": resident("VmHWM")}
             rows.append({"step": trainer.step} | row)
     finally:
@@ -70,10 +74,11 @@ def measure(target: Path, toml: Path, rank: int, steps: int, arms: list[str], wo
 def table(source: Path, folder: Path) -> None:
     """The least time of each stage over an arm's steps, as other work on the machine only adds to it."""
     rows = json.loads(source.read_text())["rows"]
-    lines = ["| | trained | held GB | most GB | rollout s | PRM s | policy s | step s | steps |", "|---|" + "--:|" * 8]
+    head = ["trained", "held GB", "most GB", *(f"{stage} s" for stage in STAGES), "processor s", "steps"]
+    lines = [f"| | {' | '.join(head)} |", "|---|" + "--:|" * len(head)]
     for arm in dict.fromkeys(row["arm"] for row in rows):
         mine = [row for row in rows if row["arm"] == arm]
-        times = [min(row[f"{stage} s"] for row in mine) for stage in STAGES]
+        times = [min(row[f"{stage} s"] for row in mine) for stage in (*STAGES, "cpu")]
         most = [max(row[f"{kind} GB"] for row in mine) for kind in ("held", "most")]
         cells = [f"{mine[0]['trained']:,}", *(f"{value:.2f}" for value in most), *(f"{value:.1f}" for value in times)]
         lines.append(f"| {arm} | {' | '.join(cells)} | {len(mine)} |")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config.sections import ModelConfig
+from ..config.sections import AdapterConfig, ModelConfig
 from ..run import hub
 from ..run.atomic_files import replace_directory
 from ..scale import sharding
@@ -164,7 +164,9 @@ def fingerprint(cfg: ModelConfig) -> str:
 
 def fingerprints(models: Mapping[str, ModelConfig]) -> dict[str, str]:
     """The `fingerprint` of each; files that several are read from are read once."""
-    settings = {name: cfg.model_dump_json() for name, cfg in models.items()}
+    # Of an adapter's settings, its files alone count.
+    plain = {name: m.model_copy(update={"adapter": AdapterConfig(path=m.adapter.path)}) for name, m in models.items()}
+    settings = {name: cfg.model_dump_json() for name, cfg in plain.items()}
     found = {text: fingerprint(ModelConfig.model_validate_json(text)) for text in set(settings.values())}
     return {name: found[text] for name, text in settings.items()}
 

@@ -134,6 +134,22 @@ def test_what_is_saved_is_read_alike_by_peft_and_by_transformers(make_base, mode
     assert adapted(again).adapter_tensors().keys() == view.adapter_tensors().keys()
 
 
+def test_layers_that_keep_their_weights_transposed(make_base, tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=301, n_positions=64)).save_pretrained(
+        tmp_path
+    )
+    base, cfg = make_base(directory=tmp_path)
+    view = stirred(placement.put_adapter(base, "policy", cfg, 0))
+    assert len(view.factors()) == 8 and all(factors.transposed for factors in view.factors().values())
+    merged = loading.load_model(cfg)
+    assert not torch.allclose(hidden(merged), hidden(view), atol=1e-2)
+    merged.load_state_dict(dict(loading.pairs(loading.named_tensors(view))))
+    torch.testing.assert_close(hidden(view), hidden(merged), rtol=1e-4, atol=1e-4)
+
+
 def test_an_adapter_starts_the_same_way_for_one_seed(make_base):
     def start(seed):
         base, cfg = make_base()
