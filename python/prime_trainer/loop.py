@@ -16,7 +16,7 @@ from .data.problems import usable
 from .data.tasks import load_task
 from .evaluation.held_out import evaluate
 from .models import loading, prm_record, tokenizers, traits
-from .models.placement import check_same_architecture, load_placed
+from .models.placement import Wanted, load_models
 from .rollout import EngineConfig, follow_logits
 from .rollout.collector import NothingPasses
 from .rollout.pipeline import Rollouts
@@ -54,26 +54,20 @@ class StepResult:
 class Run:
     """Everything a run holds between two steps."""
 
-    def __init__(self, cfg: RunConfig, ranks: Ranks = SINGLE, models: dict[str, str] | None = None) -> None:
-        """`models` are the fingerprints of what the run starts from."""
-        self.models = models or {}
+    def __init__(self, cfg: RunConfig, ranks: Ranks = SINGLE, started_from: dict[str, str] | None = None) -> None:
+        """`started_from` are the fingerprints of the models that the run starts from."""
+        self.models = started_from or {}
         self.cfg, self.needs, self.ranks, self.device = cfg, cfg.needs, ranks, loading.device(cfg.model)
         self.tokenizer = tokenizers.load_tokenizer(cfg.model)
         self.task = load_task(cfg.task, cfg.seed)
         self.held_out = usable(self.tokenizer, self.task.held_out(), cfg.task.bad_rows)
-        model = load_placed(cfg.model, cfg.scale, ranks, "policy")
+        wanted = Wanted(cfg.model, cfg.prm_model, cfg.prm, cfg.scale, self.needs, cfg.seed)
+        models = load_models(wanted, ranks, self.tokenizer)
+        model, self.ref = models.policy, models.reference
         self.policy = Trainable(model, lr=cfg.policy.lr, grad_clip=cfg.policy.grad_clip, ranks=ranks)
         self.prm: Trainable | None = None
-        if self.needs.prm:
-            if cfg.prm.path is not None:
-                prm_record.check_goes_on(cfg.prm_model, cfg.prm)
-                tokenizers.check_same_tokenizer(
-                    tokenizers.load_tokenizer(cfg.prm_model), self.tokenizer, ("prm.path", "model.path")
-                )
-            prm = load_placed(cfg.prm_model, cfg.scale, ranks, "prm")
-            check_same_architecture(prm, model, ("prm.path", "model.path"))
-            self.prm = Trainable(prm, lr=cfg.prm.lr, grad_clip=cfg.prm.grad_clip, ranks=ranks)
-        self.ref = load_placed(cfg.model, cfg.scale, ranks, "reference") if self.needs.reference else None
+        if models.prm is not None:
+            self.prm = Trainable(models.prm, lr=cfg.prm.lr, grad_clip=cfg.prm.grad_clip, ranks=ranks)
         scorer = Scorer(
             model if self.needs.old_logp else None, self.ref, cfg.micro_batch_tokens, cfg.rollout.temperature,
             cfg.algorithm.candidates.min_prob if self.needs.candidates else None,
@@ -91,8 +85,7 @@ class Run:
                 seed=cfg.seed, steps=cfg.steps, eval_batch_size=cfg.eval.batch_size, ranks=ranks,
             )  # fmt: skip
             failing.callback(self.rollouts.close)
-            prms = () if self.prm is None else (self.prm.model,)
-            said = follow_logits(engine, self.rollouts.sampler, [*filter(None, (model, self.ref)), *prms])
+            said = follow_logits(engine, self.rollouts.sampler, models.all)
             failing.pop_all()
         if said is not None and ranks.first:
             print(said, file=sys.stderr)

@@ -17,6 +17,7 @@ from .data.groups import Group, Response, fits
 from .data.readers import read_rows
 from .data.tasks import load_task
 from .models import forward, lm_head, loading, tokenizers
+from .models.placement import load_trained
 from .models.protocols import Tokenizer
 from .run import checkpoint, hub
 from .run.output_lock import owns_output
@@ -40,7 +41,7 @@ def run(cfg: RunConfig) -> Path:
     models = loading.fingerprints({"model.path": cfg.model})
     state = checkpoint.begin(cfg, models)
     tokenizer = tokenizers.load_tokenizer(cfg.model)
-    model = loading.load_model(cfg.model)
+    model = load_trained(cfg.model, cfg.seed)
     examples = _examples(cfg, tokenizer, forward.length_limit([model], cfg.sft.max_length))
     trainable = Trainable(model, lr=cfg.sft.lr, betas=(0.9, 0.95), grad_clip=cfg.sft.grad_clip)
     size = min(cfg.sft.batch_size, len(examples))

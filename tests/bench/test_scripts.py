@@ -31,9 +31,10 @@ BENCH = ROOT / "bench"
 EXAMPLES = ROOT / "examples"
 DEMO = EXAMPLES / "demo.toml"
 HERE = {
-    "candidates", "demo/results", "faults_table", "plan_seconds", "plan_table", "precision", "precision_study",
-    "prm/first_wrong_step", "prm/results", "prm/sample", "products", "rollout", "step", "step_share", "study/chains",
-    "study/study", "trainer_cost", "trl_table", "verify/math_answers", "verify/programs", "verify/rates",
+    "adapters", "candidates", "demo/results", "faults_table", "plan_seconds", "plan_table", "precision",
+    "precision_study", "prm/first_wrong_step", "prm/results", "prm/sample", "products", "rollout", "step",
+    "step_share", "study/chains", "study/study", "trainer_cost", "trl_table", "verify/math_answers",
+    "verify/programs", "verify/rates",
 }  # fmt: skip
 # What other tests of this folder and of docs, packaging, integrations, triton_backend and the trainer run.
 ELSEWHERE = {
@@ -237,11 +238,23 @@ def test_products(script, monkeypatch):
         assert 0.0 < float(found["forward and backward", way][3]) < 0.02, way  # bfloat16 gradients
 
 
+def test_adapters(script, small, tmp_path):
+    """Both arms of a step in processes of their own, and the table."""
+    script("adapters", "measure", tmp_path / "step.json", DEMO, "--rank", 4, "--steps", 1, *small)
+    rows = json.loads((tmp_path / "step.json").read_text())["rows"]
+    assert [row["arm"] for row in rows] == ["full", "rank 4"] and rows[0]["tokens"] == rows[1]["tokens"]
+    assert rows[0]["trained"] > rows[1]["trained"] > 0 and all(row["most GB"] >= row["held GB"] > 0 for row in rows)
+    table = script("adapters", "table", tmp_path / "step.json", tmp_path / "table").splitlines()
+    assert [line.split(" | ")[0] for line in table[2:]] == ["| full", "| rank 4"]
+
+
 def test_plan_table(script):
     sums = re.findall(r"^\| \*\*sum\*\* \| (.*) \|$", script("plan_table"), re.MULTILINE)
     stages = [[float(cell.strip("* ")) for cell in row.split("|")] for row in sums]
-    assert len(stages) == 3 and all(value > 1 for row in stages for value in row)
+    assert len(stages) == 5 and all(value > 1 for row in stages for value in row)
     assert all(one < other for one, other in zip(stages[0], stages[1], strict=True))
+    # With adapters a GPU alone takes less than each of eight without, but for sampling.
+    assert all(one < other for one, other in zip(stages[3][2:], stages[1][2:], strict=True))
 
 
 def test_trl_table(module, monkeypatch):

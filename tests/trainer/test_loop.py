@@ -134,6 +134,38 @@ def test_resume_is_exact(run_config, tmp_path, name):
     assert rows(tmp_path / "whole" / "samples.jsonl") == rows(tmp_path / "parts" / "samples.jsonl")
 
 
+ADAPTER = {"model": {"adapter": {"rank": 4}}}
+
+
+@pytest.mark.parametrize("name", ["minibatches", "policy reference"])
+def test_adapters_resume_exactly(run_config, model_dir, tmp_path, name):
+    changes = {**VARIANTS[name], "model": {**VARIANTS[name].get("model", {}), **ADAPTER["model"]}}
+    loop.run(run_config(output=tmp_path / "whole", steps=4, **changes))
+    loop.run(run_config(output=tmp_path / "parts", steps=2, **changes))
+    loop.run(run_config(output=tmp_path / "parts", steps=4, resume=True, **changes))
+    for model in ("final", "prm"):
+        assert_same_weights(tmp_path / "whole" / model, tmp_path / "parts" / model)
+        assert any(not torch.equal(weights(model_dir)[k], v) for k, v in weights(tmp_path / "whole" / model).items())
+    whole, parts = (
+        [r for r in rows(tmp_path / each / "metrics.jsonl") if r["stage"] == "rl"] for each in ("whole", "parts")
+    )
+    assert whole == parts and len(whole) == 4
+    samples = rows(tmp_path / "whole" / "samples.jsonl")
+    assert samples == rows(tmp_path / "parts" / "samples.jsonl")
+    assert any(reward != 0 for s in samples if s["step"] == 4 for reward in s["process_rewards"])
+
+
+def test_a_checkpoint_of_adapters_has_nothing_of_the_base(run_config, tmp_path):
+    loop.run(run_config(output=tmp_path / "run", steps=1, **ADAPTER))
+    # The PRM and its reference are one model until the PRM's adapter has learnt.
+    assert all(reward == 0 for s in rows(tmp_path / "run" / "samples.jsonl") for reward in s["process_rewards"])
+    state = load_latest(tmp_path / "run")
+    for name in ("policy", "prm"):
+        sizes = [t.numel() for t in state[name]["master"]]
+        assert sum(sizes) == 2 * 4 * (3 * (64 + 128) + 2 * (64 + 64) + 2 * (64 + 32))
+        assert len(state[name]["optimizer"]["state"]) == len(sizes) == 2 * 7 * 2
+
+
 def test_without_process_rewards_no_prm_is_loaded(run_config, monkeypatch, tmp_path):
     import prime_kernels as pk
 

@@ -16,6 +16,7 @@ from pydantic_settings import (
 from .bounds import Bounded
 from .needs import Needs, needs_of
 from .sections import (
+    AdapterConfig,
     AlgorithmConfig,
     BenchConfig,
     CheckpointConfig,
@@ -83,6 +84,8 @@ class RunConfig(Bounded, BaseSettings):
     @property
     def prm_model(self) -> ModelConfig:
         """What the PRM of `rl` starts from."""
+        if self.model.adapter.wanted:
+            return self.model.model_copy(update={"adapter": AdapterConfig(path=self.prm.path)})
         if self.prm.path is None:
             return self.model
         return self.model.model_copy(update={"path": str(self.prm.path), "gguf_file": None})
@@ -122,6 +125,15 @@ class RunConfig(Bounded, BaseSettings):
             raise ValueError(
                 f"algorithm.candidates.coef = {coef:g} needs whole rows of logits: scale.vocab_parallel_head must be "
                 "false, got true"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_base(self) -> RunConfig:
+        if self.model.adapter.wanted and self.scale.offload:
+            raise ValueError(
+                "scale.offload moves whole models, but with model.adapter policy, PRM and reference share one: it must "
+                f"be empty, got {self.scale.offload}"
             )
         return self
 

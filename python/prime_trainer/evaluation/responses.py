@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ..config.run_config import RunConfig
-from ..config.sections import BenchmarkName
+from ..config.sections import AdapterConfig, BenchmarkName
 from ..data.problems import Problem, prompt_ids
 from ..models import loading, tokenizers
+from ..models.placement import load_used
 from ..models.protocols import Tokenizer
 from ..rollout import EngineConfig, Sampler, Sampling, make_sampler
 from ..run import unchanged
@@ -28,7 +29,7 @@ FILES = "the files of model.path"
 def open_sampler(cfg: RunConfig, tokenizer: Tokenizer) -> Sampler:
     """The model of `cfg.model`, to be sampled from."""
     return make_sampler(
-        EngineConfig(cfg.rollout, cfg.model, cfg.output), loading.load_model(cfg.model), tokenizer,
+        EngineConfig(cfg.rollout, cfg.model, cfg.output), load_used(cfg.model), tokenizer,
         batch_size=cfg.eval.batch_size,
     )  # fmt: skip
 
@@ -118,6 +119,7 @@ def _claim(cfg: RunConfig, target: Path) -> None:
         before = read_object(path)
         if FILES not in before:  # responses of a version that did not keep it
             before[FILES] = made[FILES]
+        before.setdefault("model.adapter", AdapterConfig().model_dump(mode="json"))  # of one without adapters
         changed = [f"{key} was {before.get(key)!r}, is {made[key]!r}" for key in unchanged.differing(before, made)]
         if changed:
             raise ValueError(f"{target} holds responses made in another way ({'; '.join(changed)}): set another output")

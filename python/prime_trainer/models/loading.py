@@ -13,16 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config.sections import ModelConfig
+from ..config.sections import AdapterConfig, ModelConfig
 from ..run import hub
 from ..run.atomic_files import replace_directory
 from ..scale import sharding
 from ..scale.ranks import SINGLE, Ranks
-from . import traits
+from . import adapter_files, traits
+from .adapters import MergedWeights, adapted
 from .model_files import READ_SAFELY, ModelError, check_directory, check_loaded, gguf_left_out, reading
 from .protocols import CausalLM, Tokenizer
 
 SMOLLM2 = "smollm2-135m-instruct"
+NamedTensors = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
+"""Weights by name: one after the other, or, where several passes over them cost no copy, as a mapping."""
 _MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 """No pickles, no code."""
 
@@ -52,7 +55,8 @@ def _locate(cfg: ModelConfig) -> tuple[str, str | None]:
         directory = Path(spec.submodule_search_locations[0])
         return str(directory), next(directory.glob("*.gguf")).name
     directory = _directory(cfg)
-    if cfg.gguf_file is None and not (directory / "config.json").is_file():
+    files = ("config.json", adapter_files.CONFIG)  # an adapter is refused below, with what to do
+    if cfg.gguf_file is None and not any((directory / name).is_file() for name in files):
         raise ModelError(f"model.path = {cfg.path!r} has no config.json; for a GGUF model set model.gguf_file")
     if cfg.gguf_file is not None and not (directory / cfg.gguf_file).is_file():
         raise ModelError(f"model.gguf_file = {cfg.gguf_file!r} is not in {cfg.path!r}")
@@ -143,19 +147,26 @@ def _check_finite(model: CausalLM, cfg: ModelConfig) -> None:
 
 
 def fingerprint(cfg: ModelConfig) -> str:
-    """A hash of the configuration and the weights of a model, as files, and of the dtype they are computed in."""
+    """A hash of the configuration and the weights of a model, as files, and of the dtype they are computed in; of its
+    adapter too, if there is one."""
     directory, gguf = _locate(cfg)
     names = [gguf] if gguf else ["config.json", *sorted(p.name for p in Path(directory).glob("*.safetensors"))]
+    files = [Path(directory) / name for name in names]
+    if cfg.adapter.path is not None:
+        adapter_files.check(cfg.adapter.path, "model.adapter.path")
+        files += [cfg.adapter.path / name for name in (adapter_files.CONFIG, adapter_files.WEIGHTS)]
     total = hashlib.sha256(cfg.dtype.encode())
-    for name in names:
-        with (Path(directory) / name).open("rb") as file:
+    for path in files:
+        with path.open("rb") as file:
             total.update(hashlib.file_digest(file, "sha256").digest())
     return total.hexdigest()
 
 
 def fingerprints(models: Mapping[str, ModelConfig]) -> dict[str, str]:
     """The `fingerprint` of each; files that several are read from are read once."""
-    settings = {name: cfg.model_dump_json() for name, cfg in models.items()}
+    # Of an adapter's settings, its files alone count.
+    plain = {name: m.model_copy(update={"adapter": AdapterConfig(path=m.adapter.path)}) for name, m in models.items()}
+    settings = {name: cfg.model_dump_json() for name, cfg in plain.items()}
     found = {text: fingerprint(ModelConfig.model_validate_json(text)) for text in set(settings.values())}
     return {name: found[text] for name, text in settings.items()}
 
@@ -167,11 +178,14 @@ def save(
     ranks: Ranks = SINGLE,
     beside: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
-    """Writes a Hugging Face directory, complete or not at all, with further JSON objects by their file names.
-    Collective; the first rank writes."""
-    partial = directory.with_name(directory.name + ".partial")
+    """Writes a Hugging Face directory, complete or not at all, with further JSON objects by their file names. One with
+    an adapter is written merged, with the adapter itself in the folder `adapter`. Collective; the first rank writes."""
+    partial, view = directory.with_name(directory.name + ".partial"), adapted(model)
     # Gathering is collective; only the first rank keeps the tensors.
-    whole = {k: v for k, v in named_tensors(model, "cpu") if ranks.first} if ranks.mesh is not None else None
+    whole = None
+    if ranks.mesh is not None or view is not None:
+        whole = {name: tensor.to("cpu") for name, tensor in pairs(named_tensors(model, "cpu")) if ranks.first}
+    own = None if view is None else view.adapter_tensors()
 
     def write() -> None:
         with _quiet():
@@ -179,10 +193,15 @@ def save(
             tokenizer.save_pretrained(partial)
         if whole is not None:  # the model's own dtype is that of its masters
             config = json.loads((partial / "config.json").read_text())
-            config["dtype"] = str(model.compute_dtype).removeprefix("torch.")
+            config["dtype"] = str(traits.dtype_of(model)).removeprefix("torch.")
             (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        for name, content in (beside or {}).items():
-            (partial / name).write_text(json.dumps(content, indent=2) + "\n")
+        folders = [partial]
+        if view is not None and own is not None:
+            folders.append(partial / adapter_files.FOLDER)
+            adapter_files.write(view, folders[-1], own, fingerprint(view.base.cfg))
+        for folder in folders:
+            for name, content in (beside or {}).items():
+                (folder / name).write_text(json.dumps(content, indent=2) + "\n")
         replace_directory(partial, directory)
 
     ranks.once(write)
@@ -200,9 +219,19 @@ def frozen(model: CausalLM) -> CausalLM:
     return model
 
 
-def named_tensors(model: CausalLM, device: str | None = None) -> Iterable[tuple[str, Tensor]]:
-    """The weights for `Sampler.update_weights`; of a sharded model every rank must iterate over all of them."""
-    return sharding.whole_tensors(model, device)
+def named_tensors(model: CausalLM, device: str | None = None) -> NamedTensors:
+    """The weights for `Sampler.update_weights`, an adapter merged into each as it is taken; of a sharded model every
+    rank must iterate over all of them."""
+    view = adapted(model)
+    if view is None:
+        return sharding.whole_tensors(model, device)
+    if getattr(model, "compute_dtype", None) is None:
+        return MergedWeights(view)
+    return view.merge(sharding.whole_tensors(model, device))
+
+
+def pairs(named: NamedTensors) -> Iterable[tuple[str, Tensor]]:
+    return named.items() if isinstance(named, Mapping) else named
 
 
 def weight_shapes(model: CausalLM) -> dict[str, torch.Size]:

@@ -62,7 +62,8 @@ def check_directory(directory: Path, cfg: ModelConfig) -> None:
         read_object(directory / GENERATION)  # a damaged one would be left out without a word
     if (directory / "adapter_config.json").exists():
         raise ModelError(
-            f"model.path = {cfg.path!r} is an adapter (adapter_config.json): merge it into its model first"
+            f"model.path = {cfg.path!r} is an adapter (adapter_config.json): give its base as model.path and the "
+            "adapter as model.adapter.path, or merge it into its model first"
         )
     if any(directory.glob("*.safetensors")):
         return

@@ -48,8 +48,9 @@ def read(directory: str | Path) -> Trained | None:
 
 
 def of_model(model: ModelConfig) -> Trained | None:
-    """Of the model where it lies on this machine, a name on the Hub included; None for a GGUF file."""
-    directory = loading.directory(model)
+    """Of the model, or of its adapter, where it lies on this machine, a name on the Hub included; None for a GGUF
+    file."""
+    directory = model.adapter.path or loading.directory(model)
     return None if directory is None else read(directory)
 
 

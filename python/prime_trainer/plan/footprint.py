@@ -20,8 +20,20 @@ from ..scale import sharding
 
 
 @dataclass(frozen=True)
+class Trained:
+    """Of a model's parameters, in elements, those that one role trains: all, or those of its adapter."""
+
+    parameters: int
+    layer: int
+    """In the layer that has most."""
+    outside: int
+    """In the body outside the layers."""
+    head: int
+
+
+@dataclass(frozen=True)
 class Shape:
-    """Sizes of a model in elements; a `layer` is the largest one."""
+    """Sizes of a model in elements, adapters included; a `layer` is the largest one."""
 
     parameters: int
     layer: int
@@ -64,6 +76,18 @@ def shape_of(model: CausalLM) -> Shape:
     )  # fmt: skip
 
 
+def trained_of(model: CausalLM) -> Trained:
+    """Of the parameters of `model` that take gradients, where they are."""
+    mine = {id(p): p.numel() for p in model.parameters() if p.requires_grad}
+
+    def count(parameters: Iterable[Tensor]) -> int:
+        return sum(mine.get(id(p), 0) for p in parameters)
+
+    layers = [count(layer.parameters()) for layer in sharding.layers(model)]
+    head = model.get_output_embeddings().weight
+    return Trained(sum(mine.values()), max(layers), count(model.base_model.parameters()) - sum(layers), count([head]))
+
+
 class _Live(TorchDispatchMode):
     """Bytes of the tensors made under it that are still alive, and the most there have been."""
 
@@ -95,7 +119,8 @@ class _Live(TorchDispatchMode):
 def passes_of(model: CausalLM, tokens: int) -> Passes:
     """What passes of `tokens` tokens take, from two of them on `meta`. The model is not to be used afterwards."""
     for param in model.parameters():
-        param.register_post_accumulate_grad_hook(_drop)
+        if param.requires_grad:
+            param.register_post_accumulate_grad_hook(_drop)
     ids = torch.zeros((1, tokens), dtype=torch.int64, device="meta")
     with _Live([ids, *model.parameters(), *model.buffers()]) as live:
         with torch.no_grad():
@@ -123,14 +148,16 @@ class Sizes:
     """`cpu` or `cuda`: tiles of logits have another size on each."""
 
 
-def head_bytes(shape: Shape, tokens: int, of: Sizes, fused: bool) -> dict[str, float]:
-    """What the loss of `tokens` response tokens takes while it makes the gradients of hidden states and head."""
+def head_bytes(shape: Shape, tokens: int, of: Sizes, fused: bool, frozen: bool = False) -> dict[str, float]:
+    """What the loss of `tokens` response tokens takes while it makes the gradients of hidden states and head; of the
+    hidden states alone where the head is `frozen`."""
     compute, logit, device = of.compute, of.logit, of.device
+    of_head = 0 if frozen else compute * shape.head
     hidden, sizes = compute * tokens * shape.width, tile_sizes(device)
     if sizes.whole_head:  # which keeps float32 logits, rounded or not
         needed = 4 * tokens * shape.vocabulary
         logits = needed * (needed <= sizes.kept_bytes)
-        return {"logits": float(logits), "hidden states, head": float(2 * hidden + compute * shape.head)}
+        return {"logits": float(logits), "hidden states, head": float(2 * hidden + of_head)}
     if fused:
         rows, columns = max(1, min(tokens, sizes.fused_bytes // logit // shape.vocabulary)), shape.vocabulary
     elif logit * tokens * shape.vocabulary <= sizes.kept_bytes:
@@ -143,7 +170,9 @@ def head_bytes(shape: Shape, tokens: int, of: Sizes, fused: bool) -> dict[str, f
     # they add, a block of rows at a time.
     block = low * min(sizes.added_rows, max(rows, columns)) * shape.width * (compute + 4 * (device == "cpu"))
     total = 0 if once else 4 * columns * shape.width + block
-    held = 0 if fused and not once else compute * shape.head
+    if frozen:  # the block is that of the hidden states' sum
+        total = 0 if columns == shape.vocabulary else block
+    held = 0 if fused and not once else of_head
     # The gradient of 16-bit inputs' float32 logits is rounded beside them; CPUs multiply float32 copies of such inputs.
     wide = logit > compute
     moments = [((logit + wide * compute) * rows * columns, held + total)]
@@ -152,12 +181,14 @@ def head_bytes(shape: Shape, tokens: int, of: Sizes, fused: bool) -> dict[str, f
         moments.append((logit * rows * columns, held + (0 if once else total - block) + copies))
     if low and columns < shape.vocabulary:  # the sum of the hidden states' gradient is rounded at the end
         moments.append((0, held + hidden))
-    if fused and not once:  # the sum is rounded when the logits are gone
+    if fused and not once and not frozen:  # the sum is rounded when the logits are gone
         moments.append((0, (4 + compute * low) * shape.head))
-    if fused and device != "cpu":  # gradients times that of the loss, which a CPU leaves out where it is 1
+    if (
+        fused and device != "cpu" and not frozen
+    ):  # gradients times that of the loss, which a CPU leaves out where it is 1
         moments.append((0, 2 * compute * shape.head))
-    logits, of_head = max(moments, key=sum)
-    return {"logits": float(logits), "hidden states, head": float(hidden + of_hidden + of_head)}
+    logits, others = max(moments, key=sum)
+    return {"logits": float(logits), "hidden states, head": float(hidden + of_hidden + others)}
 
 
 def score_tile_bytes(shape: Shape, tokens: int, of: Sizes) -> float:

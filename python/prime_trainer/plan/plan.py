@@ -15,18 +15,20 @@ import torch
 
 from ..config.run_config import RunConfig
 from ..config.sections import COUPLED_KINDS
-from ..models import meta, traits
+from ..models import placement, traits
 from ..report.markdown import grid
 from ..scale import sharding
 from .footprint import (
     Passes,
     Shape,
     Sizes,
+    Trained,
     drawing_bytes,
     head_bytes,
     passes_of,
     score_tile_bytes,
     shape_of,
+    trained_of,
 )
 
 GIB = 2**30
@@ -57,9 +59,10 @@ class Plan:
 
 def make(cfg: RunConfig, gpus: int, prompt_tokens: int) -> Plan:
     """The plan of `cfg` on `gpus` GPUs for prompts of `prompt_tokens` and responses of `rollout.max_new_tokens`."""
-    model = meta.meta_model(cfg.model)
+    models = placement.without_data(cfg.model, cfg.prm, cfg.needs)
+    model = models.policy
     layout = traits.expected_layout(model, cfg.model.attention)
-    shape, compute = shape_of(model), torch.empty(0, dtype=getattr(torch, cfg.model.dtype)).element_size()
+    shape, compute = shape_of(models.whole), torch.empty(0, dtype=getattr(torch, cfg.model.dtype)).element_size()
     cfg = _launched(cfg, gpus)
     offload, needs = set(cfg.scale.offload), cfg.needs
     ranks = gpus if cfg.scale.shard else 1
@@ -69,6 +72,8 @@ def make(cfg: RunConfig, gpus: int, prompt_tokens: int) -> Plan:
     passes = math.ceil(responses * length / gpus / row)
     if cfg.scale.activation_checkpointing:
         sharding.recompute_activations(model)
+    policy, prm = (trained_of(each) for each in (model, models.prm or model))
+    adapted = models.whole is not model
     sizes = Sizes(
         compute, compute if cfg.model.logits_dtype == "input" else 4, "cpu" if cfg.model.device == "cpu" else "cuda"
     )
@@ -78,13 +83,16 @@ def make(cfg: RunConfig, gpus: int, prompt_tokens: int) -> Plan:
         ranks > 1 and cfg.scale.vocab_parallel_head,
     )  # fmt: skip
 
-    trained = (MASTER_BYTES + ADAM_BYTES) * shape.parameters / ranks
-    if not work.sharded:
-        trained += compute * shape.parameters  # a whole copy in the compute dtype beside its masters
+    def states(trained: Trained) -> float:
+        # Of whole copies, one in the compute dtype beside its masters.
+        return (MASTER_BYTES + ADAM_BYTES + compute * (not work.sharded)) * trained.parameters / ranks
+
+    plain = compute * models.base_parameters / ranks
     held = {
-        "policy, masters and AdamW": 0.0 if "policy" in offload else trained,
-        "PRM, masters and AdamW": trained if needs.prm and "prm" not in offload else 0.0,
-        "reference": compute * shape.parameters / ranks if needs.reference and "reference" not in offload else 0.0,
+        "base": plain if adapted else 0.0,
+        "policy, masters and AdamW": 0.0 if "policy" in offload else states(policy),
+        "PRM, masters and AdamW": states(prm) if needs.prm and "prm" not in offload else 0.0,
+        "reference": plain if needs.reference and not adapted and "reference" not in offload else 0.0,
     }
     memory = {"rollout": held}
     if cfg.rollout.engine == "transformers":
@@ -96,20 +104,27 @@ def make(cfg: RunConfig, gpus: int, prompt_tokens: int) -> Plan:
         memory["evaluation"] = held | work.sampling(problems, 1, prompt_tokens, length)
     scoring = int(needs.reference) + int(needs.old_logp)
     if needs.prm and cfg.prm.update != "none":
-        memory["score and PRM update"] = held | work.update(fused=False, offloaded="prm" in offload)
+        memory["score and PRM update"] = held | work.update(prm, fused=False, offloaded="prm" in offload)
     else:
         memory["score"] = held | (work.score() if scoring or needs.prm else {})
     memory["policy update"] = held | work.update(
-        fused=needs.fused_policy_loss and not work.split, offloaded="policy" in offload
+        policy, fused=needs.fused_policy_loss and not work.split, offloaded="policy" in offload
     )
 
     sent = (ranks - 1) / ranks
-    gather, reduce = compute * shape.parameters * sent, GRAD_BYTES * shape.parameters * sent
-    backward = 2 * gather + reduce
+    gather = compute * shape.parameters * sent
+
+    def backward_of(trained: Trained) -> float:
+        """Bytes of a pass with gradients."""
+        found = 2 * compute * shape.parameters * sent + GRAD_BYTES * trained.parameters * sent
+        if work.split:
+            mine = GRAD_BYTES * trained.head * (not shape.tied)
+            found += (compute * hidden + 2 * GRAD_BYTES * hidden - compute * head - mine) * sent
+        return found
+
+    head, hidden = 0 if shape.tied else shape.head, ranks * work.tokens * shape.width
     if work.split:  # an untied head stays where it is; hidden states go to all, their gradients are summed over all
-        head, hidden = 0 if shape.tied else shape.head, ranks * work.tokens * shape.width
         gather += (compute * hidden - compute * head) * sent
-        backward += (compute * hidden + 2 * GRAD_BYTES * hidden - (compute + GRAD_BYTES) * head) * sent
     rounds = passes * cfg.policy.epochs
     # All log-ratios come before the first gradient where responses are coupled.
     again = int(cfg.prm.kind in COUPLED_KINDS and cfg.prm.update != "none")
@@ -118,14 +133,16 @@ def make(cfg: RunConfig, gpus: int, prompt_tokens: int) -> Plan:
     traffic = {
         "rollout: the policy gathered once": compute * shape.parameters * sent if ranks > 1 else 0.0,
         "score: forward passes of policy and reference": passes * scoring * gather,
-        "PRM: forward, backward, gradients": passes * (backward + (again + after) * gather) if needs.prm else 0.0,
-        "policy: forward, backward, gradients": rounds * backward,
+        "PRM: forward, backward, gradients": passes * (backward_of(prm) + (again + after) * gather)
+        if needs.prm
+        else 0.0,
+        "policy: forward, backward, gradients": rounds * backward_of(policy),
     }
     if ranks == 1 and gpus > 1:  # whole copies add their gradients up once an optimizer step
-        ring = 2 * (gpus - 1) / gpus * GRAD_BYTES * shape.parameters
-        steps = cfg.policy.optimizer_steps
-        traffic |= {"PRM: forward, backward, gradients": ring * cfg.prm.minibatches if needs.prm else 0.0}
-        traffic |= {"policy: forward, backward, gradients": ring * steps}
+        ring = 2 * (gpus - 1) / gpus * GRAD_BYTES
+        steps = cfg.prm.minibatches * int(needs.prm)
+        traffic |= {"PRM: forward, backward, gradients": ring * prm.parameters * steps}
+        traffic |= {"policy: forward, backward, gradients": ring * policy.parameters * cfg.policy.optimizer_steps}
     return Plan(shape, memory, traffic, passes, row, layout)
 
 
@@ -150,38 +167,38 @@ class _Work:
     split: bool
     """Whether each rank has its rows of the head for the tokens of all."""
 
-    def update(self, *, fused: bool, offloaded: bool) -> Parts:
+    def update(self, trained: Trained, *, fused: bool, offloaded: bool) -> Parts:
         """`fused`: gradients come with the loss; `offloaded`: in shards on the CPU."""
         shape, c, f = self.shape, self.sizes.compute, GRAD_BYTES
         # A tied head in shards is summed apart from the embedding; its sum and theirs are both there.
-        twice = shape.head if self.sharded and shape.tied else 0
-        always = {"gradients": 0.0 if offloaded else f * (shape.parameters + twice) / self.ranks}
+        twice = trained.head if self.sharded and shape.tied else 0
+        always = {"gradients": 0.0 if offloaded else f * (trained.parameters + twice) / self.ranks}
         kept, at_most = {"activations": self.body.kept} | always, {"activations": self.body.backward} | always
         cast = f if c != f else 0
         if self.split:
             mine, everyones = self._share()
-            loss = head_bytes(mine, everyones, self.sizes, fused=False)
+            loss = head_bytes(mine, everyones, self.sizes, fused=False, frozen=not trained.head)
             loss["hidden states of all ranks"] = (c + cast) * everyones * shape.width  # summed over ranks in float32
             head = [
                 kept | loss | {"gathered parameters": cast and c * mine.head},
-                kept | {"gradients on their way": (c + cast) * mine.head},
+                kept | {"gradients on their way": (c + cast) * mine.head * (trained.head > 0)},
             ]
         else:
-            loss = head_bytes(shape, self.tokens, self.sizes, fused)
+            loss = head_bytes(shape, self.tokens, self.sizes, fused, frozen=not trained.head)
             head = [
                 kept | loss | {"gathered parameters": c * shape.head},
-                kept | {"gradients on their way": (c + cast + f / self.ranks) * shape.head},
+                kept | {"gradients on their way": (c + cast + f / self.ranks) * trained.head},
             ]
         if not self.sharded:  # the gradient of a tied head waits for the embedding's
-            return _most(kept | loss, at_most | {"gradients on their way": c * shape.head * shape.tied})
+            return _most(kept | loss, at_most | {"gradients on their way": c * trained.head * shape.tied})
         return _most(
             *head,
             # Layers: one at work, the next already there, the one before with its gradients in float32 on their way.
             at_most | {"gathered parameters": c * (shape.outside + 2 * shape.layer),
-                       "gradients on their way": f * shape.layer},
+                       "gradients on their way": f * trained.layer},
             kept | {"gathered parameters": c * (shape.outside + shape.layer),
-                    "gradients on their way": (c + f + f / self.ranks) * shape.layer},
-            always | {"gradients on their way": (c + f + f / self.ranks) * shape.outside},
+                    "gradients on their way": (c + f + f / self.ranks) * trained.layer},
+            always | {"gradients on their way": (c + f + f / self.ranks) * trained.outside},
         )  # fmt: skip
 
     def score(self) -> Parts:
@@ -257,7 +274,7 @@ def _advice(cfg: RunConfig) -> str:
         ways.append("scale.shard = true")
     if not cfg.scale.activation_checkpointing:
         ways.append("scale.activation_checkpointing = true")
-    if "reference" not in cfg.scale.offload:
+    if "reference" not in cfg.scale.offload and not cfg.model.adapter.wanted:
         ways.append('scale.offload = ["reference"]')
     ways.append("a smaller micro_batch_tokens or rollout.batch_size")
     return "Ways out: " + ", ".join(ways) + "."

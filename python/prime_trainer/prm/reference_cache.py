@@ -28,9 +28,18 @@ FORMAT = "1"
 
 
 class Reference:
-    """`log_probs(groups)` [T] of the model that `cfg` names; it is loaded only when something is not in the cache."""
+    """`log_probs(groups)` [T] of the model that `cfg` names; it is loaded only when something is not in the cache, and
+    not where it is in memory already."""
 
-    def __init__(self, cfg: ModelConfig, tokenizer: Tokenizer, directory: Path, micro_batch_tokens: int) -> None:
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        tokenizer: Tokenizer,
+        directory: Path,
+        micro_batch_tokens: int,
+        loaded: CausalLM | None = None,
+    ) -> None:
+        self._loaded = loaded
         self._cfg, self._directory, self._micro_batch_tokens = cfg, directory, micro_batch_tokens
         words = [
             FORMAT,
@@ -48,7 +57,7 @@ class Reference:
         missing = [k for k, path in enumerate(paths) if not path.is_file()]
         if missing:
             self._directory.mkdir(parents=True, exist_ok=True)
-            model = loading.frozen(loading.load_model(self._cfg))
+            model = self._loaded or loading.frozen(loading.load_model(self._cfg))
             with progress_bar("reference", len(paths), len(paths) - len(missing)) as bar:
                 for k in missing:
                     _save(self._compute(model, batches[k]), paths[k])

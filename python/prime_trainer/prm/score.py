@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from ..config.run_config import RunConfig
-from ..config.sections import ScoreConfig
+from ..config.sections import AdapterConfig, ScoreConfig
 from ..data.groups import TooLong
 from ..errors import RunError
 from ..models import loading, prm_record, tokenizers
+from ..models.adapters import as_model
+from ..models.placement import load_base, put_adapter
 from ..models.protocols import CausalLM, Tokenizer
 from ..run import checkpoint, unchanged
 from ..run.checkpoint import FINGERPRINTS
@@ -50,10 +52,18 @@ class Models:
     """The PRM `cfg.model` and its reference, read when they are first asked for, once for all files that they score."""
 
     def __init__(self, cfg: RunConfig) -> None:
-        if cfg.score.reference is None:
-            raise ValueError("score.reference is required")
-        self._cfg = cfg
-        self._reference = cfg.model.model_copy(update={"path": str(cfg.score.reference), "gguf_file": None})
+        base, given = cfg.model.model_copy(update={"adapter": AdapterConfig()}), cfg.score.reference
+        self._cfg, self._adapted = cfg, cfg.model.adapter.path is not None
+        if not self._adapted:
+            if given is None:
+                raise ValueError("score.reference is required")
+            base = base.model_copy(update={"path": str(given), "gguf_file": None})
+        elif given is not None and str(given) != str(Path(base.path)):
+            raise ValueError(
+                f"score.reference = {str(given)!r}: the reference of an adapter (model.adapter.path) is its base, "
+                f"model.path = {base.path!r}: leave it out"
+            )
+        self._reference = base
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -75,6 +85,9 @@ class Models:
 
     @cached_property
     def pair(self) -> tuple[CausalLM, CausalLM]:
+        if self._adapted:  # in one model in memory
+            base = load_base(self._cfg.model)
+            return as_model(put_adapter(base, "prm", self._cfg.model, 0)), as_model(base.view(None))
         prm, reference = (loading.frozen(loading.load_model(cfg)) for cfg in (self._cfg.model, self._reference))
         return prm, reference
 

@@ -19,8 +19,10 @@ from torch import Tensor
 import prime_kernels as pk
 
 from ..config.run_config import RunConfig
-from ..config.sections import COUPLED_KINDS, TrainPRMConfig
+from ..config.sections import COUPLED_KINDS, AdapterConfig, TrainPRMConfig
 from ..models import forward, loading, meta, prm_record, tokenizers
+from ..models.adapters import adapted, as_model
+from ..models.placement import load_trained
 from ..models.protocols import CausalLM
 from ..report.statistics import auc
 from ..run import checkpoint, hub
@@ -47,9 +49,9 @@ def run(cfg: RunConfig) -> Path:
     own = cfg.train_prm
     if own.path is None:
         raise ValueError("train_prm.path is required: the rows with labelled responses")
-    reference_model = cfg.model
+    reference_model = cfg.model.model_copy(update={"adapter": AdapterConfig()})
     if own.reference is not None:
-        reference_model = cfg.model.model_copy(update={"path": str(own.reference), "gguf_file": None})
+        reference_model = reference_model.model_copy(update={"path": str(own.reference), "gguf_file": None})
     if cfg.resume:
         hub.resume(cfg.output)
     models = loading.fingerprints({"model.path": cfg.model, "train_prm.reference": reference_model})
@@ -59,12 +61,14 @@ def run(cfg: RunConfig) -> Path:
         tokenizers.check_same_tokenizer(
             tokenizer, tokenizers.load_tokenizer(reference_model), ("model.path", "train_prm.reference")
         )
-    model = loading.load_model(cfg.model)
+    model = load_trained(cfg.model, cfg.seed)
     read_by = [model] if own.reference is None else [model, meta.meta_model(reference_model)]
     limit = forward.length_limit(read_by, own.max_length)
     train, held_out = outcome_groups(own.path, own, tokenizer, limit, cfg.seed)
     stage2 = [] if own.step_path is None else step_groups(own.step_path, own, tokenizer, limit)
-    reference = Reference(reference_model, tokenizer, own.cache, cfg.micro_batch_tokens)
+    view = adapted(model)
+    base = None if view is None or own.reference is not None else as_model(view.base.view(None))
+    reference = Reference(reference_model, tokenizer, own.cache, cfg.micro_batch_tokens, base)
     outcomes = _Source(train, own.batch_size, reference, cfg.seed, "outcomes")
     steps = _Source(stage2, own.step_batch_size, reference, cfg.seed, "steps") if stage2 else None
     evaluation = _Source(held_out, own.batch_size, reference, cfg.seed, "held-out") if held_out else None

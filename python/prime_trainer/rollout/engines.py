@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-
-from torch import Tensor
+from collections.abc import Sequence
 
 from ..config.sections import RolloutConfig, vllm_installed
 from ..models.lm_head import set_logits_dtype
-from ..models.loading import device, named_tensors
+from ..models.loading import NamedTensors, device, named_tensors
 from ..models.protocols import CausalLM, Tokenizer
 from ..scale.ranks import SINGLE, Ranks
 from .sampler import EngineConfig, Sampler
@@ -89,7 +87,7 @@ def follow_logits(cfg: EngineConfig, sampler: Sampler, models: Sequence[CausalLM
     return said
 
 
-def weights(cfg: RolloutConfig, model: CausalLM) -> Iterable[tuple[str, Tensor]]:
+def weights(cfg: RolloutConfig, model: CausalLM) -> NamedTensors:
     """What `update_weights` takes. A policy in shards that goes by way of a file is never whole on a GPU."""
     by_file = cfg.engine == "vllm-server" and cfg.server.transfer == "file"
     return named_tensors(model, "cpu" if by_file else None)

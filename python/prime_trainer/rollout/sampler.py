@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ..config.sections import ModelConfig, RolloutConfig
 from ..errors import RunError
+from ..models.adapters import MergedWeights
 from ..models.forward import length_limit
-from ..models.loading import weight_shapes
+from ..models.loading import NamedTensors, weight_shapes
 from ..models.protocols import CausalLM, Tokenizer
 from ..models.tokenizers import stop_ids
 
@@ -71,7 +72,7 @@ class Sampler(Protocol):
         """`n` responses a prompt. `seeds` has one seed a prompt; a response depends on it, its index and the weights
         alone, never on the caller's random state. Raises ValueError for a bad prompt, EngineDied."""
 
-    def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+    def update_weights(self, named_tensors: NamedTensors, version: int) -> None:
         """The policy's full set of weights. After EngineDied nothing is sampled before a restart and an update."""
 
     def release(self) -> None:
@@ -107,10 +108,12 @@ class ModelShape:
             if wrong is not None:
                 raise ValueError(f"prompts[{i}] has the token {wrong}; the vocabulary has {self.vocabulary}")
 
-    def check_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    def check_weights(self, named_tensors: NamedTensors) -> Mapping[str, Tensor]:
         """The tensors by name, one of each storage: a tied head goes with its embedding. An incomplete set would
-        leave a mix of two models without an error of the engine's. Raises ValueError that names what is wrong."""
-        found = dict(named_tensors)
+        leave a mix of two models without an error of the engine's. Raises ValueError that names what is wrong.
+
+        Of weights that are merged with an adapter as they are taken, none is taken here."""
+        found = named_tensors.plain if isinstance(named_tensors, MergedWeights) else dict(named_tensors)
         missing, unknown = self.weights.keys() - found.keys(), found.keys() - self.weights.keys()
         if missing or unknown:
             raise ValueError(
@@ -123,6 +126,8 @@ class ModelShape:
         first: dict[tuple[int, torch.Size], str] = {}
         for name, tensor in found.items():
             first.setdefault((tensor.data_ptr(), tensor.shape), name)
+        if isinstance(named_tensors, MergedWeights):
+            return named_tensors.only(first.values())
         return {name: found[name].detach() for name in first.values()}
 
 

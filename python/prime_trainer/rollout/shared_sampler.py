@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from torch import Tensor
-
+from ..models.loading import NamedTensors, pairs
 from ..scale.ranks import Ranks
 from .sampler import LogitsDtype, Sample, Sampler, Sampling
 
@@ -40,11 +39,12 @@ class SharedSampler:
         first = sum(len(part) for part, _ in asked[: self.ranks.rank])
         return found[first : first + len(prompts)]
 
-    def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        # Whole tensors are put together by all ranks, one after the other; the others need not keep them.
-        tensors = {name: tensor for name, tensor in named_tensors if self.ranks.first}
-        self.version = -1
-        self.ranks.once(lambda: self._first.update_weights(tensors.items(), version))
+    def update_weights(self, named_tensors: NamedTensors, version: int) -> None:
+        if not isinstance(named_tensors, Mapping):
+            # Whole tensors are put together by all ranks, one after the other; the others need not keep them.
+            named_tensors = {name: tensor for name, tensor in pairs(named_tensors) if self.ranks.first}
+        tensors, self.version = named_tensors, -1
+        self.ranks.once(lambda: self._first.update_weights(tensors, version))
         self.version = version
 
     def release(self) -> None:

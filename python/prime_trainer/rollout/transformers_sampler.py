@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..models.forward import new_cache
 from ..models.lm_head import logits_dtype, same_logits
+from ..models.loading import NamedTensors
 from ..models.protocols import CausalLM, Tokenizer
 from ..models.traits import first_line
 from ..run.seeds import derive_seed
@@ -61,7 +62,7 @@ class TransformersSampler:
     def logits_dtype(self) -> LogitsDtype:
         return logits_dtype(self.model)
 
-    def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+    def update_weights(self, named_tensors: NamedTensors, version: int) -> None:
         self.version = version  # the weights are the policy's own
 
     def release(self) -> None:

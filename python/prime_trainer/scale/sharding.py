@@ -47,8 +47,9 @@ class Shardable(Protocol):
 Model = TypeVar("Model", bound=Shardable)
 
 
-def shard(model: Model, mesh: DeviceMesh, *, trained: bool, offload: bool, split_head: bool = False) -> Model:
-    """Shards a causal LM over `mesh` in place. `trained`: the shards are float32 masters, else in the compute dtype.
+def shard(model: Model, mesh: DeviceMesh, *, offload: bool, split_head: bool = False) -> Model:
+    """Shards a causal LM over `mesh` in place. Shards of parameters that take gradients are float32 masters, others are
+    in the compute dtype.
 
     `offload`: shards live in CPU memory and pass through the device layer by layer, optimizer steps run on the CPU.
     `split_head`: the output layer is never gathered; the ranks share out its rows, of which each must have as many.
@@ -56,8 +57,12 @@ def shard(model: Model, mesh: DeviceMesh, *, trained: bool, offload: bool, split
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
     compute = next(model.parameters()).dtype
-    stored = torch.float32 if trained else compute
-    precision = MixedPrecisionPolicy(param_dtype=None if stored == compute else compute, reduce_dtype=torch.float32)
+    mixed = compute != torch.float32 and any(param.requires_grad for param in model.parameters())
+    precision = MixedPrecisionPolicy(param_dtype=compute if mixed else None, reduce_dtype=torch.float32)
+
+    def stored(param: nn.Parameter) -> torch.dtype:
+        return torch.float32 if param.requires_grad else compute
+
     where = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy()
     body, head = model.base_model, model.get_output_embeddings()
     embedding = model.get_input_embeddings()
@@ -71,7 +76,7 @@ def shard(model: Model, mesh: DeviceMesh, *, trained: bool, offload: bool, split
     for module in [*layers(model), body]:
         for param in module.parameters():
             if not isinstance(param, DTensor):
-                param.data = param.data.to(stored)
+                param.data = param.data.to(stored(param))
         # Resharded after each use, the root too: an optimizer step must not leave old weights gathered.
         sharded = fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=precision, offload_policy=where)
         # Losses divide by global counts: gradients are sums.
@@ -81,7 +86,7 @@ def shard(model: Model, mesh: DeviceMesh, *, trained: bool, offload: bool, split
         if name == "weight" and tied:
             head.weight = embedding.weight
             continue
-        split: Tensor = distribute_tensor(param.data.to(mesh.device_type, stored), mesh, [Shard(0)])
+        split: Tensor = distribute_tensor(param.data.to(mesh.device_type, stored(param)), mesh, [Shard(0)])
         setattr(head, name, nn.Parameter(split.to("cpu") if offload else split, requires_grad=param.requires_grad))
     model.compute_dtype, model.head_group = compute, mesh.get_group() if split_head else None
     # The first pass through the body makes it FSDP2's root, which must happen before gathering by hand.

@@ -60,8 +60,9 @@ def assert_planned(cfg, gpus, measured):
         assert 0.96 * beside < measured[stage] < 1.04 * beside + late, (stage, parts)
 
 
-HELD = ("policy, masters and AdamW", "PRM, masters and AdamW", "reference")
+HELD = ("base", "policy, masters and AdamW", "PRM, masters and AdamW", "reference")
 PRM = {"rollout": ROLLOUT, "policy": {"minibatches": 1}, "task": {"eval_size": 40}, "eval": {"batch_size": 40}}
+ADAPTER = {"adapter": {"rank": 16}}
 RECOMPUTED = {"scale": {"activation_checkpointing": True}}
 
 
@@ -72,12 +73,13 @@ RECOMPUTED = {"scale": {"activation_checkpointing": True}}
         ((2048, True), "bfloat16", {"micro_batch_tokens": 896, **RECOMPUTED}),
         ((2048, False), "bfloat16", {"micro_batch_tokens": 896, "algorithm": {"process_coef": 0},
                                      "policy": {"minibatches": 1, "kl_coef": 0.1}}),
+        ((2048, False), "bfloat16", {"micro_batch_tokens": 896, "model": ADAPTER}),
     ],
-    ids=["kept", "recomputed", "without a PRM"],
+    ids=["kept", "recomputed", "without a PRM", "adapters"],
 )  # fmt: skip
 def test_peaks_of_one_process(run_config, models_by_size, size, dtype, changes):
-    model = {"path": str(models_by_size[size]), "dtype": dtype}
-    cfg = run_config(**PRM | {"model": model} | changes)
+    model = {"path": str(models_by_size[size]), "dtype": dtype, **changes.get("model", {})}
+    cfg = run_config(**PRM | changes | {"model": model})
     assert_planned(cfg, 1, stages.measure(cfg))
 
 
@@ -87,12 +89,13 @@ def test_peaks_of_one_process(run_config, models_by_size, size, dtype, changes):
         ((8192, True), "float32", {"micro_batch_tokens": 448}),
         ((2048, True), "bfloat16", {"micro_batch_tokens": 896, **RECOMPUTED}),
         ((8192, True), "float32", {"micro_batch_tokens": 448, "scale": {"vocab_parallel_head": True}}),
+        ((2048, True), "bfloat16", {"micro_batch_tokens": 896, "model": ADAPTER}),
     ],
-    ids=["kept", "recomputed", "head in shares"],
+    ids=["kept", "recomputed", "head in shares", "adapters"],
 )
 def test_peaks_of_two_ranks(run_config, models_by_size, tmp_path, size, dtype, changes):
-    model = {"path": str(models_by_size[size]), "dtype": dtype}
-    cfg = run_config(**PRM | {"model": model} | changes)
+    model = {"path": str(models_by_size[size]), "dtype": dtype, **changes.get("model", {})}
+    cfg = run_config(**PRM | changes | {"model": model})
     ranks.train(cfg, 2, stages.record, str(tmp_path / "peaks"))
     both = [json.loads((tmp_path / f"peaks.{rank}").read_text()) for rank in range(2)]
     assert_planned(cfg, 2, {stage: min(peaks[stage] for peaks in both) for stage in both[0]})

@@ -10,7 +10,7 @@ from prime_trainer.run import checkpoint
 
 LATER = {
     "task": ("reward", "reward_batch"),
-    "model": ("logits_dtype",),
+    "model": ("logits_dtype", "adapter"),
     "rollout": ("tis",),
     "prm": ("margin", "kind", "balance"),
     "train_prm": ("margin",),

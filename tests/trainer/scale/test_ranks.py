@@ -113,6 +113,51 @@ def test_a_vocabulary_that_does_not_divide_is_refused(make_config, tmp_path):
     assert want in ranks.log(cfg).read_text()
 
 
+def test_adapters_train_alike_on_ranks(make_config, tmp_path):
+    """The base in shards once, float32 masters of the adapters; and whole copies on every rank."""
+    model = {"adapter": {"rank": 8}}
+    scales = {"alone": {}, "shards": {"activation_checkpointing": True}, "copies": {"shard": False}}
+    runs = {}
+    for name, scale in scales.items():
+        runs[name] = make_config(output=tmp_path / name / "run", **settings(steps=3, model=model, scale=scale))
+        ranks.train(runs[name], 0 if name == "alone" else 2)
+    for name in ("shards", "copies"):
+        ranks.assert_close_runs(runs["alone"].output, runs[name].output)
+        for directory in ("final", "prm"):
+            one, other = (
+                load_file(runs[each].output / directory / "adapter" / "adapter_model.safetensors")
+                for each in ("alone", name)
+            )
+            assert one.keys() == other.keys()
+            assert max((one[key] - other[key]).abs().max().item() for key in one) < 1e-5
+    moved = [value.abs().max().item() for key, value in one.items() if "lora_B" in key]
+    assert len(moved) == 14 and min(moved) > 1e-4
+    masters = load_latest(runs["shards"].output)["policy"]["master"]
+    assert len(masters) == 28 and all(m.dtype == torch.float32 and m.shape[0] in (8, 32, 64, 128) for m in masters)
+
+
+def test_adapters_on_a_head_in_shares(make_config, tmp_path):
+    """In bfloat16: the base's shards stay so, the adapters' masters are float32; and the run resumes exactly."""
+    model = tiny.load(tiny.write_model(tmp_path / "model"))
+    model.resize_token_embeddings(304)
+    model.save_pretrained(tmp_path / "model")
+    options = settings(model={"path": str(tmp_path / "model"), "dtype": "bfloat16", "adapter": {"rank": 8}})
+    options |= {"scale": {"vocab_parallel_head": True}}
+    whole = make_config(output=tmp_path / "whole" / "run", **options | {"steps": 2})
+    ranks.train(whole, 2)
+    part = make_config(output=tmp_path / "part" / "run", **options | {"steps": 1})
+    ranks.train(part, 2)
+    ranks.train(part.model_copy(update={"steps": 2, "resume": True}), 2)
+    one, other = (load_file(cfg.output / "final" / "model.safetensors") for cfg in (whole, part))
+    assert all(torch.equal(one[key], other[key]) and one[key].dtype == torch.bfloat16 for key in one)
+    start = load_file(tmp_path / "model" / "model.safetensors")
+    same = {key for key in one if torch.equal(one[key], start[key].bfloat16())}
+    assert same == {key for key in one if "proj" not in key}
+    masters = load_latest(whole.output)["prm"]["master"]
+    assert all(m.dtype == torch.float32 for m in masters)
+    assert any(not torch.equal(m, m.bfloat16().float()) for m in masters)
+
+
 def test_dealing_balances_totals():
     assert deal([5, 1, 1, 1, 1, 1], 2) == [[0], [1, 2, 3, 4, 5]]
     assert deal([7, 9], 3) == [[1], [0], []]

@@ -9,15 +9,15 @@ from .base import Section
 from .data import SFTConfig, TaskConfig
 from .evaluation import BenchConfig, BenchmarkName, EvalConfig
 from .metrics import MetricsConfig, TrackerName
-from .model import ModelConfig, ScaleConfig
+from .model import AdapterConfig, ModelConfig, ScaleConfig
 from .prm import Compat, ProcessBenchConfig, ScoreConfig, ScoreValue, SelectConfig, Splitter, TrainPRMConfig
 from .rollout import Correction, FilterConfig, RolloutConfig, ServerConfig, VLLMConfig, vllm_installed
 from .train import COUPLED_KINDS, AlgorithmConfig, CheckpointConfig, PolicyConfig, PRMConfig, PRMKind, PRMLossConfig
 
 __all__ = [
-    "COUPLED_KINDS", "AlgorithmConfig", "BenchConfig", "BenchmarkName", "CheckpointConfig", "Compat", "Correction",
-    "EvalConfig", "FilterConfig", "MetricsConfig", "ModelConfig", "PRMConfig", "PRMKind", "PRMLossConfig",
-    "PolicyConfig", "ProcessBenchConfig", "RolloutConfig", "SFTConfig", "ScaleConfig", "ScoreConfig", "ScoreValue",
-    "Section", "SelectConfig", "ServerConfig", "Splitter", "TaskConfig", "TrackerName", "TrainPRMConfig", "VLLMConfig",
-    "vllm_installed",
+    "COUPLED_KINDS", "AdapterConfig", "AlgorithmConfig", "BenchConfig", "BenchmarkName", "CheckpointConfig", "Compat",
+    "Correction", "EvalConfig", "FilterConfig", "MetricsConfig", "ModelConfig", "PRMConfig", "PRMKind",
+    "PRMLossConfig", "PolicyConfig", "ProcessBenchConfig", "RolloutConfig", "SFTConfig", "ScaleConfig", "ScoreConfig",
+    "ScoreValue", "Section", "SelectConfig", "ServerConfig", "Splitter", "TaskConfig", "TrackerName", "TrainPRMConfig",
+    "VLLMConfig", "vllm_installed",
 ]  # fmt: skip

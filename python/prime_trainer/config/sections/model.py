@@ -2,11 +2,48 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
 
 from .base import Section
+
+
+class AdapterConfig(Section):
+    """Low-rank adapters (LoRA, arXiv 2106.09685) in place of the full weights: `model.path` is then a frozen base that
+    policy, PRM and reference share. Needs the extra `adapters`."""
+
+    rank: int = Field(default=0, ge=0)
+    """0 trains all weights."""
+    alpha: float | None = Field(default=None, gt=0)
+    """An adapter's product is multiplied by alpha / rank; unset: by 1."""
+    targets: Literal["all-linear"] | list[str] = "all-linear"
+    """The linear layers that get an adapter: all but the head, or those whose names end in one of these."""
+    path: Path | None = None
+    """An adapter directory to start from (`final/adapter` of a run), trained on the base `model.path`; rank, alpha and
+    targets are then its own. `sft`, `rl` and `prm` go on with it, `eval`, `generate` and `score` use it."""
+
+    @property
+    def wanted(self) -> bool:
+        return self.rank > 0 or self.path is not None
+
+    @property
+    def scaling(self) -> float:
+        """alpha / rank of a new adapter."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    @model_validator(mode="after")
+    def _of_one_source(self) -> AdapterConfig:
+        if self.path is not None and (self.rank or self.alpha is not None or self.targets != "all-linear"):
+            raise ValueError(
+                f"model.adapter.path = {str(self.path)!r} has its own rank, alpha and targets: leave these keys out"
+            )
+        if self.rank == 0 and (self.alpha is not None or self.targets != "all-linear"):
+            raise ValueError("model.adapter.rank must be above 0 with model.adapter.alpha or .targets, got 0")
+        if not self.targets:
+            raise ValueError("model.adapter.targets must be 'all-linear' or names of layers, got none")
+        return self
 
 
 class ModelConfig(Section):
@@ -26,6 +63,7 @@ class ModelConfig(Section):
     cannot give float32 ones (vLLM before 0.26): trainer and engine always have the same."""
     chat_template: Literal["model", "bare"] = "model"
     """`model`: the tokenizer's own template. `bare`: ChatML turns without a default system prompt (shorter prompts)."""
+    adapter: AdapterConfig = AdapterConfig()
 
 
 class ScaleConfig(Section):

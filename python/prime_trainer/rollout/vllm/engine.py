@@ -20,6 +20,7 @@ from torch import Tensor
 from prime_kernels.integrations import head_logits
 
 from ...config.sections import ModelConfig, RolloutConfig
+from ...models.adapters import unmerged
 from ..sampler import EngineDied, LogitsDtype, Sample, Sampling
 
 FILE_BACKEND = "file"
@@ -281,7 +282,7 @@ def gpu_transfer(
         tensors: Mapping[str, Tensor] = {}
 
         def metadata(self) -> list[ParamMeta]:
-            return [ParamMeta(name, t.dtype, tuple(t.shape)) for name, t in self.tensors.items()]
+            return [ParamMeta(name, t.dtype, tuple(t.shape)) for name, t in unmerged(self.tensors).items()]
 
         def __iter__(self) -> Iterator[tuple[str, Tensor]]:
             return iter(self.tensors.items())

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-from torch import Tensor
-
-from ...models.loading import save_config
+from ...models.loading import NamedTensors, save_config
 from ...models.protocols import CausalLM, Tokenizer
 from ...run.seeds import derive_seed
 from ..sampler import EngineConfig, EngineDied, LogitsDtype, Sample, Sampling, model_shape
@@ -55,7 +53,7 @@ class VLLMSampler:
         self._usable = True
         return [flat[at : at + n] for at in range(0, len(flat), n)]
 
-    def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+    def update_weights(self, named_tensors: NamedTensors, version: int) -> None:
         tensors, live = self.shape.check_weights(named_tensors), self._live
         self._usable = False
         if self._asleep:

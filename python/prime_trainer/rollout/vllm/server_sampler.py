@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import secrets
-import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from torch import Tensor
 
-from ...models.loading import save_config
+from ...models.loading import NamedTensors, save_config
 from ...models.protocols import CausalLM, Tokenizer
 from ...run.seeds import derive_seed
 from ..sampler import EngineConfig, EngineDied, LogitsDtype, Sample, Sampling, model_shape
 from . import engine
 from .client import Client
 from .server import ServerProcess, free_port, read_token
-
-SHARED_MEMORY = Path("/dev/shm")
+from .shared_file import SharedFile
 
 
 class ServerSampler:
@@ -101,7 +97,7 @@ class ServerSampler:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
 
-    def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+    def update_weights(self, named_tensors: NamedTensors, version: int) -> None:
         tensors = self.shape.check_weights(named_tensors)
         self._usable, self._unfinished = False, version
         if self.cfg.rollout.server.transfer == "file":
@@ -162,30 +158,6 @@ class ServerSampler:
         process, self.process = self.process, None
         if process is not None:
             process.close()
-
-
-class SharedFile:
-    """The weights as a safetensors file, in shared memory where there is room; gone when the context ends."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self.tensors = tensors
-        size = sum(t.nbytes for t in tensors.values())
-        roomy = SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > size + 2**20
-        self.directory = tempfile.TemporaryDirectory(prefix="prime-trainer-", dir=SHARED_MEMORY if roomy else None)
-
-    def __enter__(self) -> str:
-        from safetensors.torch import save_file
-
-        path = os.path.join(self.directory.name, "weights.safetensors")
-        try:
-            save_file({name: tensor.contiguous() for name, tensor in self.tensors.items()}, path)
-        except BaseException:
-            self.directory.cleanup()
-            raise
-        return path
-
-    def __exit__(self, *_: Any) -> None:
-        self.directory.cleanup()
 
 
 def _sending(send: Callable[[Mapping[str, Tensor]], None], tensors: Mapping[str, Tensor]) -> Callable[[Client], None]:
