@@ -78,7 +78,7 @@ class Run:
             cfg.algorithm.candidates.min_prob if self.needs.candidates else None,
         )  # fmt: skip
         self.scorer = scorer if self.prm is None else PRMScorer(scorer, self.prm, cfg.prm)
-        self.layout = traits.of(model).layout
+        self.traits = traits.of(model)
         vocabulary = len(model.get_output_embeddings().weight)
         self.step_ends = tokenizers.newline_tokens(self.tokenizer, vocabulary).to(self.device)
         self.verifier = Verifier.from_config(cfg.task)
@@ -145,7 +145,7 @@ class Run:
         step, self._before = self.step + 1, self._updates()
 
         groups, values = self.rollouts.batch(step, clock)
-        batch = Batch(groups, self.device, self.ranks, self.layout)
+        batch = Batch(groups, self.device, self.ranks, self.traits.layout, self.traits.reach)
         values["kept_reward"] = batch.outcomes.mean().item()
 
         with clock("score" if self.prm is None or cfg.prm.update == "none" else "prm"):

@@ -31,8 +31,8 @@ EXAMPLES = ROOT / "examples"
 DEMO = EXAMPLES / "demo.toml"
 HERE = {
     "candidates", "demo/results", "faults_table", "plan_table", "precision", "precision_study", "prm/first_wrong_step",
-    "prm/results", "prm/sample", "rollout", "step_share", "study/chains", "study/study", "trainer_cost", "trl_table",
-    "verify/math_answers", "verify/programs", "verify/rates",
+    "prm/results", "prm/sample", "rollout", "shared_prompts", "step_share", "study/chains", "study/study",
+    "trainer_cost", "trl_table", "verify/math_answers", "verify/programs", "verify/rates",
 }  # fmt: skip
 # What other tests of this folder and of packaging, integrations, triton_backend and the trainer run.
 ELSEWHERE = {"conftest", "measure", "readme_charts", "smoke", "table", "trl_steps", "tune", "verify/forms", "zoo"}
@@ -170,6 +170,13 @@ def test_trainer_cost(small, script):
     assert all(
         re.fullmatch(r"[+-]\d+%", cell) for name in ("freeze", "policy") for cell in values[f"ref_type = {name}"]
     )
+
+
+def test_shared_prompts(script):
+    said = script("shared_prompts", "--layers", "1", "--rounds", "1", "--shapes", "4x2x3")
+    rows = [line.strip("| ").split(" | ") for line in said.splitlines() if line.startswith("| 4, 2 of 3")]
+    assert [row[2] for row in rows] == ["prompt once", "prompt once, mask of all pairs", "prompt repeated"]
+    assert all(row[1] == "10" and float(row[-1].replace(",", "")) > 0 for row in rows)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

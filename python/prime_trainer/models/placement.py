@@ -7,7 +7,7 @@ from typing import Literal
 from ..config.sections import ModelConfig, ScaleConfig
 from ..scale import sharding
 from ..scale.ranks import Ranks
-from . import loading
+from . import attention_interface, loading
 from .model_files import ModelError
 from .protocols import CausalLM
 
@@ -45,7 +45,7 @@ def load_placed(cfg: ModelConfig, scale: ScaleConfig, ranks: Ranks, role: Role) 
     if not trained:
         loading.frozen(model)
     elif scale.activation_checkpointing:
-        sharding.recompute_activations(model)
+        sharding.recompute_activations(model, attention_interface.as_it_was(model))
     if ranks.mesh is not None:
         sharding.shard(
             model, ranks.mesh, trained=trained, offload=role in scale.offload, split_head=scale.vocab_parallel_head
