@@ -27,9 +27,9 @@ from prime_trainer.data.tasks import load_task
 from prime_trainer.loop import StageClock
 from prime_trainer.models import loading, tokenizers
 from prime_trainer.models.protocols import CausalLM
+from prime_trainer.models.traits import Layout
 from prime_trainer.rollout import TransformersSampler
 from prime_trainer.rollout.collector import Collector
-from prime_trainer.train import batch as batch_module
 from prime_trainer.train.batch import Batch
 from prime_trainer.train.forward import log_probs
 from prime_trainer.train.policy_step import Targets, minibatches_of, policy_update
@@ -39,10 +39,10 @@ from prime_trainer.verify import Verifier
 
 ROLLOUT_SHARE = 0.53
 """Of the time of an outcome-only step, where the paper reports +28 % for process rewards (arXiv 2502.01456)."""
-LAYOUTS = {
-    "a padded row a response": (0, False),
-    "a row a group, the prompt once (the trainer's)": (batch_module.SHARED_ROW_LIMIT, False),
-    "varlen, block mask": (0, True),
+LAYOUTS: dict[str, Layout] = {
+    "a padded row a response": "rows",
+    "a row of groups, each prompt once (the trainer's)": "shared",
+    "varlen, block mask": "varlen",
 }
 
 
@@ -90,17 +90,12 @@ class Setting:
 
     def forward(self, layout: str) -> Callable[[], None]:
         """A forward pass of the policy over the batch."""
-        limit, varlen = LAYOUTS[layout]
-        batch = Batch(self.groups, self.batch.device, layout="varlen" if varlen else "shared")
+        batch = Batch(self.groups, self.batch.device, layout=LAYOUTS[layout])
 
         @torch.no_grad()
         def work() -> None:
-            kept, batch_module.SHARED_ROW_LIMIT = batch_module.SHARED_ROW_LIMIT, limit
-            try:
-                for micro in batch.micro_batches(range(len(self.groups)), self.cfg.micro_batch_tokens):
-                    log_probs(self.policy.model, micro, batch.ids[micro.tokens])
-            finally:
-                batch_module.SHARED_ROW_LIMIT = kept
+            for micro in batch.micro_batches(range(len(self.groups)), self.cfg.micro_batch_tokens):
+                log_probs(self.policy.model, micro, batch.ids[micro.tokens])
 
         return work
 

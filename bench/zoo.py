@@ -2,7 +2,7 @@
 
 Each class is built tiny with random weights, in float32, and everything the trainer does with it is compared with each
 sequence by itself through model(...).logits: log-probs and gradients of shared and packed rows, the loss of
-`sft --sft.pack`, step rewards, and the sampler's log-probs. tests/trainer/models/test_zoo.py runs the same.
+`sft`, step rewards, and the sampler's log-probs. tests/trainer/models/test_zoo.py runs the same.
 """
 
 from __future__ import annotations
@@ -244,7 +244,7 @@ def check(model: Any, other: Any) -> str:
     compare("log-probs", out, want)
     compare_all("gradients", torch.autograd.grad(out @ upstream, params, allow_unused=True), wanted)
     total, gradients = torch.zeros(()), [torch.zeros_like(p) for p in params]
-    for micro in batch.micro_batches(everything, 60, pack=True):
+    for micro in batch.micro_batches(everything, 60):
         head = lm_head.head(model, predicting(model, micro))
         part = pk.linear_nll(
             head.hidden, head.weight, batch.ids[micro.tokens], bias=head.bias, denominator=batch.num_tokens,
@@ -354,14 +354,15 @@ def table(findings: list[Finding]) -> str:
         "# Models",
         "",
         f"Every causal-LM class of transformers {transformers.__version__}, built tiny with random weights in float32: "
-        "log-probs, gradients, `sft --sft.pack`, `score` and the transformers sampler against each sequence by itself "
+        "log-probs, gradients, `sft`, `score` and the transformers sampler against each sequence by itself "
         "through `model(...).logits`. Written by `python bench/zoo.py > docs/models.md`; a test fails if a class is "
         "wrong without being refused.",
         "",
         ", ".join(f"{count} {status}" for status, count in sorted(counts.items())) + ".",
         "",
-        "*Exact*: prompts are shared and rows packed. *One response a row*: masks cannot keep responses of a row apart "
-        "(recurrent state, positions of the model's own), so each has its row. *Refused*: the model is not loaded, "
+        "*Exact*: a row has prompts, each once for its responses. *One response a row*: nothing keeps the responses of "
+        "a row apart (recurrent state, positions of the model's own, attention that takes only masks of all pairs of "
+        "tokens), so each has its row. *Refused*: the model is not loaded, "
         "with this reason. *Not built*: not a text model of its own, or not to be had in a tiny size.",
         "",
         "| class | trainer | attention | sampler | |",

@@ -73,7 +73,7 @@ class Run:
             cfg.algorithm.candidates.min_prob if self.needs.candidates else None,
         )  # fmt: skip
         self.scorer = scorer if self.prm is None else PRMScorer(scorer, self.prm, cfg.prm)
-        self.layout = traits.of(model).layout
+        self.traits = traits.of(model)
         vocabulary = len(model.get_output_embeddings().weight)
         self.step_ends = tokenizers.newline_tokens(self.tokenizer, vocabulary)
         self.verifier = Verifier.from_config(cfg.task)
@@ -140,7 +140,7 @@ class Run:
 
         groups, found = self.rollouts.batch(step, clock)
         values: Values = {**found}
-        batch = Batch(groups, self.device, self.ranks, self.layout)
+        batch = Batch(groups, self.device, self.ranks, self.traits.layout, self.traits.reach)
         shuffle = torch.Generator().manual_seed(derive_seed(cfg.seed, "shuffle", step))
         minibatches = minibatches_of(batch, cfg.policy, shuffle)
         # From here on the host only queues work for the device; it waits where a stage decides something.

@@ -54,7 +54,7 @@ def run(cfg: RunConfig) -> Path:
         order = shuffled(len(examples), cfg.seed, "sft", epoch)
         batch = Batch.for_model(model, [examples[i] for i in order[at * size : (at + 1) * size]])
         loss: float | torch.Tensor = 0.0
-        for micro in batch.micro_batches(range(len(batch.groups)), cfg.micro_batch_tokens, pack=cfg.sft.pack):
+        for micro in batch.micro_batches(range(len(batch.groups)), cfg.micro_batch_tokens):
             head = lm_head.head(model, predicting(model, micro))
             part = pk.linear_nll(
                 head.hidden, head.weight, batch.ids[micro.tokens], bias=head.bias, denominator=batch.num_tokens,

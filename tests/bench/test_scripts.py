@@ -32,8 +32,8 @@ EXAMPLES = ROOT / "examples"
 DEMO = EXAMPLES / "demo.toml"
 HERE = {
     "adapters", "candidates", "demo/results", "faults_table", "plan_seconds", "plan_table", "precision",
-    "precision_study", "prm/first_wrong_step", "prm/results", "prm/sample", "products", "rollout", "step",
-    "step_share", "study/chains", "study/study", "trainer_cost", "trl_table", "verify/math_answers",
+    "precision_study", "prm/first_wrong_step", "prm/results", "prm/sample", "products", "rollout", "shared_prompts",
+    "step", "step_share", "study/chains", "study/study", "trainer_cost", "trl_table", "verify/math_answers",
     "verify/programs", "verify/rates",
 }  # fmt: skip
 # What other tests of this folder and of docs, packaging, integrations, triton_backend and the trainer run.
@@ -194,6 +194,13 @@ def test_trainer_cost_by_length(small, script):
     for row in rows:
         alone, whole = ([int(cell.strip("+%")) for cell in row[at : at + 2]] for at in (5, 7))
         assert whole == pytest.approx([0.47 * extra for extra in alone], abs=1)
+
+
+def test_shared_prompts(script):
+    said = script("shared_prompts", "--layers", "1", "--rounds", "1", "--shapes", "4x2x3")
+    rows = [line.strip("| ").split(" | ") for line in said.splitlines() if line.startswith("| 4, 2 of 3")]
+    assert [row[2] for row in rows] == ["prompt once", "prompt once, mask of all pairs", "prompt repeated"]
+    assert all(row[1] == "10" and float(row[-1].replace(",", "")) > 0 for row in rows)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

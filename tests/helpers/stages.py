@@ -14,7 +14,6 @@ from prime_trainer import loop
 from prime_trainer.data.groups import Group, Response
 from prime_trainer.rollout import Sampling
 from prime_trainer.scale.ranks import SINGLE
-from prime_trainer.train import batch
 from prime_trainer.train.batch import Batch
 from prime_trainer.train.policy_step import Targets, minibatches_of, policy_update
 
@@ -43,8 +42,7 @@ def peak(work: Callable[[], object]) -> int:
 
 def measure(cfg, ranks=SINGLE) -> dict[str, int]:
     """What a run holds (`held`), and by stage what the stage takes beside it."""
-    # One response a row: short groups would share one, through a mask of all pairs.
-    with patch.object(loop, "Verifier", RandomVerifier), patch.object(batch, "SHARED_ROW_LIMIT", 0):
+    with patch.object(loop, "Verifier", RandomVerifier):
         return _measure(cfg, ranks)
 
 

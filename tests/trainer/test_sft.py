@@ -14,6 +14,7 @@ from prime_trainer import sft
 from prime_trainer.data import demonstrations
 from prime_trainer.data.problems import Problem
 from prime_trainer.data.tasks import load_task
+from prime_trainer.models import traits
 from prime_trainer.models.tokenizers import render
 from prime_trainer.train import supervised_loop
 from prime_trainer.train.batch import Batch
@@ -129,13 +130,14 @@ def test_instruction_rows_and_system_prompt(tmp_path, run_config):
     assert run_config(task={"system_prompt": "actions"}).task.system_prompt == prompt
 
 
-def test_packing_changes_no_number(run_config, tmp_path):
+def test_layouts_change_no_number(run_config, tmp_path, monkeypatch):
     rows = [chat(f"What is {k} + 3?", "so " * (k % 5) + str(k + 3)) for k in range(9)]
     path = write(tmp_path / "chat.jsonl", *rows)
     losses = []
-    for name, pack in (("padded", False), ("packed", True)):
-        sft.run(run_config(output=tmp_path / name, sft={"path": path, "batch_size": 9, "epochs": 3, "pack": pack}))
-        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+    for layout in ("rows", "shared"):
+        monkeypatch.setattr(traits, "layout_of", lambda models: layout)  # noqa: B023
+        sft.run(run_config(output=tmp_path / layout, sft={"path": path, "batch_size": 9, "epochs": 3}))
+        lines = (tmp_path / layout / "metrics.jsonl").read_text().splitlines()
         losses.append([(json.loads(line)["loss"], json.loads(line)["grad_norm"]) for line in lines])
     for padded, packed in zip(*losses, strict=True):
         assert packed == pytest.approx(padded, rel=1e-4)

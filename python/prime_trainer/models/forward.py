@@ -8,12 +8,9 @@ from typing import Any, overload
 from torch import Tensor
 
 from . import traits
+from .attention.segments import Segments
 from .protocols import CausalLM
-
-
-def positions(model: CausalLM) -> int | None:
-    """The longest sequence the model can read, None where it does not say."""
-    return getattr(model.config, "max_position_embeddings", None)
+from .traits import positions
 
 
 @overload
@@ -33,9 +30,10 @@ def new_cache(model: CausalLM) -> Any:
 
 
 def hidden_states(
-    model: CausalLM, input_ids: Tensor, position_ids: Tensor | None, attention_mask: Tensor | None
+    model: CausalLM, input_ids: Tensor, position_ids: Tensor | None, attention_mask: Segments | Tensor | None
 ) -> Tensor:
-    """Last hidden states [b, L, H]; `attention_mask` is None (causal) or bool [b, 1, L, L], true where a token sees.
+    """Last hidden states [b, L, H]. `attention_mask` is None (causal), what a row consists of, or bool [b, 1, L, L],
+    true where a token sees.
 
     Without `position_ids` they are the model's own, 0 to L - 1 in most.
     """

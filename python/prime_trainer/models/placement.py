@@ -13,7 +13,7 @@ from ..config.sections import ModelConfig, PRMConfig, ScaleConfig
 from ..run.seeds import derive_seed
 from ..scale import sharding
 from ..scale.ranks import Ranks
-from . import adapter_files, loading, meta, prm_record, tokenizers
+from . import adapter_files, attention_interface, loading, meta, prm_record, tokenizers
 from .adapters import AdaptedModel, Base, as_model, lora_config
 from .model_files import ModelError
 from .protocols import CausalLM, Tokenizer
@@ -52,7 +52,7 @@ def load_placed(cfg: ModelConfig, scale: ScaleConfig, ranks: Ranks, role: Role) 
     if not trained:
         loading.frozen(model)
     elif scale.activation_checkpointing:
-        sharding.recompute_activations(model)
+        sharding.recompute_activations(model, attention_interface.as_it_was(model))
     if ranks.mesh is not None:
         sharding.shard(model, ranks.mesh, offload=role in scale.offload, split_head=scale.vocab_parallel_head)
     return model
@@ -115,7 +115,7 @@ def _adapted(cfg: Wanted, ranks: Ranks) -> Models:
             prm_record.check_goes_on(cfg.prm_model, cfg.prm)
             prm = _read_adapter(base, "prm", cfg.prm.path, "prm.path")
     if cfg.scale.activation_checkpointing:
-        sharding.recompute_activations(base.model)
+        sharding.recompute_activations(base.model, attention_interface.as_it_was(base.model))
     if ranks.mesh is not None:
         sharding.shard(base.model, ranks.mesh, offload=False, split_head=cfg.scale.vocab_parallel_head)
     views = [None if view is None else as_model(view) for view in (policy, prm)]

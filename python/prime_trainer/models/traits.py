@@ -10,7 +10,7 @@ import functools
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -18,14 +18,16 @@ from torch import Tensor
 
 from prime_kernels.integrations import CausalHead, causal_head
 
+from . import attention_interface
+from .attention.segments import Segments
 from .protocols import CausalLM
 
 Layout = Literal["shared", "rows", "varlen"]
-"""`shared`: prompts with several responses a row, and several prompts where packed; `rows`: one response a row;
-`varlen`: one stream of sequences."""
+"""`shared`: a row of prompts, each with its responses; `rows`: one response a row; `varlen`: a row of sequences."""
 
-SHARED_ROW_LIMIT = 1024
-"""Tokens above which a group is not laid out as one row: the mask and the attention grow with the square."""
+PROBED = {"cpu": 1024}
+"""Distances in tokens that loading a model probes at most, by device: a pass of so many takes a CPU long."""
+PROBED_ELSEWHERE = 4096
 
 # Of the probe: groups of a prompt and responses, in tokens.
 PROBE = ((7, (6, 3, 5)), (3, (4, 6)))
@@ -51,6 +53,17 @@ class Masks:
 
     windows: Mapping[str, int | None]
     """By layer type how many tokens a token sees, itself included; None is all. The type "" stands for all layers."""
+    kernel: attention_interface.Kernel | None = None
+    """What attends to rows without a mask of all pairs, None where the model takes only such masks."""
+
+    def row(self, segments: Segments, device: torch.device) -> Any:
+        """A row as the model takes it: one mask or one a layer type."""
+        assert self.kernel is not None
+        made = {
+            kind: attention_interface.mask(segments, window, self.kernel, device)
+            for kind, window in self.windows.items()
+        }
+        return made.get("", made)
 
     def of(self, seen: Tensor, position_ids: Tensor | None, additive: torch.dtype | None) -> Any:
         """`seen` bool [b, 1, L, L] as the model takes it: one mask or one a layer type, bool or added in a dtype."""
@@ -77,9 +90,11 @@ class Traits:
     head: CausalHead
     layout: Layout
     masks: Masks | None
-    """None where no form of masks is exact."""
+    """None where no form of masks is exact; without a kernel where only masks of all pairs of tokens are."""
     reason: str = ""
     """Why responses do not share rows, where they do not."""
+    reach: int | None = None
+    """The longest sequence that shared rows are proved for; None is any."""
 
 
 def of(model: CausalLM) -> Traits:
@@ -100,6 +115,11 @@ def layout_of(models: Sequence[CausalLM]) -> Layout:
     return next(iter(found)) if len(found) == 1 else "rows"
 
 
+def reach_of(models: Sequence[CausalLM]) -> int | None:
+    """The longest sequence that shared rows are proved for with all `models`; None is any."""
+    return min((reach for reach in (of(model).reach for model in models) if reach is not None), default=None)
+
+
 def expected_layout(model: CausalLM, attention: str) -> Layout:
     """The layout that a model's kinds of layers suggest, for one without data; loading it proves the layout."""
     config = _text_config(model.config)
@@ -116,18 +136,34 @@ def _say(line: str) -> None:
 
 
 def hidden_states(
-    model: CausalLM, input_ids: Tensor, position_ids: Tensor | None, seen: Tensor | None, masks: Masks | None
+    model: CausalLM,
+    input_ids: Tensor,
+    position_ids: Tensor | None,
+    seen: Segments | Tensor | None,
+    masks: Masks | None,
 ) -> Tensor:
-    """Last hidden states [b, L, H]. `seen` is None (causal) or bool [b, 1, L, L]; without positions the model's own."""
+    """Last hidden states [b, L, H]; without positions the model's own.
+
+    `seen` is None (causal), one row of prompts and responses, or bool [b, 1, L, L], true where a token sees.
+    """
     inputs: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
     if position_ids is not None:
         inputs["position_ids"] = position_ids
-    if seen is not None:
-        if masks is None:
-            raise UnsupportedModel(f"{type(model).__name__} reads no masks: one response a row, without padding inside")
-        # A bool mask is for SDPA; eager attention adds what it is given.
-        additive = None if model.config._attn_implementation == "sdpa" else dtype_of(model)
-        inputs["attention_mask"] = masks.of(seen, position_ids, additive)
+    if seen is None:
+        return _last(model, inputs)
+    if masks is None:
+        raise UnsupportedModel(f"{type(model).__name__} reads no masks: one response a row, without padding inside")
+    if isinstance(seen, Segments):
+        if masks.kernel is not None:
+            with attention_interface.implementation(model, attention_interface.NAME):
+                return _last(model, inputs | {"attention_mask": masks.row(seen, input_ids.device)})
+        seen = seen.seen(input_ids.device)
+    # A bool mask is for SDPA; eager attention adds what it is given.
+    additive = None if model.config._attn_implementation == "sdpa" else dtype_of(model)
+    return _last(model, inputs | {"attention_mask": masks.of(seen, position_ids, additive)})
+
+
+def _last(model: CausalLM, inputs: dict[str, Any]) -> Tensor:
     found: Tensor = model.base_model(**inputs).last_hidden_state
     return found
 
@@ -135,15 +171,6 @@ def hidden_states(
 def dtype_of(model: CausalLM) -> torch.dtype:
     """The dtype that the model computes in; of one in shards, not that of its masters."""
     return getattr(model, "compute_dtype", None) or next(iter(model.parameters())).dtype
-
-
-def visible(owner: Tensor, segment: Tensor) -> Tensor:
-    """bool [b, 1, L, L]: what each token of a row sees. `owner` [b, L] says which group of the row it is of, `segment`
-    [b, L] 0 for the prompt and k for the k-th response; padding has groups and segments of its own."""
-    same = owner[:, :, None] == owner[:, None, :]
-    own = (segment[:, :, None] == segment[:, None, :]) | (segment[:, None, :] == 0)
-    width = owner.shape[1]
-    return (same & own & torch.ones(width, width, dtype=torch.bool, device=owner.device).tril())[:, None]
 
 
 def _prove(model: CausalLM, attention: str) -> Traits:
@@ -158,7 +185,7 @@ def _prove(model: CausalLM, attention: str) -> Traits:
         raise UnsupportedModel(what.removeprefix("model: ")) from None
     with torch.no_grad():
         probe = _Probe(model, PROBE if _distances(model.config) else SHORT_PROBE)
-        reason = "a stream of sequences leaks"
+        reason, readable = "a stream of sequences leaks", None
         if attention.startswith("flash_attention"):
             if _exact(probe, probe.stream) is None:
                 return Traits(attention, head, "varlen", None)
@@ -166,12 +193,19 @@ def _prove(model: CausalLM, attention: str) -> Traits:
             for masks in _mask_forms(model.config):
                 failed = _exact(probe, lambda: probe.shared(masks)) or _far_exact(model, masks)  # noqa: B023
                 if failed is None:
-                    return Traits(attention, head, "shared", masks)
+                    for kernel in attention_interface.kernels(model.device):
+                        own = replace(masks, kernel=kernel)
+                        failed = _exact(probe, lambda: probe.shared(own)) or _far_exact(model, own)  # noqa: B023
+                        if failed is None:
+                            return Traits(attention, head, "shared", own, reach=_reach(model))
+                    readable = masks
                 reason = f"as rows that share a prompt {failed}"
+                if readable is not None:
+                    break
         failed = _exact(probe, probe.rows)
     if failed is not None:
         raise UnsupportedModel(f"{name} cannot be read exactly: of padded rows, one response each, {failed}")
-    return Traits(attention, head, "rows", None, reason)
+    return Traits(attention, head, "rows", readable, reason)
 
 
 def _exact(probe: _Probe, passes: Callable[[], Tensor]) -> str | None:
@@ -194,16 +228,34 @@ def first_line(problem: Exception) -> str:
 def _far_exact(model: CausalLM, masks: Masks) -> str | None:
     """The same of a row in which responses stand beyond every window that rows can exceed."""
     config = _text_config(model.config)
-    distances = [value for value in _distances(config) if sum(PROBE[0][1]) < value < SHARED_ROW_LIMIT]
-    longest = getattr(config, "max_position_embeddings", None)
+    distances = [value for value in _distances(config) if sum(PROBE[0][1]) < value < _probed(model)]
+    longest = positions(model)
     own = 6
     prompt = max(distances, default=0) + 4
-    if isinstance(longest, int):
+    if longest is not None:
         prompt = min(prompt, longest - own)
     if not distances or prompt + own <= max(distances):
         return None
     probe = _Probe(model, ((prompt, (2, own)),), first=1)
     return _exact(probe, lambda: probe.shared(masks))
+
+
+def _probed(model: CausalLM) -> int:
+    """Distances from here on are not probed."""
+    return 1 + PROBED.get(model.device.type, PROBED_ELSEWHERE)
+
+
+def _reach(model: CausalLM) -> int | None:
+    """A sequence of as many tokens as a distance does not exceed it."""
+    longest = positions(model)
+    distances = [value for value in _distances(model.config) if value >= _probed(model)]
+    return min((value for value in distances if longest is None or value < longest), default=None)
+
+
+def positions(model: CausalLM) -> int | None:
+    """The longest sequence the model can read, None where it does not say."""
+    longest = getattr(_text_config(model.config), "max_position_embeddings", None)
+    return longest if isinstance(longest, int) else None
 
 
 def _text_config(config: Any) -> Any:
@@ -277,22 +329,16 @@ class _Probe:
     def shared(self, masks: Masks) -> Tensor:
         """All groups in one row, a prompt before its responses."""
         ids: list[int] = []
-        positions: list[int] = []
-        owner: list[int] = []
-        segment: list[int] = []
         predictors: list[int] = []
-        for g, (prompt, responses) in enumerate(self._groups):
-            last = len(ids) + len(prompt) - 1
-            for k, part in enumerate([prompt, *responses]):
-                start = 0 if k == 0 else len(prompt)
-                if k > self._first:
-                    predictors += [last, *range(len(ids), len(ids) + len(part) - 1)]
-                ids += part
-                positions += range(start, start + len(part))
-                owner += [g] * len(part)
-                segment += [k] * len(part)
-        seen = visible(self._tensor([owner]), self._tensor([segment]))
-        return self._run([ids], positions, seen, masks)[0][predictors]
+        for prompt, responses in self._groups:
+            ids += prompt
+            last = len(ids) - 1
+            for k, response in enumerate(responses):
+                if k >= self._first:
+                    predictors += [last, *range(len(ids), len(ids) + len(response) - 1)]
+                ids += response
+        row = Segments(tuple((len(prompt), tuple(map(len, responses))) for prompt, responses in self._groups))
+        return self._run([ids], row.positions.tolist(), row, masks)[0][predictors]
 
     def _sequences(self) -> list[tuple[list[int], list[int]]]:
         return [(prompt, response) for prompt, responses in self._groups for response in responses[self._first :]]
@@ -304,7 +350,7 @@ class _Probe:
         self,
         rows: list[list[int]],
         positions: list[int] | None = None,
-        seen: Tensor | None = None,
+        seen: Segments | None = None,
         masks: Masks | None = None,
     ) -> Tensor:
         at = None if positions is None else self._tensor([positions])

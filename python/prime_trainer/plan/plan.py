@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
@@ -36,7 +37,7 @@ MASTER_BYTES, ADAM_BYTES, GRAD_BYTES = 4, 8, 4
 
 Parts = dict[str, float]
 LAYOUTS: dict[traits.Layout, str] = {
-    "shared": "fewer where short responses share a row with their prompt",
+    "shared": "a prompt once for the responses that share its pass",
     "rows": "one response a row, as its layers keep a state",
     "varlen": "sequences end to end without padding",
 }
@@ -52,9 +53,9 @@ class Plan:
     passes: int
     """Forward passes of one rank over its share of a step."""
     row: int
-    """Tokens of one pass, for responses that each take their prompt along."""
+    """Tokens of the longest pass."""
     layout: traits.Layout
-    """In which the model is expected to be read; shared prompts make passes fewer."""
+    """In which the model is expected to be read."""
 
 
 def make(cfg: RunConfig, gpus: int, prompt_tokens: int) -> Plan:
@@ -67,9 +68,7 @@ def make(cfg: RunConfig, gpus: int, prompt_tokens: int) -> Plan:
     offload, needs = set(cfg.scale.offload), cfg.needs
     ranks = gpus if cfg.scale.shard else 1
     length = prompt_tokens + cfg.rollout.max_new_tokens
-    row = max(length, cfg.micro_batch_tokens // length * length)
-    responses = cfg.rollout.prompts_per_step * cfg.rollout.n
-    passes = math.ceil(responses * length / gpus / row)
+    laid = _laid_out(cfg, gpus, prompt_tokens, layout)
     if cfg.scale.activation_checkpointing:
         sharding.recompute_activations(model)
     policy, prm = (trained_of(each) for each in (model, models.prm or model))
@@ -78,8 +77,7 @@ def make(cfg: RunConfig, gpus: int, prompt_tokens: int) -> Plan:
         compute, compute if cfg.model.logits_dtype == "input" else 4, "cpu" if cfg.model.device == "cpu" else "cuda"
     )
     work = _Work(
-        shape, passes_of(model, row), sizes, ranks, ranks > 1 or bool(offload),
-        row // length * cfg.rollout.max_new_tokens,
+        shape, passes_of(model, laid.row), sizes, ranks, ranks > 1 or bool(offload), laid.responses,
         ranks > 1 and cfg.scale.vocab_parallel_head,
     )  # fmt: skip
 
@@ -125,6 +123,7 @@ def make(cfg: RunConfig, gpus: int, prompt_tokens: int) -> Plan:
     head, hidden = 0 if shape.tied else shape.head, ranks * work.tokens * shape.width
     if work.split:  # an untied head stays where it is; hidden states go to all, their gradients are summed over all
         gather += (compute * hidden - compute * head) * sent
+    passes = laid.passes
     rounds = passes * cfg.policy.epochs
     # All log-ratios come before the first gradient where responses are coupled.
     again = int(cfg.prm.kind in COUPLED_KINDS and cfg.prm.update != "none")
@@ -143,7 +142,36 @@ def make(cfg: RunConfig, gpus: int, prompt_tokens: int) -> Plan:
         steps = cfg.prm.minibatches * int(needs.prm)
         traffic |= {"PRM: forward, backward, gradients": ring * prm.parameters * steps}
         traffic |= {"policy: forward, backward, gradients": ring * policy.parameters * cfg.policy.optimizer_steps}
-    return Plan(shape, memory, traffic, passes, row, layout)
+    return Plan(shape, memory, traffic, passes, laid.row, layout)
+
+
+class _Passes(NamedTuple):
+    """How a rank's share of a step is laid out."""
+
+    row: int
+    """Tokens of the longest pass."""
+    responses: int
+    """Those of them that are responses'."""
+    passes: int
+
+
+def _laid_out(cfg: RunConfig, gpus: int, prompt: int, layout: traits.Layout) -> _Passes:
+    """As `train.batch` fills its passes with responses that are all of the greatest length."""
+    own, n, most = cfg.rollout.max_new_tokens, cfg.rollout.n, cfg.micro_batch_tokens
+    groups = math.ceil(cfg.rollout.prompts_per_step / gpus)
+    together = min(n, max(1, (most - prompt) // own)) if layout == "shared" else 1
+    # Of each group, entries of `together` responses, and one of what is left.
+    entry, left = prompt + together * own, n % together
+    entries, rest = groups * (n // together), prompt + left * own
+    a_pass = max(1, min(entries, most // entry))
+    passes = math.ceil(entries / a_pass)
+    fitting = max(0, most - a_pass * entry) // rest if left else 0
+    beside = min(groups, fitting)
+    over = max(0, groups - fitting * passes) if left else 0
+    return _Passes(
+        a_pass * entry + beside * rest, (a_pass * together + beside * left) * own,
+        passes + math.ceil(over / max(1, most // rest)),
+    )  # fmt: skip
 
 
 def _launched(cfg: RunConfig, gpus: int) -> RunConfig:

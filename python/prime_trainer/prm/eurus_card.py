@@ -52,4 +52,4 @@ def card_micro(micro: Micro, pad_id: int | None) -> Micro:
     width = micro.input_ids.shape[1]
     causal = torch.ones(width, width, dtype=torch.bool, device=micro.input_ids.device).tril()
     seen = (micro.input_ids != pad_id)[:, None, None, :]
-    return dataclasses.replace(micro, seen=seen & causal)
+    return dataclasses.replace(micro, attention_mask=seen & causal)

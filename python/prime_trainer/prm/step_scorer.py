@@ -169,6 +169,8 @@ class StepScorer:
             return []
         order, groups = self._group(encoded)
         batch = Batch.for_model(self._prm, groups, self._reference)
+        if self._card:
+            batch = Batch(groups, batch.device, layout="rows")
         log_ratio = torch.zeros(batch.num_tokens, device=batch.device)
         for micro in batch.micro_batches(range(len(groups)), self._micro_batch_tokens):
             if self._card:

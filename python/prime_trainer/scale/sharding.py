@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 
 class Shardable(Protocol):
@@ -105,10 +105,16 @@ def layers(model: Shardable) -> list[nn.Module]:
     return found
 
 
-def recompute_activations(model: Model) -> Model:
-    """Activation checkpointing: keeps only each layer's input and recomputes the rest in the backward pass."""
+Contexts = Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]]
+
+
+def recompute_activations(model: Model, contexts: Contexts = noop_context_fn) -> Model:
+    """Activation checkpointing: keeps only each layer's input and recomputes the rest in the backward pass.
+
+    `contexts` gives those of a layer's forward pass and of its recomputation.
+    """
     for layer in layers(model):
-        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, context_fn=contexts)
     return model
 
 

@@ -1,10 +1,10 @@
 """Groups of responses, packed once: flat response tokens with cu_seqlens, and how a forward pass lays them out.
 
-A forward row is a prompt followed by its responses, each of which sees the prompt and itself and nothing else, so a
-prompt is computed once however many responses it has; a packed row holds several such groups. Long rows, and models
-that no mask keeps apart (`models.traits`), fall back to one response a row, where nothing needs a mask. For
-flash-attn's varlen kernels a pass is one unpadded row of sequences instead, each a prompt with a response; positions
-that restart at 0 mark where a sequence begins.
+A pass is one row of prompts, each followed by its responses, each of which sees the prompt and itself and nothing else:
+a prompt is computed once for as many responses as fit into the pass, and nothing is padded. Models whose layers cannot
+keep the responses of a row apart (`models.traits`) get one response a row, padded, where nothing needs a mask. For
+flash-attn's varlen kernels a row has sequences instead, each a prompt with a response; positions that restart at 0 mark
+where a sequence begins.
 
 Passes are laid out from the lists of the groups, on the host; nothing here reads what is on the device.
 """
@@ -14,15 +14,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..data.groups import Group
 from ..models import traits
+from ..models.attention.segments import Segments
 from ..models.protocols import CausalLM
-from ..models.traits import SHARED_ROW_LIMIT
 from ..scale.ranks import SINGLE, Ranks, deal
 from ..scale.transfer import upload, upload_together
 
@@ -41,10 +40,8 @@ class Micro:
     """[rows, L]"""
     position_ids: Tensor | None
     """[rows, L], or None where rows are single sequences and the model's own are right."""
-    owner: Tensor | None
-    """[rows, L] which group of its row a token is of, -1 for padding; None where causal attention is right."""
-    segment: Tensor | None
-    """[rows, L] 0 for a prompt's tokens, k for those of its k-th response, -1 for padding; None with `owner`."""
+    attention_mask: Segments | Tensor | None
+    """What the one row consists of; or bool [rows, 1, L, L]; or None where causal attention is right."""
     predictors: Tensor
     """[T] index into rows * L of the hidden state that predicts each response token."""
     tokens: Tensor
@@ -53,15 +50,6 @@ class Micro:
     """[B] index of each response in the batch."""
     cu_seqlens: Tensor
     """[B + 1] of this micro-batch's own tokens."""
-    seen: Tensor | None = None
-    """bool [rows, 1, L, L] in place of the mask by `owner` and `segment`."""
-
-    @property
-    def attention_mask(self) -> Tensor | None:
-        """bool [rows, 1, L, L], made where the tokens are; None where causal attention is right."""
-        if self.seen is not None or self.owner is None or self.segment is None:
-            return self.seen
-        return traits.visible(self.owner, self.segment)
 
 
 class Batch:
@@ -76,10 +64,13 @@ class Batch:
         device: torch.device | str = "cpu",
         ranks: Ranks = SINGLE,
         layout: traits.Layout = "shared",
+        reach: int | None = None,
     ) -> None:
+        """`reach`: longer sequences have a pass of their own each (`models.traits`)."""
         if not groups:
             raise ValueError("groups is empty; a batch needs at least one")
-        self.groups, self.device, self.ranks, self.layout = list(groups), torch.device(device), ranks, layout
+        self.groups, self.device, self.ranks = list(groups), torch.device(device), ranks
+        self.layout, self.reach = layout, reach
         responses = [r for g in self.groups for r in g.responses]
         lengths = [len(r.ids) for r in responses]
         self._ids = torch.tensor([i for r in responses for i in r.ids], dtype=torch.int64)
@@ -92,12 +83,13 @@ class Batch:
             [self._ids, offsets, groups_at, answered, self._last], self.device
         )
         self.outcomes = upload(torch.tensor([r.outcome for r in responses]), self.device)
-        self._laid_out: dict[tuple[tuple[int, ...], int, bool], list[Micro]] = {}
+        self._laid_out: dict[tuple[tuple[int, ...], int], list[Micro]] = {}
 
     @classmethod
     def for_model(cls, model: CausalLM, groups: Sequence[Group], *others: CausalLM) -> Batch:
         """On the model's device, laid out as it reads exactly, and as `others` do."""
-        return cls(groups, model.device, layout=traits.layout_of([model, *others]))
+        models = [model, *others]
+        return cls(groups, model.device, layout=traits.layout_of(models), reach=traits.reach_of(models))
 
     @property
     def rollout_logp(self) -> Tensor:
@@ -150,50 +142,62 @@ class Batch:
         last, offsets = upload_together([ends, torch.cat([ends.new_zeros(1), ends + 1])], self.device)
         return last, offsets
 
-    def lay_out(self, parts: Parts, max_tokens: int, *, pack: bool = False) -> None:
+    def lay_out(self, parts: Parts, max_tokens: int) -> None:
         """Prepares `micro_batches` of each of `parts` and copies them to the device together."""
-        keys = {(tuple(part), max_tokens, pack) for part in parts}
+        keys = {(tuple(part), max_tokens) for part in parts}
         new = {key: self._planned(*key) for key in sorted(keys - self._laid_out.keys())}
         there = iter(_uploaded([micro for micros in new.values() for micro in micros], self.device))
         for key, micros in new.items():
             self._laid_out[key] = [next(there) for _ in micros]
 
-    def micro_batches(self, groups: Sequence[int], max_tokens: int, *, pack: bool = False) -> list[Micro]:
-        """Forward passes of at most `max_tokens` padded tokens (a longer row goes alone), like lengths together.
+    def micro_batches(self, groups: Sequence[int], max_tokens: int) -> list[Micro]:
+        """Forward passes of at most `max_tokens` tokens, padding included (a longer sequence goes alone).
 
-        With `pack`, a row holds as many groups as fit into min(max_tokens, SHARED_ROW_LIMIT) tokens; varlen passes
-        need no packing. With several ranks, the passes of this rank's share of `groups`, dealt out so that tokens
-        balance. Every rank gets the same number of passes, some of them without responses: the passes of a sharded
-        model are collective. What `lay_out` has prepared is at hand.
+        With several ranks, the passes of this rank's share of `groups`, dealt out so that tokens balance. Every rank
+        gets the same number of passes, some of them without responses: the passes of a sharded model are collective.
+        What `lay_out` has prepared is at hand.
         """
-        self.lay_out([groups], max_tokens, pack=pack)
-        return self._laid_out[tuple(groups), max_tokens, pack]
+        self.lay_out([groups], max_tokens)
+        return self._laid_out[tuple(groups), max_tokens]
 
-    def _planned(self, groups: Sequence[int], max_tokens: int, pack: bool) -> list[Micro]:
+    def _planned(self, groups: Sequence[int], max_tokens: int) -> list[Micro]:
         loads = [self._length((g, self._members(g))) for g in groups]
-        plans = [self._passes([groups[i] for i in part], max_tokens, pack) for part in deal(loads, self.ranks.size)]
+        plans = [self._passes([groups[i] for i in part], max_tokens) for part in deal(loads, self.ranks.size)]
         mine = plans[self.ranks.rank]
         nothing: list[Row] = [[(groups[0], [])]]
         return [self._micro(rows) for rows in [*mine, *[nothing] * (max(map(len, plans)) - len(mine))]]
 
-    def _passes(self, groups: Sequence[int], max_tokens: int, pack: bool) -> list[list[Row]]:
-        entries: list[Entry] = []
+    def _passes(self, groups: Sequence[int], max_tokens: int) -> list[list[Row]]:
+        entries, alone = [], []
         for g in groups:
             members = self._members(g)
-            if self._length((g, members)) <= SHARED_ROW_LIMIT and self.layout == "shared":
-                entries.append((g, members))
+            if self.layout != "shared":
+                entries += [(g, [m]) for m in members]
+            elif self.reach is not None and max(self._length((g, [m])) for m in members) > self.reach:
+                alone += [(g, [m]) for m in members]
             else:
-                entries.extend((g, [m]) for m in members)
-        entries.sort(key=lambda entry: (self._length(entry), entry[1][0]))
-        packed = pack and self.layout == "shared"
-        rows = self._packed(entries, min(max_tokens, SHARED_ROW_LIMIT)) if packed else [[entry] for entry in entries]
+                entries += self._shares(g, members, max_tokens)
+        for each in (entries, alone):
+            each.sort(key=lambda entry: (self._length(entry), entry[1][0]))
+        if self.layout != "rows":
+            return [[row] for row in [*self._packed(entries, max_tokens), *([entry] for entry in alone)]]
         passes: list[list[Row]] = []
-        for row in rows:
-            if passes and self._tokens([*passes[-1], row]) <= max_tokens:
-                passes[-1].append(row)
+        for entry in entries:
+            if passes and self._length(entry) * (len(passes[-1]) + 1) <= max_tokens:  # the longest so far
+                passes[-1].append([entry])
             else:
-                passes.append([row])
+                passes.append([[entry]])
         return passes
+
+    def _shares(self, group: int, members: Sequence[int], max_tokens: int) -> list[Entry]:
+        """The group in as few rows of at most `max_tokens` as its responses fit into in their order."""
+        found: list[Entry] = []
+        for m in members:
+            if found and self._length((group, [*found[-1][1], m])) <= max_tokens:
+                found[-1][1].append(m)
+            else:
+                found.append((group, [m]))
+        return found
 
     def _packed(self, entries: Sequence[Entry], limit: int) -> list[Row]:
         """First fit, longest first: few rows, all but the last nearly full."""
@@ -214,27 +218,15 @@ class Batch:
         group, members = entry
         return len(self.groups[group].prompt_ids) + sum(self._starts[m + 1] - self._starts[m] for m in members)
 
-    def _width(self, row: Row) -> int:
-        return sum(map(self._length, row))
-
-    def _tokens(self, rows: Sequence[Row]) -> int:
-        """Of a pass, padding included."""
-        widths = [self._width(row) for row in rows]
-        return sum(widths) if self.layout == "varlen" else max(widths) * len(widths)
-
     def _members(self, group: int) -> list[int]:
         return list(range(self._first[group], self._first[group + 1]))
 
     def _micro(self, rows: list[Row]) -> Micro:
         """On the host."""
-        width = max(map(self._width, rows))
+        width = max(sum(map(self._length, entries)) for entries in rows)
         shape = (len(rows), width)
         input_ids = torch.zeros(shape, dtype=torch.int64)
         position_ids = torch.zeros(shape, dtype=torch.int64)
-        # Which group of the row, -1 is padding (which attends to itself: softmax needs something); and in the group
-        # 0 is the prompt, k the k-th response.
-        owner = torch.full(shape, -1, dtype=torch.int64)
-        segment = torch.full(shape, -1, dtype=torch.int64)
         none = torch.zeros(0, dtype=torch.int64)
         predicted_at, tokens = [none], [none]
         responses: list[int] = []
@@ -244,19 +236,17 @@ class Batch:
             # Padding is an ordinary token: of a pad token, whose embedding some models keep at 0, the gradient of a
             # norm is NaN, which reaches the parameters even from where nothing is learnt.
             input_ids[row] = self.groups[entries[0][0]].prompt_ids[0]
-            for k_group, (g, members) in enumerate(entries):
+            for g, members in entries:
                 prompt = self.groups[g].prompt_ids
                 span, at = slice(at, at + len(prompt)), at + len(prompt)
                 last = at - 1
                 input_ids[row, span] = torch.tensor(prompt)
                 position_ids[row, span] = torch.arange(len(prompt))
-                owner[row, span], segment[row, span] = k_group, 0
-                for k, m in enumerate(members, 1):
+                for m in members:
                     length = self._starts[m + 1] - self._starts[m]
                     span = slice(at, at + length)
                     input_ids[row, span] = self._ids[self._starts[m] : self._starts[m + 1]]
                     position_ids[row, span] = torch.arange(len(prompt), len(prompt) + length)
-                    owner[row, span], segment[row, span] = k_group, k
                     where = torch.arange(at - 1, at + length - 1)
                     where[:1] = last  # the first token is predicted by the prompt's last
                     predicted_at.append(row * width + where)
@@ -264,33 +254,34 @@ class Batch:
                     responses.append(m)
                     lengths.append(length)
                     at += length
-        masked = any(len(entries) > 1 or len(entries[0][1]) > 1 for entries in rows)
-        predictors = torch.cat(predicted_at)
-        if self.layout == "varlen":
-            kept = (segment >= 0).flatten()
-            input_ids, position_ids = (x.flatten()[kept][None] for x in (input_ids, position_ids))
-            predictors = (kept.cumsum(0) - 1)[predictors]
+        mask = self._segments(rows[0]) if self.layout == "shared" else None
         return Micro(
             input_ids,
-            position_ids if masked or self.layout == "varlen" else None,
-            owner if masked else None,
-            segment if masked else None,
-            predictors,
+            None if mask is None and self.layout != "varlen" else position_ids,
+            mask,
+            torch.cat(predicted_at),
             torch.cat(tokens),
             torch.tensor(responses, dtype=torch.int64),
             _cumulative(lengths),
         )
 
+    def _segments(self, row: Row) -> Segments | None:
+        """None of a single sequence, which no mask keeps apart from anything."""
+        if len(row) == 1 and len(row[0][1]) <= 1:
+            return None
+        found = []
+        for g, members in row:
+            prompt, lengths = len(self.groups[g].prompt_ids), [self._starts[m + 1] - self._starts[m] for m in members]
+            found.append((prompt, tuple(lengths)) if len(lengths) > 1 else (prompt + sum(lengths), ()))
+        return Segments(tuple(found))
+
 
 def _uploaded(micros: Sequence[Micro], device: torch.device) -> list[Micro]:
     """All in one copy."""
     columns = [{field.name: getattr(micro, field.name) for field in fields(micro)} for micro in micros]
-    host = [tensor for tensors in columns for tensor in tensors.values() if tensor is not None]
-    there = iter(upload_together(host, device) if host else ())
-    moved: list[dict[str, Any]] = [
-        {name: None if tensor is None else next(there) for name, tensor in each.items()} for each in columns
-    ]
-    return [replace(micro, **tensors) for micro, tensors in zip(micros, moved, strict=True)]
+    host = [{name: each for name, each in one.items() if isinstance(each, Tensor)} for one in columns]
+    there = iter(upload_together([each for one in host for each in one.values()], device) if host else ())
+    return [replace(micro, **{name: next(there) for name in one}) for micro, one in zip(micros, host, strict=True)]
 
 
 def _cumulative(lengths: Sequence[int]) -> Tensor:

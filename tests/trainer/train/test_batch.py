@@ -9,9 +9,9 @@ from helpers import tiny
 
 import prime_kernels as pk
 from prime_trainer.data.groups import Group, Response
+from prime_trainer.models.attention.segments import Segments
 from prime_trainer.models.lm_head import head
 from prime_trainer.scale.ranks import Ranks
-from prime_trainer.train import batch as batch_module
 from prime_trainer.train.batch import Batch
 from prime_trainer.train.forward import log_probs, predicting
 
@@ -36,19 +36,18 @@ def one_by_one(model, batch):
     return torch.cat(pieces)
 
 
-def by_micro_batches(model, batch, max_tokens, pack=False):
+def by_micro_batches(model, batch, max_tokens):
     out = torch.zeros(batch.num_tokens)
-    for micro in batch.micro_batches(range(len(batch.groups)), max_tokens, pack=pack):
+    for micro in batch.micro_batches(range(len(batch.groups)), max_tokens):
         out = out.index_put((micro.tokens,), log_probs(model, micro, batch.ids[micro.tokens]))
     return out
 
 
-@pytest.mark.parametrize("max_tokens", [1, 60, 10_000])
-@pytest.mark.parametrize("layout", ["row a response", "row a group", "packed rows", "varlen"])
-def test_log_probs_and_gradients_are_those_of_single_passes(model, groups, monkeypatch, max_tokens, layout):
-    monkeypatch.setattr(batch_module, "SHARED_ROW_LIMIT", 0 if layout == "row a response" else 1024)
-    batch = Batch(groups, layout="varlen" if layout == "varlen" else "shared")
-    got, want = by_micro_batches(model, batch, max_tokens, layout == "packed rows"), one_by_one(model, batch)
+@pytest.mark.parametrize("max_tokens", [1, 20, 60, 10_000])
+@pytest.mark.parametrize("layout", ["shared", "rows", "varlen"])
+def test_log_probs_and_gradients_are_those_of_single_passes(model, groups, max_tokens, layout):
+    batch = Batch(groups, layout=layout)
+    got, want = by_micro_batches(model, batch, max_tokens), one_by_one(model, batch)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
     upstream = torch.randn(batch.num_tokens)
     params = list(model.parameters())
@@ -58,49 +57,57 @@ def test_log_probs_and_gradients_are_those_of_single_passes(model, groups, monke
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item())
 
 
-@pytest.mark.parametrize("pack", [False, True])
-def test_a_response_does_not_see_its_siblings(model, groups, pack):
-    """Nor, where rows are packed, other groups."""
+def test_a_response_does_not_see_its_siblings(model, groups):
+    """Nor other groups of its row."""
     with torch.no_grad():
-        before = by_micro_batches(model, Batch(groups), 10_000, pack)
+        before = by_micro_batches(model, Batch(groups), 10_000)
         changed = dataclasses.replace(groups[0].responses[0], ids=[(i + 7) % 301 for i in groups[0].responses[0].ids])
         groups[0] = dataclasses.replace(groups[0], responses=[changed, *groups[0].responses[1:]])
-        after = by_micro_batches(model, Batch(groups), 10_000, pack)
+        after = by_micro_batches(model, Batch(groups), 10_000)
     own = len(changed.ids)
     assert not torch.equal(before[:own], after[:own])
     assert torch.equal(before[own:], after[own:])
 
 
-def test_long_groups_take_a_row_a_response_and_need_no_mask(groups, monkeypatch):
-    batch = Batch(groups)
-    (shared,) = batch.micro_batches([0], 10_000)
-    assert shared.input_ids.shape[0] == 1 and shared.attention_mask is not None
-    monkeypatch.setattr(batch_module, "SHARED_ROW_LIMIT", shared.input_ids.shape[1] - 1)
-    (single,) = Batch(groups).micro_batches([0], 10_000)
-    assert single.input_ids.shape[0] == 3 and single.attention_mask is None
+def test_a_prompt_goes_through_once_for_as_many_responses_as_fit():
+    batch = Batch([Group([1] * 1024, [Response([2] * 3072) for _ in range(8)])])
+    (whole,) = batch.micro_batches([0], 25_600)
+    assert whole.input_ids.shape == (1, 25_600) and whole.attention_mask == Segments(((1024, (3072,) * 8),))
+    parts = list(batch.micro_batches([0], 12_000))
+    assert [micro.input_ids.shape[1] for micro in parts] == [1024 + 3072 * 3, 1024 + 3072 * 3, 1024 + 3072 * 2]
+    single = list(batch.micro_batches([0], 4096))
+    assert len(single) == 8 and all(micro.attention_mask is None for micro in single)
 
 
-def test_packing_fills_rows():
+def test_sequences_beyond_what_was_proved_have_a_pass_each():
+    groups = [Group([1] * 4, [Response([2] * length) for length in lengths]) for lengths in ((3, 6), (2, 7), (1,))]
+    batch = Batch(groups, reach=10)
+    passes = list(batch.micro_batches(range(3), 1000))
+    assert [tuple(micro.input_ids.shape) for micro in passes] == [(1, 18), (1, 6), (1, 11)]
+    assert [micro.attention_mask for micro in passes] == [Segments(((4, (3, 6)), (5, ()))), None, None]
+
+
+def test_passes_are_filled_and_not_padded():
     groups = [Group([1] * 4, [Response([2] * length)]) for length in (2, 90, 8, 30, 6, 50)]
-    batch = Batch(groups)
-    (padded,) = batch.micro_batches(range(6), 1000)
+    (padded,) = Batch(groups, layout="rows").micro_batches(range(6), 1000)
     assert padded.input_ids.shape == (6, 94)
-    packed = list(batch.micro_batches(range(6), 110, pack=True))
-    # Longest first into the first row with room: 94 + 12, then 54 + 34 + 10 + 6 = 104.
-    assert [tuple(micro.input_ids.shape) for micro in packed] == [(1, 106), (1, 104)]
+    for layout in ("shared", "varlen"):
+        filled = list(Batch(groups, layout=layout).micro_batches(range(6), 110))
+        # Longest first into the first pass with room: 94 + 12, then 54 + 34 + 10 + 6 = 104.
+        assert [tuple(micro.input_ids.shape) for micro in filled] == [(1, 106), (1, 104)]
 
 
 @pytest.mark.parametrize("max_tokens", [1, 40, 100, 10_000])
-@pytest.mark.parametrize("pack", [False, True])
-def test_micro_batches_cover_every_token_once(groups, max_tokens, pack):
-    batch = Batch(groups)
-    micros = list(batch.micro_batches(range(len(groups)), max_tokens, pack=pack))
+@pytest.mark.parametrize("layout", ["shared", "rows", "varlen"])
+def test_micro_batches_cover_every_token_once(groups, max_tokens, layout):
+    batch = Batch(groups, layout=layout)
+    micros = list(batch.micro_batches(range(len(groups)), max_tokens))
     tokens = torch.cat([m.tokens for m in micros])
     responses = torch.cat([m.responses for m in micros])
     assert sorted(tokens.tolist()) == list(range(batch.num_tokens))
     assert sorted(responses.tolist()) == list(range(batch.num_responses))
     for micro in micros:
-        assert micro.input_ids.shape[0] == 1 or micro.input_ids.numel() <= max_tokens
+        assert len(micro.responses) == 1 or micro.input_ids.numel() <= max_tokens
         assert torch.equal(batch.cu_seqlens.diff()[micro.responses], micro.cu_seqlens.diff())
         positions = [torch.arange(batch.cu_seqlens[r], batch.cu_seqlens[r + 1]) for r in micro.responses]
         assert torch.equal(micro.tokens, torch.cat(positions))

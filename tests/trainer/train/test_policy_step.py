@@ -108,7 +108,7 @@ def test_entropy_bonus_raises_the_entropy(model_dir, batch):
         (micro,) = batch.micro_batches(range(len(batch.groups)), 10_000)
         with torch.no_grad():
             hidden = policy.model(
-                input_ids=micro.input_ids, position_ids=micro.position_ids, attention_mask=micro.attention_mask
+                input_ids=micro.input_ids, position_ids=micro.position_ids, attention_mask=micro.attention_mask.seen()
             ).logits.flatten(0, 1)[micro.predictors]
         return torch.distributions.Categorical(logits=hidden.float()).entropy().mean().item()
 

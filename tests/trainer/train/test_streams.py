@@ -34,9 +34,9 @@ def passes(monkeypatch):
     return found
 
 
-@pytest.fixture(params=["rows", "varlen"])
+@pytest.fixture(params=["shared", "varlen"])
 def layout(request, monkeypatch):
-    """sdpa takes a varlen pass too, by the positions that restart at 0: the numbers must be those of rows."""
+    """sdpa takes a varlen pass too, by the positions that restart at 0: the numbers must be those of shared rows."""
     if request.param == "varlen":
         monkeypatch.setattr(traits, "layout_of", lambda models: "varlen")
         found = traits.of
@@ -46,10 +46,8 @@ def layout(request, monkeypatch):
 
 def check(passes, layout):
     assert passes
-    if layout == "rows":
-        assert any(masked for _, masked in passes)
-    else:
-        assert set(passes) == {(1, False)}
+    assert {rows for rows, _ in passes} == {1}
+    assert any(masked for _, masked in passes) == (layout == "shared")
 
 
 def test_flash_attention_is_varlen(model, monkeypatch):

@@ -1,5 +1,6 @@
 """A step lays its passes out before the first, and then waits for the device where it decides something and no more."""
 
+import dataclasses
 import json
 
 import pytest
@@ -22,10 +23,12 @@ SAMPLES = "prime_trainer/train/examples.py:examples_of"
 PACKED = "transformers/masking_utils.py:find_packed_sequence_indices"
 
 
-def one_step(monkeypatch, cfg, waits):
+def one_step(monkeypatch, cfg, waits, in_rows=False):
     """(waits by place, passes, micro-batches laid out after the first pass) of the second step, its rollouts apart."""
     monkeypatch.setattr(loop, "Verifier", RandomVerifier)
     run = loop.Run(cfg)
+    if in_rows:
+        run.traits = dataclasses.replace(run.traits, layout="rows")
     run.train_step()
     batch = run.rollouts.batch(run.step + 1, loop.StageClock())
     monkeypatch.setattr(run.rollouts, "batch", lambda step, clock: batch)
@@ -59,10 +62,8 @@ CASES = {
 @pytest.mark.parametrize("changes, updates", CASES.values(), ids=CASES.keys())
 def test_a_step_waits_for_norms_and_decisions(request, monkeypatch, run_config, changes, updates):
     in_rows = request.node.callspec.id == "one response a row"
-    if in_rows:
-        monkeypatch.setattr("prime_trainer.train.batch.SHARED_ROW_LIMIT", 0)
     cfg = run_config(**{"rollout": {"prompts_per_step": 4}, "micro_batch_tokens": 60} | changes)
-    counts, passes, late = one_step(monkeypatch, cfg, on_host)
+    counts, passes, late = one_step(monkeypatch, cfg, on_host, in_rows)
     assert late == [] and passes > 2 * updates
     assert counts.pop(PACKED, 0) == (passes if in_rows else 0)
     scored = {} if cfg.algorithm.process_coef == 0 else {FINITE: 1}
@@ -89,9 +90,8 @@ def each_step(monkeypatch):
     return counted
 
 
-@pytest.mark.parametrize("pack", [False, True])
-def test_supervised_steps_wait_for_norm_and_metrics(run_config, each_step, pack):
-    cfg = run_config(sft={"demonstrations": 12, "batch_size": 4, "pack": pack}, micro_batch_tokens=200)
+def test_supervised_steps_wait_for_norm_and_metrics(run_config, each_step):
+    cfg = run_config(sft={"demonstrations": 12, "batch_size": 4}, micro_batch_tokens=200)
     assert each_step(lambda: sft.run(cfg)) == [{NORM: 1, FETCHED: 1}]
 
 

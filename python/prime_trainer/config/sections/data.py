@@ -84,8 +84,7 @@ class SFTConfig(Section):
     system_prompt: str | None = None
     """In place of the system message of every row of `path`; `actions` is the action-centric prompt."""
     pack: bool = False
-    """Several examples in one row of at most 1024 tokens, each blind to the others; without it, a row each, like
-    lengths together. The same numbers either way."""
+    """No longer has an effect: examples share rows wherever the model can keep them apart, with the same numbers."""
     demonstrations: PositiveInt = 512
     worked_fraction: float = Field(default=1.0, ge=0.0, le=1.0)
     """Share of the made demonstrations that show their steps; the others give the boxed answer at once."""

@@ -1,0 +1,1 @@
+"""Attention to rows of prompts and responses."""
