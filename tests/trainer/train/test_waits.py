@@ -24,7 +24,8 @@ PACKED = "transformers/masking_utils.py:find_packed_sequence_indices"
 
 
 def one_step(monkeypatch, cfg, waits, in_rows=False):
-    """(waits by place, passes, micro-batches laid out after the first pass) of the second step, its rollouts apart."""
+    """(waits by place, whether each pass had no mask, micro-batches laid out after the first pass) of the second step,
+    its rollouts apart."""
     monkeypatch.setattr(loop, "Verifier", RandomVerifier)
     run = loop.Run(cfg)
     if in_rows:
@@ -36,11 +37,13 @@ def one_step(monkeypatch, cfg, waits, in_rows=False):
     monkeypatch.setattr(Batch, "_planned", lambda self, *key: late.append(key) if passes else planned(self, *key))
     trained = [part.model for part in (run.policy, run.prm) if part is not None]
     for model in filter(None, [*trained, run.ref]):
-        model.base_model.register_forward_pre_hook(lambda *_: passes.append(1))
+        model.base_model.register_forward_pre_hook(
+            lambda *given: passes.append(given[2].get("attention_mask") is None), with_kwargs=True
+        )
     with waits() as counts:
         run.train_step()
     run.close()
-    return dict(counts), len(passes), late
+    return dict(counts), passes, late
 
 
 BY_STEPS = {"prm": {"update": "before", "granularity": "step"}}
@@ -62,10 +65,10 @@ CASES = {
 @pytest.mark.parametrize("changes, updates", CASES.values(), ids=CASES.keys())
 def test_a_step_waits_for_norms_and_decisions(request, monkeypatch, run_config, changes, updates):
     in_rows = request.node.callspec.id == "one response a row"
-    cfg = run_config(**{"rollout": {"prompts_per_step": 4}, "micro_batch_tokens": 60} | changes)
+    cfg = run_config(**{"rollout": {"prompts_per_step": 4}, "micro_batch_tokens": 80} | changes)
     counts, passes, late = one_step(monkeypatch, cfg, on_host, in_rows)
-    assert late == [] and passes > 2 * updates
-    assert counts.pop(PACKED, 0) == (passes if in_rows else 0)
+    assert late == [] and len(passes) > 2 * updates
+    assert counts.pop(PACKED, 0) == sum(passes) and all(passes) == in_rows
     scored = {} if cfg.algorithm.process_coef == 0 else {FINITE: 1}
     assert counts == {NORM: updates, FETCHED: 1, SAMPLES: 1} | scored
 
@@ -112,8 +115,8 @@ def test_steps_of_an_offline_prm_wait_for_norm_and_metrics(run_config, each_step
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_step_on_a_gpu_waits_no_more_often(monkeypatch, run_config):
     cfg = run_config(model={"device": "cuda"}, micro_batch_tokens=60)
-    counts, _, late = one_step(monkeypatch, cfg, on_gpu)
-    assert late == [] and sum(counts.values()) <= 2 + 3, counts
+    counts, passes, late = one_step(monkeypatch, cfg, on_gpu)
+    assert late == [] and sum(counts.values()) <= 2 + 3 + sum(passes), counts
 
 
 def test_what_would_wait_is_counted():
@@ -152,7 +155,8 @@ def test_passes_laid_out_together_are_those_laid_out_alone():
         found, wanted = (batch.micro_batches(part, 40) for batch in (together, alone))
         assert len(found) == len(wanted) > 1
         for one, other in zip(found, wanted, strict=True):
-            for name in ("input_ids", "position_ids", "attention_mask", "predictors", "tokens", "responses"):
+            assert one.attention_mask == other.attention_mask
+            for name in ("input_ids", "position_ids", "predictors", "tokens", "responses", "cu_seqlens"):
                 a, b = getattr(one, name), getattr(other, name)
                 assert (a is None) == (b is None) and (a is None or torch.equal(a, b))
     assert together.micro_batches([0, 1], 40) is together.micro_batches([0, 1], 40)
