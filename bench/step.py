@@ -42,7 +42,7 @@ WAYS = {
     "policy": 'ours, PRIME, `ref_type = "policy"`',
 }
 COLUMNS = (
-    "groups x responses x tokens", "dtype", "way", "s", "response tokens/s", "speed, TRL = 1", "peak MiB",
+    "groups x responses x (prompt + tokens)", "dtype", "way", "s", "response tokens/s", "speed, TRL = 1", "peak MiB",
     "memory, TRL = 1", "loss", "gradient norm",
 )  # fmt: skip
 SAME = ("tokens", "groups", "n", "prompt", "dtype", "threads")
@@ -220,7 +220,7 @@ def readme(rows: list[dict[str, Any]]) -> str:
             faster = "" if peer is None else f"{peer['seconds'] / row['seconds']:.2f}"
             memory = "" if peer is None else f"{row['peak_MiB'] / peer['peak_MiB']:.2f}"
             lines.append([
-                f"{row['groups']} x {row['n']} x {row['tokens']}", row["dtype"], WAYS[row["way"]],
+                f"{row['groups']} x {row['n']} x ({row['prompt']} + {row['tokens']})", row["dtype"], WAYS[row["way"]],
                 f"{row['seconds']:.1f}", f"{tokens / row['seconds']:.0f}", faster, f"{row['peak_MiB']:,.0f}", memory,
                 f"{row['loss']:.6f}", f"{row['grad_norm']:.5f}",
             ])  # fmt: skip
@@ -229,8 +229,8 @@ def readme(rows: list[dict[str, Any]]) -> str:
     notes = sorted({row["note"] for row in rows if row["note"]})
     return f"""# One training step beside TRL's
 
-SmolLM2-135M-Instruct, random prompts of {first["prompt"]} tokens and random completions, given; one optimizer step on
-all of them, passes of {first["n"]} sequences. `python bench/step.py`; each way is a process of its own, and peak is the
+SmolLM2-135M-Instruct, prompts and completions of random tokens, given; one optimizer step on all of them, passes of
+{first["n"]} sequences. `python bench/step.py`; each way is a process of its own, and peak is the
 most that process held, its imports, weights and optimizers included. Seconds of one thread are its own on the CPU.
 
 {table}
