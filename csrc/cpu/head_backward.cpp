@@ -100,6 +100,7 @@ class Backward {
         depth_panels_(blocks_of(head_.depth, lanes_)),
         threads_(thread_count(head_.n_threads, n_panels_ * part_blocks_, head_.n_tokens * head_.n_vocabulary)),
         gradients_(args, n_panels_ * lanes_),
+        ids_(head_, layout_, 0, head_.n_tokens),
         rows_(chunk_panels_ * panel_stride_ * size_),
         pairs_(size_ == 2 ? chunk_panels_ * panel_stride_ * size_ : 0),
         panels_(head_.kept == nullptr ? chunk_panels_ * layout_.panel_bytes() : 0),
@@ -205,14 +206,11 @@ class Backward {
     const LaneGradient by = gradients_.at(panel * lanes_, args_.grad_entropy != nullptr);
     kernels_.gradient(tile, even, by, row(slot, at), pair(slot, at));
     for (int64_t r = there; r < layout_.block; ++r) put_row_of_zeros(slot, at + r);
-    for (int64_t lane = 0; lane < std::min(lanes_, head_.n_tokens - panel * lanes_); ++lane) {
-      const int64_t token = panel * lanes_ + lane;
-      for (int64_t i = token * head_.n_ids; i < (token + 1) * head_.n_ids; ++i) {
-        const int64_t id = head_.ids[i], r = id - block.first();
-        if (r < 0 || r >= there) continue;
-        put(slot, at + r, lane, static_cast<float>(target_gradient(args_, token, id, tile[r * lanes_ + lane])));
-      }
-    }
+    const int64_t first = panel * lanes_;
+    ids_.each(block.first() / layout_.block, first, first + lanes_, [&](int64_t token, int64_t place) {
+      const int64_t id = head_.ids[place], r = id - block.first(), lane = token - first;
+      put(slot, at + r, lane, static_cast<float>(target_gradient(args_, token, id, tile[r * lanes_ + lane])));
+    });
   }
 
   void put(int64_t slot, int64_t r, int64_t lane, float value) const {
@@ -326,6 +324,7 @@ class Backward {
       depth_panels_;
   const int threads_;
   const TokenGradients gradients_;
+  const IdsOfBlocks ids_;
   // The gradients of a part's logits: [panel][row][lane], and with 16-bit operands also by pairs of rows.
   const Buffer rows_, pairs_;
   const Buffer panels_, columns_;                // hidden states, packed for the logits and for the gradient of the head

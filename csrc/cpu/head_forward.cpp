@@ -52,29 +52,28 @@ class Partials {
   Buffer state_, target_;
 };
 
-void take_tile(const pk_head_forward_args& args, const HeadLayout& layout, const BlockLogits& block, int64_t first_token,
-               float* tile, const LaneSoftmax& state, float* targets) {
+void take_tile(const pk_head_forward_args& args, const HeadLayout& layout, const IdsOfBlocks& ids, int64_t b,
+               const BlockLogits& block, int64_t first_token, float* tile, const LaneSoftmax& state, float* targets) {
   const pk_head& head = args.head;
-  const int64_t lanes = layout.kernels.lanes;
-  const int64_t there = std::min(lanes, head.n_tokens - first_token);
-  for (int64_t lane = 0; lane < there; ++lane) {
-    const int64_t at = (first_token + lane) * head.n_ids;
-    for (int64_t i = at + 1; i < at + head.n_ids; ++i) {
-      const int64_t row = head.ids[i] - block.first();
-      if (row >= 0 && row < block.n_rows()) args.logp[i] = tile[row * lanes + lane];
-    }
-    const int64_t row = head.ids[at] - block.first();
-    if (row < 0 || row >= block.n_rows()) continue;
-    targets[lane] = tile[row * lanes + lane];
-    tile[row * lanes + lane] = -kInf;
-  }
+  const int64_t lanes = layout.kernels.lanes, end = first_token + lanes;
+  const auto logit = [&](int64_t token, int64_t place) -> float& {
+    return tile[(head.ids[place] - block.first()) * lanes + token - first_token];
+  };
+  // The others first: one of them may be the target, too.
+  ids.each(b, first_token, end, [&](int64_t token, int64_t place) {
+    if (place != token * head.n_ids) args.logp[place] = logit(token, place);
+  });
+  ids.each(b, first_token, end, [&](int64_t token, int64_t place) {
+    if (place != token * head.n_ids) return;
+    targets[token - first_token] = logit(token, place);
+    logit(token, place) = -kInf;
+  });
   const float scale = static_cast<float>(1.0 / (head.temperature * kLn2));
   layout.kernels.softmax(tile, block.n_rows(), scale, state);
   if (head.kept == nullptr) return;
-  for (int64_t lane = 0; lane < there; ++lane) {
-    const int64_t row = head.ids[(first_token + lane) * head.n_ids] - block.first();
-    if (row >= 0 && row < block.n_rows()) tile[row * lanes + lane] = targets[lane];
-  }
+  ids.each(b, first_token, end, [&](int64_t token, int64_t place) {
+    if (place == token * head.n_ids) logit(token, place) = targets[token - first_token];
+  });
 }
 
 void finish_token(const pk_head_forward_args& args, int64_t token, double highest, double others, double weighted,
@@ -139,6 +138,7 @@ void head_forward(const pk_head_forward_args& args, float* highest) {
     const int64_t count = std::min(chunk_panels, layout.panels(head.n_tokens - first));
     // More tokens share a packed block the fewer groups there are; enough of them to keep every thread busy.
     const int64_t groups = std::min(count, blocks_of(4 * threads, layout.n_segments));
+    const IdsOfBlocks ids(head, layout, first, std::min(head.n_tokens, first + count * lanes));
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
       const Session session(layout.kernels);
@@ -167,7 +167,7 @@ void head_forward(const pk_head_forward_args& args, float* highest) {
             if (highest != nullptr) {
               state.of_tile = highest + b * layout.panels(head.n_tokens) * lanes + first + panel * lanes;
             }
-            take_tile(args, layout, block, first + panel * lanes, tile, state, partials.targets(panel));
+            take_tile(args, layout, ids, b, block, first + panel * lanes, tile, state, partials.targets(panel));
           }
         }
       }
@@ -182,6 +182,25 @@ void head_forward(const pk_head_forward_args& args, float* highest) {
 bool valid_head(const pk_head& head) {
   return head.n_tokens >= 0 && head.n_vocabulary >= 1 && head.depth >= 1 && head.n_ids >= 1 && head.temperature > 0.0 && head.softcap >= 0.0 &&
          (head.dtype == PK_FLOAT32 || head.dtype == PK_BFLOAT16 || head.dtype == PK_FLOAT16);
+}
+
+IdsOfBlocks::IdsOfBlocks(const pk_head& head, const HeadLayout& layout, int64_t first_token, int64_t last_token)
+    : begin_(static_cast<size_t>(layout.n_blocks + 1)) {
+  const int64_t first = first_token * head.n_ids, last = last_token * head.n_ids;
+  const auto block_of = [&](int64_t place) {
+    const int64_t id = head.ids[place];
+    return id < 0 || id >= head.n_vocabulary ? -1 : id / layout.block;
+  };
+  for (int64_t place = first; place < last; ++place) {
+    if (block_of(place) >= 0) ++begin_[static_cast<size_t>(block_of(place) + 1)];
+  }
+  for (size_t block = 1; block < begin_.size(); ++block) begin_[block] += begin_[block - 1];
+  ids_.resize(static_cast<size_t>(begin_.back()));
+  std::vector<int64_t> next(begin_);
+  for (int64_t place = first; place < last; ++place) {
+    if (block_of(place) < 0) continue;
+    ids_[static_cast<size_t>(next[static_cast<size_t>(block_of(place))]++)] = {place / head.n_ids, place};
+  }
 }
 
 BlockLogits::BlockLogits(const pk_head& head, const HeadLayout& layout)

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <new>
+#include <vector>
 
 #include "head_kernels.h"
 #include "pages.h"
@@ -96,6 +97,29 @@ bool valid_head(const pk_head& head);
 // `highest`, [n_blocks][tokens of whole panels] or null: the largest logit of each block of the vocabulary, but for the
 // token's first id.
 void head_forward(const pk_head_forward_args& args, float* highest);
+
+// Where the ids of some tokens lie: token and place among all ids, by block of the vocabulary, tokens in order. Most tiles
+// have none.
+class IdsOfBlocks {
+ public:
+  struct Id {
+    int64_t token;
+    int64_t place;
+  };
+  IdsOfBlocks(const pk_head& head, const HeadLayout& layout, int64_t first_token, int64_t last_token);
+  // Calls body(token, place) for the ids of a block that tokens [first, last) have.
+  template <typename Body>
+  void each(int64_t block, int64_t first, int64_t last, Body body) const {
+    for (int64_t i = begin_[static_cast<size_t>(block)]; i < begin_[static_cast<size_t>(block) + 1]; ++i) {
+      const Id& id = ids_[static_cast<size_t>(i)];
+      if (id.token >= first && id.token < last) body(id.token, id.place);
+    }
+  }
+
+ private:
+  std::vector<int64_t> begin_;
+  std::vector<Id> ids_;
+};
 
 // One block of the vocabulary, packed, and its logits for one panel of tokens after another.
 class BlockLogits {

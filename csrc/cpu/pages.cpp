@@ -1,5 +1,6 @@
 #include "pages.h"
 
+#include <cstddef>
 #include <cstdlib>
 #include <mutex>
 #include <new>
