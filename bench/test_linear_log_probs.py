@@ -5,7 +5,7 @@ import torch
 from measure import DEVICE, SMALL, backward_alone, compiled, forward_backward, leaf, timed, without_gradients
 
 import prime_kernels as pk
-from prime_kernels._bench import formulas
+from prime_kernels._bench import formulas, operations
 from prime_kernels.ops._tiled_head import KEPT_BYTES
 
 TOKENS, WIDTH, VOCABULARY = (8192, 4096, 131072) if DEVICE == "cuda" else (1024, 576, 49152)
@@ -23,15 +23,6 @@ def peer_nll(**options):
     return loss
 
 
-def kernel_ppo(*columns):
-    return pk.linear_ppo_loss(*columns).loss
-
-
-def kernel_ratios(prm, ref, policy, weight, ids):
-    heads = [pk.Head(hidden, weight) for hidden in (prm, ref, policy)]
-    return pk.linear_log_ratios(*heads[:2], ids, policy=heads[2])
-
-
 def ways(plain, kernel):
     return {"eager": plain, "compile": compiled(plain), "kernel": kernel}
 
@@ -42,8 +33,8 @@ if hasattr(torch.nn.functional, "linear_cross_entropy"):
     NLL["linear_cross_entropy"] = peer_nll()
     if hasattr(torch.nn, "LinearCrossEntropyOptions"):
         NLL["linear_cross_entropy, chunks"] = peer_nll(options=torch.nn.LinearCrossEntropyOptions())
-PPO = ways(formulas.linear_ppo_loss, kernel_ppo)
-RATIOS = ways(formulas.linear_log_ratios, kernel_ratios)
+PPO = ways(formulas.linear_ppo_loss, operations.linear_ppo_loss)
+RATIOS = ways(formulas.linear_log_ratios, operations.linear_log_ratios)
 
 
 @pytest.fixture

@@ -9,19 +9,11 @@ import torch
 from measure import DEVICE, SMALL, compiled, forward_backward, leaf, timed, without_gradients
 
 import prime_kernels as pk
-from prime_kernels._bench import formulas
+from prime_kernels._bench import formulas, operations
 
 TOKENS, VOCABULARY = (8192, 151936) if DEVICE == "cuda" else (1024, 49152)
 if SMALL:
     TOKENS, VOCABULARY = 8, 256
-
-
-def kernel(logits, ids, **options):
-    return pk.log_probs(logits, ids, **options)
-
-
-def kernel_ratios(prm, ref, policy, ids, **options):
-    return pk.log_ratios(prm, ref, ids, policy_logits=policy, **options)
 
 
 def kernel_entropy(logits, ids, **options):
@@ -30,10 +22,6 @@ def kernel_entropy(logits, ids, **options):
 
 def kernel_in_place(logits, ids, **options):
     return pk.log_probs(logits, ids, inplace_backward=True, **options)
-
-
-def kernel_candidates(logits, ids, **options):
-    return pk.candidates(logits, ids, min_prob=0.1, **options)
 
 
 def peer(name):
@@ -68,10 +56,10 @@ def ways(plain, ours, peers):
     return {"eager": plain, "compile": compiled(plain)} | {name: on(name, ours) for name in BACKENDS} | peers
 
 
-RATIOS = ways(formulas.log_ratios, kernel_ratios, {})
-SINGLE = ways(formulas.log_probs, kernel, PEERS)
+RATIOS = ways(formulas.log_ratios, operations.log_ratios, {})
+SINGLE = ways(formulas.log_probs, pk.log_probs, PEERS)
 ENTROPY = ways(formulas.entropy, kernel_entropy, {})
-CANDIDATES = ways(formulas.candidates, kernel_candidates, {})
+CANDIDATES = ways(formulas.candidates, operations.candidates, {})
 
 
 @pytest.fixture

@@ -4,47 +4,28 @@ A loop over groups and time steps, padded, as public trainers have it; the vecto
 """
 
 import functools
-import itertools
 
 import pytest
 import torch
 from measure import DEVICE, SMALL, compiled, forward_backward, timed, without_gradients
 
 import prime_kernels as pk
+from prime_kernels._bench import operations
+from prime_kernels._bench.operations import GROUP
 
-RESPONSES, GROUP, LONGEST, STEPS = (8, 4, 64, 4) if SMALL else (1024, 4, 4096, 20)
+TOKENS, RESPONSES = (256, 8) if SMALL else (1_500_000, 1024)
 
 
 @pytest.fixture(scope="module")
 def batch():
-    generator = torch.Generator().manual_seed(0)
-    uniform = torch.rand(RESPONSES, generator=generator)
-    # Log-uniform over a factor of 256, then scaled to 1.5 million tokens in all.
-    lengths = (16.0 * (LONGEST / 16.0) ** uniform).round().long().clamp(max=LONGEST)
-    if not SMALL:
-        lengths = (lengths * (1_500_000 / lengths.sum())).round().long().clamp(min=16)
-    cu = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
-    total = int(cu[-1])
-    # Cut every response into about as many steps as asked for.
-    cuts = [torch.linspace(int(a), int(b), STEPS + 1)[:-1].long() for a, b in itertools.pairwise(cu)]
-    found = {
-        "cu": cu,
-        "groups": torch.arange(0, RESPONSES + 1, GROUP),
-        "steps": torch.cat([*cuts, cu[-1:]]),
-        "rewards": torch.randn(total, generator=generator) * 0.05,
-        "outcomes": torch.randint(2, (RESPONSES,), generator=generator).float(),
-        "old": torch.randn(total, generator=generator) - 2.0,
-        "advantages": torch.randn(total, generator=generator),
-    }
-    found["logp"] = found["old"] + 0.1 * torch.randn(total, generator=generator)
-    return {name: value.to(DEVICE) for name, value in found.items()}
+    return operations.packed(TOKENS, RESPONSES, torch.device(DEVICE))
 
 
 def loop(batch, gamma):
     """Padded, group by group and time step by time step."""
-    lengths = batch["cu"].diff()
+    lengths = batch.cu.diff()
     longest = int(lengths.max())
-    padded = torch.nn.utils.rnn.pad_sequence(batch["rewards"].split(lengths.tolist()), batch_first=True)
+    padded = torch.nn.utils.rnn.pad_sequence(batch.rewards.split(lengths.tolist()), batch_first=True)
     mask = torch.arange(longest)[None] < lengths[:, None]
     process = torch.zeros_like(padded)
     outcome = torch.zeros_like(padded)
@@ -56,7 +37,7 @@ def loop(batch, gamma):
             others = [j for j in members if j != i]
             baseline = sum(means[j] for j in others) / len(others)
             process[i] = torch.where(mask[i], (padded[i] - baseline) / scale, 0.0)
-            outcome[i, lengths[i] - 1] = batch["outcomes"][i] - sum(batch["outcomes"][j] for j in others) / len(others)
+            outcome[i, lengths[i] - 1] = batch.outcomes[i] - sum(batch.outcomes[j] for j in others) / len(others)
     returns = torch.zeros_like(padded)
     carry = torch.zeros(RESPONSES)
     for t in reversed(range(longest)):
@@ -73,48 +54,23 @@ def ways(call):
 
 
 def rloo(batch, gamma, backend):
-    columns = (batch["rewards"], batch["outcomes"], batch["cu"], batch["groups"])
-    return pk.rloo_advantages(*columns, gamma_process=gamma, gamma_outcome=gamma, backend=backend)
+    columns = batch.rewards, batch.outcomes, batch.cu, batch.groups
+    return operations.rloo_advantages(*columns, gamma=gamma, backend=backend)
 
 
-def scan(values, cu, backend):
-    return pk.segment_scan(values, cu, gamma=0.95, reverse=True, backend=backend)
-
-
-def ppo(logp, old, advantages, backend):
-    return pk.ppo_loss(logp, old, advantages, backend=backend).loss
-
-
-def prm(ratio, outcomes, cu, groups, backend):
-    return pk.prm_loss(ratio, outcomes, cu, cu_groups=groups, backend=backend).loss
-
-
-def prefix(ratio, outcomes, cu, groups, backend):
-    return pk.prm_loss(ratio, outcomes, cu, cu_groups=groups, kind="prefix", backend=backend).loss
-
-
-def distribution(logp, old, advantages, backend):
-    return pk.distribution_ppo_loss(logp, old, advantages, backend=backend).loss
-
-
-def pack(padded, cu, total, backend):
-    return pk.pack(padded, cu, total=total, backend=backend)
-
-
-def unpack(values, cu, length, backend):
-    return pk.unpack(values, cu, length=length, backend=backend)
-
-
+prefix = functools.partial(operations.prm_loss, kind="prefix")
 RLOO = ways(rloo) | ({"loop": loop} if DEVICE == "cpu" else {})
-SCAN, SUM, STEP_REWARDS, PPO, PRM = (ways(call) for call in (scan, pk.segment_sum, pk.step_rewards, ppo, prm))
-PREFIX, DISTRIBUTION = ways(prefix), ways(distribution)
-PACK, UNPACK = ways(pack), ways(unpack)
+SCAN, SUM = ways(operations.segment_scan), ways(operations.segment_sum)
+STEP_REWARDS = ways(operations.step_rewards)
+PPO, PRM, PREFIX = ways(operations.ppo_loss), ways(operations.prm_loss), ways(prefix)
+DISTRIBUTION = ways(operations.distribution_ppo_loss)
+PACK, UNPACK = ways(operations.pack), ways(operations.unpack)
 # Bytes a token that must move at least once: float32 columns read and written, gradients included.
 COLUMN = 4
 
 
 def tokens(batch):
-    return COLUMN * batch["rewards"].numel()
+    return COLUMN * batch.tokens
 
 
 @pytest.mark.parametrize("way", RLOO)
@@ -132,43 +88,43 @@ def test_rloo_discounted(benchmark, batch, way):
 @pytest.mark.parametrize("way", SCAN)
 @pytest.mark.benchmark(group="segment_scan, gamma 0.95")
 def test_segment_scan(benchmark, batch, way):
-    timed(benchmark, without_gradients(lambda: SCAN[way](batch["rewards"], batch["cu"])), 2 * tokens(batch))
+    timed(benchmark, without_gradients(lambda: SCAN[way](batch.rewards, batch.cu)), 2 * tokens(batch))
 
 
 @pytest.mark.parametrize("way", SUM)
 @pytest.mark.benchmark(group="segment_sum")
 def test_segment_sum(benchmark, batch, way):
-    timed(benchmark, without_gradients(lambda: SUM[way](batch["rewards"], batch["cu"])), tokens(batch))
+    timed(benchmark, without_gradients(lambda: SUM[way](batch.rewards, batch.cu)), tokens(batch))
 
 
 @pytest.mark.parametrize("way", STEP_REWARDS)
 @pytest.mark.benchmark(group="step_rewards, 20 steps a response")
 def test_step_rewards(benchmark, batch, way):
-    columns = (batch["rewards"], batch["steps"], batch["cu"])
+    columns = (batch.rewards, batch.steps, batch.cu)
     timed(benchmark, without_gradients(lambda: STEP_REWARDS[way](*columns)), tokens(batch))
 
 
 @pytest.mark.parametrize("way", PPO)
 @pytest.mark.benchmark(group="ppo_loss, forward and backward")
 def test_ppo_loss(benchmark, batch, way):
-    logp = batch["logp"].clone().requires_grad_()
-    columns = (batch["old"], batch["advantages"])
+    logp = batch.logp.clone().requires_grad_()
+    columns = (batch.old, batch.advantages)
     timed(benchmark, forward_backward(lambda: PPO[way](logp, *columns), [logp]), 4 * tokens(batch))
 
 
 @pytest.mark.parametrize("way", PRM)
 @pytest.mark.benchmark(group="prm_loss, forward and backward")
 def test_prm_loss(benchmark, batch, way):
-    ratio = batch["rewards"].clone().requires_grad_()
-    columns = (batch["outcomes"], batch["cu"], batch["groups"])
+    ratio = batch.rewards.clone().requires_grad_()
+    columns = (batch.outcomes, batch.cu, batch.groups)
     timed(benchmark, forward_backward(lambda: PRM[way](ratio, *columns), [ratio]), 2 * tokens(batch))
 
 
 @pytest.mark.parametrize("way", PREFIX)
 @pytest.mark.benchmark(group="prm_loss of prefixes, forward and backward")
 def test_prefix_loss(benchmark, batch, way):
-    ratio = batch["rewards"].clone().requires_grad_()
-    columns = (batch["outcomes"], batch["cu"], batch["groups"])
+    ratio = batch.rewards.clone().requires_grad_()
+    columns = (batch.outcomes, batch.cu, batch.groups)
     timed(benchmark, forward_backward(lambda: PREFIX[way](ratio, *columns), [ratio]), 3 * tokens(batch))
 
 
@@ -177,7 +133,7 @@ def test_prefix_loss(benchmark, batch, way):
 def test_distribution_ppo_loss(benchmark, batch, way):
     """Of two candidates a token."""
     logp, old, advantages = (
-        batch[name].unsqueeze(-1).expand(-1, 2).contiguous() for name in ("logp", "old", "advantages")
+        getattr(batch, name).unsqueeze(-1).expand(-1, 2).contiguous() for name in ("logp", "old", "advantages")
     )
     logp.requires_grad_()
     timed(benchmark, forward_backward(lambda: DISTRIBUTION[way](logp, old, advantages), [logp]), 8 * tokens(batch))
@@ -186,14 +142,14 @@ def test_distribution_ppo_loss(benchmark, batch, way):
 @pytest.mark.parametrize("way", PACK)
 @pytest.mark.benchmark(group="pack")
 def test_pack(benchmark, batch, way):
-    padded = pk.unpack(batch["rewards"], batch["cu"])
-    total = batch["rewards"].numel()
-    timed(benchmark, without_gradients(lambda: PACK[way](padded, batch["cu"], total)), 2 * tokens(batch))
+    padded = pk.unpack(batch.rewards, batch.cu)
+    total = batch.tokens
+    timed(benchmark, without_gradients(lambda: PACK[way](padded, batch.cu, total)), 2 * tokens(batch))
 
 
 @pytest.mark.parametrize("way", UNPACK)
 @pytest.mark.benchmark(group="unpack")
 def test_unpack(benchmark, batch, way):
-    longest = int(batch["cu"].diff().max())
-    moved = tokens(batch) + COLUMN * longest * (batch["cu"].numel() - 1)
-    timed(benchmark, without_gradients(lambda: UNPACK[way](batch["rewards"], batch["cu"], longest)), moved)
+    longest = batch.longest
+    moved = tokens(batch) + COLUMN * longest * batch.responses
+    timed(benchmark, without_gradients(lambda: UNPACK[way](batch.rewards, batch.cu, longest)), moved)

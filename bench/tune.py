@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import itertools
 import json
-import statistics
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from prime_kernels._backends import RowGradient
+from prime_kernels._bench.timing import timed
 from prime_kernels._triton import rows as kernels
 from prime_kernels._triton._launch_config import Tuning, choose
 
@@ -26,7 +25,7 @@ CANDIDATES = [
     Tuning(block_bytes, bytes_per_thread, num_stages)
     for block_bytes, bytes_per_thread, num_stages in itertools.product((8192, 16384, 32768), (32, 64, 128), (1, 2))
 ]
-ROWS, VOCABULARY, ROUNDS = 8192, 151936, 5
+ROWS, VOCABULARY, SECONDS = 8192, 151936, 0.2
 
 
 def sweep(
@@ -47,21 +46,12 @@ def sweep(
         def backward(config=config, lse=lse):
             kernels.logits_gradient(logits, ids, None, RowGradient(lse, None, grad, None), 1.0, out, config=config)
 
-        rates = {"forward": logits.nbytes / seconds(forward), "backward": 2 * logits.nbytes / seconds(backward)}
+        rates = {
+            "forward": logits.nbytes / timed(forward, device, SECONDS).median,
+            "backward": 2 * logits.nbytes / timed(backward, device, SECONDS).median,
+        }
         rates = {name: round(rate / 1e9, 1) for name, rate in rates.items()}
         yield {"dtype": str(dtype), **vars(tuning), "num_warps": config.num_warps, **rates}
-
-
-def seconds(call) -> float:
-    """The median of some rounds, each waited for."""
-    taken = []
-    for _ in range(ROUNDS + 1):
-        start = time.perf_counter()
-        call()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken[1:])
 
 
 def main(target: Path | None) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import prime_kernels as pk
-from prime_kernels._bench import formulas
+from prime_kernels._bench import formulas, operations
 
 # Leaves in, one result or several out.
 Call = Callable[..., Tensor | tuple[Tensor, ...]]
@@ -107,17 +107,12 @@ def _log_probs(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Case:
 
 def _candidates(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Case:
     logits = _leaf(sizes.tokens, sizes.vocabulary, scale=3.0, device=device, dtype=dtype)
-
-    def ours(logits: Tensor, ids: Tensor, backend: str | None = None) -> tuple[Tensor, ...]:
-        found = pk.candidates(logits, ids, backend=backend)
-        return _tensors((found.token_logp, found.logp.exp()))
-
     return Case(
         "candidates",
         f"{sizes.tokens} x {sizes.vocabulary}",
         (FORWARD,),
         [logits, _ids(sizes, device)],
-        ours,
+        operations.candidates,
         _ways("candidates", formulas.candidates, device),
         {FORWARD: logits.nbytes},
         {},
@@ -126,16 +121,12 @@ def _candidates(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Case:
 
 def _log_ratios(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Case:
     models = [_leaf(sizes.tokens, sizes.vocabulary, scale=3.0, device=device, dtype=dtype) for _ in range(3)]
-
-    def ours(prm: Tensor, ref: Tensor, policy: Tensor, ids: Tensor, backend: str | None = None) -> tuple[Tensor, ...]:
-        return _tensors(pk.log_ratios(prm, ref, ids, policy_logits=policy, backend=backend))
-
     return Case(
         "log_ratios",
         f"3 x {sizes.tokens} x {sizes.vocabulary}",
         (FORWARD,),
         [*models, _ids(sizes, device)],
-        ours,
+        operations.log_ratios,
         _ways("log_ratios", formulas.log_ratios, device),
         {FORWARD: sum(z.nbytes for z in models)},
         {},
@@ -160,15 +151,9 @@ def _linear_log_probs(sizes: Sizes, device: torch.device, dtype: torch.dtype) ->
 
 def _linear_log_ratios(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Case:
     leaves, size, flops = _head(sizes, device, dtype, models=3)
-
-    def ours(
-        prm: Tensor, ref: Tensor, policy: Tensor, weight: Tensor, ids: Tensor, backend: str | None = None
-    ) -> tuple[Tensor, ...]:
-        heads = [pk.Head(hidden, weight) for hidden in (prm, ref, policy)]
-        return _tensors(pk.linear_log_ratios(heads[0], heads[1], ids, policy=heads[2], backend=backend))
-
     ways = _ways("linear_log_ratios", formulas.linear_log_ratios, device)
     leaves.append(_ids(sizes, device))
+    ours = operations.linear_log_ratios
     return Case("linear_log_ratios", f"3 x {size}", (FORWARD,), leaves, ours, ways, {}, {FORWARD: 3 * flops})
 
 
@@ -188,76 +173,44 @@ def _linear_ppo_loss(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> 
         old = torch.cat([formulas.linear_log_probs(hidden, leaves[1], ids) for hidden, ids in parts])
         old += 0.1 * torch.randn(sizes.tokens, device=device)
     leaves += [old, torch.randn(sizes.tokens, device=device)]
-
-    def ours(*columns: Tensor, backend: str | None = None) -> Tensor:
-        return pk.linear_ppo_loss(*columns, backend=backend).loss
-
     ways = _ways("linear_ppo_loss", formulas.linear_ppo_loss, device)
-    return Case("linear_ppo_loss", size, (BOTH,), leaves, ours, ways, {}, {BOTH: 3 * flops})
-
-
-def _tensors(results: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
-    return tuple(each for each in results if each is not None)
-
-
-def lengths_of(total: int) -> Tensor:
-    """Lengths of responses in groups of four, log-uniform over a factor of 256, about ``total`` tokens in all."""
-    responses = max(8, total // 1024 // 4 * 4)
-    lengths = 16.0 * 256.0 ** torch.rand(responses, generator=torch.Generator().manual_seed(0))
-    return (lengths * (total / lengths.sum())).round().long().clamp(min=1)
+    return Case("linear_ppo_loss", size, (BOTH,), leaves, operations.linear_ppo_loss, ways, {}, {BOTH: 3 * flops})
 
 
 def _packed(op: str, sizes: Sizes, device: torch.device) -> Case:
-    lengths = lengths_of(sizes.packed)
-    cu = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
-    tokens, responses, longest = int(cu[-1]), len(lengths), int(lengths.max())
-    cuts = [torch.linspace(int(a), int(b), 21)[:-1].long() for a, b in zip(cu.tolist(), cu[1:].tolist(), strict=False)]
-    steps = torch.cat([*cuts, cu[-1:]]).to(device)
-    groups = torch.arange(0, responses + 1, 4).to(device)
-    cu = cu.to(device)
-    column = functools.partial(torch.randn, tokens, device=device)
-    logp = column().requires_grad_()
-    outcomes = torch.randint(2, (responses,), device=device).float()
-    old, advantages = logp.detach() + 0.1 * column(), column()
-    move = 4 * tokens
-
-    def rloo(rewards: Tensor, outcomes: Tensor, backend: str | None) -> tuple[Tensor, ...]:
-        return tuple(pk.rloo_advantages(rewards.detach(), outcomes, cu, groups, gamma_process=0.95, backend=backend))
-
-    def prm(ratio: Tensor, outcomes: Tensor, backend: str | None) -> Tensor:
-        return pk.prm_loss(ratio, outcomes, cu, cu_groups=groups, backend=backend).loss
-
-    def ppo(logp: Tensor, old: Tensor, advantages: Tensor, backend: str | None) -> Tensor:
-        return pk.ppo_loss(logp, old, advantages, backend=backend).loss
-
-    def distribution(logp: Tensor, old: Tensor, advantages: Tensor, backend: str | None) -> Tensor:
-        # Of four candidates a position.
-        columns = (each[: len(each) // 4 * 4].view(-1, 4) for each in (logp, old - 4.0, advantages))
-        return pk.distribution_ppo_loss(*columns, backend=backend).loss
-
-    def scan(values: Tensor, backend: str | None) -> Tensor:
-        return pk.segment_scan(values, cu, gamma=0.95, reverse=True, backend=backend)
-
-    def pack(padded: Tensor, backend: str | None) -> Tensor:
-        return pk.pack(padded, cu, total=tokens, backend=backend)
-
-    def unpack(values: Tensor, backend: str | None) -> Tensor:
-        return pk.unpack(values, cu, length=longest, backend=backend)
-
-    padded = pk.unpack(logp.detach(), cu, length=longest) if op == "pack" else logp
+    batch = operations.packed(sizes.packed, max(8, sizes.packed // 1024 // 4 * 4), device)
+    cu, groups, total = batch.cu, batch.groups, batch.tokens
+    longest, responses = batch.longest, batch.responses
+    values, logp = batch.rewards.requires_grad_(), batch.logp.requires_grad_()
+    columns = [logp, batch.old, batch.advantages]
+    move = 4 * total
+    if op == "pack":
+        values = pk.unpack(values.detach(), cu, length=longest)
+    if op == "distribution_ppo_loss":  # of four candidates a position
+        columns = [each.detach()[: total // 4 * 4].view(-1, 4) for each in (logp, batch.old - 4.0, batch.advantages)]
+        columns[0] = (columns[0] - 4.0).requires_grad_()
+    scan, sums = (functools.partial(call, cu=cu) for call in (operations.segment_scan, operations.segment_sum))
+    step_rewards = functools.partial(operations.step_rewards, steps=batch.steps, cu=cu)
+    rloo = functools.partial(operations.rloo_advantages, cu=cu, groups=groups)
+    prm = functools.partial(operations.prm_loss, cu=cu, groups=groups)
     table: dict[str, tuple[Call, list[Tensor], str, int]] = {
-        "segment_scan": (scan, [logp], FORWARD, 2 * move),
-        "segment_sum": (lambda x, backend: pk.segment_sum(x, cu, backend=backend), [logp], FORWARD, move),
-        "step_rewards": (lambda x, backend: pk.step_rewards(x, steps, cu, backend=backend), [logp], FORWARD, move),
-        "rloo_advantages": (rloo, [logp, outcomes], FORWARD, 3 * move),
-        "ppo_loss": (ppo, [logp, old, advantages], BOTH, 4 * move),
-        "distribution_ppo_loss": (distribution, [logp, old, advantages], BOTH, 4 * move),
-        "prm_loss": (prm, [logp, outcomes], BOTH, 2 * move),
-        "pack": (pack, [padded], FORWARD, 2 * move),
-        "unpack": (unpack, [logp], FORWARD, move + 4 * longest * responses),
+        "segment_scan": (scan, [values], FORWARD, 2 * move),
+        "segment_sum": (sums, [values], FORWARD, move),
+        "step_rewards": (step_rewards, [values], FORWARD, move),
+        "rloo_advantages": (rloo, [values, batch.outcomes], FORWARD, 3 * move),
+        "ppo_loss": (operations.ppo_loss, columns, BOTH, 4 * move),
+        "distribution_ppo_loss": (operations.distribution_ppo_loss, columns, BOTH, 4 * move),
+        "prm_loss": (prm, [values, batch.outcomes], BOTH, 2 * move),
+        "pack": (functools.partial(operations.pack, cu=cu, total=total), [values], FORWARD, 2 * move),
+        "unpack": (
+            functools.partial(operations.unpack, cu=cu, length=longest),
+            [values],
+            FORWARD,
+            move + 4 * longest * responses,
+        ),
     }
     call, leaves, which, traffic = table[op]
-    size = f"{tokens} tokens, {responses} responses"
+    size = f"{total} tokens, {responses} responses"
     return Case(
         op, size, (which,), leaves, call, {EAGER: functools.partial(call, backend="eager")}, {which: traffic}, {}
     )

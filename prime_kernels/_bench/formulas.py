@@ -59,6 +59,18 @@ def quack(logits: Tensor, ids: Tensor) -> Tensor:
     return -importlib.import_module("quack.cross_entropy").cross_entropy(logits, ids, reduction="none")
 
 
+def trl_head(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+    """The fused head of TRL 1.15 and later, with the width of tiles that its trainers give it."""
+    function = importlib.import_module("trl.kernels.chunked_logprob").ChunkedLogProbFunction
+    return function.apply(hidden, weight, None, ids, 1.0, 32768, None, 1.0, ("log_probs",))[0]
+
+
+def verl_head(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+    """verl's Triton kernel, which `impl_backend: triton` takes; it makes the entropy, too."""
+    kernel = importlib.import_module("verl.utils.kernel.linear_cross_entropy")
+    return kernel.linear_cross_entropy(hidden, weight, ids, 1.0, "none")[0]
+
+
 def liger_linear_nll(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
     functional = importlib.import_module("liger_kernel.transformers.functional")
     return functional.liger_fused_linear_cross_entropy(hidden, weight, ids)
@@ -74,6 +86,10 @@ PEERS: dict[str, dict[str, tuple[str, bool, Callable[..., Tensor]]]] = {
         "trl": ("trl", True, trl),
         "liger": ("liger_kernel", False, liger),
         "quack": ("quack", False, quack),
+    },
+    "linear_log_probs": {
+        "trl": ("trl", True, trl_head),
+        "verl": ("verl", False, verl_head),
     },
     "linear_nll": {
         "liger": ("liger_kernel", False, liger_linear_nll),

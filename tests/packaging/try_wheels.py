@@ -1,6 +1,7 @@
 """Installs the wheels of dist/ in root file systems that hold a distribution's base system alone, and uses them there.
 
-usage: python tests/packaging/try_wheels.py --dist dist --roots build/roots --work build/try [--page docs/wheels.md]
+usage: python tests/packaging/try_wheels.py --dist dist --roots build/roots --work build/try
+           [--versions 3.11 3.12 3.13] [--page docs/wheels.md]
 
 Each folder of ``--roots`` is a root file system with some python3 and its venv module, as debootstrap makes it: no
 compiler, no CMake, no torch. bubblewrap enters it without a network. A Python that the distribution does not have is
@@ -124,13 +125,13 @@ def use(root: Path, python: str, lent: dict[Path, str], wheel: Path, torch: Path
     return said[0] if pure else "works on " + ", ".join(each.removeprefix("works on ") for each in said)
 
 
-def rows(dist: Path, roots: list[Path], work: Path) -> list[Row]:
+def rows(dist: Path, roots: list[Path], work: Path, versions: list[str]) -> list[Row]:
     found = []
     for root in roots:
         release = dict(line.split("=", 1) for line in (root / "etc/os-release").read_text().splitlines() if "=" in line)
         name = release["PRETTY_NAME"].strip('"')
         glibc = in_root(root, "getconf", "GNU_LIBC_VERSION", bind={}).removeprefix("glibc ")
-        for version in VERSIONS:
+        for version in versions:
             tag = f"cp{version.replace('.', '')}"
             wheels = [*dist.glob(f"*-{tag}-{tag}-*.whl"), *dist.glob("*-none-any.whl")]
             python = interpreter(root, version)
@@ -167,6 +168,7 @@ def main() -> int:
     parser.add_argument("--dist", type=Path, required=True)
     parser.add_argument("--roots", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--versions", nargs="+", default=[*VERSIONS], help="of Python")
     parser.add_argument("--page", type=Path, help="a page whose table between two marks is written anew")
     options = parser.parse_args()
     roots = sorted(each.resolve() for each in options.roots.glob("*") if (each / "etc/os-release").exists())
@@ -174,7 +176,7 @@ def main() -> int:
         print(f"skipped: {'bubblewrap is not installed' if roots else f'{options.roots} has no root file systems'}")
         return 0
     options.work.mkdir(parents=True, exist_ok=True)
-    found = rows(options.dist.resolve(), roots, options.work.resolve())
+    found = rows(options.dist.resolve(), roots, options.work.resolve(), options.versions)
     if options.page:
         before, _, rest = options.page.read_text(encoding="utf-8").partition(MARKS[0])
         after = rest.partition(MARKS[1])[2]
