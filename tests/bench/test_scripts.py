@@ -246,11 +246,14 @@ def test_products(script, monkeypatch):
 
 
 def test_adapters(script, small, tmp_path):
-    """Both arms of a step in processes of their own, and the table."""
-    script("adapters", "measure", tmp_path / "step.json", DEMO, "--rank", 4, "--steps", 1, *small)
-    rows = json.loads((tmp_path / "step.json").read_text())["rows"]
-    assert [row["arm"] for row in rows] == ["full", "rank 4"] and rows[0]["tokens"] == rows[1]["tokens"]
-    assert rows[0]["trained"] > rows[1]["trained"] > 0 and all(row["most GB"] >= row["held GB"] > 0 for row in rows)
+    """Both arms of a step, and the table."""
+    found = []
+    for arm, words in (("full", []), ("rank 4", ["--model.adapter.rank", 4])):
+        (row,) = json.loads(script("adapters", "one", DEMO, 1, *small, *words).splitlines()[-1])
+        found.append({"arm": arm, **row})
+    assert found[0]["tokens"] == found[1]["tokens"] and found[0]["trained"] > found[1]["trained"] > 0
+    assert all(row["most GB"] > 0 and row["held GB"] > 0 and row["cpu s"] > 0 for row in found)
+    (tmp_path / "step.json").write_text(json.dumps({"rows": found}))
     table = script("adapters", "table", tmp_path / "step.json", tmp_path / "table").splitlines()
     assert [line.split(" | ")[0] for line in table[2:]] == ["| full", "| rank 4"]
 

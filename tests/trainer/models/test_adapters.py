@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import tiny
 
+from prime_trainer.config.load import load
 from prime_trainer.config.sections import AdapterConfig, ModelConfig
 from prime_trainer.models import adapter_files, lm_head, loading, placement, tokenizers
 from prime_trainer.models.adapters import MergedWeights, adapted, lora_config
@@ -232,6 +233,13 @@ def test_a_directory_that_is_no_adapter_of_this_base(make_base, model_dir, tmp_p
         (directory / adapter_files.CONFIG).write_text(json.dumps(settings | change))
         with pytest.raises(ModelError, match=message):
             read(directory)
+
+
+def test_targets_on_the_command_line():
+    def targets(*words):
+        return load(None, ["--model.adapter.rank", "8", "--model.adapter.targets", *words]).model.adapter.targets
+
+    assert targets("all-linear") == "all-linear" and targets('["q_proj","v_proj"]') == ["q_proj", "v_proj"]
 
 
 @pytest.mark.parametrize(("given", "message"), [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from .base import Section
 
@@ -32,6 +32,11 @@ class AdapterConfig(Section):
     def scaling(self) -> float:
         """alpha / rank of a new adapter."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    @field_validator("targets")
+    @classmethod
+    def _one_word(cls, targets: str | list[str]) -> str | list[str]:
+        return "all-linear" if targets == ["all-linear"] else targets  # as the command line has it
 
     @model_validator(mode="after")
     def _of_one_source(self) -> AdapterConfig:
