@@ -7,7 +7,7 @@ from typing import Literal
 from ..config.sections import ModelConfig, ScaleConfig
 from ..scale import sharding
 from ..scale.ranks import Ranks
-from . import attention_interface, loading
+from . import attention_interface, compilation, loading
 from .model_files import ModelError
 from .protocols import CausalLM
 
@@ -42,6 +42,8 @@ def load_placed(cfg: ModelConfig, scale: ScaleConfig, ranks: Ranks, role: Role) 
     # A model that will be sharded is never whole on the device.
     where = cfg if ranks.mesh is None else cfg.model_copy(update={"device": "cpu"})
     model = loading.load_model(where)
+    if cfg.compile:
+        compilation.compile_layers(model)
     if not trained:
         loading.frozen(model)
     elif scale.activation_checkpointing:
