@@ -273,3 +273,25 @@ def test_rl_goes_on_from_what_sft_saved(run_config, tmp_path):
     final = sft.run(run_config(output=tmp_path / "sft"))
     loop.run(run_config(model={"path": str(final)}, steps=1))
     assert (tmp_path / "run" / "final" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("ref_type", ["freeze", "policy"])
+def test_models_make_one_pass_each_in_one_layout(run_config, ref_type):
+    """Reference and old policy without gradients, PRM and policy with them: nothing is made to be thrown away."""
+    run = loop.Run(run_config(prm={"ref_type": ref_type, "minibatches": 1}))
+    passes = []
+    models = {"policy": run.policy.model, "prm": run.prm.model} | ({} if run.ref is None else {"reference": run.ref})
+    for name, model in models.items():
+
+        def note(module, args, given, name=name):
+            if given.get("use_cache") is False:  # not those that sample
+                passes.append((name, torch.is_grad_enabled(), tuple(given["input_ids"].shape)))
+
+        model.base_model.register_forward_pre_hook(note, with_kwargs=True)
+    run.train_step()
+    run.close()
+    wanted = [("prm", True), ("policy", True)]
+    wanted += [("reference", False)] if ref_type == "freeze" else []
+    wanted += [("policy", False)] if run.needs.old_logp else []
+    assert sorted(found[:2] for found in passes) == sorted(wanted)
+    assert len({shape for *_, shape in passes}) == 1

@@ -13,7 +13,7 @@ from ..config.sections import ModelConfig, PRMConfig, ScaleConfig
 from ..run.seeds import derive_seed
 from ..scale import sharding
 from ..scale.ranks import Ranks
-from . import adapter_files, attention_interface, loading, meta, prm_record, tokenizers
+from . import adapter_files, attention_interface, compilation, loading, meta, prm_record, tokenizers
 from .adapters import AdaptedModel, Base, as_model, lora_config
 from .model_files import ModelError
 from .protocols import CausalLM, Tokenizer
@@ -49,6 +49,8 @@ def load_placed(cfg: ModelConfig, scale: ScaleConfig, ranks: Ranks, role: Role) 
     # A model that will be sharded is never whole on the device.
     where = cfg if ranks.mesh is None else cfg.model_copy(update={"device": "cpu"})
     model = loading.load_model(where)
+    if cfg.compile:
+        compilation.compile_layers(model)
     if not trained:
         loading.frozen(model)
     elif scale.activation_checkpointing:

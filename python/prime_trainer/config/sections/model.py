@@ -62,6 +62,10 @@ class ModelConfig(Section):
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """`auto`: SDPA where the model has it, else eager (Gemma 2, GPT-OSS). `flash_attention_2`: one unpadded row of
     sequences a pass, with flash-attn's varlen kernels (extra `cuda`)."""
+    compile: bool = False
+    """Compile the decoder layers of training and scoring (torch.compile, any length; the first passes take minutes,
+    what they make is kept on disk, see TORCHINDUCTOR_CACHE_DIR). A PRM that equals its reference then has log-ratios of
+    rounding, not of exactly 0."""
     logits_dtype: Literal["auto", "float32", "input"] = "auto"
     """Logits of the losses, of log-probs and of what samples: the float32 sums of the head's product, or these rounded
     to `dtype` as the model's own head rounds them. `auto`: float32, but `input` in `rl` where the engine that samples
