@@ -54,7 +54,7 @@ def test_log_probs(rows, name):
 
 def test_trls_fused_head_rounds_logits_where_asked(monkeypatch):
     """With sums that float32 holds exactly, so that the rounded logits are the same bits in any order of summation."""
-    monkeypatch.setattr(trl._INTEGRATION, "patch", lambda: None)
+    monkeypatch.setattr(trl._INTEGRATION, "patch", lambda **_: None)
     hidden, weight = torch.randint(-99, 100, (9, 16)) / 16, torch.randint(-99, 100, (50, 16)) / 256
     targets, exact_logits = torch.randint(50, (9,)), hidden.double() @ weight.double().T
     rounded = exact_logits.bfloat16().double()
