@@ -104,6 +104,8 @@ def test_what_an_engine_is_given(model_dir, tmp_path, monkeypatch):
 def test_what_does_not_go_together(run_config):
     with pytest.raises(ValueError, match=r"scale.offload moves whole models, .* must be empty, got \['prm'\]"):
         run_config(model={"adapter": {"rank": 4}}, scale={"offload": ["prm"]})
+    with pytest.raises(ValueError, match=r"model.compile must be false with model.adapter, got true"):
+        run_config(model={"adapter": {"rank": 4}, "compile": True})
     model = run_config().model.path
     with pytest.raises(ModelError, match=r"prm.path = .* is no adapter directory: it has no adapter_config.json"):
         loop.Run(run_config(model={"adapter": {"rank": 4}}, prm={"path": model}))

@@ -135,6 +135,11 @@ class RunConfig(Bounded, BaseSettings):
                 "scale.offload moves whole models, but with model.adapter policy, PRM and reference share one: it must "
                 f"be empty, got {self.scale.offload}"
             )
+        if self.model.adapter.wanted and self.model.compile:
+            raise ValueError(
+                "model.compile must be false with model.adapter, got true: compiled layers would keep one adapter of those "
+                "that take turns"
+            )
         return self
 
     @classmethod
