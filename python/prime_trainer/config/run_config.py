@@ -137,8 +137,8 @@ class RunConfig(Bounded, BaseSettings):
             )
         if self.model.adapter.wanted and self.model.compile:
             raise ValueError(
-                "model.compile must be false with model.adapter, got true: compiled layers would keep one adapter of those "
-                "that take turns"
+                "model.compile must be false with model.adapter, got true: compiled layers would keep one adapter of "
+                "those that take turns"
             )
         return self
 
