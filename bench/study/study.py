@@ -6,7 +6,7 @@ The stages, each of which skips what is done and resumes what was interrupted; w
 
     warmup   the problems, OUTPUT/data, the model that all arms start from, OUTPUT/sft, and a PRM, OUTPUT/prm, that was
              trained on 2,400 of its responses
-    search   every arm with each of its learning rates, two seeds that the study does not use: OUTPUT/search.json
+    search   every arm with each of its learning rates, one seed that the study does not use: OUTPUT/search.json
     run      every arm with its best rates and its seeds, `--jobs` side by side with one thread each: OUTPUT/ARM-SEED
     collect  OUTPUT/study: the report of all finished runs, their metrics and configurations, and localisation.md
 """
@@ -19,9 +19,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ PROCESS_RATES = tuple(
     ("--policy.lr", rate, "--prm.lr", prm_rate) for rate in ("5e-5", "1e-4") for prm_rate in ("1e-4", "3e-4")
 )
 """Learning rates that an arm is searched over: four settings for each arm, with a PRM or without."""
-SEARCH_SEEDS = (1000, 1001)
+SEARCH_SEEDS = (1000,)
 SEARCH_STEPS = 40
 OUTCOMES_ALONE = ("--algorithm.process_coef", "0")
 BALANCED = ("--prm.balance", "true")
@@ -58,8 +57,8 @@ ARMS: dict[str, tuple[int, tuple[str, ...]]] = {
     "prefix-candidates": (5, (*PREFIX, "--algorithm.candidates.coef", "0.1")),
 }
 """Seeds and settings of each; {prm} is the PRM of the warm-up. The first is what the others are compared with."""
-LOST, LOST_REWARD = "lost", 0.15
-"""Mark of a run of the search that ended early, and the mean reward of its last three steps below which that is so."""
+LOST, NOTHING_TO_LEARN = "lost", "groups has a mean accuracy in"
+"""Mark of a run that ended early, and what `rl` says then: the policy solves nothing any more."""
 REPORTED = ("config.json", "metrics.jsonl")
 
 
@@ -73,7 +72,7 @@ def call(words: Sequence[str], log: Path) -> None:
         raise RuntimeError(f"{words[0]} ended with status {status}: see {log}")
 
 
-def train(command: str, output: Path, words: Sequence[str]) -> None:
+def train(command: str, output: Path, words: Sequence[str], config: Path = CONFIG) -> None:
     """A run, unless it is finished; one that left a checkpoint goes on from it."""
     if (output / "final").is_dir() or (output / LOST).exists():
         print(f"{output}: done", flush=True)
@@ -84,16 +83,15 @@ def train(command: str, output: Path, words: Sequence[str]) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     print(f"{output}: {'goes on' if resume else 'starts'}", flush=True)
     last = ["--resume"] if resume else []
-    call([command, str(CONFIG), "--output", str(output), *words, *last], output.parent / f"{output.name}.log")
+    call([command, str(config), "--output", str(output), *words, *last], output.parent / f"{output.name}.log")
 
 
 def train_or_lose(output: Path, words: Sequence[str]) -> None:
-    """As `train` of `rl`, but a run whose policy solves nothing any more is a result of the search, and finished."""
+    """As `train` of `rl`, but a run whose policy solves nothing any more is a result, and finished."""
     try:
         train("rl", output, words)
     except RuntimeError:
-        rewards = rewards_of(output)
-        if not rewards or sum(rewards[-3:]) / 3 > LOST_REWARD:
+        if NOTHING_TO_LEARN not in (output.parent / f"{output.name}.log").read_text(encoding="utf-8"):
             raise
         (output / LOST).touch()
 
@@ -102,10 +100,14 @@ def rewards_of(run: Path) -> list[float]:
     return [row["reward"] for row in read_jsonl(run / "metrics.jsonl") if row["stage"] == "rl"]
 
 
-def side_by_side(jobs: int, runs: Sequence[tuple[Path, list[str]]], one: Callable[[Path, list[str]], None]) -> None:
+def side_by_side(jobs: int, runs: Sequence[tuple[Path, list[str]]]) -> None:
     """All of them, in order; the first error is raised once those that have begun are through."""
+    if jobs == 1:
+        for output, words in runs:
+            train_or_lose(output, words)
+        return
     with ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(one, output, words) for output, words in runs]
+        futures = [pool.submit(train_or_lose, output, words) for output, words in runs]
         try:
             for future in futures:
                 future.result()
@@ -128,7 +130,7 @@ def search(output: Path, arms: Sequence[str], jobs: int, words: list[str]) -> di
     short = ["--steps", str(SEARCH_STEPS), "--eval.every", "0", *words]
     side_by_side(jobs, [
         (place_of(arm, rates, seed), [*of_arm(output, arm, seed), *rates, *short]) for arm, rates, seed in runs
-    ], train_or_lose)  # fmt: skip
+    ])  # fmt: skip
     place = output / "search.json"
     found = json.loads(place.read_text()) if place.is_file() else {}
     for arm in arms:
@@ -163,18 +165,19 @@ def warm_up(output: Path, words: list[str]) -> None:
         chains.write(data)
     model, worked = ("--model.path", str(data / "untrained")), ("--sft.path", str(data / "worked.jsonl"))
     train("sft", output / "sft", [*model, *worked, *problems(output), *words])
-    start, responses = ["--model.path", str(output / "sft" / "final"), *problems(output)], output / "responses"
+    train_prm(output, words)
+
+
+def train_prm(output: Path, words: list[str]) -> None:
+    """A PRM from labelled responses of the model that all arms start from."""
+    responses = output / "responses"
+    start = ["--model.path", str(output / "sft" / "final"), *problems(output)]
     if not (output / "prm" / "final").is_dir():
         sample = [sys.executable, str(HERE.parent / "prm" / "sample.py"), str(CONFIG)]
         subprocess.run([*sample, *start, "--output", str(responses)], check=True)
-        data = [
-            "--train_prm.path",
-            str(responses / "train.jsonl"),
-            "--train_prm.eval_path",
-            str(responses / "test.jsonl"),
-        ]
-        cache = ["--train_prm.cache", str(output / "reference-cache")]
-        train("prm", output / "prm", [*start, *data, *cache, *OFFLINE_PRM, *words])
+    given = {"path": responses / "train.jsonl", "eval_path": responses / "test.jsonl", "cache": output / "cache"}
+    data = [word for key, path in given.items() for word in (f"--train_prm.{key}", str(path))]
+    train("prm", output / "prm", [*start, *data, *OFFLINE_PRM, *words])
 
 
 def study(output: Path, arms: Sequence[str], seeds: int | None, jobs: int, words: list[str]) -> None:
@@ -188,11 +191,12 @@ def study(output: Path, arms: Sequence[str], seeds: int | None, jobs: int, words
                 continue
             best = rates[arm]["best"] if arm in rates else []
             runs.append((output / f"{arm}-{seed}", [*of_arm(output, arm, seed), *best, *words]))
-    side_by_side(jobs, runs, partial(train, "rl"))
+    side_by_side(jobs, runs)
 
 
 def collect(output: Path, arms: Sequence[str]) -> Path:
-    found = {arm: sorted(path.parent for path in output.glob(f"{arm}-[0-9]*/final")) for arm in arms}
+    ended = {arm: [path for end in ("final", LOST) for path in output.glob(f"{arm}-[0-9]*/{end}")] for arm in arms}
+    found = {arm: sorted(path.parent for path in ended[arm]) for arm in arms}
     runs = [path for arm in arms for path in found[arm]]
     if not runs:
         raise FileNotFoundError(f"{output} has no finished run")

@@ -1,8 +1,6 @@
 """No script of bench/ rots: each one's main runs at its smallest size, with a model of 100,000 weights."""
 
-import importlib.util
 import json
-import random
 import re
 import runpy
 import shutil
@@ -21,9 +19,6 @@ from helpers import tiny
 import prime_kernels as pk
 from prime_kernels.ops import segment_sum
 from prime_trainer import cli, loop
-from prime_trainer.config.load import load
-from prime_trainer.config.sections import ModelConfig
-from prime_trainer.models.tokenizers import load_tokenizer, render
 from prime_trainer.verify import sandbox
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,51 +46,6 @@ ELSEWHERE = {
 }
 DATA = SHARED / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no {DATA}: the benchmark files are not here")
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    """Overrides of a run's configuration: the tiny model and a step of two groups of two short responses."""
-    model = tiny.write_model(tmp_path_factory.mktemp("model"))
-    sections = {
-        "model": {"path": model, "dtype": "float32", "device": "cpu"},
-        "task": {"eval_size": 2},
-        "rollout": {"engine": "transformers", "prompts_per_step": 2, "n": 2, "max_new_tokens": 4},
-        "filter": {"low": 0.0, "high": 1.0},
-    }
-    return [
-        word for s, keys in sections.items() for key, value in keys.items() for word in (f"--{s}.{key}", str(value))
-    ]
-
-
-@pytest.fixture
-def script(monkeypatch, capsys):
-    """`script(name, word, ..)` runs a script as `python bench/name.py word ..` would; what it printed."""
-
-    def run(name, *words):
-        path = BENCH / f"{name}.py"
-        monkeypatch.setattr(sys, "argv", [str(path), *map(str, words)])
-        monkeypatch.setattr(sys, "path", [str(path.parent), *sys.path])
-        capsys.readouterr()
-        runpy.run_path(str(path), run_name="__main__")
-        return capsys.readouterr().out
-
-    return run
-
-
-@pytest.fixture
-def module(monkeypatch):
-    """A script as a module, where its main takes arguments that its command line does not."""
-
-    def load(name):
-        path = BENCH / f"{name}.py"
-        monkeypatch.setattr(sys, "path", [str(path.parent), *sys.path])
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        made = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(made)
-        return made
-
-    return load
 
 
 @pytest.fixture(scope="module")
@@ -385,131 +335,3 @@ def test_rates(script, tmp_path):
     assert counts["reasoning-gym"][:2] == (40, 21)  # one wrong answer is right by chance: as many letters
     assert counts["formulas, all different"][0] == 40
     assert (tmp_path / "rates.md").read_text() in said
-
-
-def test_study(module, tmp_path, monkeypatch, capsys):
-    """One step of two arms: the search, the runs, what is skipped and what is resumed, and what is collected."""
-    study, called = module("study/study"), []
-
-    def call(words, log):
-        called.append(words)
-        assert cli.main(list(words)) == 0
-
-    for seeds, settings in study.ARMS.values():  # none of them a misspelt key or a value out of range
-        assert seeds > 0 and load(study.CONFIG, ["--task.path", "x", *settings]).prm.lr == 3e-4
-    assert {len(study.rates_of(arm)) for arm in study.ARMS} == {4}  # the same budget
-    assert "--prm.lr" not in study.rates_of("grpo")[0] and "--prm.lr" in study.rates_of("prefix")[0]
-    monkeypatch.setattr(study, "call", call)
-    for name in ("OUTCOME_RATES", "PROCESS_RATES"):
-        monkeypatch.setattr(study, name, getattr(study, name)[:2])
-    for name, count in (("PROBLEMS", 8), ("HELD_OUT", 2), ("WORKED", 2)):
-        monkeypatch.setattr(study.chains, name, count)
-    out = tmp_path / "out"
-    words = ["--", "--steps", "1", "--eval.every", "0", "--checkpoint.every", "1", "--task.eval_size", "2"]
-    words += ["--rollout.prompts_per_step", "2", "--rollout.n", "2", "--rollout.max_new_tokens", "4"]
-    words += ["--filter.low", "0", "--filter.high", "1", "--model.device", "cpu"]
-    arms = ["--arms", "rloo", "balanced", "--jobs", "1"]
-    study.main(["search", str(out), *arms, *words])
-    assert [words[0] for words in called] == ["sft", "rl", "rl", "rl", "rl"]
-    found = json.loads((out / "search.json").read_text())
-    assert set(found) == {"rloo", "balanced"}
-    for each in found.values():
-        assert " ".join(each["best"]) == max(each["mean rewards"], key=each["mean rewards"].get)
-    called.clear()
-    study.main(["run", str(out), *arms, "--seeds", "1", *words])
-    assert [words[words.index("--seed") + 1] for words in called] == ["0", "0"]
-    assert {(out / f"{arm}-0" / "final").is_dir() for arm in ("rloo", "balanced")} == {True}
-    balanced = json.loads((out / "balanced-0" / "config.json").read_text())
-    best = found["balanced"]["best"]
-    assert balanced["prm"]["balance"] and balanced["policy"]["lr"] == float(best[best.index("--policy.lr") + 1])
-    # What is finished is skipped; what left a checkpoint goes on; what left none starts anew.
-    called.clear()
-    shutil.rmtree(out / "rloo-0" / "final")
-    shutil.rmtree(out / "balanced-0" / "final")
-    shutil.rmtree(out / "balanced-0" / "checkpoints")
-    study.main(["run", str(out), *arms, "--seeds", "1", *words])
-    assert [words[-1] == "--resume" for words in called] == [True, False]
-    study.main(["collect", str(out), "--arms", "rloo", "balanced"])
-    target = out / "study"
-    assert {"rloo-0.metrics.jsonl", "balanced-0.config.json", "summary.md", "reward.png", "search.json"} <= {
-        path.name for path in target.iterdir()
-    }
-    assert "Paired differences" in (target / "summary.md").read_text()
-    assert (target / "localisation.md").is_file()
-    with pytest.raises(FileNotFoundError, match="has no finished run"):
-        study.main(["collect", str(tmp_path / "none")])
-
-
-def test_chains(module, tmp_path, monkeypatch):
-    """The study's problems: right solutions, none in two files, and the first wrong line of an answer."""
-    chains = module("study/chains")
-    assert chains.solution("9+3-10+5") == ["9+3=12", "12-10=2", "2+5=7", "\\boxed{7}"]
-    right = chains.solution("63-8+5")
-    assert chains.first_wrong_line("63-8+5", right) is None
-    assert chains.first_wrong_line("63-8+5", ["63-8=55", "55+5=61", "\\boxed{61}"]) == 1
-    assert chains.first_wrong_line("63-8+5", [*right, "60+1=61"]) == 3
-    made = [text for text, _ in zip(chains.questions(1), range(500), strict=False)]
-    assert len(set(made)) == 500
-    for text in made:
-        *lines, box = chains.solution(text)
-        totals = [int(line.partition("=")[2]) for line in lines]
-        assert (
-            all(0 <= total <= 99 for total in totals)
-            and box == f"\\boxed{{{totals[-1]}}}" == f"\\boxed{{{eval(text)}}}"
-        )
-        assert chains.TERMS[0] <= len(lines) <= chains.TERMS[1]
-    for slips, want in (({"+": 0.0, "-": 0.0}, right), ({"+": 1.0, "-": 1.0}, ["63-8=56", "56+5=51", "\\boxed{51}"])):
-        monkeypatch.setattr(chains, "SLIPS", slips)
-        assert chains.demonstration("63-8+5", random.Random(0)) == want
-    chains.write_model(tmp_path)
-    tokenizer = load_tokenizer(ModelConfig(path=str(tmp_path)))
-    ids = tokenizer.encode("\n".join(right), add_special_tokens=False)
-    assert tokenizer.decode(ids) == "63-8=55\n55+5=60\n\\boxed{60}" and len(ids) == 20
-    assert render(tokenizer, [{"role": "user", "content": "63-8+5"}]) == tokenizer.encode("63-8+5?")
-
-
-def test_precision_study(small, module, tmp_path, monkeypatch, capsys):
-    """One step with each kind of logits; a run that is finished is not run again."""
-    study, called = module("precision_study"), []
-
-    def call(words, log):
-        called.append(words)
-        assert cli.main(list(words)) == 0
-
-    monkeypatch.setattr(sys.modules["study"], "call", call)
-    words = [str(tmp_path), "--seeds", "1", "--", *small, "--model.dtype", "bfloat16", "--steps", "1"]
-    words += ["--eval.every", "0", "--sft.demonstrations", "2", "--sft.batch_size", "2", "--prm.lr", "1e-2"]
-    study.main(words)
-    assert [each[0] for each in called] == ["sft", "rl", "rl"]
-    assert [each[each.index("--model.logits_dtype") + 1] for each in called[1:]] == ["float32", "input"]
-    lines = capsys.readouterr().out.splitlines()
-    rows = [dict(zip(*(row.strip("| ").split(" | ") for row in pair), strict=True))
-            for pair in ((lines[0], line) for line in lines[2:4])]  # fmt: skip
-    assert [row["logits"] for row in rows] == ["float32", "rounded"] and {row["runs"] for row in rows} == {"1"}
-    assert {row["log-ratio of equal weights, largest"] for row in rows} == {"0"}
-    noise, size = "of trained ones in another layout, mean / worst", "their size, mean"
-    assert all(0 < float(row[noise].split(" / ")[0]) < float(row[size]) for row in rows)
-    assert all(0 <= float(row["PRM pair accuracy"]) <= 1 and float(row["mismatch with the engine"]) > 0 for row in rows)
-    study.main(words)
-    assert len(called) == 3
-
-
-def test_study_finds_the_lowest_line(module, tmp_path):
-    study = module("study/study")
-    run = tmp_path / "prime-0"
-    run.mkdir()
-    tokens = ["3+4", "=7", "\n", "7+5", "=11", "\n", "\\boxed{11}", "<|end|>"]
-    assert study.by_line(tokens, [1, 2, 3, -1, -2, -3, 4, 5]) == (
-        ["3+4=7\n", "7+5=11\n", "\\boxed{11}"], [6.0, -6.0, 9.0],
-    )  # fmt: skip
-    rows = [
-        {"step": step, "prompt": "3+4+5?", "tokens": tokens, "process_rewards": rewards, "outcome": outcome}
-        for step, outcome, rewards in (
-            (1, 0.0, [1, 2, 3, 0, 0, 0, -4, -5]),  # blames the box
-            (1, 1.0, [0] * 8),  # right: nothing to find
-            (2, 0.0, [1, 2, 3, -1, -2, -3, 4, 5]),
-            (2, 0.0, None),
-        )
-    ]
-    (run / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert study.localisation([run]) == [["first half", 1, "0 %", "33 %"], ["second half", 1, "100 %", "33 %"]]
