@@ -8,9 +8,10 @@ from torch import Tensor
 from prime_kernels._backends import RowCandidates, RowGradient, RowResults
 from prime_kernels._eager.rows import SEARCH_SLACK, ascending
 from prime_kernels._layout import column, is_rows, mask_column, row_stride
+from prime_kernels._triton._candidates_kernel import search_kernel
 from prime_kernels._triton._launch import device_of, on_device
 from prime_kernels._triton._launch_config import Config, choose, power_of_two_from
-from prime_kernels._triton._log_probs_kernels import backward_kernel, combine_kernel, forward_kernel, search_kernel
+from prime_kernels._triton._log_probs_kernels import backward_kernel, combine_kernel, forward_kernel
 
 # Rows that all start at 16-byte boundaries: strides that are multiples of 8 columns (for any dtype), aligned addresses.
 ALIGNED_COLUMNS, ALIGNED_BYTES = 8, 16
