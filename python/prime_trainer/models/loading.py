@@ -18,8 +18,9 @@ from ..run import hub
 from ..run.atomic_files import replace_directory
 from ..scale import sharding
 from ..scale.ranks import SINGLE, Ranks
-from . import adapter_files, traits
-from .adapters import MergedWeights, adapted
+from . import traits
+from .adapters import files as adapter_files
+from .adapters.views import MergedWeights, adapted
 from .model_files import READ_SAFELY, ModelError, check_directory, check_loaded, gguf_left_out, reading
 from .protocols import CausalLM, Tokenizer
 

@@ -13,8 +13,10 @@ from ..config.sections import ModelConfig, PRMConfig, ScaleConfig
 from ..run.seeds import derive_seed
 from ..scale import sharding
 from ..scale.ranks import Ranks
-from . import adapter_files, attention_interface, compilation, loading, meta, prm_record, tokenizers
-from .adapters import AdaptedModel, Base, as_model, lora_config
+from . import compilation, loading, meta, prm_record, tokenizers
+from .adapters import files as adapter_files
+from .adapters.views import AdaptedModel, Base, as_model, lora_config
+from .attention import interface as attention_interface
 from .model_files import ModelError
 from .protocols import CausalLM, Tokenizer
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from prime_kernels.integrations import CausalHead, causal_head
 
-from . import attention_interface
+from .attention import interface as attention_interface
 from .attention.segments import Segments
 from .protocols import CausalLM
 

@@ -16,7 +16,7 @@ from ..config.sections import AdapterConfig, ScoreConfig
 from ..data.groups import TooLong
 from ..errors import RunError
 from ..models import loading, prm_record, tokenizers
-from ..models.adapters import as_model
+from ..models.adapters.views import as_model
 from ..models.placement import load_base, put_adapter
 from ..models.protocols import CausalLM, Tokenizer
 from ..run import checkpoint, unchanged

@@ -21,7 +21,7 @@ import prime_kernels as pk
 from ..config.run_config import RunConfig
 from ..config.sections import COUPLED_KINDS, AdapterConfig, TrainPRMConfig
 from ..models import forward, loading, meta, prm_record, tokenizers
-from ..models.adapters import adapted, as_model
+from ..models.adapters.views import adapted, as_model
 from ..models.placement import load_trained
 from ..models.protocols import CausalLM
 from ..report.statistics import auc

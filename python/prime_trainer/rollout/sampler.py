@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..config.sections import ModelConfig, RolloutConfig
 from ..errors import RunError
-from ..models.adapters import MergedWeights
+from ..models.adapters.views import MergedWeights
 from ..models.forward import length_limit
 from ..models.loading import NamedTensors, weight_shapes
 from ..models.protocols import CausalLM, Tokenizer

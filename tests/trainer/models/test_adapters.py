@@ -8,8 +8,9 @@ from helpers import tiny
 
 from prime_trainer.config.load import load
 from prime_trainer.config.sections import AdapterConfig, ModelConfig
-from prime_trainer.models import adapter_files, lm_head, loading, placement, tokenizers
-from prime_trainer.models.adapters import MergedWeights, adapted, lora_config
+from prime_trainer.models import lm_head, loading, placement, tokenizers
+from prime_trainer.models.adapters import files as adapter_files
+from prime_trainer.models.adapters.views import MergedWeights, adapted, lora_config
 from prime_trainer.models.forward import hidden_states
 from prime_trainer.models.model_files import ModelError
 from prime_trainer.train.trainable import Trainable

@@ -5,7 +5,8 @@ import torch
 from helpers import tiny
 
 from prime_trainer.data.groups import Group, Response
-from prime_trainer.models import attention_interface, compilation
+from prime_trainer.models import compilation
+from prime_trainer.models.attention import interface as attention_interface
 from prime_trainer.models.model_files import ModelError
 from prime_trainer.scale import sharding
 from prime_trainer.train.batch import Batch

@@ -10,8 +10,9 @@ from helpers.stages import peak
 from torch.nn.attention.flex_attention import flex_attention
 
 from prime_trainer.data.groups import Group, Response
-from prime_trainer.models import attention_interface, traits
+from prime_trainer.models import traits
 from prime_trainer.models.attention import blockwise, flex, segments
+from prime_trainer.models.attention import interface as attention_interface
 from prime_trainer.models.attention.segments import Segments
 from prime_trainer.scale import sharding
 from prime_trainer.train.batch import Batch

@@ -20,7 +20,7 @@ from torch import Tensor
 from prime_kernels.integrations import head_logits
 
 from ...config.sections import ModelConfig, RolloutConfig
-from ...models.adapters import unmerged
+from ...models.adapters.views import unmerged
 from ..sampler import EngineDied, LogitsDtype, Sample, Sampling
 
 FILE_BACKEND = "file"

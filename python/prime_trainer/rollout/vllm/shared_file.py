@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...models.adapters import unmerged
+from ...models.adapters.views import unmerged
 
 SHARED_MEMORY = Path("/dev/shm")
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}

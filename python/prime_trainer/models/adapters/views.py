@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..config.sections import AdapterConfig, ModelConfig
-from ..scale import sharding
-from . import traits
-from .model_files import ModelError
-from .protocols import CausalLM
+from ...config.sections import AdapterConfig, ModelConfig
+from ...scale import sharding
+from .. import traits
+from ..model_files import ModelError
+from ..protocols import CausalLM
 
 if TYPE_CHECKING:
     from peft import LoraConfig

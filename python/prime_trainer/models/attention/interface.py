@@ -14,9 +14,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .attention import blockwise, flex
-from .attention.segments import Segments
-from .protocols import CausalLM
+from ..protocols import CausalLM
+from . import blockwise, flex
+from .segments import Segments
 
 NAME = "prime_segments"
 Kernel = Literal["blocks", "flex"]

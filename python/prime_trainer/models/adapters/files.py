@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..run.jsonl import read_object
-from .adapters import AdaptedModel, _peft
-from .model_files import ModelError
+from ...run.jsonl import read_object
+from ..model_files import ModelError
+from .views import AdaptedModel, _peft
 
 if TYPE_CHECKING:
     from peft import LoraConfig
