@@ -74,7 +74,7 @@ def call(words: Sequence[str], log: Path) -> None:
 
 def train(command: str, output: Path, words: Sequence[str], config: Path = CONFIG) -> None:
     """A run, unless it is finished; one that left a checkpoint goes on from it."""
-    if (output / "final").is_dir() or (output / LOST).exists():
+    if finished(command, output):
         print(f"{output}: done", flush=True)
         return
     resume = any((output / "checkpoints").glob("step_*"))
@@ -84,6 +84,16 @@ def train(command: str, output: Path, words: Sequence[str], config: Path = CONFI
     print(f"{output}: {'goes on' if resume else 'starts'}", flush=True)
     last = ["--resume"] if resume else []
     call([command, str(config), "--output", str(output), *words, *last], output.parent / f"{output.name}.log")
+
+
+def finished(command: str, output: Path) -> bool:
+    """A run of `rl` that was stopped has a `final`, too, and goes on."""
+    if (output / LOST).exists():
+        return True
+    if command != "rl" or not (output / "final").is_dir():
+        return (output / "final").is_dir()
+    steps = [row["step"] for row in read_jsonl(output / "metrics.jsonl") if row["stage"] == "rl"]
+    return max(steps) >= json.loads((output / "config.json").read_text(encoding="utf-8"))["steps"]
 
 
 def train_or_lose(output: Path, words: Sequence[str]) -> None:

@@ -76,6 +76,11 @@ def test_study(module, tmp_path, monkeypatch, capsys):
     shutil.rmtree(out / "balanced-0" / "checkpoints")
     study.main(["run", str(out), *arms, "--seeds", "1", *words])
     assert [words[-1] == "--resume" for words in called] == [True, False]
+    # A run that was stopped has a model, too.
+    assert study.finished("rl", out / "rloo-0")
+    config = out / "rloo-0" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"steps": 2}))
+    assert not study.finished("rl", out / "rloo-0") and not study.finished("rl", out / "none")
     study.main(["collect", str(out), "--arms", "rloo", "balanced"])
     target = out / "study"
     assert {"rloo-0.metrics.jsonl", "balanced-0.config.json", "summary.md", "reward.png", "search.json"} <= {

@@ -15,6 +15,8 @@ from .statistics import t_interval
 
 # What names, places or reads a run and does not change its training.
 _NO_DIFFERENCE = ("seed", "output", "resume", "wait_lock", "rollout.server")
+# Characters of an arm's name, above which its runs' folders name it: the settings have a table of their own.
+_LONG_NAME = 60
 _NO_TRAINING = ("bench", "checkpoint", "metrics", "processbench", "score", "select", "train_prm")
 
 
@@ -75,11 +77,19 @@ def arms_of(records: Sequence[Record]) -> Comparison:
     for k, each in enumerate(settings):
         members.setdefault(tuple(_text(each[key]) for key in differing), []).append(k)
     own = [{key: settings[ks[0]][key] for key in differing} for ks in members.values()]
-    arms = tuple(
-        Arm(name, found, tuple(records[k] for k in ks))
-        for name, found, ks in zip(_names(own), own, members.values(), strict=True)
-    )
+    theirs = [tuple(records[k] for k in ks) for ks in members.values()]
+    names = _names(own)
+    if max(map(len, names), default=0) > _LONG_NAME:
+        names = _by_folder(theirs) or names
+    arms = tuple(Arm(name, found, each) for name, found, each in zip(names, own, theirs, strict=True))
     return Comparison(arms, tuple(unstated))
+
+
+def _by_folder(arms: Sequence[Sequence[Record]]) -> list[str] | None:
+    """Each arm's NAME where its runs are in folders NAME-SEED and no other arm's are."""
+    names = [{record.path.name.rpartition("-")[0] for record in records} for records in arms]
+    single = [next(iter(each)) for each in names if len(each) == 1]
+    return single if len(set(single)) == len(arms) and all(single) else None
 
 
 def _of_the_seed(key: str, records: Sequence[Record], settings: Sequence[Mapping[str, Any]]) -> bool:

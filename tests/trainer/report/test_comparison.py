@@ -66,6 +66,19 @@ def test_many_differences_are_named_by_what_leaves_the_usual(write):
     assert [len(arm.records) for arm in found.arms] == [2, 1, 1]
 
 
+def test_arms_of_long_names_have_those_of_their_folders(write):
+    own = {
+        "local": {"prm": {"update": "before", "ref_type": "policy"}, "algorithm": {"process_return": "gae"}},
+        "rloo": {"algorithm": {"process_coef": 0.0}},
+    }
+    runs = {arm: [write(f"{arm}-{seed}", [0.5], seed=seed, **own[arm]) for seed in (0, 1)] for arm in own}
+    found = arms_of(read(*runs["local"], *runs["rloo"])).arms
+    assert [arm.name for arm in found] == ["local", "rloo"] and found[0].settings["prm.update"] == "before"
+    other = write("other-2", [0.5], seed=2, **own["local"])  # folders of two names are no arm's name
+    names = [arm.name for arm in arms_of(read(*runs["local"], other, *runs["rloo"])).arms]
+    assert names == ["base", "update after, ref_type freeze, process_coef 0, process_return sum"]
+
+
 def test_settings_that_an_older_run_does_not_state_are_listed(write):
     new, old = write("new", [0.5]), write("old", [0.5], algorithm={"process_coef": 0.0})
     config = json.loads((old / "config.json").read_text())
