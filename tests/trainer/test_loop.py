@@ -14,6 +14,8 @@ from helpers.checkpoints import load_latest
 from prime_trainer import loop, sft
 from prime_trainer.models import loading
 from prime_trainer.models.model_files import ModelError
+from prime_trainer.prm import score as prm_score
+from prime_trainer.prm import train as prm_train
 from prime_trainer.run.checkpoint import save
 from prime_trainer.verify import Verdict
 
@@ -295,3 +297,16 @@ def test_models_make_one_pass_each_in_one_layout(run_config, ref_type):
     wanted += [("policy", False)] if run.needs.old_logp else []
     assert sorted(found[:2] for found in passes) == sorted(wanted)
     assert len({shape for *_, shape in passes}) == 1
+
+
+@pytest.mark.parametrize("key", ["prm.path", "train_prm.reference", "score.reference"])
+def test_a_missing_model_is_named_by_its_own_key(run_config, tmp_path, key):
+    section, name = key.split(".")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "1+1", "completions": ["2", "3"], "correctness": [1, 0]}))
+    given = {section: {name: tmp_path / "none"}}
+    if section != "prm":
+        given[section]["path"] = rows
+    cfg = run_config(**given)
+    with pytest.raises(ModelError, match=rf"^{key} must be a model directory, .* got '.*/none': no such directory"):
+        {"prm": loop.run, "train_prm": prm_train.run, "score": prm_score.run}[section](cfg)

@@ -88,7 +88,7 @@ class RunConfig(Bounded, BaseSettings):
             return self.model.model_copy(update={"adapter": AdapterConfig(path=self.prm.path)})
         if self.prm.path is None:
             return self.model
-        return self.model.model_copy(update={"path": str(self.prm.path), "gguf_file": None})
+        return self.model.elsewhere(self.prm.path, "prm.path")
 
     @model_validator(mode="after")
     def _engine(self) -> RunConfig:

@@ -58,7 +58,7 @@ def _locate(cfg: ModelConfig) -> tuple[str, str | None]:
     directory = _directory(cfg)
     files = ("config.json", adapter_files.CONFIG)  # an adapter is refused below, with what to do
     if cfg.gguf_file is None and not any((directory / name).is_file() for name in files):
-        raise ModelError(f"model.path = {cfg.path!r} has no config.json; for a GGUF model set model.gguf_file")
+        raise ModelError(f"{cfg.key} = {cfg.path!r} has no config.json; for a GGUF model set model.gguf_file")
     if cfg.gguf_file is not None and not (directory / cfg.gguf_file).is_file():
         raise ModelError(f"model.gguf_file = {cfg.gguf_file!r} is not in {cfg.path!r}")
     if cfg.gguf_file is None:
@@ -72,12 +72,12 @@ def _directory(cfg: ModelConfig) -> Path:
     if wanted is not None:
         files = _MODEL_FILES if cfg.gguf_file is None else (cfg.gguf_file,)
         try:
-            return hub.snapshot("model", wanted, files, "model.path")
+            return hub.snapshot("model", wanted, files, cfg.key)
         except ValueError as error:
             raise ModelError(str(error)) from None
     if not Path(cfg.path).is_dir():
         raise ModelError(
-            f"model.path must be a model directory, a name on the Hugging Face Hub or {SMOLLM2!r}, got {cfg.path!r}: "
+            f"{cfg.key} must be a model directory, a name on the Hugging Face Hub or {SMOLLM2!r}, got {cfg.path!r}: "
             "no such directory"
         )
     return Path(cfg.path)
@@ -132,7 +132,7 @@ def load_model(cfg: ModelConfig) -> CausalLM:
     try:
         traits.of(model)
     except traits.UnsupportedModel as error:
-        raise ModelError(f"model.path = {cfg.path!r}: {error}") from None
+        raise ModelError(f"{cfg.key} = {cfg.path!r}: {error}") from None
     return model
 
 
@@ -143,7 +143,7 @@ def _check_finite(model: CausalLM, cfg: ModelConfig) -> None:
             bad = int((~torch.isfinite(weight)).sum())
             if bad:
                 raise ModelError(
-                    f"model.path = {cfg.path!r}: {bad} of the {weight.numel()} values of {name} are not finite"
+                    f"{cfg.key} = {cfg.path!r}: {bad} of the {weight.numel()} values of {name} are not finite"
                 )
 
 
@@ -168,7 +168,8 @@ def fingerprints(models: Mapping[str, ModelConfig]) -> dict[str, str]:
     # Of an adapter's settings, its files alone count.
     plain = {name: m.model_copy(update={"adapter": AdapterConfig(path=m.adapter.path)}) for name, m in models.items()}
     settings = {name: cfg.model_dump_json() for name, cfg in plain.items()}
-    found = {text: fingerprint(ModelConfig.model_validate_json(text)) for text in set(settings.values())}
+    alike = {text: plain[name] for name, text in reversed(settings.items())}  # errors name the first
+    found = {text: fingerprint(cfg) for text, cfg in alike.items()}
     return {name: found[text] for name, text in settings.items()}
 
 

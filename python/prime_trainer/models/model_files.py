@@ -35,7 +35,7 @@ def reading(cfg: ModelConfig) -> Iterator[None]:
             told = "it needs code of its own (auto_map), and code that comes with a model is never run"
         told = _damaged(Path(cfg.path)) or told
         file = "" if cfg.gguf_file is None else f" ({cfg.gguf_file})"
-        raise ModelError(f"model.path = {cfg.path!r}{file} cannot be read: {told:.300}") from error
+        raise ModelError(f"{cfg.key} = {cfg.path!r}{file} cannot be read: {told:.300}") from error
 
 
 def _damaged(directory: Path) -> str | None:
@@ -62,7 +62,7 @@ def check_directory(directory: Path, cfg: ModelConfig) -> None:
         read_object(directory / GENERATION)  # a damaged one would be left out without a word
     if (directory / "adapter_config.json").exists():
         raise ModelError(
-            f"model.path = {cfg.path!r} is an adapter (adapter_config.json): give its base as model.path and the "
+            f"{cfg.key} = {cfg.path!r} is an adapter (adapter_config.json): give its base as model.path and the "
             "adapter as model.adapter.path, or merge it into its model first"
         )
     if any(directory.glob("*.safetensors")):
@@ -70,7 +70,7 @@ def check_directory(directory: Path, cfg: ModelConfig) -> None:
     pickled = sorted(path.name for suffix in ("bin", "pt", "pth", "ckpt") for path in directory.glob(f"*.{suffix}"))
     if pickled:
         raise ModelError(
-            f"model.path = {cfg.path!r} has its weights in {pickled[0]}, a pickle, which can hold code and is not "
+            f"{cfg.key} = {cfg.path!r} has its weights in {pickled[0]}, a pickle, which can hold code and is not "
             "read: save the model as safetensors"
         )
 
@@ -94,7 +94,7 @@ def check_loaded(found: Mapping[str, Any], cfg: ModelConfig) -> None:
     ]
     if wrong:
         raise ModelError(
-            f"model.path = {cfg.path!r}: its weights are not those of its configuration: {'; '.join(wrong)}"
+            f"{cfg.key} = {cfg.path!r}: its weights are not those of its configuration: {'; '.join(wrong)}"
         )
 
 

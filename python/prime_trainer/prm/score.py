@@ -57,7 +57,7 @@ class Models:
         if not self._adapted:
             if given is None:
                 raise ValueError("score.reference is required")
-            base = base.model_copy(update={"path": str(given), "gguf_file": None})
+            base = base.elsewhere(given, "score.reference")
         elif given is not None and str(given) != str(Path(base.path)):
             raise ValueError(
                 f"score.reference = {str(given)!r}: the reference of an adapter (model.adapter.path) is its base, "

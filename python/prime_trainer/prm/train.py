@@ -51,7 +51,7 @@ def run(cfg: RunConfig) -> Path:
         raise ValueError("train_prm.path is required: the rows with labelled responses")
     reference_model = cfg.model.model_copy(update={"adapter": AdapterConfig()})
     if own.reference is not None:
-        reference_model = reference_model.model_copy(update={"path": str(own.reference), "gguf_file": None})
+        reference_model = reference_model.elsewhere(own.reference, "train_prm.reference")
     if cfg.resume:
         hub.resume(cfg.output)
     models = loading.fingerprints({"model.path": cfg.model, "train_prm.reference": reference_model})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from .base import Section
 
@@ -73,6 +73,18 @@ class ModelConfig(Section):
     chat_template: Literal["model", "bare"] = "model"
     """`model`: the tokenizer's own template. `bare`: ChatML turns without a default system prompt (shorter prompts)."""
     adapter: AdapterConfig = AdapterConfig()
+    _key: str = PrivateAttr("model.path")
+
+    @property
+    def key(self) -> str:
+        """The key that `path` was given by, for errors."""
+        return self._key
+
+    def elsewhere(self, path: Path, key: str) -> ModelConfig:
+        """The same settings for the model in `path`, which `key` names."""
+        found = self.model_copy(update={"path": str(path), "gguf_file": None})
+        found._key = key
+        return found
 
 
 class ScaleConfig(Section):
