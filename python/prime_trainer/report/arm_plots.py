@@ -8,7 +8,9 @@ from .comparison import Arm, Comparison
 from .plots import STAGES, TIME, Figure, Line, Theme, close_figure, mean_of, open_figure, running_mean, smoothing
 
 _STYLES = ("-", ":")
-"""Of a figure's lines, the same for all arms."""
+"""Of a figure's lines, the same for all arms but those whose colour comes a second time."""
+_CROWD = 5
+"""Arms from which on a figure has its first line alone, and pale bands."""
 
 
 def draw_arms(figure: Figure, found: Comparison, theme: Theme, *, titled: bool = False) -> bytes:
@@ -32,8 +34,11 @@ def draw_arms(figure: Figure, found: Comparison, theme: Theme, *, titled: bool =
         axes.yaxis.set_tick_params(labelsize=9 if widest < 24 else 7)
         return close_figure(canvas, axes, figure, theme)
     shown = [line for line in figure.lines if any(_runs(line, arm) for arm in found.arms)]
-    for arm, colour in zip(found.arms, _colours(theme, len(found.arms)), strict=True):
-        for line, style in zip(shown, _STYLES, strict=False):
+    crowded = len(found.arms) >= _CROWD
+    shown = shown[:1] if crowded else shown
+    for k, (arm, colour) in enumerate(zip(found.arms, _colours(theme, len(found.arms)), strict=True)):
+        again = k >= len(theme.colours)
+        for line, style in zip(shown, ("--" if again else _STYLES[0], *_STYLES[1:]), strict=False):
             runs = _runs(line, arm)
             if not runs:
                 continue
@@ -49,7 +54,7 @@ def draw_arms(figure: Figure, found: Comparison, theme: Theme, *, titled: bool =
                 label=arm.name if first else None,
             )  # fmt: skip
             if first and len(runs) > 1:
-                axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+                axes.fill_between(steps, low, high, color=colour, alpha=0.06 if crowded else 0.15, linewidth=0)
     if len(shown) > 1:
         for line, style in zip(shown, _STYLES, strict=False):
             axes.plot([], [], style, color=theme.muted, linewidth=1.3, label=line.label)

@@ -169,6 +169,7 @@ class PRMScorer:
         found, by_prm = scores.candidates, None
         if update in ("after", "before"):
             prm_logp, metrics["prm_grad_norm"] = self._update(batch, parts, reference)
+        of_unseen = prm_logp if update == "before" else None
         if found is not None:
             # Where the PRM scores while it updates, this is a pass more.
             by_prm = self._of_candidates(batch, parts if update == "after" else everything, found)
@@ -180,7 +181,9 @@ class PRMScorer:
         assert prm_logp is not None
         scored = PRMScores(scores.old_logp, reference, prm_logp, metrics, by_prm)
         with torch.no_grad():
-            whole = self._objective(batch, range(len(batch.groups)))(scored.log_ratio)
+            # What the PRM makes of groups that it has not learnt from; the rewards of `before` come after that.
+            unseen = scored.log_ratio if of_unseen is None else of_unseen - reference
+            whole = self._objective(batch, range(len(batch.groups)))(unseen)
         metrics |= {"prm_loss": whole.loss, "prm_pair_accuracy": whole.pair_accuracy}
         return scored
 

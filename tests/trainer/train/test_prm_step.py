@@ -88,6 +88,12 @@ def test_before_scores_with_the_updated_weights(model_dir, batch):
     assert torch.equal(scores.prm_logp, all_log_probs(s.prm.model, batch))
     assert not torch.equal(scores.prm_logp, start)
     assert torch.equal(scores.ref_logp, start)
+    # The metrics are those of a PRM that has not learnt from the batch: one update, and that of equal weights.
+    s = scorer(model_dir, update="before")
+    scores = s.score(batch)
+    assert scores.log_ratio.abs().max() > 0
+    assert scores.metrics["prm_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert scores.metrics["prm_pair_accuracy"] == 0.5
 
 
 def test_reverse_scores_everything_before_any_update(model_dir, batch):
