@@ -6,6 +6,8 @@
 # whatever ends the call early leaves what was measured until then. LIMIT (seconds, 570) bounds the whole call: a part
 # that would begin with less than ten seconds left is skipped and said so. A part that fails does not stop the rest;
 # the exit status is the highest of theirs.
+# Peers come along as wheels in WHEELS (build/wheels; 4 MB on a machine with a network):
+#   pip download --no-deps -d build/wheels trl liger-kernel cut-cross-entropy verl
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 out=${OUT:-bench/results/gpu}
@@ -55,7 +57,7 @@ measured() {
     --benchmark-json="$results/$name.json" "$@"
   [ -s "$results/$name.json" ] || return 1
   local files=("$results"/measure_*.json)
-  part table 30 env PYTHONPATH=python "$python" bench/table.py "${files[@]}" "$results/table" "On a GPU"
+  part table 30 env "PYTHONPATH=python${PYTHONPATH:+:$PYTHONPATH}" "$python" bench/table.py "${files[@]}" "$results/table" "On a GPU"
 }
 
 cores=$(nproc)
@@ -73,6 +75,12 @@ architecture=$(timeout 30 "$python" -c 'import torch; print("%d%d" % torch.cuda.
 part build 150 env PRIME_KERNELS_CUDA=ON "PRIME_KERNELS_CUDA_ARCHITECTURES=$architecture" \
   "$python" -m pip install -q --no-build-isolation --no-deps -e . ||
   stop "the extension with CUDA kernels cannot be built: see $results/build.log"
+
+wheels=("${WHEELS:-build/wheels}"/*.whl)
+if [ -e "${wheels[0]}" ]; then
+  part wheels 60 "$python" -m pip install -q --no-index --no-deps --target build/peers "${wheels[@]}" &&
+    export PYTHONPATH="$PWD/build/peers${PYTHONPATH:+:$PYTHONPATH}"
+fi
 
 for phase in "${phases[@]}"; do
   case $phase in

@@ -78,6 +78,15 @@ def test_measures_before_it_tests_and_tunes_last(run):
     assert {"gpu/device.txt", "gpu/build.log", "gpu/measure_linear.json", "gpu/tests_fuzz.log"} <= set(names)
 
 
+def test_peers_that_are_carried_are_installed_without_a_network(run, tmp_path):
+    (tmp_path / "trl-1-py3-none-any.whl").touch()
+    _, _, calls, names = run("measure", WHEELS=str(tmp_path))
+    install = place(calls, "trl-1-py3-none-any.whl")
+    assert "--no-index --no-deps --target build/peers" in calls[install] and "gpu/wheels.log" in names
+    assert place(calls, "pip install") < install < place(calls, "-m prime_kernels bench")
+    assert not any("--no-index" in call for call in run("measure")[2])
+
+
 def test_a_phase_alone(run):
     _, _, calls, _ = run("tune")
     assert any("tune.py" in call for call in calls) and not any("--benchmark-json" in call for call in calls)
