@@ -16,7 +16,7 @@ import torch
 
 from .config.run_config import RunConfig
 from .data.groups import Group, Response
-from .models import loading, tokenizers, traits
+from .models import loading, tokenizers
 from .models.protocols import CausalLM
 from .plan import seconds
 from .rollout import Sampling, TransformersSampler
@@ -50,7 +50,7 @@ def probe(cfg: RunConfig, prompt_tokens: int, response_tokens: int) -> seconds.R
 
     def batch_of(count: int) -> Batch:
         groups = _groups(model, count, n, prompt_tokens, response_tokens, cfg.rollout.max_new_tokens)
-        return Batch(groups, device, layout=traits.of(model).layout)
+        return Batch.for_model(model, groups)
 
     def minibatch(parts: int) -> Batch:
         """As many groups as one pass of one of `parts` minibatches holds."""

@@ -81,7 +81,11 @@ def _attend(
     is_causal: bool | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Of queries [1, heads, L, e]; returns [1, L, heads, d]."""
+    """Of queries [1, heads, L, e]; returns [1, L, heads, d].
+
+    Raises NotImplementedError for what blocks of a row have no form of. Loading a model proves its layers through here
+    (`models.traits`): one that asks for such things gets one response a row, with the text as the reason.
+    """
     row: _Row | None = getattr(attention_mask, "row", None)
     if row is None:
         raise NotImplementedError("the layer's mask is not the one that the model was given")
