@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.stages import peak
 from torch.nn.attention.flex_attention import flex_attention
 
+from prime_kernels._bench.timing import peak_of_tensors
 from prime_trainer.data.groups import Group, Response
 from prime_trainer.models import traits
 from prime_trainer.models.attention import blockwise, flex, segments
@@ -134,7 +134,7 @@ def test_memory_grows_with_tokens():
         row = Segments(((length // 4, (length,) * 4),))
         leaves = inputs(row.length, dtype=torch.float32)
         settings = blockwise.Settings(row, None, 0.4, None)
-        return peak(lambda: blockwise.attention(*leaves, None, settings).sum().backward())
+        return peak_of_tensors(lambda: blockwise.attention(*leaves, None, settings).sum().backward())
 
     small, large = taken(512), taken(1024)
     assert large < 2.1 * small
