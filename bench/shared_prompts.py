@@ -17,8 +17,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
+from prime_kernels._bench.timing import peak_of_tensors
 from prime_trainer.models import traits
 from prime_trainer.models.attention.segments import Segments
 
@@ -65,14 +65,7 @@ def peak_mib(work: Callable[[], None], device: torch.device) -> float:
         torch.cuda.reset_peak_memory_stats()
         work()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        work()
-    alive = most = 0
-    for event in recorded.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            alive += event.nbytes()
-            most = max(most, alive)
-    return most / 2**20
+    return peak_of_tensors(work) / 2**20
 
 
 def seconds(work: Callable[[], None], device: torch.device) -> float:

@@ -1,6 +1,7 @@
 """Seconds and memory of a call, and what the device can do at best."""
 
 import ctypes
+import itertools
 import math
 import statistics
 import time
@@ -10,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 # A round lasts at least this long, by repeating what is shorter, so that a synchronisation does not count.
 SHORTEST_ROUND = 2e-3
@@ -111,6 +113,19 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
     before = _status("VmRSS")
     call()
     return max(0, _status("VmHWM") - before)
+
+
+def peak_of_tensors(call: Callable[[], object]) -> int:
+    """The most bytes at once of what ``call`` allocates on the CPU, as PyTorch's allocator records every one of them.
+
+    Exact and the same in every run, other than :func:`peak_bytes`; memory from elsewhere is not in it.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        call()
+    assert recorded.profiler is not None
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return max(held, default=0)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -62,7 +62,7 @@ class Integration:
     Args:
         package: its name.
         versions: those whose functions have the known signatures, for messages.
-        tested: the one of them that the tests run against, for messages.
+        tested: those of them that the tests run against, for messages.
         targets: what to replace; all of it or nothing.
         namespaces: top-level packages whose modules hold the originals.
     """

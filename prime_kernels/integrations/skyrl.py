@@ -59,7 +59,7 @@ _UTILS = "skyrl.backends.skyrl_train.utils.torch_utils"
 _INTEGRATION = Integration(
     package="skyrl",
     versions="0.3.0 and 0.4.0",
-    tested="0.3.0",
+    tested="0.3.0 and 0.4.0",
     namespaces=("skyrl",),
     targets=(
         function_target(

@@ -7,9 +7,9 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from helpers.ranks import RandomVerifier
+from prime_kernels._bench.timing import peak_of_tensors
 from prime_trainer import loop
 from prime_trainer.data.groups import Group, Response
 from prime_trainer.rollout import Sampling
@@ -25,19 +25,6 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
     """Of this rank's storages, each once."""
     local = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in local}.values())
-
-
-def peak(work: Callable[[], object]) -> int:
-    """The most bytes at once of what `work` allocates, as PyTorch's allocator records every one of them."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        work()
-    alive = most = 0
-    for event in recorded.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            alive += event.nbytes()
-            most = max(most, alive)
-    assert most > 0
-    return most
 
 
 def measure(cfg, ranks=SINGLE) -> dict[str, int]:
@@ -57,7 +44,7 @@ def _measure(cfg, ranks) -> dict[str, int]:
 
     def least(work: Callable[[], object]) -> int:
         # gloo's threads let go of what they sent when they get to run next; the least of some tries is without that.
-        return min(peak(work) for _ in range(5 if ranks.size > 1 else 1))
+        return min(peak_of_tensors(work) for _ in range(5 if ranks.size > 1 else 1))
 
     found = {"held": bytes_of(_held(run))}
     random = torch.Generator().manual_seed(0)

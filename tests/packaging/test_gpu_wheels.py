@@ -1,9 +1,14 @@
-"""Wheels for GPUs are named after the CUDA release of the nvcc that builds them. None is built here."""
+"""Wheels for GPUs are named after the CUDA release of the nvcc that builds them.
+
+None is built here: `make package-cuda` does that and tests what it built.
+"""
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -79,3 +84,32 @@ def test_no_local_version_without_cuda_kernels(tmp_path):
 def test_the_plain_wheel_is_for_cpus_wherever_it_is_built():
     recipe = make("-n", "package").stdout
     assert "PRIME_KERNELS_CUDA=OFF" in recipe and "LOCAL_VERSION" not in recipe
+
+
+def test_this_nvcc_compiles_for_every_gpu_that_the_page_names(tmp_path):
+    """The smallest of the CUDA files, as `make package-cuda` compiles all; with another nvcc, what the page says."""
+    compiler, pybind11 = shutil.which("nvcc"), pytest.importorskip("pybind11")
+    if compiler is None:
+        pytest.skip("nvcc is not on the path")
+    where = os.pathsep.join([os.environ["PATH"], sysconfig.get_path("scripts")])
+    tools = [shutil.which(name, path=where) for name in ("cmake", "ninja")]
+    if None in tools:
+        pytest.skip("cmake or ninja is not there: pip install cmake ninja")
+    tag = make("cuda-tag", f"NVCC={compiler}").stdout.strip()
+    if tag not in TAGS:
+        pytest.skip(f"the nvcc on the path is not of one of {', '.join(TAGS)}")
+    configure = [tools[0], "-S", ROOT, "-B", tmp_path, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tools[1]}"]
+    configure += [
+        "-DPRIME_KERNELS_CUDA=ON",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+    ]
+    clean = {name: value for name, value in os.environ.items() if name != "PRIME_KERNELS_CUDA_ARCHITECTURES"}
+    said = subprocess.run(configure, capture_output=True, text=True, env=clean | {"CUDACXX": compiler})
+    assert said.returncode == 0, said.stderr
+    (built_for,) = re.findall(r"CUDA kernels ON: nvcc [\d.]+, architectures (.*)", said.stdout)
+    (named,) = re.findall(rf"^\| `\+{tag}` \| [\d.]+ \| ([\d., ]+); PTX of", PAGE, re.M)
+    assert [f"{int(each.partition('-')[0]) / 10}" for each in built_for.split(",")] == named.split(", ")
+    smallest = "CMakeFiles/pk_cuda.dir/csrc/cuda/status.cu.o"
+    done = subprocess.run([tools[1], "-C", tmp_path, smallest], capture_output=True, text=True)
+    assert done.returncode == 0 and (tmp_path / smallest).stat().st_size > 0, done.stdout + done.stderr

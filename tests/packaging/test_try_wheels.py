@@ -3,6 +3,7 @@
 import importlib.util
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -69,3 +70,32 @@ def test_the_page_has_what_was_tried(script):
     assert {row.distribution.partition(" (")[0] for row in rows} >= {"Debian GNU/Linux 12", "Debian GNU/Linux 13"}
     assert all(row.result.startswith(("works ", "not tried: ")) for row in rows)
     assert {row.python[:4] for row in rows if row.result.startswith("works ")} == set(script.VERSIONS)
+
+
+@pytest.mark.parametrize(
+    ("libc", "minor", "machine", "chosen"),
+    [
+        ("manylinux", 34, "x86_64", "cp311-cp311-manylinux_2_34_x86_64"),  # RHEL 9
+        ("manylinux", 39, "x86_64", "cp311-cp311-manylinux_2_34_x86_64"),  # Ubuntu 24.04
+        ("manylinux", 31, "x86_64", "py3-none-any"),  # Debian 11
+        ("manylinux", 39, "aarch64", "py3-none-any"),
+        ("musllinux", 2, "x86_64", "py3-none-any"),  # Alpine
+    ],
+)
+def test_pip_takes_the_compiled_wheel_where_glibc_is_new_enough(tmp_path, libc, minor, machine, chosen):
+    """By the wheels' names alone, as pip decides it."""
+    major = {"manylinux": 2, "musllinux": 1}[libc]
+    for tag in ("cp311-cp311-manylinux_2_34_x86_64", "py3-none-any"):
+        info = "prime_process_rewards-0.1.0.dist-info"
+        with zipfile.ZipFile(tmp_path / f"prime_process_rewards-0.1.0-{tag}.whl", "w") as wheel:
+            wheel.writestr(f"{info}/WHEEL", f"Wheel-Version: 1.0\nRoot-Is-Purelib: false\nTag: {tag}\n")
+            wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: prime-process-rewards\nVersion: 0.1.0\n")
+            wheel.writestr(f"{info}/RECORD", "")
+    # A system takes what was built for an older libc, too.
+    platforms = [part for n in range(minor, 0, -1) for part in ("--platform", f"{libc}_{major}_{n}_{machine}")]
+    pip = [sys.executable, "-m", "pip", "--isolated", "--disable-pip-version-check", "download", "--no-deps"]
+    pip += ["--no-index", "--find-links", tmp_path, "--only-binary", ":all:", "--python-version", "3.11"]
+    command = [*pip, *platforms, "--dest", tmp_path / "got", "prime-process-rewards"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in (tmp_path / "got").iterdir()] == [f"prime_process_rewards-0.1.0-{chosen}.whl"]

@@ -1,7 +1,12 @@
-"""sdist -> wheel -> an empty environment: the library imports, computes, and asks for nothing but torch."""
+"""sdist -> wheel -> an empty environment: the library imports, computes, and asks for nothing but torch.
+
+`make package` runs this on the wheel for CPUs, `make package-cuda` on the one that it names in
+PRIME_KERNELS_TEST_LOCAL_VERSION.
+"""
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -11,12 +16,19 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 import prime_kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 ISAS = ("amx", "avx512_bf16", "avx512", "avx2", "portable")
 USE = Path(__file__).with_name("use_wheel.py")
+LOCAL = os.environ.get("PRIME_KERNELS_TEST_LOCAL_VERSION", "")
+VERSION = prime_kernels.__version__ + (f"+{LOCAL}" if LOCAL else "")
+LIBRARIES = "prime_process_rewards.libs/"
+"""Where auditwheel puts what the extension needs."""
+MOST_MEGABYTES = 20
+"""Of a wheel: 3.3 as measured with machine code for five kinds of GPU, whatever comes in."""
 
 
 def run(*command, **environment):
@@ -46,7 +58,7 @@ def dist(tmp_path_factory):
 @pytest.fixture(scope="module")
 def wheel(dist):
     tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
-    (path,) = dist.glob(f"*-{tag}-{tag}-*.whl")
+    (path,) = dist.glob(f"*-{VERSION}-{tag}-{tag}-*.whl")
     return path
 
 
@@ -67,7 +79,27 @@ def test_manylinux_wheel_needs_nothing_of_the_machine(packaged, wheel):
     assert not re.search(r"libtorch|libc10|libcuda", said)
 
 
+def test_the_extension_links_the_system_and_openmp_alone(packaged, wheel, tmp_path):
+    """No torch, and of CUDA neither runtime nor driver: it imports where there is none."""
+    elf = pytest.importorskip("elftools.elf.elffile", reason="auditwheel brings it: pip install auditwheel")
+    with zipfile.ZipFile(wheel) as archive:
+        name = f"prime_kernels/_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+        archive.extract(name, tmp_path)
+        brought = {each[len(LIBRARIES) :] for each in archive.namelist() if each.startswith(LIBRARIES)} - {""}
+    with (tmp_path / name).open("rb") as file:
+        tags = elf.ELFFile(file).get_section_by_name(".dynamic").iter_tags("DT_NEEDED")
+        needed = {tag.needed for tag in tags}
+    assert {each.partition("-")[0].partition(".")[0] for each in brought} == {"libgomp"}
+    system = {"libc.so.6", "libgcc_s.so.1", "libm.so.6", "libstdc++.so.6", "ld-linux-x86-64.so.2", "libpthread.so.0"}
+    # What nvcc's static runtime takes of glibc; since 2.34 that is in libc itself.
+    system |= {"libdl.so.2", "librt.so.1"}
+    assert needed - brought <= system, needed
+    assert wheel.stat().st_size < MOST_MEGABYTES * 2**20
+
+
 def test_pure_wheel_is_the_other_without_the_extension(packaged, wheel):
+    if LOCAL:
+        pytest.skip("make package builds it")
     (pure,) = packaged.glob("*-py3-none-any.whl")
 
     def modules(path):
@@ -83,8 +115,8 @@ def test_wheel_contents(wheel):
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     assert {"prime_kernels/__init__.py", "prime_kernels/py.typed", f"prime_kernels/_C{suffix}"} <= names
     assert {"prime_trainer/__init__.py", "prime_trainer/config/recipes/math.toml"} <= names
-    tops = {name.partition("/")[0] for name in names} - {"prime_process_rewards.libs"}  # what auditwheel adds
-    assert tops == {"prime_kernels", "prime_trainer", f"prime_process_rewards-{prime_kernels.__version__}.dist-info"}
+    tops = {name.partition("/")[0] for name in names} - {LIBRARIES.rstrip("/")}
+    assert tops == {"prime_kernels", "prime_trainer", f"prime_process_rewards-{VERSION}.dist-info"}
     assert any(name.endswith("/licenses/LICENSE") for name in names)
     assert not [name for name in names if re.search(r"(^|/)tests?[_/]|\.(cpp|cu|h)$", name)]
     sources = {str(path.relative_to(ROOT)) for path in ROOT.glob("prime_kernels/**/*.py")}
@@ -105,6 +137,8 @@ def test_wheel_metadata(wheel):
 
 
 def test_sdist_contents(dist):
+    if LOCAL:
+        pytest.skip("make package has it")
     (path,) = dist.glob("*.tar.gz")
     with tarfile.open(path) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
@@ -131,3 +165,22 @@ def test_works_in_an_empty_environment(installed, isa):
     # torch comes from the outer environment.
     said = run(installed, USE, sysconfig.get_path("platlib"), **({"PRIME_KERNELS_CPU_ISA": isa} if isa else {}))
     assert said.strip() in ([f"works on {isa}"] if isa else [f"works on {name}" for name in ISAS])
+
+
+def test_a_wheel_for_gpus_works_beside_a_torch_for_cpus(installed):
+    """It says which kernels it has and why they do not run, and CPU tensors run as with the other wheel."""
+    if not LOCAL:
+        pytest.skip(f"make package-cuda builds it{'' if shutil.which('nvcc') else ', and nvcc is not on the path'}")
+    lent = {"PYTHONPATH": sysconfig.get_path("platlib")}  # where torch is; .pth files there are not read
+    said = run(installed, "-m", "prime_kernels", **lent)
+    release = re.fullmatch(r"cu(\d+)(\d)", LOCAL)
+    assert re.search(rf"^build: .*; CUDA kernels: nvcc {release[1]}\.{release[2]}\.\d+, architectures \d", said, re.M)
+    assert re.search(r"^  cpu +available$", said, re.M) and re.search(r"\b(\d+) of \1 passed", said)
+    if torch.cuda.is_available():
+        assert re.search(r"^  cuda +available$", said, re.M)
+        return
+    reason = "not available: torch sees no CUDA device"
+    assert re.search(rf"^  cuda +{reason}$", said, re.M)
+    asked = "import torch, prime_kernels as pk; pk.log_probs(torch.zeros(1, 2), torch.tensor([0]), backend='cuda')"
+    refused = run(installed, "-c", f"try:\n {asked}\nexcept pk.BackendUnavailable as e: print(e)", **lent)
+    assert "torch sees no CUDA device" in refused

@@ -60,6 +60,8 @@ def test_no_and_unknown_commands(capsys):
         (["--polcy.lr", "3"], "unknown key --polcy.lr; did you mean policy.lr?"),
         (["--policy.learning_rate=3"], "unknown key --policy.learning_rate"),
         (["--xyzzy"], "unknown key --xyzzy"),
+        (["--sft.pack"], "unknown key --sft.pack; it was removed: examples share rows wherever"),
+        (["--no-sft.pack"], "unknown key --no-sft.pack; it was removed: examples share rows wherever"),
         (["--policy.lr", "fast"], "policy.lr: Input should be a valid number"),
         (["--steps", "0"], "steps: Input should be greater than 0 (got '0')"),
         (["--policy.lr"], "argument --policy.lr: expected one argument"),
@@ -85,10 +87,10 @@ def test_bad_words(capsys, tmp_path, model_dir, words, message):
 
 
 def test_switches_take_words_too():
-    cfg = load(None, ["--resume", "true", "--scale.shard=false", "--steps", "7", "--sft.pack=true"])
-    assert cfg.resume and not cfg.scale.shard and cfg.steps == 7 and cfg.sft.pack
-    cfg = load(None, ["--no-scale.shard", "--resume", "--no-sft.pack", "--score.name", "true"])
-    assert cfg.resume and not cfg.scale.shard and not cfg.sft.pack and cfg.score.name == "true"
+    cfg = load(None, ["--resume", "true", "--scale.shard=false", "--steps", "7", "--prm.balance=true"])
+    assert cfg.resume and not cfg.scale.shard and cfg.steps == 7 and cfg.prm.balance
+    cfg = load(None, ["--no-scale.shard", "--resume", "--no-prm.balance", "--score.name", "true"])
+    assert cfg.resume and not cfg.scale.shard and not cfg.prm.balance and cfg.score.name == "true"
 
 
 def test_bad_files(capsys, tmp_path, toml):

@@ -12,6 +12,9 @@ from pydantic_settings import SettingsError
 from .run_config import RunConfig, _toml_file
 from .suggest import did_you_mean
 
+REMOVED = {"sft.pack": "examples share rows wherever the model can keep them apart; leave it out"}
+"""Keys of earlier versions, with what a run does now. Those of a run that goes on are passed over."""
+
 
 def load(toml: Path | None, overrides: list[str] | None = None) -> RunConfig:
     """Reads `toml` and applies `overrides` (`["--policy.lr", "1e-6"]`, command-line form).
@@ -82,4 +85,6 @@ def fields(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def close_keys(key: str) -> str:
-    return did_you_mean(key, keys())
+    """What to do about a key that is not known: of one that was, what came in its place."""
+    gone = REMOVED.get(key.removeprefix("no-"))
+    return f"; it was removed: {gone}" if gone else did_you_mean(key, keys())

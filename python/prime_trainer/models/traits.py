@@ -214,6 +214,8 @@ def _exact(probe: _Probe, passes: Callable[[], Tensor]) -> str | None:
         found = passes()
     except torch.OutOfMemoryError:
         raise
+    except attention_interface.UnsupportedLayer as problem:
+        return f"are refused: {problem}"
     except Exception as problem:
         return f"end in {first_line(problem)}"
     error = probe.error(found)

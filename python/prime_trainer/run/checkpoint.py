@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
+from ..config.load import REMOVED
 from ..config.run_config import RunConfig
 from ..errors import RunError
 from ..scale.ranks import SINGLE, Ranks, restarts
@@ -115,6 +116,8 @@ def _same_config(saved: str | bytes, cfg: RunSettings, where: Path) -> None:
         config["rollout"].pop("server", None)  # where the engine runs changes nothing
         for section in ("policy", "sft", "train_prm"):  # nor does how many skipped steps are too many
             config[section].pop("max_skipped", None)
+        for section, _, name in (key.partition(".") for key in REMOVED):
+            config[section].pop(name, None)
     unchanged.check(
         old, new, [key for key in new if key not in FREE_ON_RESUME], "--resume: the configuration has changed"
     )

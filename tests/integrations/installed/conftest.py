@@ -14,6 +14,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 ROOT = Path(__file__).resolve().parents[3]
@@ -47,8 +48,9 @@ def stand_in():
 @pytest.fixture(scope="session")
 def tested_version():
     """The version of a package that these tests are for."""
-    pins = dict(line.split("==") for line in REQUIREMENTS.read_text().split() if "==" in line)
-    return pins.__getitem__
+    pins = map(Requirement, (line for line in REQUIREMENTS.read_text().splitlines() if "==" in line))
+    here = {pin.name: str(pin.specifier)[2:] for pin in pins if pin.marker is None or pin.marker.evaluate()}
+    return here.__getitem__
 
 
 @pytest.fixture

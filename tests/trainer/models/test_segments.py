@@ -1,14 +1,15 @@
 """Rows of prompts and responses, attended to without a mask of all pairs: values and gradients of the dense formula."""
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.stages import peak
 from torch.nn.attention.flex_attention import flex_attention
 
+from prime_kernels._bench.timing import peak_of_tensors
 from prime_trainer.data.groups import Group, Response
 from prime_trainer.models import traits
 from prime_trainer.models.attention import blockwise, flex, segments
@@ -133,7 +134,7 @@ def test_memory_grows_with_tokens():
         row = Segments(((length // 4, (length,) * 4),))
         leaves = inputs(row.length, dtype=torch.float32)
         settings = blockwise.Settings(row, None, 0.4, None)
-        return peak(lambda: blockwise.attention(*leaves, None, settings).sum().backward())
+        return peak_of_tensors(lambda: blockwise.attention(*leaves, None, settings).sum().backward())
 
     small, large = taken(512), taken(1024)
     assert large < 2.1 * small
@@ -183,10 +184,19 @@ def test_a_pass_leaves_the_model_its_attention_and_recomputes_with_ours():
 def test_what_a_layer_asks_for_beyond_a_row_is_refused():
     mask = attention_interface.mask(Segments(((2, (1, 1)),)), None, "blocks", torch.device("cpu"))
     query = torch.zeros(1, 1, 4, 2)
-    for more in ({"dropout": 0.1}, {"position_bias": query}, {"is_causal": False}):
-        with pytest.raises(NotImplementedError, match="dropout, a bias by position"):
-            attention_interface._attend(None, query, query, query, mask, **more)
-    with pytest.raises(NotImplementedError, match="queries and keys of"):
-        attention_interface._attend(None, query[:, :, 1:], query, query, mask)
-    with pytest.raises(NotImplementedError, match="not the one that the model was given"):
-        attention_interface._attend(None, query, query, query, mask.clone())
+    layer, refused = torch.nn.Identity(), attention_interface.UnsupportedLayer
+    for name, value, said in (
+        ("dropout", 0.1, "expected 0, got 0.1"),
+        ("position_bias", query, "expected None, got float32 [1, 1, 4, 2]"),
+        ("is_causal", False, "expected True, got False"),
+    ):
+        with pytest.raises(refused, match=rf"^Identity's {name}: {re.escape(said)}$"):
+            attention_interface._attend(layer, query, query, query, mask, **{name: value})
+    for inputs, name in (((query[:, :, 1:], query), "query"), ((query, query[:, :, 1:]), "key")):
+        with pytest.raises(
+            refused, match=rf"^Identity's {name}: expected the 4 tokens of one row, got .*\[1, 1, 3, 2\]$"
+        ):
+            attention_interface._attend(layer, *inputs, query, mask)
+    for other, said in ((mask.clone(), r"bool \[1, 1, 4, 4\]"), (None, "None")):
+        with pytest.raises(refused, match=f"^Identity's attention_mask: expected the row .*, got {said}$"):
+            attention_interface._attend(layer, query, query, query, other)

@@ -83,8 +83,6 @@ class SFTConfig(Section):
     the task (`demonstrations`)."""
     system_prompt: str | None = None
     """In place of the system message of every row of `path`; `actions` is the action-centric prompt."""
-    pack: bool = False
-    """No longer has an effect: examples share rows wherever the model can keep them apart, with the same numbers."""
     demonstrations: PositiveInt = 512
     worked_fraction: float = Field(default=1.0, ge=0.0, le=1.0)
     """Share of the made demonstrations that show their steps; the others give the boxed answer at once."""

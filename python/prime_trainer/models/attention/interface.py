@@ -24,6 +24,14 @@ Kernel = Literal["blocks", "flex"]
 _KERNELS = {"blocks": blockwise.attention, "flex": flex.attention}
 
 
+class UnsupportedLayer(ValueError):
+    """A layer asks for what rows have no form of; the message names its argument, what was expected and what came."""
+
+    def __init__(self, layer: nn.Module, argument: str, expected: str, got: object) -> None:
+        said = f"{str(got.dtype).removeprefix('torch.')} {[*got.shape]}" if isinstance(got, Tensor) else repr(got)
+        super().__init__(f"{type(layer).__name__}'s {argument}: expected {expected}, got {said}")
+
+
 class _Row(NamedTuple):
     segments: Segments
     window: int | None
@@ -83,16 +91,22 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """Of queries [1, heads, L, e]; returns [1, L, heads, d].
 
-    Raises NotImplementedError for what blocks of a row have no form of. Loading a model proves its layers through here
+    Raises UnsupportedLayer for what blocks of a row have no form of. Loading a model proves its layers through here
     (`models.traits`): one that asks for such things gets one response a row, with the text as the reason.
     """
     row: _Row | None = getattr(attention_mask, "row", None)
     if row is None:
-        raise NotImplementedError("the layer's mask is not the one that the model was given")
-    if dropout or position_bias is not None or is_causal is False:
-        raise NotImplementedError("dropout, a bias by position or attention to what follows")
-    if query.shape[2] != row.segments.length or key.shape[2] != row.segments.length or len(query) != 1:
-        raise NotImplementedError(f"queries and keys of {tuple(query.shape)} and {tuple(key.shape)}")
+        raise UnsupportedLayer(module, "attention_mask", "the row as the model was given it", attention_mask)
+    if dropout:
+        raise UnsupportedLayer(module, "dropout", "0", dropout)
+    if position_bias is not None:
+        raise UnsupportedLayer(module, "position_bias", "None", position_bias)
+    if is_causal is False:
+        raise UnsupportedLayer(module, "is_causal", "True", is_causal)
+    length = row.segments.length
+    for name, each in (("query", query), ("key", key)):
+        if len(each) != 1 or each.shape[2] != length:
+            raise UnsupportedLayer(module, name, f"the {length} tokens of one row", each)
     settings = blockwise.Settings(
         row.segments, row.window, query.shape[3] ** -0.5 if scaling is None else scaling, softcap
     )
