@@ -58,7 +58,8 @@ def _is_norm(module: nn.Module) -> bool:
 
 def _is_gated_mlp(module: nn.Module) -> bool:
     parts = ("gate_proj", "up_proj", "down_proj", "act_fn")
-    return all(hasattr(module, name) for name in parts) and _computes_gated(type(module))
+    kind: Any = type(module)
+    return all(hasattr(module, name) for name in parts) and _computes_gated(kind)
 
 
 @functools.cache
