@@ -38,7 +38,7 @@ def plan_of(name: str, gpus: int, rank: int = 0) -> str:
             model={"path": str(directory), "adapter": {"rank": rank}},
             micro_batch_tokens=8192,
             rollout={"batch_size": 64 if not large else 16},
-            scale={"activation_checkpointing": True, "offload": ["reference"] if large and not rank else []},
+            scale={"activation_checkpointing": "full", "offload": ["reference"] if large and not rank else []},
         )
         made = plan.make(cfg, gpus, prompt_tokens=1024)
         cfg.model.path = name

@@ -11,7 +11,7 @@ import torch
 from ..config.needs import Needs
 from ..config.sections import ModelConfig, PRMConfig, ScaleConfig
 from ..run.seeds import derive_seed
-from ..scale import sharding
+from ..scale import recomputation, sharding
 from ..scale.ranks import Ranks
 from . import compilation, loading, meta, prm_record, tokenizers
 from .adapters import files as adapter_files
@@ -55,11 +55,17 @@ def load_placed(cfg: ModelConfig, scale: ScaleConfig, ranks: Ranks, role: Role) 
         compilation.compile_layers(model)
     if not trained:
         loading.frozen(model)
-    elif scale.activation_checkpointing:
-        sharding.recompute_activations(model, attention_interface.as_it_was(model))
+    else:
+        recompute_activations(model, scale)
     if ranks.mesh is not None:
         sharding.shard(model, ranks.mesh, offload=role in scale.offload, split_head=scale.vocab_parallel_head)
     return model
+
+
+def recompute_activations(model: CausalLM, scale: ScaleConfig) -> None:
+    """Activation checkpointing as `scale` has it; layers are recomputed with the attention of their forward pass."""
+    contexts = attention_interface.as_it_was(model)
+    recomputation.recompute_activations(model, scale.activation_checkpointing, contexts)
 
 
 @dataclass(frozen=True)
@@ -118,8 +124,7 @@ def _adapted(cfg: Wanted, ranks: Ranks) -> Models:
         else:
             prm_record.check_goes_on(cfg.prm_model, cfg.prm)
             prm = _read_adapter(base, "prm", cfg.prm.path, "prm.path")
-    if cfg.scale.activation_checkpointing:
-        sharding.recompute_activations(base.model, attention_interface.as_it_was(base.model))
+    recompute_activations(base.model, cfg.scale)
     if ranks.mesh is not None:
         sharding.shard(base.model, ranks.mesh, offload=False, split_head=cfg.scale.vocab_parallel_head)
     views = [None if view is None else as_model(view) for view in (policy, prm)]

@@ -18,7 +18,7 @@ from ..config.run_config import RunConfig
 from ..config.sections import COUPLED_KINDS
 from ..models import placement, traits
 from ..report.markdown import grid
-from ..scale import sharding
+from ..scale import recomputation
 from .footprint import (
     Passes,
     Shape,
@@ -69,8 +69,7 @@ def make(cfg: RunConfig, gpus: int, prompt_tokens: int) -> Plan:
     ranks = gpus if cfg.scale.shard else 1
     length = prompt_tokens + cfg.rollout.max_new_tokens
     laid = _laid_out(cfg, gpus, prompt_tokens, layout)
-    if cfg.scale.activation_checkpointing:
-        sharding.recompute_activations(model)
+    recomputation.recompute_activations(model, cfg.scale.activation_checkpointing)
     policy, prm = (trained_of(each) for each in (model, models.prm or model))
     adapted = models.whole is not model
     sizes = Sizes(
@@ -300,8 +299,8 @@ def _advice(cfg: RunConfig) -> str:
     ways = ["more GPUs"]
     if not cfg.scale.shard:
         ways.append("scale.shard = true")
-    if not cfg.scale.activation_checkpointing:
-        ways.append("scale.activation_checkpointing = true")
+    if cfg.scale.activation_checkpointing != "full":
+        ways.append('scale.activation_checkpointing = "full"')
     if "reference" not in cfg.scale.offload and not cfg.model.adapter.wanted:
         ways.append('scale.offload = ["reference"]')
     ways.append("a smaller micro_batch_tokens or rollout.batch_size")

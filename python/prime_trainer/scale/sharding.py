@@ -6,10 +6,9 @@ embedding where the model ties them, because the losses take its weight and not 
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -18,7 +17,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
-from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 
 class Shardable(Protocol):
@@ -103,19 +101,6 @@ def layers(model: Shardable) -> list[nn.Module]:
     if not found:
         raise ValueError(f"{type(model).__name__} does not name its layers (_no_split_modules): it cannot be sharded")
     return found
-
-
-Contexts = Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]]
-
-
-def recompute_activations(model: Model, contexts: Contexts = noop_context_fn) -> Model:
-    """Activation checkpointing: keeps only each layer's input and recomputes the rest in the backward pass.
-
-    `contexts` gives those of a layer's forward pass and of its recomputation.
-    """
-    for layer in layers(model):
-        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, context_fn=contexts)
-    return model
 
 
 class _Whole(torch.autograd.Function):

@@ -8,7 +8,7 @@ from prime_trainer.data.groups import Group, Response
 from prime_trainer.models import compilation
 from prime_trainer.models.attention import interface as attention_interface
 from prime_trainer.models.model_files import ModelError
-from prime_trainer.scale import sharding
+from prime_trainer.scale import recomputation
 from prime_trainer.train.batch import Batch
 from prime_trainer.train.forward import log_probs
 
@@ -30,15 +30,14 @@ def gradients(model, batch):
     return [torch.cat(found), *(param.grad for param in model.parameters())]
 
 
-@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("recomputed", ["none", "selective", "full"])
 def test_compiled_layers_are_those_of_eager_ones(model_dir, recomputed):
     batch = Batch([*tiny.random_groups(4, 3), Group([5, 6], [Response([7, 8, 9])])])
     want = gradients(tiny.load(model_dir), batch)
     model = tiny.load(model_dir)
     torch._dynamo.utils.counters.clear()
     compilation.compile_layers(model, backend="aot_eager")
-    if recomputed:
-        sharding.recompute_activations(model, attention_interface.as_it_was(model))
+    recomputation.recompute_activations(model, recomputed, attention_interface.as_it_was(model))
     for one, other in zip(gradients(model, batch), want, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
     stats = torch._dynamo.utils.counters["stats"]

@@ -15,7 +15,7 @@ from prime_trainer.models import traits
 from prime_trainer.models.attention import blockwise, flex, segments
 from prime_trainer.models.attention import interface as attention_interface
 from prime_trainer.models.attention.segments import Segments
-from prime_trainer.scale import sharding
+from prime_trainer.scale import recomputation
 from prime_trainer.train.batch import Batch
 from prime_trainer.train.forward import log_probs
 
@@ -167,18 +167,18 @@ def test_a_pass_leaves_the_model_its_attention_and_recomputes_with_ours():
     """Activation checkpointing runs layers in the backward pass, when the model has its own attention again."""
     groups = [Group([5, 6, 7, 8], [Response([9, 10, 11]), Response([12, 13])])]
     found = []
-    for again in (False, True):
+    for what in ("none", "selective", "full"):
         torch.manual_seed(0)
         model = zoo.build("gemma2", zoo.names()["gemma2"])
         batch = Batch.for_model(model, groups)
-        if again:
-            sharding.recompute_activations(model, attention_interface.as_it_was(model))
+        recomputation.recompute_activations(model, what, attention_interface.as_it_was(model))
         (micro,) = batch.micro_batches([0], 100)
         log_probs(model, micro, batch.ids[micro.tokens]).sum().backward()
         assert model.config._attn_implementation == "eager"
         found.append([param.grad for param in model.parameters()])
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+    for one, selective, full in zip(*found, strict=True):
+        assert torch.equal(one, selective)
+        torch.testing.assert_close(one, full, rtol=0, atol=1e-6)
 
 
 def test_what_a_layer_asks_for_beyond_a_row_is_refused():

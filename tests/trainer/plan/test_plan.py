@@ -63,7 +63,7 @@ def assert_planned(cfg, gpus, measured):
 HELD = ("base", "policy, masters and AdamW", "PRM, masters and AdamW", "reference")
 PRM = {"rollout": ROLLOUT, "policy": {"minibatches": 1}, "task": {"eval_size": 40}, "eval": {"batch_size": 40}}
 ADAPTER = {"adapter": {"rank": 16}}
-RECOMPUTED = {"scale": {"activation_checkpointing": True}}
+RECOMPUTED = {"scale": {"activation_checkpointing": "full"}}
 MANY = {"prompts_per_step": 64, "n": 8, "max_new_tokens": 64}
 """Responses that fill a pass."""
 

@@ -35,7 +35,7 @@ def alone(make_config, tmp_path_factory):
     ("size", "scale"),
     [
         (2, {}),
-        (4, {"activation_checkpointing": True, "offload": ["policy", "prm", "reference"]}),
+        (4, {"activation_checkpointing": "full", "offload": ["policy", "prm", "reference"]}),
         (2, {"shard": False}),
     ],
     ids=str,
@@ -116,7 +116,7 @@ def test_a_vocabulary_that_does_not_divide_is_refused(make_config, tmp_path):
 def test_adapters_train_alike_on_ranks(make_config, tmp_path):
     """The base in shards once, float32 masters of the adapters; and whole copies on every rank."""
     model = {"adapter": {"rank": 8}}
-    scales = {"alone": {}, "shards": {"activation_checkpointing": True}, "copies": {"shard": False}}
+    scales = {"alone": {}, "shards": {"activation_checkpointing": "full"}, "copies": {"shard": False}}
     runs = {}
     for name, scale in scales.items():
         runs[name] = make_config(output=tmp_path / name / "run", **settings(steps=3, model=model, scale=scale))

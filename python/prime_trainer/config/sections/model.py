@@ -97,10 +97,16 @@ class ScaleConfig(Section):
     vocab_parallel_head: bool = False
     """Split the head's rows over the ranks: no rank ever holds the whole head or its gradient; instead every rank gets
     all ranks' hidden states. The vocabulary must divide by the number of ranks."""
-    activation_checkpointing: bool = False
-    """Keep only each layer's input and recompute the rest in the backward pass."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "selective"
+    """What the backward pass recomputes: nothing; normalisations and activations, which leaves about half of the memory
+    for a few per cent of the time; or whole layers from their inputs (also written `true`)."""
     timeout_minutes: float = Field(default=60.0, gt=0)
     """Timeout of a collective; a dead rank is detected within a minute."""
+
+    @field_validator("activation_checkpointing", mode="before")
+    @classmethod
+    def _switched(cls, value: object) -> object:
+        return {True: "full", False: "none"}[value] if isinstance(value, bool) else value
 
     @model_validator(mode="after")
     def _shares_need_shards(self) -> ScaleConfig:
