@@ -47,7 +47,7 @@ def best(device: torch.device, dtype: torch.dtype, sizes: Sizes, seconds: float)
     whole = tokens * sizes.vocabulary
     for kind, call, most in (
         ("forward_elements", forward, whole),
-        ("fused_bytes", fused, whole * hidden.element_size()),
+        ("fused_bytes", fused, whole * torch.float32.itemsize),
     ):
         times: dict[int, float] = {}
         for size in _candidates(used[kind], most, memory):
