@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 # A tile's share of all memory: 4.75 GiB of a GPU of 80 GB, which has 79 GiB, and 1.5 of 24. The float32 logits of 8,192
-# tokens and 152,064 columns are one tile then, for 3 GiB more than in three tiles: by bench/gpu_targets.py that saves a
-# tenth of the time. It depends on the device alone, so that results do not change with what else is in memory, until
-# there is too little left.
+# tokens and 152,064 columns are one tile then, for 3 GiB more than in three tiles: by bench/gpu_targets.py that saves
+# 5 to 11 % of the time. It depends on the device alone, so that results do not change with what else is in memory,
+# until there is too little left.
 SHARE = 16
 # Leading binary digits of a size that are kept: GPUs of one kind differ by a little in the memory they report.
 DIGITS = 5

@@ -135,7 +135,7 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
     """``a @ b`` to ``out``, of their dtype or float32. On GPUs the accumulators of a 16-bit product are not rounded."""
     if out.dtype == a.dtype:
         torch.mm(a, b, out=out)
-    elif a.is_cuda:
+    elif _kind(a) == "cuda":
         torch.mm(a, b, out_dtype=torch.float32, out=out)
     else:
         torch.mm(a.float(), b.float(), out=out)
