@@ -23,7 +23,7 @@ def best(device: torch.device, dtype: torch.dtype, sizes: Sizes, seconds: float)
     name, deadline = device.type, time.perf_counter() + seconds
     if backends(device)[0] in _tiled_head.HEAD_KERNELS:
         return {}  # its kernels for whole heads have blocks of their own
-    with _tuning.trial(_tuning.Tuning(name, "", {}, {}, {})):  # not those of a file in use: the new one replaces it
+    with _tuning.trial(_tuning.none(name)):  # not those of a file in use: the new one replaces it
         used = {
             "forward_elements": _tiled_head.forward_elements(name),
             "fused_bytes": _tiled_head.fused_bytes(name),
