@@ -81,7 +81,7 @@ def self_test() -> int:
     for outcome in _selftest.run():
         outcomes.append(outcome)
         said = f"ok, {outcome.error:.1e}" if outcome.passed else f"FAILED: {outcome.failure}"
-        print(f"  {outcome.op:18} {outcome.backend:7} {said}", flush=True)
+        print(f"  {outcome.op:21} {outcome.backend:7} {said}", flush=True)
     failed = sum(not each.passed for each in outcomes)
     seconds = time.perf_counter() - start
     if not outcomes:
