@@ -190,7 +190,8 @@ void bind_rows(py::module_& m) {
       PK_MEMBER(Backward, ids),     PK_MEMBER(Backward, mask),          PK_MEMBER(Backward, n_rows),
       PK_MEMBER(Backward, n_cols),  PK_MEMBER(Backward, temperature),   PK_MEMBER(Backward, lse),
       PK_MEMBER(Backward, entropy), PK_MEMBER(Backward, grad_logp),     PK_MEMBER(Backward, grad_entropy),
-      PK_MEMBER(Backward, out),     PK_MEMBER(Backward, out_stride),    PK_MEMBER(Backward, partial)};
+      PK_MEMBER(Backward, out),     PK_MEMBER(Backward, out_stride),    PK_MEMBER(Backward, out_dtype),
+      PK_MEMBER(Backward, partial)};
   bind_cpu_rows(m, "log_probs_forward", forward, &pk_cpu_log_probs_forward);
   bind_cpu_rows(m, "log_probs_backward", backward, &pk_cpu_log_probs_backward);
   using Search = pk_candidates_args;

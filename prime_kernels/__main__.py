@@ -1,7 +1,7 @@
 """``python -m prime_kernels``: versions, build, available backends with reasons for the others, and a self-test.
 
-The exit status is 1 if an operation disagrees with its reference on a backend that says it can run, or if another
-distribution has replaced the package.
+The exit status is 1 if an operation disagrees with its reference on a backend that says it can run, if another
+distribution has replaced the package, or if PRIME_KERNELS_TUNING names a file that is refused.
 ``python -m prime_kernels bench`` measures every operation instead; ``bench --help`` lists its options.
 """
 
@@ -27,6 +27,8 @@ def main(words: Sequence[str]) -> int:
     if words:
         print(f"usage: python -m prime_kernels [bench ..]: unknown command {words[0]!r}", file=sys.stderr)
         return 2
+    from prime_kernels import _tuning
+
     conflict = _distribution.conflict()
     folder = Path(_distribution.__file__).parent
     if not hasattr(prime_kernels, "available_backends"):
@@ -41,7 +43,11 @@ def main(words: Sequence[str]) -> int:
     print("backends:")
     for name, reason in prime_kernels.available_backends().items():
         print(f"  {name:7} {'available' if reason is None else f'not available: {reason}'}")
-    return self_test()
+    usable, tuning = _tuning.said()
+    print(f"tuning: {tuning}")
+    # Of the kernels alone: a file that is refused says so above.
+    with _tuning.trial(_tuning.none()):
+        return max(self_test(), int(not usable))
 
 
 def build() -> str:
@@ -75,7 +81,7 @@ def self_test() -> int:
     for outcome in _selftest.run():
         outcomes.append(outcome)
         said = f"ok, {outcome.error:.1e}" if outcome.passed else f"FAILED: {outcome.failure}"
-        print(f"  {outcome.op:18} {outcome.backend:7} {said}", flush=True)
+        print(f"  {outcome.op:21} {outcome.backend:7} {said}", flush=True)
     failed = sum(not each.passed for each in outcomes)
     seconds = time.perf_counter() - start
     if not outcomes:

@@ -118,6 +118,9 @@ class GradientKernel(Protocol):
     ) -> None:
         """Write d loss / d logits [N, V] to ``out``, which may be ``logits`` itself.
 
+        ``out`` has the dtype of the logits or, for float32 logits, one of 16 bits: what is written there is bit for bit
+        the float32 gradient after ``.to(out.dtype)``.
+
         With ``partial`` these are some columns of longer rows: lse and entropy are those of the whole row, and ids may
         lie outside the columns.
         """

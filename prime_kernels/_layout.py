@@ -19,6 +19,12 @@ def row_stride(rows: Tensor) -> int:
     return rows.stride(0) if rows.shape[0] > 1 else 0
 
 
+def takes_gradient(logits: Tensor, out: Tensor) -> bool:
+    """Whether the gradient of these logits can have the dtype of ``out``: their own, or one of 16 bits for float32."""
+    narrow = logits.dtype == torch.float32 and out.dtype in (torch.bfloat16, torch.float16)
+    return out.dtype == logits.dtype or narrow
+
+
 @overload
 def column(tensor: Tensor, dtype: torch.dtype, size: int, device: torch.device) -> Tensor: ...
 

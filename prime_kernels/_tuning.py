@@ -102,6 +102,11 @@ def active(device_type: str) -> Tuning | None:
     return tuning
 
 
+def none(device_type: str = "cpu") -> Tuning:
+    """One that names nothing: :func:`trial` of it makes the built-in defaults hold, and no file is read."""
+    return Tuning(device_type, "", {}, {}, {})
+
+
 @contextmanager
 def trial(tuning: Tuning) -> Iterator[None]:
     """This tuning in place of a file's, while it is measured."""
@@ -111,6 +116,21 @@ def trial(tuning: Tuning) -> Iterator[None]:
         yield
     finally:
         _trial = before
+
+
+def said() -> tuple[bool, str]:
+    """(whether it can be used or none is named, one line about the file that the environment names)."""
+    path = os.environ.get(ENVIRONMENT_VARIABLE)
+    if not path:
+        return True, f"none ({ENVIRONMENT_VARIABLE} is not set)"
+    try:
+        tuning = read(path)
+        if tuning.device_type == "cuda" and not torch.cuda.is_available():
+            return True, f"{path}, for CUDA tensors, not used here"
+        _match(tuning, path)
+    except ValueError as error:
+        return False, str(error)
+    return True, f"{path}, for {'CUDA' if tuning.device_type == 'cuda' else 'CPU'} tensors"
 
 
 def read(path: str) -> Tuning:

@@ -50,6 +50,12 @@ void put_at(void* row, int64_t column, int32_t dtype, float value) {
   }
 }
 
+// Gradients have the dtype of their logits; those of float32 logits may be rounded to another one.
+bool known_gradient(const pk_log_probs_grad_args& args) {
+  return known_dtype(args.dtype) && known_dtype(args.out_dtype) &&
+         (args.out_dtype == args.dtype || args.dtype == PK_FLOAT32);
+}
+
 bool read_row(const uint8_t* mask, int64_t row) { return mask == nullptr || mask[row] != 0; }
 
 // Checked before the parallel loop, so that the lowest bad row is reported for any number of threads.
@@ -208,9 +214,9 @@ void backward_in_double(const pk_log_probs_grad_args& args, const char* z, char*
   }
 }
 
-void backward_row(const pk_log_probs_grad_args& args, int64_t row, bool stream) {
+// The gradient of a row in the dtype of its logits.
+void backward_row(const pk_log_probs_grad_args& args, int64_t row, bool stream, char* out) {
   const char* z = at(args.logits, row * args.logits_stride, args.dtype);
-  char* out = const_cast<char*>(at(args.out, row * args.out_stride, args.dtype));
   const double grad_logp = args.grad_logp == nullptr ? 0.0 : args.grad_logp[row];
   const double grad_entropy = args.grad_entropy == nullptr ? 0.0 : args.grad_entropy[row];
   const double lse = args.lse[row];
@@ -315,21 +321,29 @@ extern "C" int pk_cpu_candidates(const pk_candidates_args* args) {
 
 extern "C" int pk_cpu_log_probs_backward(const pk_log_probs_grad_args* args) {
   using namespace pk;
-  if (args == nullptr || !known_dtype(args->dtype) || !(args->temperature > 0.0)) return PK_BAD_ARGUMENT;
+  if (args == nullptr || !known_gradient(*args) || !(args->temperature > 0.0)) return PK_BAD_ARGUMENT;
   if (args->grad_entropy != nullptr && args->entropy == nullptr) return PK_BAD_ARGUMENT;
   if (const int status = check_rows(*args, args->partial != 0)) return status;
   const int threads = thread_count(args->n_threads, args->n_rows, args->n_rows * args->n_cols);
   (void)threads;
-  const int64_t bytes = args->n_rows * args->n_cols * item_size(args->dtype);
+  const int64_t bytes = args->n_rows * args->n_cols * item_size(args->out_dtype);
   const bool stream = args->out != args->logits && bytes > kStreamBytes;
   if (stream && args->out_stride == args->n_cols) ask_for_huge_pages(args->out, bytes);
-#pragma omp parallel for schedule(dynamic, kRowsPerChunk) num_threads(threads) if (threads > 1)
-  for (int64_t row = 0; row < args->n_rows; ++row) {
-    if (read_row(args->mask, row)) {
-      backward_row(*args, row, stream);
-    } else {
-      char* out = const_cast<char*>(at(args->out, row * args->out_stride, args->dtype));
-      std::memset(out, 0, static_cast<size_t>(args->n_cols * item_size(args->dtype)));
+  const bool rounded = args->out_dtype != args->dtype;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    std::vector<float> wide(rounded ? static_cast<size_t>(args->n_cols) : 0);
+#pragma omp for schedule(dynamic, kRowsPerChunk)
+    for (int64_t row = 0; row < args->n_rows; ++row) {
+      char* out = const_cast<char*>(at(args->out, row * args->out_stride, args->out_dtype));
+      if (!read_row(args->mask, row)) {
+        std::memset(out, 0, static_cast<size_t>(args->n_cols * item_size(args->out_dtype)));
+      } else if (rounded) {
+        backward_row(*args, row, false, reinterpret_cast<char*>(wide.data()));
+        for (int64_t i = 0; i < args->n_cols; ++i) put_at(out, i, args->out_dtype, wide[static_cast<size_t>(i)]);
+      } else {
+        backward_row(*args, row, stream, out);
+      }
     }
   }
   return PK_OK;

@@ -36,10 +36,10 @@ __global__ void __launch_bounds__(kBlock) forward_kernel(pk_log_probs_args args,
   if (threadIdx.x == 0) store_results(model, row, with_target(rest, to_float(z[id]), inverse_temperature));
 }
 
-template <typename T, int kBlock>
+template <typename T, typename Out, int kBlock>
 __global__ void __launch_bounds__(kBlock) backward_kernel(pk_log_probs_grad_args args) {
   const int64_t row = blockIdx.x;
-  T* out = static_cast<T*>(args.out) + row * args.out_stride;
+  Out* out = static_cast<Out*>(args.out) + row * args.out_stride;
   const bool masked = args.mask != nullptr && args.mask[row] == 0;
   const int64_t label = masked ? 0 : args.ids[row];
   const int n_cols = static_cast<int>(args.n_cols);
@@ -52,15 +52,16 @@ __global__ void __launch_bounds__(kBlock) backward_kernel(pk_log_probs_grad_args
   // With a finite lse the row has no NaN and no +inf that a zero gradient could hide.
   const bool nothing = masked || (valid && grad_logp == 0.0 && grad_entropy == 0.0 && isfinite(lse));
   const T* z = static_cast<const T*>(args.logits) + row * args.logits_stride;
-  const bool packable = ((reinterpret_cast<uintptr_t>(z) ^ reinterpret_cast<uintptr_t>(out)) & 15) == 0;
-  const int head = packable ? head_of(z, n_cols) : n_cols;
+  const int first = head_of(z, n_cols);
+  const bool packable = (reinterpret_cast<uintptr_t>(out + first) & (alignof(Rounded<T, Out>) - 1)) == 0;
+  const int head = packable ? first : n_cols;
   const int packs = (n_cols - head) / Pack<T>::kSize;
-  Pack<T>* out_body = reinterpret_cast<Pack<T>*>(out + head);
+  Rounded<T, Out>* out_body = reinterpret_cast<Rounded<T, Out>*>(out + head);
   const int tail = head + packs * Pack<T>::kSize;
 
   if (nothing || !valid) {
-    const T value = from_float<T>(nothing ? 0.0f : NAN);
-    Pack<T> pack;
+    const Out value = from_float<Out>(nothing ? 0.0f : NAN);
+    Rounded<T, Out> pack;
 #pragma unroll
     for (int k = 0; k < Pack<T>::kSize; ++k) pack.value[k] = value;
     for (int i = threadIdx.x; i < head; i += kBlock) out[i] = value;
@@ -92,14 +93,15 @@ __global__ void __launch_bounds__(kBlock) backward_kernel(pk_log_probs_grad_args
     return column == id ? target : others;
   };
   const Pack<T>* body = reinterpret_cast<const Pack<T>*>(z + head);
-  for (int i = threadIdx.x; i < head; i += kBlock) out[i] = from_float<T>(gradient(to_float(z[i]), i));
+  for (int i = threadIdx.x; i < head; i += kBlock) out[i] = from_float<Out>(gradient(to_float(z[i]), i));
   const auto put_pack = [&](Pack<T> pack, int i) {
     const int column = head + i * Pack<T>::kSize;
+    Rounded<T, Out> rounded;
 #pragma unroll
     for (int k = 0; k < Pack<T>::kSize; ++k) {
-      pack.value[k] = from_float<T>(gradient(to_float(pack.value[k]), column + k));
+      rounded.value[k] = from_float<Out>(gradient(to_float(pack.value[k]), column + k));
     }
-    out_body[i] = pack;
+    out_body[i] = rounded;
   };
   int i = threadIdx.x;
   for (; i + (kUnroll - 1) * kBlock < packs; i += kUnroll * kBlock) {
@@ -111,7 +113,7 @@ __global__ void __launch_bounds__(kBlock) backward_kernel(pk_log_probs_grad_args
   }
   for (; i < packs; i += kBlock) put_pack(body[i], i);
   for (int c = tail + threadIdx.x; c < n_cols; c += kBlock) {
-    out[c] = from_float<T>(gradient(to_float(z[c]), c));
+    out[c] = from_float<Out>(gradient(to_float(z[c]), c));
   }
 }
 
@@ -131,13 +133,13 @@ void launch_forward(const pk_log_probs_args& args, int first_model, int n_models
   }
 }
 
-template <typename T>
+template <typename T, typename Out>
 void launch_backward(const pk_log_probs_grad_args& args, cudaStream_t stream) {
   const unsigned rows = static_cast<unsigned>(args.n_rows);
   if (args.n_rows < kFewRows) {
-    launch(backward_kernel<T, kManyThreads>, dim3(rows), kManyThreads, stream, args);
+    launch(backward_kernel<T, Out, kManyThreads>, dim3(rows), kManyThreads, stream, args);
   } else {
-    launch(backward_kernel<T, kThreads>, dim3(rows), kThreads, stream, args);
+    launch(backward_kernel<T, Out, kThreads>, dim3(rows), kThreads, stream, args);
   }
 }
 
@@ -171,20 +173,23 @@ extern "C" int pk_cuda_log_probs_forward(const pk_log_probs_args* args, void* st
 }
 
 extern "C" int pk_cuda_log_probs_backward(const pk_log_probs_grad_args* args, void* stream) {
-  if (args == nullptr || !valid_sizes(args->n_rows, args->n_cols) || !known_dtype(args->dtype)) return PK_BAD_ARGUMENT;
+  if (args == nullptr || !valid_sizes(args->n_rows, args->n_cols)) return PK_BAD_ARGUMENT;
+  const int32_t from = args->dtype, to = args->out_dtype;
+  if (!known_dtype(from) || !known_dtype(to) || (from != to && from != PK_FLOAT32)) return PK_BAD_ARGUMENT;
   if (!(args->temperature > 0.0)) return PK_BAD_ARGUMENT;
   if (args->grad_entropy != nullptr && args->entropy == nullptr) return PK_BAD_ARGUMENT;
   if (args->n_rows == 0) return PK_OK;
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
-  switch (args->dtype) {
-    case PK_FLOAT32:
-      launch_backward<float>(*args, on);
-      break;
-    case PK_BFLOAT16:
-      launch_backward<__nv_bfloat16>(*args, on);
-      break;
-    default:
-      launch_backward<__half>(*args, on);
+  if (from == PK_BFLOAT16) {
+    launch_backward<__nv_bfloat16, __nv_bfloat16>(*args, on);
+  } else if (from == PK_FLOAT16) {
+    launch_backward<__half, __half>(*args, on);
+  } else if (to == PK_FLOAT32) {
+    launch_backward<float, float>(*args, on);
+  } else if (to == PK_BFLOAT16) {
+    launch_backward<float, __nv_bfloat16>(*args, on);
+  } else {
+    launch_backward<float, __half>(*args, on);
   }
   return pk::launch_status("backward_kernel");
 }

@@ -54,6 +54,12 @@ struct alignas(16) Pack {
   T value[kSize];
 };
 
+// As many columns as a Pack<T> has, rounded to Out.
+template <typename T, typename Out>
+struct alignas(Pack<T>::kSize * sizeof(Out)) Rounded {
+  Out value[Pack<T>::kSize];
+};
+
 // Elements of a row before its first 16-byte boundary: rows of odd length or of a slice start at any element. Columns
 // are int32 throughout, as comparing an int64 with the target takes two instructions for each element.
 template <typename T>

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import os
 import platform
 import sys
 import time
@@ -38,7 +39,9 @@ SHARE_OF_TILES = 0.1
 def parser() -> argparse.ArgumentParser:
     """The options of the command."""
     made = argparse.ArgumentParser(prog="python -m prime_kernels bench", description=__doc__)
-    made.add_argument("--minutes", type=float, default=3.0, help="time for everything (3)")
+    made.add_argument(
+        "--minutes", type=float, default=3.0, help="time for everything (3); a torch.compile that has begun is finished"
+    )
     made.add_argument("--output", type=Path, default=Path("prime_kernels_bench"), help="folder of what is written")
     made.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is one, else cpu")
     made.add_argument("--ops", nargs="+", metavar="OP", choices=sorted(OPERATIONS), help="these operations alone")
@@ -58,9 +61,19 @@ def main(words: Sequence[str]) -> int:
         parser().error("--device: torch sees no CUDA device")
     device = torch.device(name)
     levels = _levels(options, name)
-    seconds = 60 * options.minutes
     start = time.perf_counter()
-    options.output.mkdir(parents=True, exist_ok=True)
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser().error(f"--output: expected a folder that can be written, got {error}")
+    if os.environ.get(_tuning.ENVIRONMENT_VARIABLE):
+        _say(0.0, f"{_tuning.ENVIRONMENT_VARIABLE} is not used here: the built-in defaults are measured")
+    with _tuning.trial(_tuning.none(name)):
+        return _measured(options, device, levels, start)
+
+
+def _measured(options: argparse.Namespace, device: torch.device, levels: list[Sizes], start: float) -> int:
+    name, seconds = device.type, 60 * options.minutes
     _say(0.0, f"{_tuning.device_name(name)}: rates of a copy and of a matrix product")
     small = levels[-1].tokens * levels[-1].vocabulary < 2**20
     rates = timing.ceiling(
@@ -70,10 +83,16 @@ def main(words: Sequence[str]) -> int:
     ops = sorted(options.ops or OPERATIONS, key=lambda op: (op.startswith("linear"), op.startswith("log"), op))
     left = seconds * (1 - SHARE_OF_TILES) - (time.perf_counter() - start)
     run = Run(device, rates, levels, ops, left)
-    stopped = False
+    stopped = passed_over = False
     try:
         for row in run.measure():
-            _say(time.perf_counter() - start, _progress(row))
+            if row.failure != report.NO_TIME:
+                _say(time.perf_counter() - start, _progress(row))
+            elif not passed_over:
+                _say(
+                    time.perf_counter() - start, f"{row.op}, {row.size}: no time was left, as for others not named here"
+                )
+            passed_over |= row.failure == report.NO_TIME
             _write(options.output, run, {})
     except KeyboardInterrupt:
         stopped = True

@@ -1,6 +1,7 @@
 """The measurements, in an order in which whatever ends them early leaves the most: all operations at the smallest size
 first, and what compiles for seconds last."""
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -47,26 +48,43 @@ class Run:
         """Every row as soon as it is there; those that there is no time or memory for say so."""
         uncompiled = self.seconds * (1 - SHARE_OF_COMPILE)
         for level, sizes in enumerate(self.levels):
-            for case in self._cases(sizes, self.ops):
-                ways = {name: (call, False) for name, call in case.others.items()}
-                for backend in backends(self.device):
-                    ways[backend] = (_on(case.ours, backend), True)
-                yield from self._case(case, level, ways, uncompiled)
+            for op in self.ops:
+                if level > 0 and self.elapsed() > uncompiled:
+                    yield from self._left_out(op, level)
+                    continue
+                for case in self._cases(sizes, op):
+                    ways = {name: (call, False) for name, call in case.others.items()}
+                    for backend in backends(self.device):
+                        ways[backend] = (_on(case.ours, backend), True)
+                    yield from self._case(case, level, ways, uncompiled)
         # At one size, as each is compiled for itself: the largest that has something to compare with.
         for op in self.ops:
             levels = [row.level for row in self.rows if (row.op, row.way) == (op, EAGER) and row.seconds is not None]
             level = max(levels, default=0)
-            for case in self._cases(self.levels[level], [op]):
+            if self.elapsed() > self.seconds:
+                yield from self._left_out(op, level, COMPILE)
+                continue
+            for case in self._cases(self.levels[level], op):
                 yield from self._case(case, level, {COMPILE: (torch.compile(case.others[EAGER]), False)}, self.seconds)
 
-    def _cases(self, sizes: Sizes, ops: list[str]) -> Iterator[Case]:
-        for op in ops:
-            fitting = _fitting(op, sizes, self.device)
-            for case in cases(fitting, self.device, self.rates.dtype, [op]):
-                yield case
-                del case
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+    def _left_out(self, op: str, level: int, way: str | None = None) -> Iterator[Row]:
+        """What is not measured once the time is over, as the smallest size had it: its inputs are not even made."""
+        smallest = [row for row in self.rows if (row.op, row.level) == (op, 0) and row.way != COMPILE]
+        if way is not None:
+            smallest = [dataclasses.replace(row, way=way, ours=False) for row in smallest if row.way == EAGER]
+        for row in smallest:
+            size = f"{self.levels[level].tokens} rows or {self.levels[level].packed} tokens"
+            made = Row(op, row.which, size, level, row.way, row.ours, failure=NO_TIME)
+            self.rows.append(made)
+            yield made
+
+    def _cases(self, sizes: Sizes, op: str) -> Iterator[Case]:
+        fitting = _fitting(op, sizes, self.device)
+        for case in cases(fitting, self.device, self.rates.dtype, [op]):
+            yield case
+            del case
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _case(self, case: Case, level: int, ways: dict[str, tuple[Call, bool]], deadline: float) -> Iterator[Row]:
         truth = _truth(case) if level == 0 and self.elapsed() < deadline else {}

@@ -23,7 +23,7 @@ def best(device: torch.device, dtype: torch.dtype, sizes: Sizes, seconds: float)
     name, deadline = device.type, time.perf_counter() + seconds
     if backends(device)[0] in _tiled_head.HEAD_KERNELS:
         return {}  # its kernels for whole heads have blocks of their own
-    with _tuning.trial(_tuning.Tuning(name, "", {}, {}, {})):  # not those of a file in use: the new one replaces it
+    with _tuning.trial(_tuning.none(name)):  # not those of a file in use: the new one replaces it
         used = {
             "forward_elements": _tiled_head.forward_elements(name),
             "fused_bytes": _tiled_head.fused_bytes(name),
@@ -47,7 +47,7 @@ def best(device: torch.device, dtype: torch.dtype, sizes: Sizes, seconds: float)
     whole = tokens * sizes.vocabulary
     for kind, call, most in (
         ("forward_elements", forward, whole),
-        ("fused_bytes", fused, whole * hidden.element_size()),
+        ("fused_bytes", fused, whole * torch.float32.itemsize),
     ):
         times: dict[int, float] = {}
         for size in _candidates(used[kind], most, memory):

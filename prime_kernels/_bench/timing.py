@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-# A round lasts at least this long, by repeating what is shorter, so that a synchronisation does not count.
+# A round on a GPU lasts at least this long, by repeating what is shorter, so that a synchronisation does not count. On
+# a CPU each call is a round: where others use it too, every long round would have to wait for them.
 SHORTEST_ROUND = 2e-3
 MOST_REPEATS, MOST_ROUNDS = 100, 9
 
@@ -45,7 +46,7 @@ def synchronize(device: torch.device) -> None:
 def timed(
     call: Callable[..., object], device: torch.device, seconds: float, before: Callable[[], object] | None = None
 ) -> Timing:
-    """The median of as many rounds of ``call`` as fit into ``seconds``, at least one, after one that does not count.
+    """The median of as many rounds of ``call`` as fit into ``seconds``, at least one, after two that do not count.
 
     ``before`` makes the argument of each call, untimed.
     """
@@ -61,9 +62,10 @@ def timed(
 
     deadline = time.perf_counter() + seconds
     first = min(once(1), once(1))
-    repeats = 1 if before is not None else max(1, min(MOST_REPEATS, math.ceil(SHORTEST_ROUND / max(first, 1e-7))))
+    calls = 1 if before is not None else max(1, min(MOST_REPEATS, math.ceil(SHORTEST_ROUND / max(first, 1e-7))))
+    repeats, most = (1, calls * MOST_ROUNDS) if device.type == "cpu" else (calls, MOST_ROUNDS)
     rounds = [once(repeats)]
-    while len(rounds) < MOST_ROUNDS and time.perf_counter() + rounds[-1] * repeats < deadline:
+    while len(rounds) < most and time.perf_counter() + rounds[-1] * repeats < deadline:
         rounds.append(once(repeats))
     return Timing(statistics.median(rounds), len(rounds))
 

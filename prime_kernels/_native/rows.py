@@ -10,7 +10,7 @@ from torch import Tensor
 
 from prime_kernels._backends import RowCandidates, RowGradient, RowResults
 from prime_kernels._eager.rows import ascending
-from prime_kernels._layout import column, is_rows, mask_column, row_stride
+from prime_kernels._layout import column, is_rows, mask_column, row_stride, takes_gradient
 from prime_kernels._native import _C, DTYPES, address
 
 FLOAT32_BYTES = 4
@@ -98,7 +98,7 @@ def logits_gradient(
     """Write d loss / d logits [N, V] to ``out``."""
     (rows, vocabulary), device = logits.shape, logits.device
     assert is_rows(logits) and is_rows(out) and out.device == device
-    assert out.dtype == logits.dtype and out.shape == logits.shape
+    assert takes_gradient(logits, out) and out.shape == logits.shape
     ids, mask = column(ids, torch.int64, rows, device), mask_column(mask, rows, device)
     lse, entropy, grad_logp, grad_entropy = (column(each, torch.float32, rows, device) for each in gradient)
     fields = {
@@ -116,6 +116,7 @@ def logits_gradient(
         "grad_entropy": address(grad_entropy),
         "out": out.data_ptr(),
         "out_stride": row_stride(out),
+        "out_dtype": DTYPES[out.dtype],
         "partial": partial,
     }
     if device.type == "cpu":

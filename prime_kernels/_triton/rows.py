@@ -7,7 +7,7 @@ from torch import Tensor
 
 from prime_kernels._backends import RowCandidates, RowGradient, RowResults
 from prime_kernels._eager.rows import SEARCH_SLACK, ascending
-from prime_kernels._layout import column, is_rows, mask_column, row_stride
+from prime_kernels._layout import column, is_rows, mask_column, row_stride, takes_gradient
 from prime_kernels._triton._candidates_kernel import search_kernel
 from prime_kernels._triton._launch import device_of, on_device
 from prime_kernels._triton._launch_config import Config, choose, power_of_two_from
@@ -148,7 +148,7 @@ def logits_gradient(
     """Write d loss / d logits [N, V] to ``out``. The kernel takes any id, so ``partial`` changes nothing here."""
     rows, vocabulary = logits.shape
     device = logits.device
-    assert is_rows(logits) and is_rows(out) and out.dtype == logits.dtype and out.shape == logits.shape
+    assert is_rows(logits) and is_rows(out) and takes_gradient(logits, out) and out.shape == logits.shape
     if rows == 0:
         return
     ids, mask = column(ids, torch.int64, rows, device), mask_column(mask, rows, device)
@@ -177,7 +177,7 @@ def logits_gradient(
             ENTROPY=with_entropy,
             ALIGNMENT=alignment,
             PEELED=alignment > 1 or _alike(logits, out),
-            WIDTH=ALIGNED_BYTES // logits.element_size(),
+            WIDTH=ALIGNED_BYTES // out.element_size(),
             BLOCK=config.block,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
@@ -197,6 +197,8 @@ def _alignment(*tensors: Tensor) -> int:
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:
-    """Whether the rows of two tensors of a dtype start at the same places between 16-byte boundaries."""
+    """Whether two tensors have one dtype and their rows start at the same places between 16-byte boundaries."""
+    if one.dtype != other.dtype:
+        return False
     apart = (row_stride(one) - row_stride(other)) * one.element_size()
     return (one.data_ptr() - other.data_ptr()) % ALIGNED_BYTES == 0 and apart % ALIGNED_BYTES == 0

@@ -28,9 +28,13 @@ class TileSizes(NamedTuple):
         """(tokens, columns of the head) of a tile of at most ``elements`` logits of ``tokens`` x ``vocabulary``."""
         return tiles.tile_shape(elements, tokens, vocabulary, self.tokens)
 
+    def fused_tokens(self, logit_bytes: int, tokens: int, vocabulary: int) -> int:
+        """Tokens of a tile of `linear_nll` and `linear_ppo_loss`, of ``tokens`` in all."""
+        return tiles.tokens_of_whole_rows(self.fused_bytes // logit_bytes, tokens, vocabulary)
+
 
 def tile_sizes(device_type: str) -> TileSizes:
-    """The sizes in use on "cpu" or "cuda": of the current GPU, or without one of a GPU of 80 GiB.
+    """The sizes in use on "cpu" or "cuda": of the current GPU, or without one of a GPU of 80 GB.
 
     Raises ValueError for another device.
     """

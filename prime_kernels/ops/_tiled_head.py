@@ -74,6 +74,12 @@ def tile_shape(elements: int, n_tokens: int, vocabulary: int, most_tokens: int) 
     return tokens, columns
 
 
+def tokens_of_whole_rows(elements: int, n_tokens: int, vocabulary: int) -> int:
+    """Tokens of a tile of at most ``elements`` logits over the whole vocabulary: as few tiles as go, of one size."""
+    count = max(1, -(-n_tokens // max(1, elements // vocabulary)))
+    return max(1, -(-n_tokens // count))
+
+
 class Tiles:
     """Products of tokens [N, D] with parts of a head [V, D], all in one buffer of bounded size."""
 
@@ -81,7 +87,7 @@ class Tiles:
         self.head, self.dtype = head, logits_dtype(head)
         n_tokens, vocabulary = len(head.hidden), len(head.weight)
         if whole_rows:
-            self.tokens, self.columns = max(1, min(n_tokens, elements // vocabulary)), vocabulary
+            self.tokens, self.columns = tokens_of_whole_rows(elements, n_tokens, vocabulary), vocabulary
         else:
             self.tokens, self.columns = tile_shape(elements, n_tokens, vocabulary, TOKENS[_kind(head.hidden)])
         self.buffer: Tensor | None = None
@@ -105,6 +111,21 @@ class Tiles:
         _product(hidden, weight.T, out)
         return out if bias is None else out.add_(bias[columns])
 
+    def for_gradient(self, logits: Tensor, wide: bool) -> Tensor:
+        """Where to write the gradient of a tile: a new tensor of the products' dtype, or the logits themselves.
+
+        The latter if they have that dtype, or the gradient is wanted in theirs (``wide``).
+
+        A new one takes half the memory of float32 logits besides. It could also be written over the front of each row,
+        with one program for a whole row and a barrier between each block's loads and stores: that saves no time, only
+        two of six bytes.
+        """
+        hidden = self.head.hidden
+        if wide or logits.dtype == hidden.dtype:
+            return logits
+        rows, columns = logits.shape
+        return hidden.new_empty(rows, _aligned(columns))[:, :columns]
+
 
 def logits_dtype(head: LinearHead) -> torch.dtype:
     return head.hidden.dtype if head.rounded else result_dtype(head.hidden)
@@ -114,7 +135,7 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
     """``a @ b`` to ``out``, of their dtype or float32. On GPUs the accumulators of a 16-bit product are not rounded."""
     if out.dtype == a.dtype:
         torch.mm(a, b, out=out)
-    elif a.is_cuda:
+    elif _kind(a) == "cuda":
         torch.mm(a, b, out_dtype=torch.float32, out=out)
     else:
         torch.mm(a.float(), b.float(), out=out)
@@ -224,16 +245,17 @@ def head_gradients(
         for tokens in tiles.token_spans():
             z = tiles.logits(tokens, columns) if kept is None else kept
             of_rows, inside = gradient.rows(tokens), head.ids[tokens] - columns.start
-            kernels.logits_gradient(z, inside, None, of_rows, head.temperature, z, partial=True)
+            dz = tiles.for_gradient(z, wide=grad_bias is not None)
+            kernels.logits_gradient(z, inside, None, of_rows, head.temperature, dz, partial=True)
             if grad_bias is not None:
-                of_tokens = z.sum(0, dtype=torch.float32)
+                of_tokens = dz.sum(0, dtype=torch.float32)
                 bias_part = of_tokens if bias_part is None else bias_part + of_tokens
-            z = z.to(hidden.dtype)
+            dz = dz.to(hidden.dtype)
             if grad_hidden is not None:
-                grad_hidden.add(z, weight[columns], tokens)
+                grad_hidden.add(dz, weight[columns], tokens)
             if part is not None:
-                part.add(z.T, hidden[tokens])
-            del z  # the rounded one, before the next product
+                part.add(dz.T, hidden[tokens])
+            del z, dz  # before the next product
         if grad_weight is not None and part is not None and not part.once:
             grad_weight[columns] = part.total
         part = None  # before the next one is made
@@ -288,15 +310,16 @@ def loss_gradients(
         if not any(wanted):
             continue
         gradient = RowGradient(lse, None, grad_of(logp, tokens), None)
-        kernels.logits_gradient(z, head.ids[tokens], None, gradient, head.temperature, z)
+        dz = tiles.for_gradient(z, wide=grad_bias is not None)
+        kernels.logits_gradient(z, head.ids[tokens], None, gradient, head.temperature, dz)
         if grad_bias is not None:
-            grad_bias += z.sum(0, dtype=torch.float32)
-        z = z.to(hidden.dtype)
+            grad_bias += dz.sum(0, dtype=torch.float32)
+        dz = dz.to(hidden.dtype)
         if grad_hidden is not None:
-            grad_hidden.add(z, weight, tokens)
+            grad_hidden.add(dz, weight, tokens)
         if grad_weight is not None:
-            grad_weight.add(z.T, hidden[tokens])
-        del z  # the rounded one, before the next product
+            grad_weight.add(dz.T, hidden[tokens])
+        del z, dz  # before the next product
     del tiles  # before the sums are rounded, which takes memory too
     of_hidden, of_weight = (
         None if sums is None else sums.total.to(hidden.dtype) for sums in (grad_hidden, grad_weight)

@@ -1,15 +1,17 @@
 """`python -m prime_kernels bench` at its smallest sizes, its verdicts, and what it says of what fails."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from prime_kernels import __main__ as package
 from prime_kernels import _tuning, available_backends
-from prime_kernels._bench import cases, formulas, report, timing
+from prime_kernels._bench import cases, formulas, report, run, timing
 from prime_kernels._bench.report import NO_TIME, Row
 from prime_kernels._dispatch import OPERATIONS
+from prime_kernels.ops import _tiled_head
 
 SMALL = ["--device", "cpu", "--tokens", "8", "16", "--vocabulary", "300", "--width", "8"]
 
@@ -65,6 +67,37 @@ def test_every_operation(bench, ours, tmp_path):
     tuning = _tuning.read(str(folder / "tuning.json"))
     assert tuning.backends == dict.fromkeys(OPERATIONS, "cpu")
     assert (tuning.device, tuning.versions) == (_tuning.device_name("cpu"), _tuning.versions())
+
+
+def test_calls_on_a_cpu_are_timed_one_by_one(monkeypatch):
+    """Of twenty short calls one waits for another process: no round of a GPU's length would be without."""
+    clock, calls = [0.0], [0]
+
+    def call():
+        calls[0] += 1
+        clock[0] += 0.02 if calls[0] % 20 == 0 else 1e-4
+
+    monkeypatch.setattr(timing, "MOST_ROUNDS", 9)
+    monkeypatch.setattr(timing, "SHORTEST_ROUND", 2e-3)
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    found = timing.timed(call, torch.device("cpu"), 1.0)
+    assert found.median == pytest.approx(1e-4) and found.rounds == 180
+
+
+def test_without_time_no_inputs_are_made(bench, monkeypatch):
+    """Of the smallest sizes only, which say what there would be; and one line of progress for all of it."""
+    made, real = [], run.cases
+    monkeypatch.setattr(run, "cases", lambda sizes, *rest: made.append(sizes) or real(sizes, *rest))
+    _, _, progress, results = bench("--minutes", "1e-4", "--ops", "log_probs", "segment_sum")
+    assert {sizes.tokens for sizes in made} == {8}
+    rows = {(row["op"], row["which"], row["level"], row["way"]) for row in results["rows"]}
+    ways = {way for *_, way in rows}
+    assert "torch.compile" in ways and "eager" in ways
+    passes = [("log_probs", "forward"), ("log_probs", "backward"), ("segment_sum", "forward")]
+    assert rows == {(*each, level, way) for each in passes for level in (0, 1) for way in ways - {"torch.compile"}} | {
+        (*each, 0, "torch.compile") for each in passes
+    }
+    assert progress.count("no time was left") == 1
 
 
 def test_without_time_it_says_so(bench):
@@ -133,6 +166,24 @@ def test_wrong_options(words, message, capsys, tmp_path):
     with pytest.raises(SystemExit) as ended:
         package.main(["bench", "--output", str(tmp_path), *words])
     assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be(capsys, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as ended:
+        package.main(["bench", "--output", str(tmp_path / "file" / "out")])
+    assert ended.value.code == 2
+    assert "--output: expected a folder that can be written, got [Errno 20]" in capsys.readouterr().err
+
+
+def test_a_tuning_in_use_is_not_measured(bench, monkeypatch, tmp_path):
+    """Nor read: it may be broken, and the command is what writes another."""
+    (tmp_path / "torn.json").write_text("{")
+    monkeypatch.setenv(_tuning.ENVIRONMENT_VARIABLE, str(tmp_path / "torn.json"))
+    monkeypatch.setattr(_tiled_head, "HEAD_KERNELS", frozenset())  # which have no tiles to look up
+    status, _, progress, results = bench("--minutes", "10", "--ops", "linear_nll")
+    assert status == 0 and not any(row["failure"] for row in results["rows"])
+    assert "PRIME_KERNELS_TUNING is not used here" in progress
 
 
 def test_an_unknown_command(capsys):

@@ -35,6 +35,7 @@ HERE = {
 ELSEWHERE = {
     "conformance",
     "conftest",
+    "gpu_targets",
     "measure",
     "readme_charts",
     "smoke",

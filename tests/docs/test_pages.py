@@ -14,8 +14,8 @@ HERE = ("pytorch", "huggingface", "kernels", "prm", "rewards")
 ELSEWHERE = ("trl", "verl", "openrlhf", "skyrl")
 # Commands, settings and tables.
 NO_PYTHON = (
-    "adapters", "conformance", "docker", "drop_ins", "evaluation", "how_prime_works", "models", "reference",
-    "rollouts", "scale", "training", "troubleshooting", "verifiers", "wheels",
+    "adapters", "conformance", "docker", "drop_ins", "evaluation", "gpu_targets", "how_prime_works", "models",
+    "reference", "rollouts", "scale", "training", "troubleshooting", "verifiers", "wheels",
 )  # fmt: skip
 MADE = r"api/.*\.html|configuration\.md"
 """Made when the site is built; tests/docs/test_site.py looks for them there."""

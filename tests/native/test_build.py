@@ -61,6 +61,7 @@ def nvdisasm():
 
 
 # Of the loop over four 16-byte loads a thread, which is a row but for its ends: 32 elements of 16 bits, or 16 of 32.
+# Gradients of float32 logits in 16 bits take one conversion for two elements more.
 # With entropy; at 3 TB/s an H100 can issue about 640 for 32 elements.
 MOST_INSTRUCTIONS = {
     ("forward", "16 bits"): 440,
@@ -116,7 +117,9 @@ def test_cuda_kernels_keep_to_registers(nvcc, nvdisasm, tmp_path, op, wide, arch
         # Four loads under way together, and the rest one by one; the backward writes as wide.
         assert len(re.findall(r"\bLDG\.E[.\w]*\.128", kernel)) >= 5, kernel[:200]
         if "backward" in kernel[:200]:
-            assert len(re.findall(r"\bSTG\.E[.\w]*\.128", kernel)) >= 5, kernel[:200]
+            rounded = re.match(r"\S+kernelIf(6__half|13__nv_bfloat16)", kernel)
+            wide = 64 if rounded else 128  # of four columns
+            assert len(re.findall(rf"\bSTG\.E[.\w]*\.{wide}", kernel)) >= 5, kernel[:200]
 
 
 def configure(build, *options, **environment):

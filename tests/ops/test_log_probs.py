@@ -9,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import prime_kernels as pk
+from prime_kernels import _backends
+from prime_kernels._backends import RowGradient
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -365,3 +367,27 @@ def test_results_may_be_changed_in_place(backend, recorded):
         result.mul_(2.0 * weight)
     for result, was in zip(results, before, strict=True):
         assert torch.equal(result, 2.0 * was) and result.requires_grad
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("shape", [(1, 2), (3, 129), (12, 520), (2, 1003)], ids=str)
+def test_gradients_of_float32_logits_in_16_bits(backend, shape, dtype):
+    """The bits of the float32 gradient after a cast, whatever the address and the row stride; the logits stay."""
+    kernels, (count, columns) = _backends.rows(backend), shape
+    logits, ids = torch.randn(shape) * 4, torch.randint(columns, (count,))
+    logits[0, columns // 2] = 30.0
+    _, lse, entropy = kernels.token_log_probs([logits], ids, None, [0.8], True).only_model()
+    ids[-1] = 3 * columns  # of another part of the vocabulary
+    mask, grad_logp, grad_entropy = torch.arange(count) % 4 != 2, torch.randn(count), torch.randn(count)
+    grad_logp[0] = 1e6  # infinite in float16
+    for gradient in (RowGradient(lse, None, grad_logp, None), RowGradient(lse, entropy, grad_logp, grad_entropy)):
+        wide = torch.full(shape, math.nan)
+        kernels.logits_gradient(logits, ids, mask, gradient, 0.8, wide, partial=True)
+        for at in range(5):
+            z, frame = torch.full((count, columns + 2 * at), math.nan), torch.full((count, columns + 13), 7.0).to(dtype)
+            z = z[:, at : at + columns].copy_(logits)
+            out = frame[:, at : at + columns]
+            kernels.logits_gradient(z, ids, mask, gradient, 0.8, out, partial=True)
+            assert torch.equal(out, wide.to(dtype)) and torch.equal(z, logits)
+            assert out[mask].any(-1).all() and not out[~mask].any()
+            assert (frame[:, :at] == 7.0).all() and (frame[:, at + columns :] == 7.0).all()

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import prime_kernels as pk
+from prime_kernels import __main__ as package
 from prime_kernels import _dispatch, _tuning
 from prime_kernels.integrations import tile_sizes
 from prime_kernels.ops import _tiled_head
@@ -156,3 +157,28 @@ def test_a_torn_or_missing_file_is_refused(tuned):
     path.unlink()
     with pytest.raises(ValueError, match=r"expected a file that can be read, got .*No such file"):
         pk.segment_sum(X, torch.tensor([0, 3]))
+
+
+def test_the_report_names_the_file(tuned, monkeypatch):
+    monkeypatch.delenv(_tuning.ENVIRONMENT_VARIABLE, raising=False)
+    assert _tuning.said() == (True, "none (PRIME_KERNELS_TUNING is not set)")
+    path = tuned()
+    assert _tuning.said() == (True, f"{path}, for CPU tensors")
+    tuned(device="Another 9000, 64 threads")
+    usable, line = _tuning.said()
+    assert not usable and "expected the tuning of this device" in line
+    path.write_text("{")
+    assert not _tuning.said()[0]
+    if not torch.cuda.is_available():
+        tuned(device_type="cuda", device="some GPU", backends={"segment_sum": "triton"})
+        assert _tuning.said() == (True, f"{path}, for CUDA tensors, not used here")
+
+
+def test_the_report_tests_the_kernels_without_a_refused_file(tuned, monkeypatch, capsys):
+    """Their self-test passes; the file has its own line, and the status says that it is no good."""
+    monkeypatch.setattr(package, "self_test", lambda: print(tile_sizes("cpu").fused_bytes) or 0)
+    tuned().write_text("{")
+    assert package.main([]) == 1
+    said = capsys.readouterr().out
+    assert "tuning: PRIME_KERNELS_TUNING=" in said and "expected JSON" in said
+    assert said.endswith(f"{_tiled_head.FUSED_BYTES}\n")

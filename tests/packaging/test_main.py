@@ -28,7 +28,7 @@ def test_report():
     for name, reason in prime_kernels.available_backends().items():
         assert f"{name:7} {'available' if reason is None else f'not available: {reason}'}" in said
     for op in _dispatch.OPERATIONS:
-        assert f"  {op:18} cpu     ok, " in said
+        assert f"  {op:21} cpu     ok, " in said
     assert " passed in " in said
 
 

@@ -38,6 +38,19 @@ class Compiled(NamedTuple):
     def instructions(self) -> int:
         return len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", self.sass, re.MULTILINE))
 
+    @property
+    def loop(self) -> int:
+        """Instructions of the longest loop; 0 without one."""
+        labels, count, loops = {}, 0, [0]
+        for line in self.sass.splitlines():
+            if label := re.match(r"\s*(\.L_x_\d+):", line):
+                labels[label[1]] = count
+            elif re.search(r"/\*[0-9a-f]{4,}\*/", line):
+                count += 1
+                if jump := re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line):
+                    loops.append(count - labels.get(jump[1], count))
+        return max(loops)
+
     def widths(self, transfer: str) -> Counter[int]:
         """{bits: instructions} of global loads ("LDG") or stores ("STG")."""
         found = re.findall(rf"\b{transfer}\.E((?:\.\w+)*)", self.sass)

@@ -75,8 +75,9 @@ typedef struct pk_log_probs_grad_args {
   const float* entropy;       // null if grad_entropy is null
   const float* grad_logp;     // [n_rows] or null for zero
   const float* grad_entropy;  // [n_rows] or null for zero
-  void* out;                  // dtype of the logits; may be the logits themselves
+  void* out;                  // of the logits' dtype it may be the logits themselves
   int64_t out_stride;
+  int32_t out_dtype;  // that of the logits; of float32 logits also one of 16 bits, to which the gradient is rounded
   int32_t partial;   // not 0: the columns are part of longer rows, and ids may lie outside them
   int64_t* bad_row;  // CPU, as in pk_log_probs_args
 } pk_log_probs_grad_args;

@@ -159,7 +159,7 @@ def head_bytes(shape: Shape, tokens: int, of: Sizes, fused: bool, frozen: bool =
         logits = needed * (needed <= sizes.kept_bytes)
         return {"logits": float(logits), "hidden states, head": float(2 * hidden + of_head)}
     if fused:
-        rows, columns = max(1, min(tokens, sizes.fused_bytes // logit // shape.vocabulary)), shape.vocabulary
+        rows, columns = sizes.fused_tokens(logit, tokens, shape.vocabulary), shape.vocabulary
     elif logit * tokens * shape.vocabulary <= sizes.kept_bytes:
         rows, columns = tokens, shape.vocabulary
     else:

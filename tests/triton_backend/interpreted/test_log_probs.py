@@ -241,6 +241,28 @@ def test_rows_at_any_address(dtype, columns, splits):
         assert (frame == 7.0).all()
 
 
+@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize("columns", [2, 127, 520, 523])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_gradients_of_float32_logits_in_16_bits(dtype, columns, splits):
+    """The bits of the float32 gradient after a cast, whatever the address and the row stride; the logits stay."""
+    logits, ids = make(3, columns)
+    mask, grads = torch.tensor([True, False, True]), (torch.randn(3), torch.randn(3))
+    grads[0][0] = 1e6  # infinite in float16
+    _, lse, entropy = (column[0] for column in kernels.token_log_probs([logits], ids, None, [0.7], True))
+    ids[2] = columns + 5  # of another part of the vocabulary
+    wide = torch.empty_like(logits)
+    backward(logits, ids, mask, lse, entropy, *grads, 0.7, wide, small(splits))
+    for stride, shift in ((columns, 0), (528, 0), (528, 1), (531, 3)):
+        z = torch.full((3, stride + shift), math.nan)[:, shift : shift + columns]
+        z.copy_(logits)
+        frame = torch.full((3, stride + 8), 7.0, dtype=dtype)
+        out = frame[:, shift : shift + columns]
+        backward(z, ids, mask, lse, entropy, *grads, 0.7, out, small(splits))
+        assert torch.equal(out, wide.to(dtype)) and torch.equal(z, logits) and out[0].any() and not out[1].any()
+        assert (frame[:, :shift] == 7.0).all() and (frame[:, shift + columns :] == 7.0).all()
+
+
 def test_results_may_be_changed_in_place():
     prm = torch.randn(3, 20, requires_grad=True)
     result = pk.log_ratios(prm, torch.randn(3, 20), torch.tensor([0, 1, 2]), backend="triton")
