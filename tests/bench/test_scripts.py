@@ -26,7 +26,7 @@ BENCH = ROOT / "bench"
 EXAMPLES = ROOT / "examples"
 DEMO = EXAMPLES / "demo.toml"
 HERE = {
-    "adapters", "candidates", "demo/results", "faults_table", "plan_seconds", "plan_table", "precision",
+    "adapters", "candidates", "compiled", "demo/results", "faults_table", "plan_seconds", "plan_table", "precision",
     "precision_study", "prm/first_wrong_step", "prm/results", "prm/sample", "products", "rollout", "shared_prompts",
     "step", "step_share", "study/chains", "study/study", "trainer_cost", "trl_table", "verify/math_answers",
     "verify/programs", "verify/rates",
@@ -84,6 +84,18 @@ def test_candidates(script):
     lines = re.findall(r"^(logits|head) +min_prob ([\d.]+) .* ([\d.]+)x$", said, re.MULTILINE)
     assert [line[:2] for line in lines] == [(form, p) for p in ("0.05", "0.1", "0.2") for form in ("logits", "head")]
     assert all(float(line[2]) > 0 for line in lines)
+
+
+def test_compiled(script, small):
+    """With a backend that makes no code: minutes would go into that."""
+    torch._dynamo.reset()
+    words = dict(zip(small[::2], small[1::2], strict=True))
+    said = script(
+        "compiled", "--models", words["--model.path"], "--rounds", 1, "--dtype", "float32", "--backend", "aot_eager"
+    )
+    rows = [line.strip("| ").split(" | ") for line in said.splitlines() if line.startswith("| /")]
+    assert [row[1] for row in rows] == ["eager, nothing recomputed", 'eager, "selective"', "compiled"]
+    assert [float(row[6].split(" / ")[1]) < 1e-5 for row in rows] == [True] * 3 and rows[1][6] == "0.0e+00 / 0.0e+00"
 
 
 def test_faults_table(script, tmp_path):
