@@ -3,8 +3,8 @@
     python bench/step_share.py examples/demo.toml --model.path runs/demo-0/sft/final --steps 2 --output runs/share
 
 Trains as `prime-trainer rl` does with a clock around rloo_advantages, prm_loss, ppo_loss, segment_sum and their
-backward passes, and prints milliseconds and shares of each step. The PPO loss that linear_ppo_loss takes inside its
-product is not among them.
+backward passes, and prints milliseconds and shares of each step. The PPO loss inside linear_ppo_loss is not
+among them.
 """
 
 import sys

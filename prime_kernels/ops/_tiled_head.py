@@ -279,16 +279,8 @@ def loss_gradients(
 ) -> tuple[Tensor, HeadGradients]:
     """logp and the gradients from one product, for losses of which a token's gradient follows from its logp.
 
-    ``grad_of(logp, tokens)`` is d loss / d logp of a span of tokens. Kernels for a whole head take a second product
-    where the logits are too many to keep.
+    ``grad_of(logp, tokens)`` is d loss / d logp of a span of tokens. Not for HEAD_KERNELS.
     """
-    if backend in HEAD_KERNELS:
-        of_head = _backends.head(backend)
-        (logp, lse, _), kept = of_head.token_log_probs(head, False, any(wanted) and can_keep(head, backend))
-        if not any(wanted):
-            return logp, HeadGradients(None, None, None)
-        gradient = RowGradient(lse, None, grad_of(logp, slice(0, len(logp))), None)
-        return logp, of_head.gradients(head, gradient, wanted, kept)
     hidden, weight, bias = head.hidden, head.weight, head.bias
     kernels = row_kernels(backend, head.softcap)
     itemsize = logits_dtype(head).itemsize

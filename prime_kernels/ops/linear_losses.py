@@ -1,9 +1,13 @@
-"""Token losses straight from hidden states, with gradients made in the forward pass.
+"""Token losses straight from hidden states, in three products where their logits fit into memory.
 
-If the loss of a token depends on its log-probability alone, d loss / d logp is known as soon as the token's logits are:
-one product gives the loss and its gradient, while linear_log_probs recomputes the logits in backward. In return, the
-gradients of ``hidden`` and of the head are kept from forward to backward, and on GPUs a tile holds whole rows of
-logits, in a 32nd of the memory. On CPUs all logits are kept where linear_log_probs would keep them.
+If the loss of a token depends on its log-probability alone, d loss / d logp is known as soon as the token's logits are.
+On GPUs gradients are made in the forward pass from one tile after another, each of whole rows of logits, in a sixteenth
+of the memory: one product gives the loss and its gradient, while linear_log_probs recomputes the logits in backward. In
+return, the gradients of ``hidden`` and of the head are kept from forward to backward.
+
+Kernels of a whole head need all logits twice, so they save nothing in the forward pass: there the loss is one of
+linear_log_probs, with three products where its logits are kept. Made in the backward pass, the gradients have the
+factor of the loss in them before they are rounded; multiplied afterwards, they would be written a second time.
 """
 
 from collections.abc import Callable
@@ -23,7 +27,7 @@ LossOf = Callable[[Tensor, slice], tuple[Tensor, ...]]
 
 
 class FusedLoss(torch.autograd.Function):
-    """The loss of all tokens and its statistics, which have no gradient."""
+    """The loss of all tokens and its statistics, which have no gradient. Gradients are made in the forward pass."""
 
     @staticmethod
     def forward(
@@ -51,11 +55,25 @@ class FusedLoss(torch.autograd.Function):
     @staticmethod
     @first_derivative_only("linear_nll and linear_ppo_loss")
     def backward(ctx: Any, grad: Tensor, *_statistics: Tensor) -> Gradients:
-        gradients = ctx.saved_tensors
-        # On a GPU, reading the factor would wait for it.
-        if grad.device.type != "cpu" or grad != 1.0:
-            gradients = [None if each is None else each * grad.to(each.dtype) for each in gradients]
+        # Whatever the factor: on a GPU, reading it would wait for it.
+        gradients = [None if each is None else each * grad.to(each.dtype) for each in ctx.saved_tensors]
         return *gradients, None, None, None
+
+
+class HeadLoss:
+    """The same by kernels of a whole head: a function of its log-probs."""
+
+    @staticmethod
+    def apply(
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        ids: Tensor,
+        settings: linear.Settings,
+        loss_of: LossOf,
+    ) -> tuple[Tensor, ...]:
+        logp, _ = linear.TiledLogProbs.apply(hidden, weight, bias, ids, settings, None, torch.is_grad_enabled())
+        return loss_of(logp, slice(0, len(logp)))
 
 
 class EagerLoss:
@@ -82,7 +100,7 @@ def _loss_arguments(
     settings: linear.Settings,
     columns: list[Tensor | None],
     loss_of: Callable[..., tuple[Tensor, ...]],
-) -> tuple[type[FusedLoss] | type[EagerLoss], tuple[Any, ...]]:
+) -> tuple[type[FusedLoss] | type[HeadLoss] | type[EagerLoss], tuple[Any, ...]]:
     """The function that computes ``loss_of(logp, *columns)`` of the valid tokens, and its arguments."""
     tokens = linear.compact(head.hidden, ids, mask)
     flat = [None if column is None else column.detach().reshape(-1) for column in columns]
@@ -92,7 +110,11 @@ def _loss_arguments(
     def of_span(logp: Tensor, span: slice) -> tuple[Tensor, ...]:
         return loss_of(logp, *(None if column is None else column[span] for column in flat))
 
-    function = EagerLoss if settings.backend == "eager" or not len(tokens.hidden) else FusedLoss
+    function: type[FusedLoss] | type[HeadLoss] | type[EagerLoss] = FusedLoss
+    if settings.backend == "eager" or not len(tokens.hidden):
+        function = EagerLoss
+    elif settings.backend in tiles.HEAD_KERNELS:
+        function = HeadLoss
     temperature, softcap = linear.as_product(head, settings.temperature)
     settings = settings._replace(temperature=temperature, softcap=softcap)
     return function, (tokens.hidden, head.weight, head.bias, tokens.ids, settings, of_span)
@@ -122,10 +144,12 @@ def linear_nll(
     logits_dtype: str = "float32",
     backend: str | None = None,
 ) -> Tensor:
-    """Negative log-likelihood (cross-entropy) of tokens from hidden states, gradients made in the forward pass.
+    """Negative log-likelihood (cross-entropy) of tokens from hidden states, in three products with its gradients.
 
     loss = -sum_t weights_t * logp_t / denominator with logp as of ``linear_log_probs``. Differentiable in ``hidden``,
-    ``weight`` and ``bias``. For supervised fine-tuning: one product fewer than ``linear_log_probs`` and its backward.
+    ``weight`` and ``bias``. For supervised fine-tuning. On GPUs gradients are made in the forward pass, one product
+    fewer than ``linear_log_probs`` and its backward; on CPUs they are those of ``linear_log_probs``, with the logits
+    kept for them or recomputed as there.
 
     Args:
         hidden: [..., D], as in :func:`prime_kernels.linear_log_probs`.
@@ -147,7 +171,7 @@ def linear_nll(
     Raises:
         TypeError, ValueError, IndexError, BackendUnavailable: as in :func:`prime_kernels.linear_log_probs`.
 
-    Source: cross-entropy; gradients in the forward pass as in arXiv 2410.10989, section 3.
+    Source: cross-entropy; gradients in the forward pass, on GPUs, as in arXiv 2410.10989, section 3.
     """
     if torch.compiler.is_compiling():
         logp = linear.linear_log_probs(
@@ -198,10 +222,10 @@ def linear_ppo_loss(
     logits_dtype: str = "float32",
     backend: str | None = None,
 ) -> PPOLoss:
-    """Clipped PPO loss from hidden states, gradients made in the forward pass.
+    """Clipped PPO loss from hidden states, in three products with its gradients.
 
-    ``ppo_loss(linear_log_probs(hidden, weight, ids), old_logp, advantages)`` with one product fewer. Differentiable in
-    ``hidden``, ``weight`` and ``bias``.
+    ``ppo_loss(linear_log_probs(hidden, weight, ids), old_logp, advantages)``, on GPUs with one product fewer, as
+    :func:`linear_nll`. Differentiable in ``hidden``, ``weight`` and ``bias``.
 
     Args:
         hidden: [..., D], as in :func:`prime_kernels.linear_log_probs`.
@@ -228,7 +252,7 @@ def linear_ppo_loss(
     Raises:
         TypeError, ValueError, IndexError, BackendUnavailable: as in the two functions it stands for.
 
-    Source: arXiv 1707.06347, equation 7; gradients in the forward pass as in arXiv 2410.10989, section 3.
+    Source: arXiv 1707.06347, equation 7; gradients in the forward pass, on GPUs, as in arXiv 2410.10989, section 3.
     """
     if torch.compiler.is_compiling():
         logp = linear.linear_log_probs(

@@ -22,12 +22,10 @@ READING = {
 SHAPED = {"nonzero", "masked_select", "unique_consecutive", "_unique2", "unique_dim", "_local_scalar_dense", "equal"}
 PACKAGES = ("prime_trainer", "prime_kernels", "transformers")
 # Code of prime_kernels that reads values of CPU tensors, where nothing waits, and not of CUDA tensors: the checks
-# (asserted on a GPU), the C++ backend's arguments and results, the factor of a gradient, the longest segment, pairs (a
-# kernel's).
+# (asserted on a GPU), the C++ backend's arguments and results, the longest segment, pairs (a kernel's).
 OF_CPUS = {
     "prime_kernels/_checks.py": None,
     "prime_kernels/_native/packed.py": None,
-    "prime_kernels/ops/linear_losses.py": {"backward"},
     "prime_kernels/ops/segment_scan.py": None,
     "prime_kernels/ops/rloo_advantages.py": {"fused"},
     "prime_kernels/_segment_math.py": {"ordered_pairs"},

@@ -315,6 +315,20 @@ def test_losses(keeps, loss, dtype):
         assert_near(mine, exact.double(), GRADIENT[dtype])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_factor_of_a_loss_is_not_rounded(keeps, dtype):
+    """Halfway between two numbers of the dtype, it would be off by half a place in every element if it were rounded."""
+    head, ids = inputs(50, 33, 1200, dtype)
+    weights, half = torch.rand(50), torch.finfo(dtype).eps / 2
+    loss = pk.linear_nll(*head[:2], ids, bias=head[2], weights=weights, backend="cpu")
+    leaves = [each.detach().double().requires_grad_() for each in head]
+    want = -(truth(leaves, ids)[0] * weights).sum() / 50
+    mine = torch.autograd.grad(loss, head, torch.tensor(1 + half))
+    exact = torch.autograd.grad(want, leaves, torch.tensor(1 + half, dtype=torch.float64))
+    for one, other in zip(mine, exact, strict=True):
+        assert (one.double() - other).norm() < 0.8 * half * other.norm()
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 2), (17, 64, 17), (33, 97, 193), (40, 31, 1100)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", [{}, {"softcap": 5.0, "temperature": 0.7}], ids=str)

@@ -183,10 +183,8 @@ def head_bytes(shape: Shape, tokens: int, of: Sizes, fused: bool, frozen: bool =
         moments.append((0, held + hidden))
     if fused and not once and not frozen:  # the sum is rounded when the logits are gone
         moments.append((0, (4 + compute * low) * shape.head))
-    if (
-        fused and device != "cpu" and not frozen
-    ):  # gradients times that of the loss, which a CPU leaves out where it is 1
-        moments.append((0, 2 * compute * shape.head))
+    if fused and not frozen:  # gradients times that of the loss
+        moments.append((0, 2 * compute * shape.head + hidden))
     logits, others = max(moments, key=sum)
     return {"logits": float(logits), "hidden states, head": float(hidden + of_hidden + others)}
 
