@@ -24,6 +24,7 @@ from prime_kernels.ops.ppo_loss import PPOLoss, check_denominator, ppo_loss
 
 # The loss of a span of tokens from their logp [n], followed by its statistics.
 LossOf = Callable[[Tensor, slice], tuple[Tensor, ...]]
+LossOfResults = Callable[[tuple[Any, ...]], tuple[Any, ...]]
 
 
 class FusedLoss(torch.autograd.Function):
@@ -60,24 +61,8 @@ class FusedLoss(torch.autograd.Function):
         return *gradients, None, None, None
 
 
-class HeadLoss:
-    """The same by kernels of a whole head: a function of its log-probs."""
-
-    @staticmethod
-    def apply(
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        ids: Tensor,
-        settings: linear.Settings,
-        loss_of: LossOf,
-    ) -> tuple[Tensor, ...]:
-        logp, _ = linear.TiledLogProbs.apply(hidden, weight, bias, ids, settings, None, torch.is_grad_enabled())
-        return loss_of(logp, slice(0, len(logp)))
-
-
 class EagerLoss:
-    """The same in plain PyTorch."""
+    """The loss in plain PyTorch."""
 
     @staticmethod
     def apply(
@@ -100,8 +85,8 @@ def _loss_arguments(
     settings: linear.Settings,
     columns: list[Tensor | None],
     loss_of: Callable[..., tuple[Tensor, ...]],
-) -> tuple[type[FusedLoss] | type[HeadLoss] | type[EagerLoss], tuple[Any, ...]]:
-    """The function that computes ``loss_of(logp, *columns)`` of the valid tokens, and its arguments."""
+) -> tuple[type[FusedLoss] | type[linear.TiledLogProbs] | type[EagerLoss], tuple[Any, ...], LossOfResults]:
+    """A function, its arguments, and what makes ``loss_of(logp, *columns)`` of the valid tokens from its results."""
     tokens = linear.compact(head.hidden, ids, mask)
     flat = [None if column is None else column.detach().reshape(-1) for column in columns]
     if tokens.places is not None:
@@ -110,14 +95,15 @@ def _loss_arguments(
     def of_span(logp: Tensor, span: slice) -> tuple[Tensor, ...]:
         return loss_of(logp, *(None if column is None else column[span] for column in flat))
 
-    function: type[FusedLoss] | type[HeadLoss] | type[EagerLoss] = FusedLoss
-    if settings.backend == "eager" or not len(tokens.hidden):
-        function = EagerLoss
-    elif settings.backend in tiles.HEAD_KERNELS:
-        function = HeadLoss
     temperature, softcap = linear.as_product(head, settings.temperature)
     settings = settings._replace(temperature=temperature, softcap=softcap)
-    return function, (tokens.hidden, head.weight, head.bias, tokens.ids, settings, of_span)
+    of_head = (tokens.hidden, head.weight, head.bias, tokens.ids, settings)
+    if settings.backend == "eager" or not len(tokens.hidden):
+        return EagerLoss, (*of_head, of_span), tuple
+    if settings.backend in tiles.HEAD_KERNELS:
+        arguments = (*of_head, None, torch.is_grad_enabled())
+        return linear.TiledLogProbs, arguments, lambda results: of_span(results[0], slice(0, len(results[0])))
+    return FusedLoss, (*of_head, of_span), tuple
 
 
 def _count(ids: Tensor, mask: Tensor | None) -> Tensor:
@@ -194,8 +180,8 @@ def linear_nll(
     def loss_of(logp: Tensor, weights: Tensor | None) -> tuple[Tensor]:
         return (_nll(logp, weights, denominator),)
 
-    function, arguments = _loss_arguments(head, ids, mask, settings, [weights], loss_of)
-    return function.apply(*arguments)[0]
+    function, arguments, loss_of_results = _loss_arguments(head, ids, mask, settings, [weights], loss_of)
+    return loss_of_results(function.apply(*arguments))[0]
 
 
 def _nll(logp: Tensor, weights: Tensor | None, denominator: Tensor | float) -> Tensor:
@@ -300,5 +286,5 @@ def linear_ppo_loss(
             denominator=denominator,
         )
 
-    function, arguments = _loss_arguments(head, ids, mask, settings, columns, loss_of)
-    return PPOLoss(*function.apply(*arguments))
+    function, arguments, loss_of_results = _loss_arguments(head, ids, mask, settings, columns, loss_of)
+    return PPOLoss(*loss_of_results(function.apply(*arguments)))
