@@ -4,26 +4,33 @@ usage: python bench/adapters.py measure RESULTS.json [RUN.toml] [--rank 64] [--s
        python bench/adapters.py table RESULTS.json bench/results/adapters
 
 Each arm is a process of its own, from the same weights and seed: with B = 0 the first step of both samples and trains
-on the same responses. Every group passes the filter. Resident memory is the most during the steps (VmHWM, reset before
-the first), and that before them. Seconds of the processor (all threads) tell more than those of the clock where other
-work shares the machine. `measure` adds to what RESULTS.json has, so arms may be measured one after another.
+on the same responses. Every group passes the filter. Resident memory is the most during each stage (VmHWM, reset before
+it), and that before the steps. Seconds of the processor (all threads) tell more than those of the clock where other
+work shares the machine. `measure` adds to what RESULTS.json has, so arms may be measured one by one; an allocator
+that LD_PRELOAD names is that of the arms, and is recorded.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from prime_trainer import loop
 from prime_trainer.config.load import load
 from prime_trainer.run.provenance import environment
+from prime_trainer.run.stage_clock import StageClock
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("rollout", "prm", "policy", "total")
+HELD = STAGES[:-1]
+"""Stages whose memory is measured."""
 OPEN = ["--filter.low", "0", "--filter.high", "1", "--rollout.engine", "transformers", "--model.device", "cpu"]
 
 
@@ -37,21 +44,45 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
+class _Peaks(StageClock):
+    """Also keeps the most resident memory of each stage, in GB."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = dict.fromkeys(HELD, 0.0)
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        forget_peak()
+        with super().__call__(stage):
+            yield
+        if stage in self.most:
+            self.most[stage] = max(self.most[stage], resident("VmHWM"))
+
+    def times(self) -> dict[str, float]:
+        return super().times() | {f"most/{stage}": most for stage, most in self.most.items()}
+
+
 def one(toml: Path, steps: int, words: list[str]) -> list[dict[str, object]]:
     """A row a step."""
-    trainer = loop.Run(load(toml, [*OPEN, *words]))
-    forget_peak()
+    loop.StageClock = _Peaks  # type: ignore[misc]
+    cfg = load(toml, [*OPEN, *words])
+    trainer = loop.Run(cfg)
     held, rows = resident("VmRSS"), []
     trained = [each for each in (trainer.policy, trainer.prm) if each is not None]
     masters = sum(master.numel() for each in trained for master in each.master)
+    how = {
+        "pass tokens": cfg.micro_batch_tokens, "checkpointing": cfg.scale.activation_checkpointing,
+        "allocator": Path(os.environ.get("LD_PRELOAD", "")).name or "libc",
+    }  # fmt: skip
     try:
         for _ in range(steps):
             began = time.process_time()
             values = trainer.train_step().metrics
-            row = {"cpu s": time.process_time() - began}
-            row |= {f"{stage} s": values[f"time/{stage}"] for stage in STAGES}
-            row |= {"tokens": values["tokens"], "trained": masters, "held GB": held, "most GB": resident("VmHWM")}
-            rows.append({"step": trainer.step} | row)
+            row = {"cpu s": time.process_time() - began} | {f"{stage} s": values[f"time/{stage}"] for stage in STAGES}
+            most = {f"{stage} GB": values[f"most/{stage}"] for stage in HELD}
+            row |= {"tokens": values["tokens"], "trained": masters, "held GB": held, "most GB": max(most.values())}
+            rows.append({"step": trainer.step} | how | row | most)
     finally:
         trainer.close()
     return rows
@@ -74,14 +105,16 @@ def measure(target: Path, toml: Path, rank: int, steps: int, arms: list[str], wo
 def table(source: Path, folder: Path) -> None:
     """The least time of each stage over an arm's steps, as other work on the machine only adds to it."""
     rows = json.loads(source.read_text())["rows"]
-    head = ["trained", "held GB", "most GB", *(f"{stage} s" for stage in STAGES), "processor s", "steps"]
-    lines = [f"| | {' | '.join(head)} |", "|---|" + "--:|" * len(head)]
-    for arm in dict.fromkeys(row["arm"] for row in rows):
-        mine = [row for row in rows if row["arm"] == arm]
+    named = ("arm", "pass tokens", "checkpointing", "allocator")
+    memory = ("held", *HELD, "most")
+    head = [*named, "trained", *(f"{kind} GB" for kind in memory), *(f"{stage} s" for stage in STAGES), "processor s"]
+    lines = [f"| {' | '.join([*head, 'steps'])} |", "|---" * len(named) + "|" + "--:|" * (len(head) + 1 - len(named))]
+    for arm in dict.fromkeys(tuple(row[name] for name in named) for row in rows):
+        mine = [row for row in rows if tuple(row[name] for name in named) == arm]
         times = [min(row[f"{stage} s"] for row in mine) for stage in (*STAGES, "cpu")]
-        most = [max(row[f"{kind} GB"] for row in mine) for kind in ("held", "most")]
-        cells = [f"{mine[0]['trained']:,}", *(f"{value:.2f}" for value in most), *(f"{value:.1f}" for value in times)]
-        lines.append(f"| {arm} | {' | '.join(cells)} | {len(mine)} |")
+        most = [max(row[f"{kind} GB"] for row in mine) for kind in memory]
+        cells = [*map(str, arm), f"{mine[0]['trained']:,}", *(f"{value:.2f}" for value in most)]
+        lines.append(f"| {' | '.join([*cells, *(f'{value:.1f}' for value in times), str(len(mine))])} |")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "step.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))

@@ -21,6 +21,7 @@ from prime_kernels.integrations import head_logits, output_layer
 
 from ..scale import sharding
 from . import traits
+from .adapters.views import AdaptedModel, adapted
 from .protocols import CausalLM
 
 
@@ -31,8 +32,10 @@ def is_split(model: CausalLM) -> bool:
 
 def head(model: CausalLM, hidden: Tensor) -> Head:
     """The whole LM head applied to `hidden` [T, H], as the kernels take it."""
-    weight, bias = output_layer(model)
-    form = traits.of(model).head
+    weight, bias = _parameters(model)
+    form, view = traits.of(model).head, _with_adapter(model)
+    if view is not None:
+        hidden, weight = view.head_hidden(hidden), view.head_weight(weight)
     return Head(
         hidden,
         sharding.whole(weight, hidden.dtype, hidden.device),
@@ -40,6 +43,20 @@ def head(model: CausalLM, hidden: Tensor) -> Head:
         form.scale,
         form.softcap,
     )
+
+
+def _parameters(model: CausalLM) -> tuple[Tensor, Tensor | None]:
+    """Weight [V, D] and bias of the head, without what adapters add."""
+    layer = model.get_output_embeddings()
+    if _with_adapter(model) is None:
+        return output_layer(model)
+    return layer.base_layer.weight, layer.base_layer.bias
+
+
+def _with_adapter(model: CausalLM) -> AdaptedModel | None:
+    """`model` where its base has an adapter on the head, be it another view's."""
+    view = adapted(model)
+    return view if view is not None and view.base.head_rank else None
 
 
 def options(model: CausalLM, temperature: float = 1.0) -> dict[str, Any]:
@@ -62,11 +79,15 @@ def same_logits(model: CausalLM) -> Iterator[None]:
     """While it lasts, `model(...).logits` are those of the losses: where these are the float32 sums of the product
     (`model.logits_dtype`), the output layer gives them, without gradients, and the model's factor and cap work on them.
     """
-    layer, (weight, bias) = model.get_output_embeddings(), output_layer(model)
+    layer, (weight, bias), view = model.get_output_embeddings(), _parameters(model), _with_adapter(model)
     if logits_dtype(model) == "input" or weight.dtype.itemsize >= torch.float32.itemsize:
         yield
         return
-    layer.forward = lambda hidden: head_logits(hidden, weight, bias)
+    if view is None:
+        layer.forward = lambda hidden: head_logits(hidden, weight, bias)
+    else:
+        wide = view.head_weight(weight).detach()
+        layer.forward = lambda hidden: head_logits(view.head_hidden(hidden), wide, bias)
     try:
         yield
     finally:

@@ -124,6 +124,11 @@ def _adapted(cfg: Wanted, ranks: Ranks) -> Models:
         else:
             prm_record.check_goes_on(cfg.prm_model, cfg.prm)
             prm = _read_adapter(base, "prm", cfg.prm.path, "prm.path")
+    if ranks.mesh is not None and base.head is not None:
+        raise ModelError(
+            "model.adapter.targets has the head, which FSDP2 keeps apart from the layers: leave it out, or set "
+            "scale.shard = false, got true"
+        )
     recompute_activations(base.model, cfg.scale)
     if ranks.mesh is not None:
         sharding.shard(base.model, ranks.mesh, offload=False, split_head=cfg.scale.vocab_parallel_head)
@@ -143,6 +148,8 @@ class WithoutData:
     """With all adapters."""
     base_parameters: int
     """Of the model without adapters."""
+    head_columns: int
+    """That adapters on the head add to it in each pass."""
 
 
 def without_data(cfg: ModelConfig, prm: PRMConfig, needs: Needs) -> WithoutData:
@@ -150,7 +157,7 @@ def without_data(cfg: ModelConfig, prm: PRMConfig, needs: Needs) -> WithoutData:
     model = meta.meta_model(cfg)
     count = sum(parameter.numel() for parameter in model.parameters())
     if not cfg.adapter.wanted:
-        return WithoutData(model, None, model, count)
+        return WithoutData(model, None, model, count, 0)
     base = Base(model, cfg)
     given = cfg.adapter.path
     own = lora_config(cfg.adapter) if given is None else adapter_files.read_config(given, "model.adapter.path")
@@ -161,7 +168,7 @@ def without_data(cfg: ModelConfig, prm: PRMConfig, needs: Needs) -> WithoutData:
             of_prm = as_model(base.add("prm", other, 0))
     for parameter in model.parameters():  # peft leaves adapters on this device in float32
         parameter.data = parameter.data.to(getattr(torch, cfg.dtype))
-    return WithoutData(policy, of_prm, model, count)
+    return WithoutData(policy, of_prm, model, count, base.head_rank)
 
 
 def load_base(cfg: ModelConfig) -> Base:

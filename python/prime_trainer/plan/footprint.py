@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from prime_kernels.integrations import tile_sizes
 
 from ..models import forward
+from ..models.adapters.views import adapted
 from ..models.protocols import CausalLM
 from ..scale import sharding
 
@@ -29,6 +30,8 @@ class Trained:
     outside: int
     """In the body outside the layers."""
     head: int
+    head_adapter: int
+    """In the adapter on the head, whose gradient is made as that of a wider head."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,14 @@ class Shape:
     vocabulary: int
     cache_per_token: int
     """Keys and values of all layers."""
+    head_columns: int
+    """That adapters add to the head in each pass."""
+
+    @property
+    def wide_head(self) -> Shape:
+        """With the head that passes go through as the head, and its width as the width."""
+        width = self.width + self.head_columns
+        return replace(self, width=width, head=self.vocabulary * width) if self.head_columns else self
 
 
 @dataclass(frozen=True)
@@ -62,8 +73,8 @@ class Passes:
     """At most, in a pass with gradients; each parameter's gradient goes as it comes."""
 
 
-def shape_of(model: CausalLM) -> Shape:
-    """Counts a model's parameters; those that modules share count once."""
+def shape_of(model: CausalLM, head_columns: int = 0) -> Shape:
+    """Counts a model's parameters; those that modules share count once. `head_columns`: see `Shape`."""
     found = sharding.layers(model)
     sizes = [sum(p.numel() for p in layer.parameters()) for layer in found]
     total, body = (sum(p.numel() for p in module.parameters()) for module in (model, model.base_model))
@@ -73,6 +84,7 @@ def shape_of(model: CausalLM) -> Shape:
         total, max(sizes), body - sum(sizes), head.numel(), head is model.get_input_embeddings().weight, len(found),
         config.hidden_size, len(head),
         2 * len(found) * size * (getattr(config, "num_key_value_heads", None) or config.num_attention_heads),
+        head_columns,
     )  # fmt: skip
 
 
@@ -84,8 +96,12 @@ def trained_of(model: CausalLM) -> Trained:
         return sum(mine.get(id(p), 0) for p in parameters)
 
     layers = [count(layer.parameters()) for layer in sharding.layers(model)]
-    head = model.get_output_embeddings().weight
-    return Trained(sum(mine.values()), max(layers), count(model.base_model.parameters()) - sum(layers), count([head]))
+    head, view = model.get_output_embeddings().weight, adapted(model)
+    factors = None if view is None else view.factors().get(view.base.head or "")
+    return Trained(
+        sum(mine.values()), max(layers), count(model.base_model.parameters()) - sum(layers), count([head]),
+        0 if factors is None else count([factors.a, factors.b]),
+    )  # fmt: skip
 
 
 class _Live(TorchDispatchMode):

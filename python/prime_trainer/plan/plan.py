@@ -63,7 +63,8 @@ def make(cfg: RunConfig, gpus: int, prompt_tokens: int) -> Plan:
     models = placement.without_data(cfg.model, cfg.prm, cfg.needs)
     model = models.policy
     layout = traits.expected_layout(model, cfg.model.attention)
-    shape, compute = shape_of(models.whole), torch.empty(0, dtype=getattr(torch, cfg.model.dtype)).element_size()
+    shape = shape_of(models.whole, models.head_columns)
+    compute = torch.empty(0, dtype=getattr(torch, cfg.model.dtype)).element_size()
     cfg = _launched(cfg, gpus)
     offload, needs = set(cfg.scale.offload), cfg.needs
     ranks = gpus if cfg.scale.shard else 1
@@ -211,7 +212,8 @@ class _Work:
                 kept | {"gradients on their way": (c + cast) * mine.head * (trained.head > 0)},
             ]
         else:
-            loss = head_bytes(shape, self.tokens, self.sizes, fused, frozen=not trained.head)
+            learns = trained.head or trained.head_adapter
+            loss = head_bytes(shape.wide_head, self.tokens, self.sizes, fused, frozen=not learns) | self._wide_head()
             head = [
                 kept | loss | {"gathered parameters": c * shape.head},
                 kept | {"gradients on their way": (c + cast + f / self.ranks) * trained.head},
@@ -231,15 +233,20 @@ class _Work:
     def score(self) -> Parts:
         """Passes without gradients, one model after the other."""
         shape, c = self.shape, self.sizes.compute
-        hidden = float(2 * c * self.tokens * shape.width)
+        hidden = float(2 * c * self.tokens * shape.wide_head.width)
         gathered = c * (shape.outside + 2 * shape.layer) if self.sharded else 0.0
         head, tokens = self._share() if self.split else (shape, self.tokens)
         others = {"hidden states of all ranks": c * tokens * shape.width} if self.split else {}
         return _most(
             {"activations": self.body.forward, "gathered parameters": gathered},
             {"logits": score_tile_bytes(head, tokens, self.sizes), "hidden states, head": hidden,
-             "gathered parameters": c * head.head if self.sharded else 0.0} | others,
+             "gathered parameters": c * head.head if self.sharded else 0.0} | others | self._wide_head(),
         )  # fmt: skip
+
+    def _wide_head(self) -> Parts:
+        """The head beside the columns of the adapter on it."""
+        wide = self.shape.wide_head
+        return {"head and its adapter": float(self.sizes.compute * wide.head)} if wide.head_columns else {}
 
     def _share(self) -> tuple[Shape, int]:
         """The model with this rank's rows of the head, and the tokens that they are for."""
@@ -250,6 +257,8 @@ class _Work:
         """`prompts` are read, then `n` responses to each drawn side by side; a layer's keys are copied as they grow."""
         shape, c = self.shape, self.sizes.compute
         whole = {"whole policy": c * shape.parameters if self.sharded else 0.0}
+        if self.sizes.logit > c:  # float32 logits of such weights are our own product
+            whole |= self._wide_head()
         cache, logits = c * shape.cache_per_token * prompts * n * length, prompts * n * shape.vocabulary
         share = prompts * prompt_tokens / self.body.tokens
         return whole | _most(

@@ -63,6 +63,7 @@ def assert_planned(cfg, gpus, measured):
 HELD = ("base", "policy, masters and AdamW", "PRM, masters and AdamW", "reference")
 PRM = {"rollout": ROLLOUT, "policy": {"minibatches": 1}, "task": {"eval_size": 40}, "eval": {"batch_size": 40}}
 ADAPTER = {"adapter": {"rank": 16}}
+ON_HEAD = {"adapter": {"rank": 16, "targets": ["all-linear", "lm_head"]}}
 RECOMPUTED = {"scale": {"activation_checkpointing": "full"}}
 MANY = {"prompts_per_step": 64, "n": 8, "max_new_tokens": 64}
 """Responses that fill a pass."""
@@ -76,8 +77,9 @@ MANY = {"prompts_per_step": 64, "n": 8, "max_new_tokens": 64}
         ((2048, False), "bfloat16", {"micro_batch_tokens": 896, "algorithm": {"process_coef": 0},
                                      "policy": {"minibatches": 1, "kl_coef": 0.1}}),
         ((2048, False), "bfloat16", {"micro_batch_tokens": 896, "model": ADAPTER}),
+        ((2048, True), "bfloat16", {"micro_batch_tokens": 896, "model": ON_HEAD}),
     ],
-    ids=["kept", "recomputed", "without a PRM", "adapters"],
+    ids=["kept", "recomputed", "without a PRM", "adapters", "an adapter on the head"],
 )  # fmt: skip
 def test_peaks_of_one_process(run_config, models_by_size, size, dtype, changes):
     model = {"path": str(models_by_size[size]), "dtype": dtype, **changes.get("model", {})}

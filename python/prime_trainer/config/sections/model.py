@@ -19,7 +19,8 @@ class AdapterConfig(Section):
     alpha: float | None = Field(default=None, gt=0)
     """An adapter's product is multiplied by alpha / rank; unset: by 1."""
     targets: Literal["all-linear"] | list[str] = "all-linear"
-    """The linear layers that get an adapter: all but the head, or those whose names end in one of these."""
+    """The linear layers that get an adapter: all but the head, or those whose names end in one of these. In a list,
+    "all-linear" stands for all but the head: `["all-linear", "lm_head"]` has it too."""
     path: Path | None = None
     """An adapter directory to start from (`final/adapter` of a run), trained on the base `model.path`; rank, alpha and
     targets are then its own. `sft`, `rl` and `prm` go on with it, `eval`, `generate` and `score` use it."""

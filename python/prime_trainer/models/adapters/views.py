@@ -7,6 +7,7 @@ the base's.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -77,6 +78,10 @@ class Base:
         self.configs: dict[str, LoraConfig] = {}
         self.directories: dict[str, Path] = {}
         """Of the adapters that were read from files."""
+        self.head: str | None = None
+        """The name of the head's weight, where there is an adapter on it."""
+        self.head_rank = 0
+        """Of the adapter on the head that has most, 0 without one."""
         self._layers: dict[str, Any] = {}
         self._on: str | None = None
 
@@ -84,6 +89,7 @@ class Base:
         """Puts a new adapter in, of which `seed` decides the values. Raises ModelError where that cannot be."""
         peft, kind = _peft(), type(self.model).__name__
         linear = _linear_layers(self.model)
+        config = _without_all(config, linear, self.model.get_output_embeddings())
         _check_targets(config, linear, kind)
         # peft draws from the global stream.
         state = torch.get_rng_state()
@@ -105,10 +111,12 @@ class Base:
         mine = {path: layer for path, layer in self._layers.items() if name in layer.r}
         for path, layer in mine.items():
             _check_layer(path, layer, name, config.r, kind)
-        if self.model.get_output_embeddings() in mine.values():
-            raise ModelError(
-                "model.adapter.targets has the head, which stays frozen: leave it out, as 'all-linear' does"
-            )
+        head = self.model.get_output_embeddings()
+        self.head = next((f"{path}.weight" for path, layer in self._layers.items() if layer is head), None)
+        if self.head is not None:
+            self.head_rank = max(head.r.values())
+            # What is merged into the head is not in the embedding: a model that is written has both.
+            self.model.config.tie_word_embeddings = False
         self.configs[name] = config
         self._switch(None)
         return AdaptedModel(self, name)
@@ -208,6 +216,26 @@ class AdaptedModel:
         """What the adapter adds, by the name of the weight."""
         return self.base.factors(self.adapter)
 
+    def head_hidden(self, hidden: Tensor) -> Tensor:
+        """`hidden` [.., D], and in `Base.head_rank` further columns what the adapter's A makes of them.
+
+        With `head_weight` the head is still one product. Every view of a base has as many columns, of zeros where there
+        is no adapter on the head: equal weights give the same bits.
+        """
+        factors = self.factors().get(self.base.head or "")
+        if factors is None:
+            return nn.functional.pad(hidden, (0, self.base.head_rank))
+        inner = nn.functional.linear(hidden, factors.a) * factors.scaling
+        return nn.functional.pad(torch.cat([hidden, inner], -1), (0, self.base.head_rank - inner.shape[-1]))
+
+    def head_weight(self, weight: Tensor) -> Tensor:
+        """The head's weight [V, D], and the adapter's B in `Base.head_rank` further columns."""
+        factors = self.factors().get(self.base.head or "")
+        if factors is None:
+            return nn.functional.pad(weight, (0, self.base.head_rank))
+        rank = factors.b.shape[-1]
+        return nn.functional.pad(torch.cat([weight, factors.b], -1), (0, self.base.head_rank - rank))
+
     def adapter_tensors(self) -> dict[str, Tensor]:
         """The adapter as files have it, whole and in the dtype of the base, on the CPU; collective."""
         found = {}
@@ -269,7 +297,7 @@ def adapted(model: Any) -> AdaptedModel | None:
 
 
 def _linear_layers(model: CausalLM) -> dict[str, nn.Module]:
-    """What an adapter can go on, by path: linear layers beside the head, those with an adapter already included."""
+    """What an adapter can go on, by path: linear layers, those with an adapter already included."""
     from peft.tuners.lora import Linear
     from transformers.pytorch_utils import Conv1D
 
@@ -279,6 +307,17 @@ def _linear_layers(model: CausalLM) -> dict[str, nn.Module]:
         for path, module in whole.named_modules()
         if isinstance(module, (nn.Linear, Conv1D, Linear)) and ".base_layer" not in path and ".lora_" not in path
     }
+
+
+def _without_all(config: LoraConfig, linear: Mapping[str, nn.Module], head: nn.Module) -> LoraConfig:
+    """`config` with the paths of all linear layers but the head for "all-linear" in a list, which peft lacks."""
+    given = config.target_modules
+    if given is None or isinstance(given, str) or "all-linear" not in given:
+        return config
+    named = {path for path, module in linear.items() if module is not head}
+    found = copy.copy(config)
+    found.target_modules = sorted(named | (set(given) - {"all-linear"}))
+    return found
 
 
 def _check_targets(config: LoraConfig, linear: Mapping[str, nn.Module], kind: str) -> None:
