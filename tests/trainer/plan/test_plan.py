@@ -153,7 +153,7 @@ def test_a_loss_over_tiles(monkeypatch, fused, dtype, logits_dtype, tokens):
 
     gradients()
     held = peak_of_tensors(gradients)
-    shape = footprint.Shape(0, 0, 0, weight.numel(), False, 1, width, vocabulary, 0)
+    shape = footprint.Shape(0, 0, 0, weight.numel(), False, 1, width, vocabulary, 0, 0)
     compute = hidden.element_size()
     sizes = footprint.Sizes(compute, 4 if logits_dtype == "float32" else compute, "cpu")
     parts = footprint.head_bytes(shape, tokens, sizes, fused)

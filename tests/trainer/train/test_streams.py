@@ -74,7 +74,7 @@ def losses(output):
 
 
 def test_sft(run_config, passes, layout, numbers):
-    cfg = run_config(sft={"pack": True})
+    cfg = run_config()
     sft.run(cfg)
     check(passes, layout)
     same(numbers, "sft", losses(cfg.output))
