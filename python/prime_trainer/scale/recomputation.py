@@ -23,9 +23,8 @@ def recompute_activations(model: Model, what: Recomputed, contexts: Contexts = n
     """Changes the layers' passes in place; values and gradients stay what they are.
 
     `selective` recomputes what is no product and large: normalisations written in several operations, which keep two
-    float32 copies of their input, and the activation of a gated MLP and its product with the other branch. About half
-    of what a layer keeps goes, for a few per cent of its time. `full` keeps a layer's input alone, and `contexts` gives
-    the contexts of its forward pass and of its recomputation.
+    float32 copies of their input, and the activation of a gated MLP and its product with the other branch. `full` keeps
+    a layer's input alone, and `contexts` gives the contexts of its forward pass and of its recomputation.
     """
     if what == "full":
         for layer in layers(model):
@@ -86,7 +85,8 @@ def _gated(mlp: Any) -> Callable[[Tensor], Tensor]:
         return down
 
     own = mlp.forward
-    # Recomputation ends with the last tensor that is kept, the input of `down_proj`: no product is made twice.
+    # Recomputation ends with the last tensor that is kept, the input of `down_proj`, before its product. Only with an
+    # adapter, which keeps an input of its own, the frozen product comes first and is made again.
     rest = functools.partial(checkpoint, of_branches, use_reentrant=False, preserve_rng_state=False)
 
     def forward(x: Tensor) -> Tensor:
