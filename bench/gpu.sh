@@ -104,7 +104,7 @@ for phase in "${phases[@]}"; do
       ;;
     tests)
       part tests_gpu 60 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/ops
-      for file in log_probs candidates linear_log_probs linear_losses segments rloo_advantages ppo_loss prm_loss pack long_batches fuzz; do
+      for file in log_probs candidates linear_log_probs kept_logits linear_losses segments rloo_advantages ppo_loss prm_loss pack long_batches fuzz; do
         part "tests_$file" 90 "${on_gpu[@]}" "${workers[@]}" "tests/ops/test_$file.py"
       done
       ;;

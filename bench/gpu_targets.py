@@ -195,15 +195,20 @@ def head(n: int, d: int, v: int) -> LinearHead:
     return LinearHead(tensor(n, d), tensor(v, d), None, tensor(n, dtype=torch.int64), 1.0, rounded=False)
 
 
-def linear(n: int, d: int, v: int, backward: bool = False, keep: bool = False) -> Callable[[Counting], object]:
+def linear(n: int, d: int, v: int, backward: bool = False) -> Callable[[Counting], object]:
     def call(kernels: Counting) -> None:
         made = head(n, d, v)
-        results, kept = _tiled_head.head_log_probs(made, True, "cuda", keep)
+        results, kept = _tiled_head.head_log_probs(made, True, "cuda", backward and _tiled_head.can_keep(made, "cuda"))
         if backward:
             gradient = RowGradient(results.lse, None, results.logp, None)
             _tiled_head.head_gradients(made, gradient, [True, True, False], "cuda", kept)
 
     return call
+
+
+def none_kept(device_type: str) -> int:
+    """In place of kept_bytes: as where memory is short."""
+    return 0
 
 
 def nll(n: int, d: int, v: int) -> Callable[[Counting], object]:
@@ -251,7 +256,9 @@ def rows() -> list[Row]:
             Row(f"`linear_log_probs`, {name}", counted(linear(*shape)), flops / 745e12, bars[0],
                 "the softmax in the product's epilogue, at 94 % of the library's rate"),
             Row("the same, both ways", counted(linear(*shape, backward=True)), 47e-3 * scale, bars[1],
-                "logits kept, which leaves three products of four"),
+                "the softmax in the product's epilogue"),
+            Row("the same, logits not kept", counted(linear(*shape, backward=True), kept_bytes=none_kept),
+                47e-3 * scale, bars[1], "memory for the logits, which leaves three products of four"),
             Row(f"`linear_nll`, both ways, {name}", counted(nll(*shape)), 36e-3 * scale, None,
                 "the softmax in the product's epilogue, and no pass over the gradients to scale them by the loss's"),
         ]  # fmt: skip
@@ -329,8 +336,8 @@ def choices() -> str:
     small = counted(linear(*LLAMA), FORWARD_ELEMENTS={"cuda": n * 1024})
     # 64 x 4 blocks of 128 x 256 on 132 multiprocessors.
     waves = 256 / (2 * MULTIPROCESSORS)
-    before = Work(both.flops, both.of_products, both.of_kernels + 8 * n * v, both.launches + 4, both.tails)
-    kept = counted(linear(*LLAMA, backward=True, keep=True))
+    again = counted(linear(*LLAMA, backward=True), kept_bytes=none_kept)
+    before = Work(again.flops, again.of_products, again.of_kernels + 8 * n * v, again.launches + 4, again.tails)
     halves, parts = (counted(nll(*LLAMA), fused_bytes=lambda _, size=size: size) for size in (2**31, 2**27))
     product = sum(forward.flops) / PRODUCT
     found = [
@@ -338,9 +345,9 @@ def choices() -> str:
         ("forward, tiles of 8,192 x 1,024, which stay in 50 MB of L2 cache", milliseconds(in_l2(small, waves))),
         ("forward, softmax in the product's epilogue at 85 to 92 % of its rate",
          f"{milliseconds(product / 0.92)} to {milliseconds(product / 0.85)}"),
-        ("both ways (the default)", between(both, H100)),
-        ("both ways, gradients rounded in a pass of its own", between(before, H100)),
-        ("both ways, float32 logits kept: 4.3 GB until the backward pass", between(kept, H100)),
+        ("both ways, float32 logits kept: 4.3 GB until the backward pass (the default)", between(both, H100)),
+        ("both ways, logits computed again (where less than 13 GB are free)", between(again, H100)),
+        ("both ways, logits computed again, gradients rounded in a pass of its own", between(before, H100)),
         ("`linear_nll`, one tile (the default of 80 GB)", between(fused, H100)),
         ("`linear_nll`, tiles of 2 GiB", between(halves, H100)),
         ("`linear_nll`, tiles of 128 MiB", between(parts, H100)),

@@ -18,7 +18,7 @@ import torch
 
 ENVIRONMENT_VARIABLE = "PRIME_KERNELS_TUNING"
 FORMAT = "prime_kernels tuning, version 1"
-TILES = ("forward_elements", "backward_elements", "fused_bytes")
+TILES = ("forward_elements", "backward_elements", "kept_bytes", "fused_bytes")
 LARGEST_TILE = 2**40
 
 

@@ -26,6 +26,7 @@ def best(device: torch.device, dtype: torch.dtype, sizes: Sizes, seconds: float)
     with _tuning.trial(_tuning.none(name)):  # not those of a file in use: the new one replaces it
         used = {
             "forward_elements": _tiled_head.forward_elements(name),
+            "kept_bytes": _tiled_head.kept_bytes(name),
             "fused_bytes": _tiled_head.fused_bytes(name),
         }
     tokens = min(sizes.tokens, 8192)
@@ -40,17 +41,24 @@ def best(device: torch.device, dtype: torch.dtype, sizes: Sizes, seconds: float)
         with torch.no_grad():
             return pk.linear_log_probs(hidden, weight, ids)
 
+    def both_ways() -> object:
+        return torch.autograd.grad(pk.linear_log_probs(hidden, weight, ids).sum(), [hidden, weight])
+
     def fused() -> object:
         return torch.autograd.grad(pk.linear_nll(hidden, weight, ids), [hidden, weight])
 
     found = {}
     whole = tokens * sizes.vocabulary
-    for kind, call, most in (
-        ("forward_elements", forward, whole),
-        ("fused_bytes", fused, whole * torch.float32.itemsize),
+    all_bytes = whole * torch.float32.itemsize
+    # Keeping all of these logits and keeping none: whichever is not in use.
+    other = 1 if all_bytes <= used["kept_bytes"] else all_bytes
+    for kind, call, candidates in (
+        ("forward_elements", forward, _candidates(used["forward_elements"], whole, memory)),
+        ("kept_bytes", both_ways, [used["kept_bytes"], other]),
+        ("fused_bytes", fused, _candidates(used["fused_bytes"], all_bytes, memory)),
     ):
         times: dict[int, float] = {}
-        for size in _candidates(used[kind], most, memory):
+        for size in candidates:
             longest = max(times.values(), default=0.0)
             if time.perf_counter() + 3 * longest > deadline:
                 break
