@@ -7,6 +7,9 @@ its gradient. Scratch memory is one tile for any number of tokens and any vocabu
 are kept instead, which saves one of four products: the tiles of backward are then parts of what is kept. They have the
 same shapes either way, and what is computed again comes from the products of forward: the gradients have the same bits.
 
+With "fused_columns" in a tuning file "triton" multiplies itself and takes the softmax of a tile while it is in
+registers; where its logits are kept, or a backward pass needs them, the same kernel writes them.
+
 Logits are float32, for 16-bit inputs too, unless the head rounds them as its own layer does.
 """
 
@@ -19,7 +22,7 @@ from torch import Tensor
 from prime_kernels import _backends, _tuning
 from prime_kernels._backends import GradientKernel, HeadGradients, LinearHead, RowGradient, RowResults
 from prime_kernels._segment_math import result_dtype
-from prime_kernels.ops import _fused_tiles
+from prime_kernels.ops import _fused_product, _fused_tiles
 from prime_kernels.ops._softcap import row_kernels
 from prime_kernels.ops._tile_shapes import aligned, moved, spans, tile_shape, tokens_of_whole_rows, whole_tiles
 
@@ -86,6 +89,8 @@ class Tiles:
     def __init__(self, head: LinearHead, tokens: int, columns: int) -> None:
         self.head, self.dtype, self.tokens, self.columns = head, logits_dtype(head), tokens, columns
         self.buffer: Tensor | None = None
+        self.fused: int | None = None
+        """See _fused_product; None for a library's product."""
 
     @classmethod
     def forward(cls, head: LinearHead) -> Self:
@@ -114,6 +119,8 @@ class Tiles:
         hidden, weight, bias = self.head.hidden[tokens], self.head.weight[columns], self.head.bias
         if out is None:
             out = self.empty(len(hidden), len(weight))
+        if self.fused is not None:
+            return _fused_product.logits(self.head, tokens, columns, self.fused, out)
         if self.dtype == hidden.dtype and bias is not None:
             return torch.addmm(bias[columns], hidden, weight.T, out=out)
         _product(hidden, weight.T, out)
@@ -233,9 +240,11 @@ def head_log_probs(
     """
     if backend in HEAD_KERNELS:
         return _backends.head(backend).token_log_probs(head, with_entropy, keep)
-    kernels = row_kernels(backend, head.softcap)
-    tiles = Tiles.forward(head)
     kept = empty_logits(head) if keep else None
+    fused = _fused_product.columns(head, backend, _kind(head.hidden))
+    if fused is not None:
+        return _fused_product.log_probs(head, with_entropy, fused, kept), kept
+    kernels, tiles = row_kernels(backend, head.softcap), Tiles.forward(head)
     blocks = []
     for tokens in tiles.token_spans():
         parts = []
@@ -265,8 +274,10 @@ def head_gradients(
     if kernels is None and backend in HEAD_KERNELS:
         return _backends.head(backend).gradients(head, gradient, wanted, kept)
     hidden, weight, bias = head.hidden, head.weight, head.bias
-    kernels = kernels or row_kernels(backend, head.softcap)
     tiles, parts = Tiles.backward(head), Tiles.forward(head)
+    # Forward has several ids from library products.
+    parts.fused = _fused_product.columns(head, backend, _kind(head.hidden)) if kernels is None else None
+    kernels = kernels or row_kernels(backend, head.softcap)
     one_column_span, one_token_span = tiles.columns >= len(weight), tiles.tokens >= len(hidden)
     grad_hidden = Sum(hidden, once=one_column_span) if wanted[0] else None
     grad_weight = torch.empty_like(weight) if wanted[1] else None
@@ -317,10 +328,15 @@ def loss_gradients(
     grad_bias = (
         torch.zeros(len(weight), dtype=torch.float32, device=hidden.device) if bias is not None and wanted[2] else None
     )
-    parts = []
+    parts, fused = [], _fused_product.columns(head, backend, _kind(head.hidden))
     for tokens in tiles.token_spans():
-        z = tiles.logits(tokens, columns)
-        logp, lse, _ = kernels.token_log_probs([z], head.ids[tokens], None, [head.temperature], False).only_model()
+        ids = head.ids[tokens]
+        if fused is None:
+            z = tiles.logits(tokens, columns)
+            logp, lse, _ = kernels.token_log_probs([z], ids, None, [head.temperature], False).only_model()
+        else:
+            z = tiles.empty(len(ids), len(weight))
+            logp, lse, _ = _fused_product.log_probs(head._replace(hidden=hidden[tokens], ids=ids), False, fused, z)
         parts.append(logp)
         if not any(wanted):
             continue
