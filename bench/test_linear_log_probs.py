@@ -24,10 +24,14 @@ def peer_nll(**options):
     return loss
 
 
-def recomputed(hidden, weight, ids):
-    """The kernel without logits kept for their gradient, as where there is too little memory for them."""
-    with _tuning.trial(_tuning.none(DEVICE)._replace(tiles={"kept_bytes": 1})):
-        return pk.linear_log_probs(hidden, weight, ids)
+def tuned(function, **tiles):
+    """``function`` with these sizes of tiles in place of the built-in ones."""
+
+    def run(*columns):
+        with _tuning.trial(_tuning.none(DEVICE)._replace(tiles=tiles)):
+            return function(*columns)
+
+    return run
 
 
 def ways(plain, kernel):
@@ -35,8 +39,14 @@ def ways(plain, kernel):
 
 
 WAYS = ways(formulas.linear_log_probs, pk.linear_log_probs)
-BOTH_WAYS = WAYS | {"kernel, logits recomputed": recomputed}
+# As where there is too little memory to keep logits for their gradient.
+BOTH_WAYS = WAYS | {"kernel, logits recomputed": tuned(pk.linear_log_probs, kept_bytes=1)}
 NLL = ways(formulas.linear_nll, pk.linear_nll)
+if DEVICE == "cuda" and torch.cuda.get_device_capability() >= (9, 0):
+    for columns in (256, 128):
+        name = f"kernel, softmax in the product, {columns} columns"
+        WAYS[name] = BOTH_WAYS[name] = tuned(pk.linear_log_probs, fused_columns=columns)
+        NLL[name] = tuned(pk.linear_nll, fused_columns=columns)
 if hasattr(torch.nn.functional, "linear_cross_entropy"):
     NLL["linear_cross_entropy"] = peer_nll()
     if hasattr(torch.nn, "LinearCrossEntropyOptions"):
@@ -140,6 +150,6 @@ def test_backward_alone(benchmark, inputs, way):
     """Two products, and where the kernels do not keep the logits a third that makes them again."""
     leaves = list(inputs[:2])
     few = tile_sizes(DEVICE).kept_bytes >= 4 * TOKENS * VOCABULARY
-    kept = way in ("eager", "compile") or (way == "kernel" and few)
+    kept = few if way.startswith("kernel") and "recomputed" not in way else way in ("eager", "compile")
     call, before = backward_alone(lambda: BOTH_WAYS[way](*inputs), leaves)
     timed(benchmark, call, flops=(2 if kept else 3) * FLOPS, before=before)

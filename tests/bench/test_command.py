@@ -205,6 +205,26 @@ def test_whether_logits_are_kept_is_measured(monkeypatch, kept_is_faster, by_def
     assert {kind: size for kind, size in found.items() if kind == "kept_bytes"} == want
 
 
+def test_sizes_that_fail_or_give_other_results_are_not_chosen(monkeypatch, capsys):
+    def timed(call, *options):
+        return timing.Timing(1.0 / _tuning.tile("fused_bytes", "cpu", 1), 1)  # the larger the faster
+
+    plain = tiles.pk.linear_nll
+    monkeypatch.setattr(_tiled_head, "HEAD_KERNELS", frozenset())
+    monkeypatch.setattr(tiles, "FACTORS", (1, 2))
+    monkeypatch.setattr(_tiled_head, "FUSED_BYTES", 2000)
+    monkeypatch.setattr(timing, "timed", timed)
+    find = (torch.device("cpu"), torch.float32, cases.Sizes(16, 300, 8, 64), 100.0)
+    assert tiles.best(*find)["fused_bytes"] == 4000
+
+    def wrong(*columns):
+        return plain(*columns) * (1 + (_tuning.tile("fused_bytes", "cpu", 1) == 4000))
+
+    monkeypatch.setattr(tiles.pk, "linear_nll", wrong)
+    assert "fused_bytes" not in tiles.best(*find)
+    assert "fused_bytes 4000: AssertionError" in capsys.readouterr().err
+
+
 def test_an_unknown_command(capsys):
     assert package.main(["benchmark"]) == 2
     assert "unknown command 'benchmark'" in capsys.readouterr().err
