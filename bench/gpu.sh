@@ -2,8 +2,8 @@
 # One call on a machine with a GPU, torch, nvcc and the build's tools; no network.
 #   bench/gpu.sh [PHASE ...]       smoke measure peers tests sanitize tune (all of them, in this order)
 # What matters most comes first: build, every operation against eager once, then the tables, then tests, then the rest.
-# In half an hour: smoke measure, then peers tests, then tests again or sanitize, then tune; each of them a call, and
-# build/gpu keeps what the calls before it left as long as the machine stays.
+# In half an hour three calls: smoke measure; LIMIT=480 peers tests; LIMIT=480 sanitize tune. build/gpu keeps what the calls
+# before left as long as the machine stays.
 # Results go to build/gpu and, after every part, into $OUT/gpu.tar (OUT is bench/results/gpu unless set), so that
 # whatever ends the call early leaves what was measured until then. LIMIT (seconds, 570) bounds the whole call: a part
 # that would begin with less than ten seconds left is skipped and said so. A part that fails does not stop the rest;
@@ -91,11 +91,11 @@ fi
 for phase in "${phases[@]}"; do
   case $phase in
     smoke)
-      part smoke 90 "$python" bench/smoke.py || echo "== smoke: what failed is above; the tables below may hold wrong numbers"
+      part smoke 120 "$python" bench/smoke.py || echo "== smoke: what failed is above; the tables below may hold wrong numbers"
       ;;
     measure)
       # Every operation against eager and, while time is left, installed peers and torch.compile; written as it goes.
-      part bench 150 "$python" -m prime_kernels bench --device cuda --minutes 2 --output "$results/bench"
+      part bench 180 "$python" -m prime_kernels bench --device cuda --minutes 2 --output "$results/bench"
       measured measure_ceiling 30 bench/test_ceiling.py
       measured measure_log_probs 60 bench/test_log_probs.py -k "triton or cuda or eager"
       measured measure_linear 90 bench/test_linear_log_probs.py \
