@@ -2,6 +2,8 @@
 # One call on a machine with a GPU, torch, nvcc and the build's tools; no network.
 #   bench/gpu.sh [PHASE ...]       smoke measure peers tests sanitize tune (all of them, in this order)
 # What matters most comes first: build, every operation against eager once, then the tables, then tests, then the rest.
+# In half an hour three calls: smoke measure; LIMIT=480 peers tests; LIMIT=480 sanitize tune. build/gpu keeps what the calls
+# before left as long as the machine stays.
 # Results go to build/gpu and, after every part, into $OUT/gpu.tar (OUT is bench/results/gpu unless set), so that
 # whatever ends the call early leaves what was measured until then. LIMIT (seconds, 570) bounds the whole call: a part
 # that would begin with less than ten seconds left is skipped and said so. A part that fails does not stop the rest;
@@ -23,6 +25,10 @@ keep() {
   tar -cf "$out/gpu.tar.partial" -C "$(dirname "$results")" "$(basename "$results")" && mv "$out/gpu.tar.partial" "$out/gpu.tar"
 }
 
+# SIGINT, as what Python does at Ctrl-C is to finish its tables; a background job would have it ignored.
+interruptible=()
+env --default-signal=INT true 2>/dev/null && interruptible=(env --default-signal=INT)
+
 # part NAME SECONDS COMMAND..: its output in a log, the last lines of it here.
 part() {
   local name=$1 seconds=$2 left=$((limit - SECONDS)) rc
@@ -34,7 +40,7 @@ part() {
   fi
   [ "$seconds" -le "$left" ] || seconds=$left
   echo "== $name (at $SECONDS s)"
-  timeout "$seconds" "$@" >"$results/$name.log" 2>&1
+  timeout -s INT -k 10 "$seconds" "${interruptible[@]}" "$@" >"$results/$name.log" 2>&1
   rc=$?
   tail -n 12 "$results/$name.log"
   [ "$rc" -eq 0 ] || echo "== $name: exit $rc"
@@ -49,12 +55,12 @@ stop() {
   exit 1
 }
 
-# measured NAME SECONDS SELECTION..: benchmarks, and the table of all that was measured so far.
+# measured NAME SECONDS SELECTION..: benchmarks, each of them written at once, and the table of all so far.
 measured() {
   local name=$1 seconds=$2
   shift 2
-  part "$name" "$seconds" env PRIME_BENCH_DEVICE=cuda "$python" -m pytest -q -p no:cacheprovider --benchmark-enable \
-    --benchmark-json="$results/$name.json" "$@"
+  part "$name" "$seconds" env PRIME_BENCH_DEVICE=cuda PRIME_BENCH_JSON="$results/$name.json" \
+    "$python" -m pytest -q -p no:cacheprovider --benchmark-enable "$@"
   [ -s "$results/$name.json" ] || return 1
   local files=("$results"/measure_*.json)
   part table 30 env "PYTHONPATH=python${PYTHONPATH:+:$PYTHONPATH}" "$python" bench/table.py "${files[@]}" "$results/table" "On a GPU"
@@ -85,16 +91,18 @@ fi
 for phase in "${phases[@]}"; do
   case $phase in
     smoke)
-      part smoke 90 "$python" bench/smoke.py || echo "== smoke: what failed is above; the tables below may hold wrong numbers"
+      part smoke 120 "$python" bench/smoke.py || echo "== smoke: what failed is above; the tables below may hold wrong numbers"
       ;;
     measure)
       # Every operation against eager and, while time is left, installed peers and torch.compile; written as it goes.
-      part bench 150 "$python" -m prime_kernels bench --device cuda --minutes 2 --output "$results/bench"
+      part bench 180 "$python" -m prime_kernels bench --device cuda --minutes 2 --output "$results/bench"
       measured measure_ceiling 30 bench/test_ceiling.py
       measured measure_log_probs 60 bench/test_log_probs.py -k "triton or cuda or eager"
-      measured measure_linear 90 bench/test_linear_log_probs.py -k "(kernel or eager or product) and not memory"
+      measured measure_linear 90 bench/test_linear_log_probs.py \
+        -k "(kernel or eager or product) and not memory and not softmax"
       measured measure_segments 60 bench/test_segments.py -k "kernel or eager"
       measured measure_memory 30 bench/test_linear_log_probs.py -k memory
+      measured measure_softmax_in_product 60 bench/test_linear_log_probs.py -k softmax
       ;;
     peers)
       measured measure_peers 60 bench/test_log_probs.py -k "trl or liger or quack"
@@ -104,7 +112,7 @@ for phase in "${phases[@]}"; do
       ;;
     tests)
       part tests_gpu 60 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/ops
-      for file in log_probs candidates linear_log_probs linear_losses segments rloo_advantages ppo_loss prm_loss pack long_batches fuzz; do
+      for file in log_probs candidates linear_log_probs kept_logits linear_losses segments rloo_advantages ppo_loss prm_loss pack long_batches fuzz; do
         part "tests_$file" 90 "${on_gpu[@]}" "${workers[@]}" "tests/ops/test_$file.py"
       done
       ;;
@@ -118,7 +126,7 @@ for phase in "${phases[@]}"; do
       fi
       ;;
     tune)
-      part tune 60 "$python" bench/tune.py "$results/tune.json"
+      part tune 500 "$python" bench/tune.py "$results/tune.json"
       ;;
     *)
       stop "no phase $phase: smoke measure peers tests sanitize tune"

@@ -43,6 +43,15 @@ LAUNCH, BARRIER, L2_RATE = 4e-6, 2e-6, 5.5e12
 BYTES_PER_LOOP = 64
 # Operators that launch nothing: they ask, allocate, or look at memory another way.
 FREE = {"empty", "new_empty", "empty_like", "_unsafe_view", "device", "is_same_size"}
+# Of the product with the softmax in its epilogue, tiles of 128 x 256 on 8 warps, as its machine code for sm_90 has them
+# (tests/triton_backend/test_specialised.py bounds them): instructions a warp and tile outside the loop over the width,
+# beside them those that only tiles with a target or the vocabulary's end take, and those that store the logits.
+EPILOGUE, SPECIAL, STORES = 1360, 700, 820
+# Exponentials of a tile, a thread; a multiprocessor makes 16 a cycle.
+EXPONENTIALS, EXPONENTIALS_A_CYCLE = 128, 16
+# Assumed: cycles until the first step of a tile is in shared memory, and the share of the library's rate at which the
+# product runs between epilogues.
+FIRST_STEP, OWN_PRODUCT = 1000, (0.9, 1.0)
 # Barriers over the grid in rloo_advantages; tests/triton_backend/test_specialised.py counts them in machine code.
 RLOO_BARRIERS = 4
 
@@ -195,15 +204,20 @@ def head(n: int, d: int, v: int) -> LinearHead:
     return LinearHead(tensor(n, d), tensor(v, d), None, tensor(n, dtype=torch.int64), 1.0, rounded=False)
 
 
-def linear(n: int, d: int, v: int, backward: bool = False, keep: bool = False) -> Callable[[Counting], object]:
+def linear(n: int, d: int, v: int, backward: bool = False) -> Callable[[Counting], object]:
     def call(kernels: Counting) -> None:
         made = head(n, d, v)
-        results, kept = _tiled_head.head_log_probs(made, True, "cuda", keep)
+        results, kept = _tiled_head.head_log_probs(made, True, "cuda", backward and _tiled_head.can_keep(made, "cuda"))
         if backward:
             gradient = RowGradient(results.lse, None, results.logp, None)
             _tiled_head.head_gradients(made, gradient, [True, True, False], "cuda", kept)
 
     return call
+
+
+def none_kept(device_type: str) -> int:
+    """In place of kept_bytes: as where memory is short."""
+    return 0
 
 
 def nll(n: int, d: int, v: int) -> Callable[[Counting], object]:
@@ -249,9 +263,11 @@ def rows() -> list[Row]:
         flops = 2 * shape[0] * shape[1] * shape[2]
         made += [
             Row(f"`linear_log_probs`, {name}", counted(linear(*shape)), flops / 745e12, bars[0],
-                "the softmax in the product's epilogue, at 94 % of the library's rate"),
+                "the softmax in the product's epilogue (`fused_columns`)"),
             Row("the same, both ways", counted(linear(*shape, backward=True)), 47e-3 * scale, bars[1],
-                "logits kept, which leaves three products of four"),
+                "the softmax in the product's epilogue"),
+            Row("the same, logits not kept", counted(linear(*shape, backward=True), kept_bytes=none_kept),
+                47e-3 * scale, bars[1], "memory for the logits, which leaves three products of four"),
             Row(f"`linear_nll`, both ways, {name}", counted(nll(*shape)), 36e-3 * scale, None,
                 "the softmax in the product's epilogue, and no pass over the gradients to scale them by the loss's"),
         ]  # fmt: skip
@@ -322,26 +338,56 @@ def in_l2(work: Work, efficiency: float) -> float:
     return sum(work.flops) / PRODUCT / efficiency + work.of_kernels / L2_RATE + LAUNCH * work.launches
 
 
+def in_epilogue(n: int, d: int, v: int, share: float, stored: bool) -> float:
+    """Seconds of a product with the softmax in its epilogue, at a share of the library's rate without epilogue.
+
+    Nothing hides the epilogue: the tensor cores wait for it, once for each of a multiprocessor's tiles.
+    """
+    rows, columns, warps = 128, 256, 8
+    tiles = -(-n // rows) * -(-v // columns)
+    special = min(1.0, n / tiles)
+    per_scheduler = warps / SCHEDULERS
+    issued = per_scheduler * (EPILOGUE + special * SPECIAL + stored * STORES)
+    exponentials = 32 * warps * EXPONENTIALS / EXPONENTIALS_A_CYCLE
+    cycles = FIRST_STEP + max(issued, exponentials)
+    merged = 4 * 4 * n * -(-v // columns)
+    return (
+        2 * n * d * v / PRODUCT / share + -(-tiles // MULTIPROCESSORS) * cycles / CLOCK + 2 * merged / COPY + 2 * LAUNCH
+    )
+
+
+def fused(stored: bool, whole: Work | None = None, part: Work | None = None) -> str:
+    """Both ends at 8,192 x 4,096 x 131,072, of ``whole`` with :func:`in_epilogue` in place of ``part`` of it."""
+    ends = []
+    for share, exposed in zip(reversed(OWN_PRODUCT), (False, True), strict=True):
+        rest = whole.seconds(H100, exposed) - part.seconds(H100, exposed) if whole and part else 0.0
+        ends.append(milliseconds(rest + in_epilogue(*LLAMA, share, stored)))
+    return " to ".join(ends)
+
+
 def choices() -> str:
     """What was weighed at 8,192 x 4,096 x 131,072."""
     n, _, v = LLAMA
-    forward, both, fused = (counted(call) for call in (linear(*LLAMA), linear(*LLAMA, backward=True), nll(*LLAMA)))
+    forward, both, loss = (counted(call) for call in (linear(*LLAMA), linear(*LLAMA, backward=True), nll(*LLAMA)))
+    # What a loss does until it has all log-probs, in one tile.
+    scored = counted(linear(*LLAMA), FORWARD_ELEMENTS={"cuda": n * v})
     small = counted(linear(*LLAMA), FORWARD_ELEMENTS={"cuda": n * 1024})
     # 64 x 4 blocks of 128 x 256 on 132 multiprocessors.
     waves = 256 / (2 * MULTIPROCESSORS)
-    before = Work(both.flops, both.of_products, both.of_kernels + 8 * n * v, both.launches + 4, both.tails)
-    kept = counted(linear(*LLAMA, backward=True, keep=True))
+    again = counted(linear(*LLAMA, backward=True), kept_bytes=none_kept)
+    before = Work(again.flops, again.of_products, again.of_kernels + 8 * n * v, again.launches + 4, again.tails)
     halves, parts = (counted(nll(*LLAMA), fused_bytes=lambda _, size=size: size) for size in (2**31, 2**27))
-    product = sum(forward.flops) / PRODUCT
     found = [
         ("forward, tiles of 8,192 x 16,896 (the default)", between(forward, H100)),
         ("forward, tiles of 8,192 x 1,024, which stay in 50 MB of L2 cache", milliseconds(in_l2(small, waves))),
-        ("forward, softmax in the product's epilogue at 85 to 92 % of its rate",
-         f"{milliseconds(product / 0.92)} to {milliseconds(product / 0.85)}"),
-        ("both ways (the default)", between(both, H100)),
-        ("both ways, gradients rounded in a pass of its own", between(before, H100)),
-        ("both ways, float32 logits kept: 4.3 GB until the backward pass", between(kept, H100)),
-        ("`linear_nll`, one tile (the default of 80 GB)", between(fused, H100)),
+        ("forward, softmax in the product's epilogue (`fused_columns`)", fused(False)),
+        ("the same, logits stored for a gradient", fused(True)),
+        ("both ways, float32 logits kept: 4.3 GB until the backward pass (the default)", between(both, H100)),
+        ("both ways, float32 logits kept, softmax in the product's epilogue", fused(True, both, forward)),
+        ("both ways, logits computed again (where less than 13 GB are free)", between(again, H100)),
+        ("both ways, logits computed again, gradients rounded in a pass of its own", between(before, H100)),
+        ("`linear_nll`, one tile (the default of 80 GB)", between(loss, H100)),
+        ("`linear_nll`, one tile, softmax in the product's epilogue", fused(True, loss, scored)),
         ("`linear_nll`, tiles of 2 GiB", between(halves, H100)),
         ("`linear_nll`, tiles of 128 MiB", between(parts, H100)),
     ]  # fmt: skip

@@ -47,11 +47,11 @@ def timed(
             torch.cuda.synchronize()
         return made, {}
 
+    benchmark.extra_info["device"] = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
     once(*argument()[0])
     # With a function that makes arguments, each round is one call, the warm-up too.
     benchmark.pedantic(once, setup=argument, rounds=rounds, warmup_rounds=1)
     ready = argument()[0]
-    benchmark.extra_info["device"] = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
     peak = peak_bytes(lambda: once(*ready), torch.device(DEVICE))
     benchmark.extra_info["peak MiB"] = "" if peak is None else round(peak / 2**20, 1)
     if benchmark.stats is not None:

@@ -50,6 +50,33 @@ def on_second_stream(call: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[torc
     return results
 
 
+def fused(columns: int) -> str | None:
+    """What is wrong with the product that takes the softmax in its epilogue, if anything.
+
+    Several tiles each way with an end of the vocabulary; both against eager, and kept logits against those made again.
+    """
+    from prime_kernels import _tuning
+
+    hidden, weight = (torch.randn(n, 256, device="cuda").bfloat16().requires_grad_() for n in (700, 50264))
+    ids = torch.randint(50264, (700,), device="cuda")
+
+    def results(backend: str, **tiles: int) -> list[torch.Tensor]:
+        with _tuning.trial(_tuning.none("cuda")._replace(tiles=tiles)):
+            logp, entropy = pk.linear_log_probs(hidden, weight, ids, with_entropy=True, backend=backend)
+            return [logp, entropy, *torch.autograd.grad(logp.sum() + entropy.sum(), [hidden, weight])]
+
+    try:
+        want = results("eager")
+        kept, again = results("triton", fused_columns=columns), results("triton", fused_columns=columns, kept_bytes=1)
+        for one, other, exact in zip(kept, again, want, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0)
+            torch.testing.assert_close(one, exact, rtol=0, atol=0.02 * exact.abs().max().item())
+        torch.testing.assert_close(kept[0], want[0], rtol=1e-5, atol=1e-4)
+    except Exception as error:  # a failed launch may raise anything; its words are what there is to know
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
 def checks() -> Iterator[tuple[str, str | None]]:
     """(what, None or the failure) of every check that can run here."""
     for outcome in _selftest.run():
@@ -64,6 +91,10 @@ def checks() -> Iterator[tuple[str, str | None]]:
                 if way is captured and op in WAITS:
                     continue
                 yield f"{op} on {backend} {name}", same(way, call, backend, leaves)
+    # Last, as no default depends on it and an illegal address would fail whatever comes after it.
+    if torch.cuda.get_device_capability() >= (9, 0) and "triton" in backends:
+        for columns in (256, 128):
+            yield f"softmax in the product's epilogue, {columns} columns", fused(columns)
 
 
 def same(way: Callable, call: Callable, backend: str, leaves: list[torch.Tensor]) -> str | None:

@@ -48,8 +48,6 @@ def main(sources: list[Path], target: Path, title: str) -> None:
     target.mkdir(parents=True, exist_ok=True)
     shown = "![How many times as fast as eager PyTorch and as torch.compile](table.png)\n\n" if faster else ""
     (target / "README.md").write_text(f"# {title}\n\n{shown}{table}\n\n{setting(run)}\n")
-    if faster:
-        picture(faster, title, target / "table.png")
     numbers = [
         {"group": one["group"], "way": way(one), "seconds": one["stats"]["data"], **one["extra_info"]}
         for one in run["benchmarks"]
@@ -57,6 +55,8 @@ def main(sources: list[Path], target: Path, title: str) -> None:
     (target / "results.json").write_text(
         json.dumps({"environment": environment(), "results": numbers}, indent=1) + "\n"
     )
+    if faster:  # last, as it needs a package more
+        picture(faster, title, target / "table.png")
 
 
 def ceilings(run: dict) -> dict[str, float]:

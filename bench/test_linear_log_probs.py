@@ -5,8 +5,9 @@ import torch
 from measure import DEVICE, SMALL, backward_alone, compiled, forward_backward, leaf, timed, without_gradients
 
 import prime_kernels as pk
+from prime_kernels import _tuning
 from prime_kernels._bench import formulas, operations
-from prime_kernels.ops._tiled_head import KEPT_BYTES
+from prime_kernels.integrations import tile_sizes
 
 TOKENS, WIDTH, VOCABULARY = (8192, 4096, 131072) if DEVICE == "cuda" else (1024, 576, 49152)
 if SMALL:
@@ -23,12 +24,29 @@ def peer_nll(**options):
     return loss
 
 
+def tuned(function, **tiles):
+    """``function`` with these sizes of tiles in place of the built-in ones."""
+
+    def run(*columns):
+        with _tuning.trial(_tuning.none(DEVICE)._replace(tiles=tiles)):
+            return function(*columns)
+
+    return run
+
+
 def ways(plain, kernel):
     return {"eager": plain, "compile": compiled(plain), "kernel": kernel}
 
 
 WAYS = ways(formulas.linear_log_probs, pk.linear_log_probs)
+# As where there is too little memory to keep logits for their gradient.
+BOTH_WAYS = WAYS | {"kernel, logits recomputed": tuned(pk.linear_log_probs, kept_bytes=1)}
 NLL = ways(formulas.linear_nll, pk.linear_nll)
+if DEVICE == "cuda" and torch.cuda.get_device_capability() >= (9, 0):
+    for columns in (256, 128):
+        name = f"kernel, softmax in the product, {columns} columns"
+        WAYS[name] = BOTH_WAYS[name] = tuned(pk.linear_log_probs, fused_columns=columns)
+        NLL[name] = tuned(pk.linear_nll, fused_columns=columns)
 if hasattr(torch.nn.functional, "linear_cross_entropy"):
     NLL["linear_cross_entropy"] = peer_nll()
     if hasattr(torch.nn, "LinearCrossEntropyOptions"):
@@ -120,17 +138,18 @@ def test_memory(benchmark, tokens):
     timed(benchmark, without_gradients(lambda: pk.linear_log_probs(hidden, weight, ids)), rounds=1)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", BOTH_WAYS)
 @pytest.mark.benchmark(group="linear_log_probs, forward and backward")
 def test_backward(benchmark, inputs, way):
-    timed(benchmark, forward_backward(lambda: WAYS[way](*inputs), list(inputs[:2])), flops=3 * FLOPS)
+    timed(benchmark, forward_backward(lambda: BOTH_WAYS[way](*inputs), list(inputs[:2])), flops=3 * FLOPS)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", BOTH_WAYS)
 @pytest.mark.benchmark(group="linear_log_probs, backward alone")
 def test_backward_alone(benchmark, inputs, way):
     """Two products, and where the kernels do not keep the logits a third that makes them again."""
     leaves = list(inputs[:2])
-    kept = way in ("eager", "compile") or KEPT_BYTES["cpu" if DEVICE == "cpu" else "cuda"] >= FLOPS // WIDTH
-    call, before = backward_alone(lambda: WAYS[way](*inputs), leaves)
+    few = tile_sizes(DEVICE).kept_bytes >= 4 * TOKENS * VOCABULARY
+    kept = few if way.startswith("kernel") and "recomputed" not in way else way in ("eager", "compile")
+    call, before = backward_alone(lambda: BOTH_WAYS[way](*inputs), leaves)
     timed(benchmark, call, flops=(2 if kept else 3) * FLOPS, before=before)

@@ -18,7 +18,9 @@ import torch
 
 ENVIRONMENT_VARIABLE = "PRIME_KERNELS_TUNING"
 FORMAT = "prime_kernels tuning, version 1"
-TILES = ("forward_elements", "backward_elements", "fused_bytes")
+TILES = ("forward_elements", "backward_elements", "kept_bytes", "fused_bytes", "fused_columns")
+# Of the tiles whose softmax "triton" takes in the epilogue of the product; without it the product is a library's.
+FUSED_COLUMNS = (128, 256)
 LARGEST_TILE = 2**40
 
 
@@ -167,6 +169,8 @@ def _require_values(path: str, content: dict[str, Any]) -> None:
             raise _wrong(path, "backends of operations of this version", f"{op!r}: {chosen!r}")
     for name, size in content["tiles"].items():
         sound = isinstance(size, int) and not isinstance(size, bool) and 0 < size <= LARGEST_TILE
+        if name == "fused_columns" and size not in FUSED_COLUMNS:
+            raise _wrong(path, f"fused_columns of {' or '.join(map(str, FUSED_COLUMNS))}", repr(size))
         if name not in TILES or not sound:
             raise _wrong(path, f"tiles of {', '.join(TILES)} in 1 to {LARGEST_TILE}", f"{name!r}: {size!r}")
 

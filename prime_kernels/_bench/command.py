@@ -8,6 +8,7 @@ import platform
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,8 @@ def _measured(options: argparse.Namespace, device: torch.device, levels: list[Si
         stopped = True
     chosen: dict[str, int] = {}
     if not stopped and backends(device):
-        chosen = tiles.best(device, rates.dtype, levels[-1], start + seconds - time.perf_counter())
+        with suppress(KeyboardInterrupt):  # what was measured before is whole without it
+            chosen = tiles.best(device, rates.dtype, levels[-1], start + seconds - time.perf_counter())
     _finish(options.output, run, chosen, stopped)
     return 1 if any(row.ours and row.failure and row.failure != report.NO_TIME for row in run.rows) else 0
 

@@ -1,5 +1,6 @@
 """Sizes of tiles of logits, tried on the linear operations."""
 
+import sys
 import time
 
 import torch
@@ -25,7 +26,9 @@ def best(device: torch.device, dtype: torch.dtype, sizes: Sizes, seconds: float)
         return {}  # its kernels for whole heads have blocks of their own
     with _tuning.trial(_tuning.none(name)):  # not those of a file in use: the new one replaces it
         used = {
+            "fused_columns": 0,  # a library's products
             "forward_elements": _tiled_head.forward_elements(name),
+            "kept_bytes": _tiled_head.kept_bytes(name),
             "fused_bytes": _tiled_head.fused_bytes(name),
         }
     tokens = min(sizes.tokens, 8192)
@@ -40,25 +43,38 @@ def best(device: torch.device, dtype: torch.dtype, sizes: Sizes, seconds: float)
         with torch.no_grad():
             return pk.linear_log_probs(hidden, weight, ids)
 
+    def both_ways() -> object:
+        return torch.autograd.grad(pk.linear_log_probs(hidden, weight, ids).sum(), [hidden, weight])
+
     def fused() -> object:
         return torch.autograd.grad(pk.linear_nll(hidden, weight, ids), [hidden, weight])
 
     found = {}
     whole = tokens * sizes.vocabulary
-    for kind, call, most in (
-        ("forward_elements", forward, whole),
-        ("fused_bytes", fused, whole * torch.float32.itemsize),
+    all_bytes = whole * torch.float32.itemsize
+    # Keeping all of these logits and keeping none: whichever is not in use.
+    other = 1 if all_bytes <= used["kept_bytes"] else all_bytes
+    for kind, call, candidates in (
+        ("kept_bytes", both_ways, [used["kept_bytes"], other]),
+        ("fused_columns", forward, [0, *_tuning.FUSED_COLUMNS] if backends(device)[0] == "triton" else []),
+        ("forward_elements", forward, _candidates(used["forward_elements"], whole, memory)),
+        ("fused_bytes", fused, _candidates(used["fused_bytes"], all_bytes, memory)),
     ):
         times: dict[int, float] = {}
-        for size in _candidates(used[kind], most, memory):
+        want: object = None
+        for size in candidates:
             longest = max(times.values(), default=0.0)
             if time.perf_counter() + 3 * longest > deadline:
                 break
-            tuning = _tuning.Tuning(name, "", {}, {op: backends(device)[0] for op in ("linear_nll",)}, {kind: size})
-            with _tuning.trial(tuning):
+            chosen = dict.fromkeys(("linear_log_probs", "linear_nll"), backends(device)[0])
+            with _tuning.trial(_tuning.Tuning(name, "", {}, chosen, {kind: size})):
                 try:
+                    got = call()
+                    want = got if want is None else want
+                    torch.testing.assert_close(got, want, rtol=2e-2, atol=1e-3)
                     times[size] = timing.timed(call, device, max(0.05, (deadline - time.perf_counter()) / 12)).median
-                except torch.OutOfMemoryError:
+                except Exception as error:  # whatever a kernel of another size fails with, it is not chosen
+                    print(f"{kind} {size}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
                     break
         fastest = min(times, key=lambda size: times[size], default=None)
         if fastest is not None and times.get(used[kind], 0.0) > GAIN * times[fastest]:

@@ -64,6 +64,31 @@ def choose(rows: int, vocabulary: int, itemsize: int, device: Device, tuning: Tu
     return Config(block, num_warps, tuning.num_stages, splits)
 
 
+@dataclass(frozen=True)
+class HeadConfig:
+    """Launch configuration of the product of a head with the softmax in its epilogue."""
+
+    block_rows: int
+    """Tokens of a tile."""
+    block_columns: int
+    """Its part of the vocabulary."""
+    block_width: int
+    """Hidden dimensions per step of the product."""
+    num_warps: int
+    """Warps per program."""
+    num_stages: int
+    """Steps in shared memory."""
+    group: int
+    """Row blocks that go over the vocabulary together."""
+    programs: int
+    """Resident on a multiprocessor."""
+
+
+# By columns, for Hopper: one program, whose accumulators are half of all registers, or two, with the epilogue of one
+# beside the product of the other, that read a third more from the L2 cache. bench/tune.py searches more.
+HEAD_CONFIGS = {256: HeadConfig(128, 256, 64, 8, 4, 16, 1), 128: HeadConfig(128, 128, 64, 4, 3, 16, 2)}
+
+
 def power_of_two_from(value: int) -> int:
     """The smallest power of two that is at least ``value``."""
     return 1 << (value - 1).bit_length()

@@ -9,12 +9,13 @@ from prime_kernels.ops._fused_tiles import sums_in_product
 class TileSizes(NamedTuple):
     """What the linear operations hold of logits on one kind of device. Sizes in elements unless they are bytes."""
 
+    device_type: str
     tokens: int
     """Tokens of a tile, at most."""
     forward: int
     """A tile without gradients."""
     backward: int
-    """A tile that is computed again for its gradient."""
+    """A tile of gradients of logits in the dtype of the inputs; it has whole tiles of ``forward`` logits."""
     kept_bytes: int
     """All logits of a call that are kept for their gradient, at most, in bytes."""
     fused_bytes: int
@@ -24,9 +25,13 @@ class TileSizes(NamedTuple):
     whole_head: bool
     """Whether kernels of whole heads make the logits in cache: then there are no tiles, and logits only if kept."""
 
-    def tile(self, elements: int, tokens: int, vocabulary: int) -> tuple[int, int]:
-        """(tokens, columns of the head) of a tile of at most ``elements`` logits of ``tokens`` x ``vocabulary``."""
-        return tiles.tile_shape(elements, tokens, vocabulary, self.tokens)
+    def forward_tile(self, tokens: int, vocabulary: int) -> tuple[int, int]:
+        """(tokens, columns of the head) of a tile without gradients, of ``tokens`` x ``vocabulary`` logits."""
+        return tiles.forward_tile(self.device_type, tokens, vocabulary)
+
+    def backward_tile(self, input_bytes: int, logit_bytes: int, tokens: int, vocabulary: int) -> tuple[int, int]:
+        """(tokens, columns of the head) of a tile of gradients. Its logits are part of the kept ones if there are."""
+        return tiles.backward_tile(self.device_type, input_bytes, logit_bytes, tokens, vocabulary)
 
     def fused_tokens(self, logit_bytes: int, tokens: int, vocabulary: int) -> int:
         """Tokens of a tile of `linear_nll` and `linear_ppo_loss`, of ``tokens`` in all."""
@@ -41,10 +46,11 @@ def tile_sizes(device_type: str) -> TileSizes:
     if device_type not in tiles.TOKENS:
         raise ValueError(f"device_type: expected one of {', '.join(map(repr, tiles.TOKENS))}, got {device_type!r}")
     return TileSizes(
+        device_type,
         tiles.TOKENS[device_type],
         tiles.forward_elements(device_type),
         tiles.backward_elements(device_type),
-        tiles.KEPT_BYTES[device_type],
+        tiles.kept_bytes(device_type),
         tiles.fused_bytes(device_type),
         0 if sums_in_product(device_type) else tiles.ADDED_ROWS[device_type],
         device_type in tiles.HEAD_KERNELS,

@@ -72,22 +72,24 @@ def _capped(own: Tensor, softcap: float | None) -> Tensor:
     return own.double() if softcap is None else softcap * torch.tanh(own.double() / softcap)
 
 
-def rows_of_head(head: LinearHead, with_entropy: bool, backend: str, search: Search | None = None) -> Rows:
-    """Results of a head with ids [N, K], by the tiles of _tiled_head.
+def rows_of_head(
+    head: LinearHead, with_entropy: bool, backend: str, search: Search | None = None, kept: Tensor | None = None
+) -> Rows:
+    """Results of a head with ids [N, K], by the tiles of _tiled_head; all logits [N, V] to ``kept`` if it is given.
 
     A token's probability among those of its tile is at least that among all, so what is found in the tiles has all
     that the whole row has.
     """
     ids, temperature, softcap = head.ids, head.temperature, head.softcap
     kernels = row_kernels(backend, softcap)
-    tiled = tiles.Tiles(head, tiles.forward_elements(tiles._kind(head.hidden)))
+    tiled = tiles.Tiles.forward(head)
     last = -(-len(head.weight) // tiled.columns) - 1
     blocks = []
     for tokens in tiled.token_spans():
         parts, found_ids, found = [], [], []
         own: Tensor | None = None
         for columns in tiled.column_spans():
-            z = tiled.logits(tokens, columns)
+            z = tiled.logits(tokens, columns, None if kept is None else kept[tokens, columns])
             places = ids[tokens] - columns.start
             inside = (places >= 0) & (places < z.shape[1])
             places = places.clamp(0, z.shape[1] - 1)
@@ -210,22 +212,27 @@ class HeadLogProbs(torch.autograd.Function):
         product: tuple[float, bool, float | None],
         with_entropy: bool,
         backend: str,
+        with_gradient: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """``product`` is (temperature, rounded, softcap) of a LinearHead."""
-        rows = rows_of_head(LinearHead(hidden, weight, bias, ids, *product), with_entropy, backend)
-        ctx.save_for_backward(hidden, weight, bias, ids, rows.lse, rows.entropy)
-        ctx.product, ctx.backend = product, backend
+        head = LinearHead(hidden, weight, bias, ids, *product)
+        keep = with_gradient and any(ctx.needs_input_grad) and tiles.can_keep(head, backend)
+        kept = tiles.empty_logits(head) if keep else None
+        rows = rows_of_head(head, with_entropy, backend, kept=kept)
+        ctx.save_for_backward(hidden, weight, bias, ids, rows.lse, rows.entropy, kept)
+        ctx.product, ctx.backend, ctx.spent = product, backend, False
         ctx.set_materialize_grads(False)
         return rows.logp, rows.entropy
 
     @staticmethod
     @first_derivative_only("linear_log_probs")
     def backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None) -> Gradients:
-        *columns, lse, entropy = ctx.saved_tensors
+        *columns, lse, entropy, kept = ctx.saved_tensors
         if grad_logp is None and grad_entropy is None:
-            return (None,) * 7
+            return (None,) * 8
         gradient = RowGradient(lse, None if grad_entropy is None else entropy, grad_logp, grad_entropy)
         head = LinearHead(*columns, *ctx.product)
         kernels = SeveralIds(ctx.backend, head.softcap)
-        gradients = tiles.head_gradients(head, gradient, ctx.needs_input_grad[:3], ctx.backend, kernels=kernels)
-        return *gradients, None, None, None, None
+        wanted, kept = ctx.needs_input_grad[:3], tiles.spent(ctx, kept)
+        gradients = tiles.head_gradients(head, gradient, wanted, ctx.backend, kept, kernels)
+        return *gradients, None, None, None, None, None

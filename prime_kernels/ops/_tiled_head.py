@@ -4,12 +4,17 @@ CPUs have kernels for a whole head and one id a token (_native/head.py). Everyth
 product into a buffer, then the row kernels on it while it is in the cache. A tile holds the logits of some tokens and
 part of the vocabulary. Forward merges the softmax of a token's tiles; backward recomputes a tile and overwrites it with
 its gradient. Scratch memory is one tile for any number of tokens and any vocabulary. If all logits are few enough, they
-are kept instead, which saves one of four products.
+are kept instead, which saves one of four products: the tiles of backward are then parts of what is kept. They have the
+same shapes either way, and what is computed again comes from the products of forward: the gradients have the same bits.
+
+With "fused_columns" in a tuning file "triton" multiplies itself and takes the softmax of a tile while it is in
+registers; where its logits are kept, or a backward pass needs them, the same kernel writes them.
 
 Logits are float32, for 16-bit inputs too, unless the head rounds them as its own layer does.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -17,10 +22,11 @@ from torch import Tensor
 from prime_kernels import _backends, _tuning
 from prime_kernels._backends import GradientKernel, HeadGradients, LinearHead, RowGradient, RowResults
 from prime_kernels._segment_math import result_dtype
-from prime_kernels.ops import _fused_tiles
+from prime_kernels.ops import _fused_product, _fused_tiles
 from prime_kernels.ops._softcap import row_kernels
+from prime_kernels.ops._tile_shapes import aligned, moved, spans, tile_shape, tokens_of_whole_rows, whole_tiles
 
-# Backends with kernels for a whole head. Of the sizes below they use KEPT_BYTES alone.
+# Backends with kernels for a whole head. Of the sizes below they use kept_bytes alone.
 HEAD_KERNELS = frozenset({"cpu"})
 # Tokens per tile, by device: enough for a product at full speed.
 TOKENS = {"cpu": 1024, "cuda": 8192}
@@ -30,11 +36,8 @@ TOKENS = {"cpu": 1024, "cuda": 8192}
 # where 16,384 columns would leave a last wave of four.
 FORWARD_ELEMENTS = {"cpu": 2**22, "cuda": 8192 * 16896}
 BACKWARD_ELEMENTS = {"cpu": 2**24, "cuda": 8192 * 2 * 16896}
-# Logits kept from forward to backward, at most, in bytes, by device.
+# Logits kept from forward to backward, at most, in bytes, by device; on a GPU at least, see kept_bytes.
 KEPT_BYTES = {"cpu": 2**28, "cuda": 2**29}
-# Rows of logits start at multiples of 16 bytes: vector loads are possible for any vocabulary, and a tile gives the same
-# bits at any position.
-ALIGNED_COLUMNS = 8
 # Least size of tiles over the whole vocabulary. The gradient of the head is summed over them: the fewer the better.
 FUSED_BYTES = 2**27
 # Rows of a 16-bit product that is added to a float32 sum, by device: enough for full speed, small next to the sum.
@@ -51,46 +54,59 @@ def backward_elements(device_type: str) -> int:
     return _tuning.tile("backward_elements", device_type, BACKWARD_ELEMENTS[device_type])
 
 
+def kept_bytes(device_type: str) -> int:
+    """All logits of a call that are kept for their gradient, at most.
+
+    On a GPU a sixteenth of its memory, as a tile of a fused loss takes at the same moment; see :func:`can_keep`.
+    """
+    least = KEPT_BYTES[device_type]
+    return _tuning.tile("kept_bytes", device_type, least if device_type == "cpu" else _fused_tiles.size_on_gpu(least))
+
+
 def fused_bytes(device_type: str) -> int:
     """Size of a tile over the whole vocabulary, unless there is too little memory for it."""
     default = FUSED_BYTES if device_type == "cpu" else _fused_tiles.size_on_gpu(FUSED_BYTES)
     return _tuning.tile("fused_bytes", device_type, default)
 
 
-def spans(total: int, size: int) -> Iterator[slice]:
-    """Slices of at most ``size`` that cover ``total``."""
-    for start in range(0, total, size):
-        yield slice(start, min(start + size, total))
+def forward_tile(device_type: str, n_tokens: int, vocabulary: int) -> tuple[int, int]:
+    """(tokens, columns) of a tile of a pass without gradients."""
+    return tile_shape(forward_elements(device_type), n_tokens, vocabulary, TOKENS[device_type])
 
 
-def tile_shape(elements: int, n_tokens: int, vocabulary: int, most_tokens: int) -> tuple[int, int]:
-    """(tokens, columns) of a tile of at most ``elements`` logits; more tokens where it holds the whole vocabulary."""
-    tokens = max(1, min(n_tokens, most_tokens))
-    columns = max(1, min(vocabulary, elements // tokens))
-    if ALIGNED_COLUMNS < columns < vocabulary:
-        columns -= columns % ALIGNED_COLUMNS
-    if columns == vocabulary:
-        tokens = max(1, min(n_tokens, elements // columns))
-    return tokens, columns
-
-
-def tokens_of_whole_rows(elements: int, n_tokens: int, vocabulary: int) -> int:
-    """Tokens of a tile of at most ``elements`` logits over the whole vocabulary: as few tiles as go, of one size."""
-    count = max(1, -(-n_tokens // max(1, elements // vocabulary)))
-    return max(1, -(-n_tokens // count))
+def backward_tile(
+    device_type: str, input_bytes: int, logit_bytes: int, n_tokens: int, vocabulary: int
+) -> tuple[int, int]:
+    """(tokens, columns) of a tile of gradients, as many bytes of logits for any of their dtypes."""
+    elements = max(forward_elements(device_type), backward_elements(device_type) * input_bytes // logit_bytes)
+    sizes = tile_shape(elements, n_tokens, vocabulary, TOKENS[device_type])
+    return whole_tiles(forward_tile(device_type, n_tokens, vocabulary), sizes, n_tokens, vocabulary)
 
 
 class Tiles:
     """Products of tokens [N, D] with parts of a head [V, D], all in one buffer of bounded size."""
 
-    def __init__(self, head: LinearHead, elements: int, *, whole_rows: bool = False) -> None:
-        self.head, self.dtype = head, logits_dtype(head)
-        n_tokens, vocabulary = len(head.hidden), len(head.weight)
-        if whole_rows:
-            self.tokens, self.columns = tokens_of_whole_rows(elements, n_tokens, vocabulary), vocabulary
-        else:
-            self.tokens, self.columns = tile_shape(elements, n_tokens, vocabulary, TOKENS[_kind(head.hidden)])
+    def __init__(self, head: LinearHead, tokens: int, columns: int) -> None:
+        self.head, self.dtype, self.tokens, self.columns = head, logits_dtype(head), tokens, columns
         self.buffer: Tensor | None = None
+        self.fused: int | None = None
+        """See _fused_product; None for a library's product."""
+
+    @classmethod
+    def forward(cls, head: LinearHead) -> Self:
+        """Of a pass without gradients."""
+        return cls(head, *forward_tile(_kind(head.hidden), len(head.hidden), len(head.weight)))
+
+    @classmethod
+    def backward(cls, head: LinearHead) -> Self:
+        """Of gradients: whole tiles of :meth:`forward`."""
+        sizes = (head.hidden.element_size(), logits_dtype(head).itemsize)
+        return cls(head, *backward_tile(_kind(head.hidden), *sizes, len(head.hidden), len(head.weight)))
+
+    @classmethod
+    def of_whole_rows(cls, head: LinearHead, elements: int) -> Self:
+        """Of at most ``elements`` logits over the whole vocabulary."""
+        return cls(head, tokens_of_whole_rows(elements, len(head.hidden), len(head.weight)), len(head.weight))
 
     def token_spans(self) -> Iterator[slice]:
         return spans(len(self.head.hidden), self.tokens)
@@ -102,14 +118,28 @@ class Tiles:
         """The tile [tokens, columns], in the dtype of the head's logits."""
         hidden, weight, bias = self.head.hidden[tokens], self.head.weight[columns], self.head.bias
         if out is None:
-            if self.buffer is None:
-                self.buffer = hidden.new_empty(self.tokens * _aligned(self.columns), dtype=self.dtype)
-            width = _aligned(len(weight))
-            out = self.buffer[: len(hidden) * width].view(len(hidden), width)[:, : len(weight)]
+            out = self.empty(len(hidden), len(weight))
+        if self.fused is not None:
+            return _fused_product.logits(self.head, tokens, columns, self.fused, out)
         if self.dtype == hidden.dtype and bias is not None:
             return torch.addmm(bias[columns], hidden, weight.T, out=out)
         _product(hidden, weight.T, out)
         return out if bias is None else out.add_(bias[columns])
+
+    def logits_by(self, parts: "Tiles", tokens: slice, columns: slice) -> Tensor:
+        """The tile [tokens, columns] from the products of smaller tiles."""
+        z = self.empty(tokens.stop - tokens.start, columns.stop - columns.start)
+        for rows in spans(len(z), parts.tokens):
+            for part in spans(z.shape[1], parts.columns):
+                parts.logits(moved(rows, tokens.start), moved(part, columns.start), z[rows, part])
+        return z
+
+    def empty(self, n_tokens: int, n_columns: int) -> Tensor:
+        """The buffer as a tile of this shape, with whatever is in it."""
+        if self.buffer is None:
+            self.buffer = self.head.hidden.new_empty(self.tokens * aligned(self.columns), dtype=self.dtype)
+        width = aligned(n_columns)
+        return self.buffer[: n_tokens * width].view(n_tokens, width)[:, :n_columns]
 
     def for_gradient(self, logits: Tensor, wide: bool) -> Tensor:
         """Where to write the gradient of a tile: a new tensor of the products' dtype, or the logits themselves.
@@ -124,7 +154,7 @@ class Tiles:
         if wide or logits.dtype == hidden.dtype:
             return logits
         rows, columns = logits.shape
-        return hidden.new_empty(rows, _aligned(columns))[:, :columns]
+        return hidden.new_empty(rows, aligned(columns))[:, :columns]
 
 
 def logits_dtype(head: LinearHead) -> torch.dtype:
@@ -142,15 +172,23 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 def can_keep(head: LinearHead, backend: str) -> bool:
-    """Whether all logits are few enough to keep for backward."""
-    item = 4 if backend in HEAD_KERNELS else logits_dtype(head).itemsize
-    return len(head.hidden) * len(head.weight) * item <= KEPT_BYTES[_kind(head.hidden)]
+    """Whether all logits are few enough to keep for backward.
+
+    On a GPU they leave two thirds of the free memory, unless they are very few: what else a step needs until then, and
+    the gradients of hidden states and head. Results do not depend on it.
+    """
+    item, kind = 4 if backend in HEAD_KERNELS else logits_dtype(head).itemsize, _kind(head.hidden)
+    size = len(head.hidden) * len(head.weight) * item
+    return size <= kept_bytes(kind) and _fused_tiles.fitting(size, size, head.hidden.device, KEPT_BYTES[kind]) >= size
 
 
-def _all_logits(head: LinearHead) -> Tensor:
-    """An uninitialised buffer for all logits [N, V]."""
+def empty_logits(head: LinearHead) -> Tensor | None:
+    """An uninitialised buffer to keep all logits [N, V]; None if the free memory is in pieces too small for it."""
     n_tokens, vocabulary = len(head.hidden), len(head.weight)
-    return head.hidden.new_empty(n_tokens, _aligned(vocabulary), dtype=logits_dtype(head))[:, :vocabulary]
+    try:
+        return head.hidden.new_empty(n_tokens, aligned(vocabulary), dtype=logits_dtype(head))[:, :vocabulary]
+    except torch.OutOfMemoryError:
+        return None
 
 
 def all_logits(head: LinearHead, backend: str) -> Tensor:
@@ -187,18 +225,26 @@ def join(parts: Sequence[RowResults], owner: Tensor) -> RowResults:
     return RowResults(joined.float(), total.float(), entropy)
 
 
+def spent(ctx: Any, kept: Tensor | None) -> Tensor | None:
+    """The kept logits for the first backward pass of a graph, which may overwrite them unseen by autograd."""
+    kept, ctx.spent = None if kept is None or ctx.spent else kept.data, True
+    return kept
+
+
 def head_log_probs(
     head: LinearHead, with_entropy: bool, backend: str, keep: bool = False
 ) -> tuple[RowResults, Tensor | None]:
-    """Results [N] and, with ``keep``, the logits for :func:`head_gradients`.
+    """Results [N] and, with ``keep``, the logits for :func:`head_gradients`, if there is memory for them.
 
     For ids outside the head logp is meaningless. The results are bitwise the same with and without ``keep``.
     """
     if backend in HEAD_KERNELS:
         return _backends.head(backend).token_log_probs(head, with_entropy, keep)
-    kernels = row_kernels(backend, head.softcap)
-    tiles = Tiles(head, forward_elements(_kind(head.hidden)))
-    kept = _all_logits(head) if keep else None
+    kept = empty_logits(head) if keep else None
+    fused = _fused_product.columns(head, backend, _kind(head.hidden))
+    if fused is not None:
+        return _fused_product.log_probs(head, with_entropy, fused, kept), kept
+    kernels, tiles = row_kernels(backend, head.softcap), Tiles.forward(head)
     blocks = []
     for tokens in tiles.token_spans():
         parts = []
@@ -228,13 +274,10 @@ def head_gradients(
     if kernels is None and backend in HEAD_KERNELS:
         return _backends.head(backend).gradients(head, gradient, wanted, kept)
     hidden, weight, bias = head.hidden, head.weight, head.bias
+    tiles, parts = Tiles.backward(head), Tiles.forward(head)
+    # Forward has several ids from library products.
+    parts.fused = _fused_product.columns(head, backend, _kind(head.hidden)) if kernels is None else None
     kernels = kernels or row_kernels(backend, head.softcap)
-    elements = backward_elements(_kind(hidden)) * hidden.element_size() // logits_dtype(head).itemsize
-    if kept is None and can_keep(head, backend):
-        kept = _recompute(head)
-    if kept is not None:
-        elements = len(hidden) * len(weight)
-    tiles = Tiles(head, elements)
     one_column_span, one_token_span = tiles.columns >= len(weight), tiles.tokens >= len(hidden)
     grad_hidden = Sum(hidden, once=one_column_span) if wanted[0] else None
     grad_weight = torch.empty_like(weight) if wanted[1] else None
@@ -243,7 +286,7 @@ def head_gradients(
         part = None if grad_weight is None else Sum(grad_weight[columns], once=one_token_span, into=True)
         bias_part: Tensor | None = None
         for tokens in tiles.token_spans():
-            z = tiles.logits(tokens, columns) if kept is None else kept
+            z = tiles.logits_by(parts, tokens, columns) if kept is None else kept[tokens, columns]
             of_rows, inside = gradient.rows(tokens), head.ids[tokens] - columns.start
             dz = tiles.for_gradient(z, wide=grad_bias is not None)
             kernels.logits_gradient(z, inside, None, of_rows, head.temperature, dz, partial=True)
@@ -265,15 +308,6 @@ def head_gradients(
     return HeadGradients(of_hidden, grad_weight, grad_bias)
 
 
-def _recompute(head: LinearHead) -> Tensor:
-    """The logits that head_log_probs would have kept, by the same tiles: equal bits, hence equal gradients."""
-    tiles, logits = Tiles(head, forward_elements(_kind(head.hidden))), _all_logits(head)
-    for tokens in tiles.token_spans():
-        for columns in tiles.column_spans():
-            tiles.logits(tokens, columns, logits[tokens, columns])
-    return logits
-
-
 def loss_gradients(
     head: LinearHead, grad_of: Callable[[Tensor, slice], Tensor], wanted: Sequence[bool], backend: str
 ) -> tuple[Tensor, HeadGradients]:
@@ -286,7 +320,7 @@ def loss_gradients(
     itemsize = logits_dtype(head).itemsize
     all_bytes = len(hidden) * len(weight) * itemsize
     size = _fused_tiles.fitting(fused_bytes(_kind(hidden)), all_bytes, hidden.device, FUSED_BYTES)
-    tiles = Tiles(head, size // itemsize, whole_rows=True)
+    tiles = Tiles.of_whole_rows(head, size // itemsize)
     columns = slice(0, len(weight))
     one = tiles.tokens >= len(hidden)
     grad_hidden = Sum(hidden, once=True) if wanted[0] else None
@@ -294,10 +328,15 @@ def loss_gradients(
     grad_bias = (
         torch.zeros(len(weight), dtype=torch.float32, device=hidden.device) if bias is not None and wanted[2] else None
     )
-    parts = []
+    parts, fused = [], _fused_product.columns(head, backend, _kind(head.hidden))
     for tokens in tiles.token_spans():
-        z = tiles.logits(tokens, columns)
-        logp, lse, _ = kernels.token_log_probs([z], head.ids[tokens], None, [head.temperature], False).only_model()
+        ids = head.ids[tokens]
+        if fused is None:
+            z = tiles.logits(tokens, columns)
+            logp, lse, _ = kernels.token_log_probs([z], ids, None, [head.temperature], False).only_model()
+        else:
+            z = tiles.empty(len(ids), len(weight))
+            logp, lse, _ = _fused_product.log_probs(head._replace(hidden=hidden[tokens], ids=ids), False, fused, z)
         parts.append(logp)
         if not any(wanted):
             continue
@@ -318,10 +357,6 @@ def loss_gradients(
     )
     of_bias = None if grad_bias is None else grad_bias.to(hidden.dtype)
     return torch.cat(parts), HeadGradients(of_hidden, of_weight, of_bias)
-
-
-def _aligned(columns: int) -> int:
-    return -(-columns // ALIGNED_COLUMNS) * ALIGNED_COLUMNS
 
 
 def _kind(tensor: Tensor) -> str:

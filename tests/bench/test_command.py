@@ -8,7 +8,7 @@ import torch
 
 from prime_kernels import __main__ as package
 from prime_kernels import _tuning, available_backends
-from prime_kernels._bench import cases, formulas, report, run, timing
+from prime_kernels._bench import cases, formulas, report, run, tiles, timing
 from prime_kernels._bench.report import NO_TIME, Row
 from prime_kernels._dispatch import OPERATIONS
 from prime_kernels.ops import _tiled_head
@@ -184,6 +184,45 @@ def test_a_tuning_in_use_is_not_measured(bench, monkeypatch, tmp_path):
     status, _, progress, results = bench("--minutes", "10", "--ops", "linear_nll")
     assert status == 0 and not any(row["failure"] for row in results["rows"])
     assert "PRIME_KERNELS_TUNING is not used here" in progress
+
+
+@pytest.mark.parametrize("kept_is_faster, by_default", [(True, True), (True, False), (False, True), (False, False)])
+def test_whether_logits_are_kept_is_measured(monkeypatch, kept_is_faster, by_default):
+    """Only another answer than the one in use is written down."""
+    sizes = cases.Sizes(16, 300, 8, 64)
+    all_bytes = 4 * 16 * 300
+    monkeypatch.setattr(_tiled_head, "HEAD_KERNELS", frozenset())
+    monkeypatch.setattr(_tiled_head, "KEPT_BYTES", {"cpu": all_bytes if by_default else all_bytes - 1})
+
+    def timed(call, *options):
+        call()
+        kept = _tiled_head.kept_bytes("cpu") >= all_bytes
+        return timing.Timing(1.0 if kept == kept_is_faster else 2.0, 1)
+
+    monkeypatch.setattr(timing, "timed", timed)
+    found = tiles.best(torch.device("cpu"), torch.float32, sizes, 100.0)
+    want = {} if kept_is_faster == by_default else {"kept_bytes": all_bytes if kept_is_faster else 1}
+    assert {kind: size for kind, size in found.items() if kind == "kept_bytes"} == want
+
+
+def test_sizes_that_fail_or_give_other_results_are_not_chosen(monkeypatch, capsys):
+    def timed(call, *options):
+        return timing.Timing(1.0 / _tuning.tile("fused_bytes", "cpu", 1), 1)  # the larger the faster
+
+    plain = tiles.pk.linear_nll
+    monkeypatch.setattr(_tiled_head, "HEAD_KERNELS", frozenset())
+    monkeypatch.setattr(tiles, "FACTORS", (1, 2))
+    monkeypatch.setattr(_tiled_head, "FUSED_BYTES", 2000)
+    monkeypatch.setattr(timing, "timed", timed)
+    find = (torch.device("cpu"), torch.float32, cases.Sizes(16, 300, 8, 64), 100.0)
+    assert tiles.best(*find)["fused_bytes"] == 4000
+
+    def wrong(*columns):
+        return plain(*columns) * (1 + (_tuning.tile("fused_bytes", "cpu", 1) == 4000))
+
+    monkeypatch.setattr(tiles.pk, "linear_nll", wrong)
+    assert "fused_bytes" not in tiles.best(*find)
+    assert "fused_bytes 4000: AssertionError" in capsys.readouterr().err
 
 
 def test_an_unknown_command(capsys):

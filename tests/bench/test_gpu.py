@@ -1,10 +1,13 @@
 """bench/gpu.sh without a GPU: its order, what it keeps when it is cut short, and the smoke test on CPU backends."""
 
+import json
 import os
+import signal
 import stat
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -21,10 +24,14 @@ case "$*" in
   *pip*) exit "${BUILD_STATUS:-0}" ;;
   *smoke.py*) echo "0 failed"; exit "${SMOKE_STATUS:-0}" ;;
 esac
-for word in "$@"; do
-  case $word in --benchmark-json=*) echo '{"benchmarks": []}' >"${word#--benchmark-json=}" ;; esac
-done
-case "$*" in *--benchmark-json*) sleep "${SLOW:-0}" ;; esac
+[ -z "${PRIME_BENCH_JSON:-}" ] || echo '{"benchmarks": []}' >"$PRIME_BENCH_JSON"
+case "$*" in *--benchmark-enable*) sleep "${SLOW:-0}" ;; esac
+"""
+
+# Before that: a benchmark that would run for ever, and ends at an interrupt.
+FINISHES = """case "$*" in
+  *"prime_kernels bench"*) trap 'echo finished the table; exit 0' INT; while :; do sleep 0.1; done ;;
+esac
 """
 
 
@@ -74,7 +81,7 @@ def test_measures_before_it_tests_and_tunes_last(run):
     assert [place(calls, word) for word in order] == sorted(place(calls, word) for word in order)
     # A table after every part that measures, of everything until then.
     tables = [call for call in calls if "table.py" in call]
-    assert len(tables) == sum("--benchmark-json" in call for call in calls) and len(tables[-1]) > len(tables[0])
+    assert len(tables) == sum("--benchmark-enable" in call for call in calls) and len(tables[-1]) > len(tables[0])
     assert {"gpu/device.txt", "gpu/build.log", "gpu/measure_linear.json", "gpu/tests_fuzz.log"} <= set(names)
 
 
@@ -89,7 +96,7 @@ def test_peers_that_are_carried_are_installed_without_a_network(run, tmp_path):
 
 def test_a_phase_alone(run):
     _, _, calls, _ = run("tune")
-    assert any("tune.py" in call for call in calls) and not any("--benchmark-json" in call for call in calls)
+    assert any("tune.py" in call for call in calls) and not any("--benchmark-enable" in call for call in calls)
 
 
 def test_what_fails_does_not_stop_the_rest_and_is_the_status(run):
@@ -107,6 +114,45 @@ def test_the_limit_skips_what_would_be_cut_and_keeps_what_was_measured(run):
     _, said, calls, names = run("measure", "tests", LIMIT="25", SLOW="8")
     assert "skipped" in said and "gpu/skipped.txt" in names and "gpu/measure_ceiling.json" in names
     assert not any("test_fuzz" in call for call in calls)
+
+
+def test_what_is_interrupted_has_written_what_it_measured(tmp_path):
+    """As a part that outlasts its time: the benchmarks before the one that hangs are in its JSON."""
+    (tmp_path / "conftest.py").write_text((ROOT / "bench" / "conftest.py").read_text())
+    (tmp_path / "test_slow.py").write_text(
+        "import time\nimport pytest\n\n"
+        "@pytest.mark.benchmark(group='sleep')\n"
+        "@pytest.mark.parametrize('way', ['eager', 'kernel'])\n"
+        "def test_one(benchmark, way):\n"
+        "    benchmark.extra_info['device'] = 'cpu'\n"
+        "    benchmark.pedantic(time.sleep, (0 if way == 'eager' else 300,), rounds=2)\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--benchmark-enable", "test_slow.py"]
+    target = tmp_path / "measured.json"
+    running = subprocess.Popen(
+        command, cwd=tmp_path, env=os.environ | {"PRIME_BENCH_JSON": str(target)}, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 60
+        while not target.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+    finally:
+        running.send_signal(signal.SIGKILL)
+        running.wait()
+    (one,) = json.loads(target.read_text())["benchmarks"]
+    assert one["params"] == {"way": "eager"} and len(one["stats"]["data"]) == 2
+    table = [sys.executable, "bench/table.py", str(target), str(tmp_path / "table")]
+    subprocess.run(table, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT / "python")}, check=True, timeout=120)
+    assert "| sleep | eager | " in (tmp_path / "table" / "README.md").read_text()
+
+
+def test_a_part_that_outlasts_its_time_may_finish_its_table(run, tmp_path):
+    """It is interrupted first, in a background job too, where a shell ignores that."""
+    python = tmp_path / "python"
+    python.write_text(STAND_IN.replace("#!/usr/bin/env bash\n", "#!/usr/bin/env bash\n" + FINISHES))
+    status, said, _, _ = run("measure", LIMIT="12")
+    assert "finished the table" in said and status == 124
 
 
 def test_smoke_passes_on_the_backends_that_run_here():

@@ -5,6 +5,7 @@ import torch
 from helpers.support import TOLERANCES, offsets
 
 import prime_kernels as pk
+from prime_kernels import _tuning
 
 pytestmark = [
     pytest.mark.gpu,
@@ -89,3 +90,16 @@ def check_agreement(call, leaf, waits):
     absolute, relative = TOLERANCES["grad.float32"]
     for got, want in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(got, want, atol=10 * absolute, rtol=10 * relative)
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_kept_logits_give_the_same_bits(backend):
+    """Three tiles each way; the products of a kept one write longer rows."""
+    hidden = torch.randn(2048, 512, device="cuda").bfloat16().requires_grad_()
+    weight = torch.randn(151936, 512, device="cuda").bfloat16().requires_grad_()
+    ids, found = torch.randint(151936, (2048,), device="cuda"), []
+    for size in (1, 2**31):
+        with _tuning.trial(_tuning.none("cuda")._replace(tiles={"kept_bytes": size})):
+            logp = pk.linear_log_probs(hidden, weight, ids, backend=backend)
+            found.append([logp.detach(), *torch.autograd.grad(logp.sum(), [hidden, weight])])
+    assert all(map(torch.equal, *found))

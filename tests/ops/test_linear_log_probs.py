@@ -20,8 +20,9 @@ def set_tiles(monkeypatch, tokens, columns, kept=0):
     monkeypatch.setattr(_tiled_head, "HEAD_KERNELS", frozenset())
     monkeypatch.setattr(op, "CHUNK_ELEMENTS", 11 * tokens)
     sizes = {"TOKENS": tokens, "FORWARD_ELEMENTS": tokens * columns, "BACKWARD_ELEMENTS": tokens * columns}
-    for name, size in (sizes | {"KEPT_BYTES": kept}).items():
+    for name, size in sizes.items():
         monkeypatch.setattr(_tiled_head, name, {"cpu": size, "cuda": size})
+    monkeypatch.setattr(_tiled_head, "kept_bytes", lambda device_type: kept)
 
 
 CHUNKS = [(1, 11), (3, 11), (1000, 11), (3, 4), (8, 1), (1, 10)]

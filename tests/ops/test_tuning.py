@@ -137,6 +137,7 @@ DAMAGED = {
     "an unknown tile": (change(tiles={"rows": 3}), "expected tiles of .*, got 'rows': 3"),
     "no tile": (change(tiles={"fused_bytes": 0}), "expected tiles of .*, got 'fused_bytes': 0"),
     "a tile of half": (change(tiles={"fused_bytes": 0.5}), "expected tiles of .*, got 'fused_bytes': 0.5"),
+    "a tile that no kernel has": (change(tiles={"fused_columns": 3}), "expected fused_columns of 128 or 256, got 3"),
     "a true tile": (change(tiles={"fused_bytes": True}), "expected tiles of .*, got 'fused_bytes': True"),
 }
 

@@ -14,10 +14,13 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from prime_kernels._triton import _launch, rows
+from prime_kernels._triton import _launch, head, rows
 from prime_kernels._triton._launch_config import Device
 
 MULTIPROCESSORS = {80: 108, 90: 132}
+# Bytes of shared memory of a multiprocessor, and what a program of one may have.
+SHARED = {80: 167936, 90: 233472}
+RESERVED = 1024
 
 
 class Compiled(NamedTuple):
@@ -30,6 +33,8 @@ class Compiled(NamedTuple):
     stack: int
     """Bytes per thread, of spilled registers and of local arrays."""
     sass: str
+    shared: int
+    """Bytes of shared memory of a program."""
 
     def count(self, instruction: str) -> int:
         return len(re.findall(rf"\b{instruction}", self.sass))
@@ -63,7 +68,8 @@ class Driver:
     def __init__(self, capability: int) -> None:
         self.capability, self.seen = capability, []
         self.utils = SimpleNamespace(
-            load_binary=self._load, get_device_properties=lambda device: {"max_shared_mem": 2**17}
+            load_binary=self._load,
+            get_device_properties=lambda device: {"max_shared_mem": SHARED[capability] - RESERVED},
         )
 
     def get_current_target(self) -> GPUTarget:
@@ -87,7 +93,7 @@ class Driver:
             sass = _output(knobs.nvidia.nvdisasm.path, "-c", cubin.name)
         (used,) = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
         registers, stack, local = map(int, used)
-        self.seen.append(Compiled(name, self.warps, registers, stack + local, sass))
+        self.seen.append(Compiled(name, self.warps, registers, stack + local, sass, shared))
         return object(), object(), registers, 0, 1024
 
 
@@ -99,6 +105,7 @@ def on(capability: int) -> Iterator[list[Compiled]]:
     with (
         mock.patch.object(_launch, "device_of", lambda _: device),
         mock.patch.object(rows, "device_of", lambda _: device),
+        mock.patch.object(head, "device_of", lambda _: device),
     ):
         driver.set_active(stand_in)
         try:

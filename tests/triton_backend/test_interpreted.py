@@ -9,8 +9,8 @@ import pytest
 
 TESTS = Path(__file__).resolve().parents[1]
 OPERATIONS = [
-    "candidates", "defaults", "derivatives", "fuzz", "golden", "linear_log_probs", "log_probs", "pack", "ppo_loss",
-    "prm_loss", "rloo_advantages", "segments", "softcap",
+    "candidates", "defaults", "derivatives", "fuzz", "golden", "kept_logits", "linear_log_probs", "log_probs", "pack",
+    "ppo_loss", "prm_loss", "rloo_advantages", "segments", "softcap",
 ]  # fmt: skip
 
 

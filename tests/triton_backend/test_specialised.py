@@ -19,8 +19,9 @@ import torch
 import triton
 from triton_backend import stand_in
 
-from prime_kernels._backends import ClipRange, PPOTokens, PRMBatch, RlooBatch, RlooSettings, RowGradient
-from prime_kernels._triton import losses, pack, rloo, rows, segments
+from prime_kernels._backends import ClipRange, LinearHead, PPOTokens, PRMBatch, RlooBatch, RlooSettings, RowGradient
+from prime_kernels._triton import head, losses, pack, rloo, rows, segments
+from prime_kernels._triton._launch_config import HEAD_CONFIGS
 from prime_kernels._triton._log_probs_kernels import forward_kernel
 
 BOUNDS = Path(__file__).with_name("machine_code.json")
@@ -57,6 +58,17 @@ def backward(entropy=True, columns=VOCABULARY, dtype=torch.bfloat16, apart=False
     out = tensor(ROWS, columns + 1, dtype=dtype)[:, :-1] if apart else torch.empty_like(logits, dtype=to)
     ids, mask = tensor(ROWS, dtype=torch.int64), tensor(ROWS, dtype=torch.bool)
     rows.logits_gradient(logits, ids, mask, gradient, 0.7, out)
+
+
+def product(columns=256, entropy=True, kept=False, scored=True, bias=False, vocabulary=VOCABULARY):
+    hidden, weight = (tensor(count, 4096, dtype=torch.bfloat16) for count in (ROWS, vocabulary))
+    biases = tensor(vocabulary, dtype=torch.bfloat16) if bias else None
+    of = LinearHead(hidden, weight, biases, tensor(ROWS, dtype=torch.int64), 0.7, False)
+    logits = tensor(ROWS, vocabulary + 7 & ~7)[:, :vocabulary] if kept else None
+    if scored:
+        head.token_log_probs(of, entropy, columns, logits)
+    else:
+        head.logits(of, logits, columns)
 
 
 def offsets(count):
@@ -134,6 +146,12 @@ CASES = {
     "backward, float32 to bfloat16, no entropy": lambda: backward(False, dtype=torch.float32, to=torch.bfloat16),
     "backward, float32 to float16": lambda: backward(dtype=torch.float32, to=torch.float16),
     "backward into rows that start elsewhere": lambda: backward(columns=ODD, apart=True),
+    "product and softmax": product,
+    "product and softmax, no entropy": lambda: product(entropy=False),
+    "product and softmax, logits kept": lambda: product(kept=True),
+    "product and softmax, logits kept, bias, odd vocabulary": lambda: product(kept=True, bias=True, vocabulary=ODD),
+    "product and softmax, two programs": lambda: product(columns=128, kept=True),
+    "product alone": lambda: product(kept=True, scored=False),
     "scan": scan,
     "scan of float64 in reverse": lambda: scan(True, torch.float64, tensor(1)),
     "sum": lambda: segments.sum_segments(tensor(TOKENS), offsets(RESPONSES)),
@@ -170,6 +188,21 @@ BARRIERS = {
 BARRIERS |= {"returns, masked": [4], "prm dpo": [1], "prm prefix, balanced": [2], "forward": [0]}
 
 
+def assert_products_overlap(kernel, name):
+    """Programs fit, and the next step of the product begins while the one before runs: one wait a step, and the last.
+
+    ptxas would put a wait after each instruction if it could not tell that nobody touches the accumulators.
+    """
+    config = HEAD_CONFIGS[128 if "two" in name else 256]
+    assert (kernel.shared + stand_in.RESERVED) * config.programs <= stand_in.SHARED[90]
+    assert kernel.registers * kernel.warps * 32 * config.programs <= REGISTERS
+    assert kernel.count(rf"HGMMA\.64x{config.block_columns}x16\.F32\.BF16") == 4 * config.block_rows // (
+        16 * kernel.warps
+    )
+    assert kernel.count(r"WARPGROUP\.ARRIVE") == 1 and kernel.count(r"WARPGROUP\.DEPBAR") == 2
+    assert kernel.count(r"UTMALDG\.2D") == 2 * config.num_stages
+
+
 def measured(kernel):
     narrow = {
         f"narrow {transfer}": sum(kernel.widths(transfer)[bits] for bits in (32, 64)) for transfer in ("LDG", "STG")
@@ -203,6 +236,8 @@ def test_machine_code(name, capability, bounds):
         assert kernel.registers * kernel.warps * 32 * PROGRAMS.get(name.split()[0], 1) <= REGISTERS
     if name in BARRIERS:
         assert [kernel.count(r"ATOMG\.E\.ADD\.STRONG\.GPU") for kernel in seen] == BARRIERS[name]
+    if name.startswith("product"):
+        assert_products_overlap(seen[0], name)
     if name == "checks":
         assert seen[0].count(r"CALL\.ABS") >= 8
     found, key = [measured(kernel) for kernel in seen], f"{name}, sm_{capability}"

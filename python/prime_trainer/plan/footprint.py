@@ -176,10 +176,11 @@ def head_bytes(shape: Shape, tokens: int, of: Sizes, fused: bool, frozen: bool =
         return {"logits": float(logits), "hidden states, head": float(2 * hidden + of_head)}
     if fused:
         rows, columns = sizes.fused_tokens(logit, tokens, shape.vocabulary), shape.vocabulary
-    elif logit * tokens * shape.vocabulary <= sizes.kept_bytes:
-        rows, columns = tokens, shape.vocabulary
     else:
-        rows, columns = sizes.tile(sizes.backward * compute // logit, tokens, shape.vocabulary)
+        rows, columns = sizes.backward_tile(compute, logit, tokens, shape.vocabulary)
+    everything = logit * tokens * shape.vocabulary
+    kept = 0 if fused or everything > sizes.kept_bytes else everything
+    made = kept or logit * rows * columns
     of_hidden = hidden if columns == shape.vocabulary else 4 * tokens * shape.width
     once, low = rows >= tokens, compute < 4
     # One product is written where it stays. A sum over tiles is float32; CPUs add to it through float32 copies of what
@@ -191,12 +192,12 @@ def head_bytes(shape: Shape, tokens: int, of: Sizes, fused: bool, frozen: bool =
     held = 0 if fused and not once else of_head
     # The gradient of 16-bit inputs' float32 logits is rounded beside them; CPUs multiply float32 copies of such inputs.
     wide = logit > compute
-    moments = [((logit + wide * compute) * rows * columns, held + total)]
+    moments = [(made + wide * compute * rows * columns, held + total)]
     if wide and device == "cpu":
         copies = 4 * (rows + columns) * shape.width
-        moments.append((logit * rows * columns, held + (0 if once else total - block) + copies))
+        moments.append((made, held + (0 if once else total - block) + copies))
     if low and columns < shape.vocabulary:  # the sum of the hidden states' gradient is rounded at the end
-        moments.append((0, held + hidden))
+        moments.append((kept, held + hidden))
     if fused and not once and not frozen:  # the sum is rounded when the logits are gone
         moments.append((0, (4 + compute * low) * shape.head))
     if fused and not frozen:  # gradients times that of the loss
@@ -210,7 +211,7 @@ def score_tile_bytes(shape: Shape, tokens: int, of: Sizes) -> float:
     sizes = tile_sizes(of.device)
     if sizes.whole_head:
         return 0.0
-    rows, columns = sizes.tile(sizes.forward, tokens, shape.vocabulary)
+    rows, columns = sizes.forward_tile(tokens, shape.vocabulary)
     return float(of.logit * rows * columns)
 
 

@@ -113,9 +113,11 @@ def test_tiles_are_those_of_the_losses():
     for tokens, vocabulary in ((100, 1000), (5000, 1000), (8192, 151936), (20000, 40000), (1500, 300000)):
         hidden, weight = torch.empty(tokens, 1, device="meta"), torch.empty(vocabulary, 1, device="meta")
         head = _tiled_head.LinearHead(hidden, weight, None, torch.empty(tokens, device="meta"), 1.0, False)
-        for elements in (sizes.backward, sizes.forward):
-            made = _tiled_head.Tiles(head, elements)
-            assert sizes.tile(elements, tokens, vocabulary) == (made.tokens, made.columns)
+        for elements, made, said in (
+            (sizes.forward, _tiled_head.Tiles.forward(head), sizes.forward_tile(tokens, vocabulary)),
+            (sizes.backward, _tiled_head.Tiles.backward(head), sizes.backward_tile(4, 4, tokens, vocabulary)),
+        ):
+            assert said == (made.tokens, made.columns)
             assert made.tokens * made.columns <= max(elements, vocabulary) and made.tokens <= max(
                 sizes.tokens, elements // vocabulary
             )
@@ -123,21 +125,23 @@ def test_tiles_are_those_of_the_losses():
         tile_sizes("mps")
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["log_probs", "nll"])
+@pytest.mark.parametrize(
+    ("fused", "kept_bytes"), [(False, 0), (False, 2**30), (True, 0)], ids=["log_probs", "log_probs, kept", "nll"]
+)
 @pytest.mark.parametrize(
     ("dtype", "logits_dtype"),
     [(torch.float32, "float32"), (torch.bfloat16, "float32"), (torch.bfloat16, "input")],
     ids=["float32", "bfloat16", "rounded"],
 )
 @pytest.mark.parametrize("tokens", [250, 1200])
-def test_a_loss_over_tiles(monkeypatch, fused, dtype, logits_dtype, tokens):
+def test_a_loss_over_tiles(monkeypatch, fused, kept_bytes, dtype, logits_dtype, tokens):
     """The most bytes that a loss and its backward pass hold, by torch's own count, temporary copies included."""
     vocabulary, width, fused_bytes = 8000, 256, 256 * 4 * 8000
     sizes = {
         "TOKENS": 64,
         "BACKWARD_ELEMENTS": 64 * 256,
         "FORWARD_ELEMENTS": 64 * 64,
-        "KEPT_BYTES": 0,
+        "KEPT_BYTES": kept_bytes,
         "ADDED_ROWS": 80,
     }
     for name, size in sizes.items():

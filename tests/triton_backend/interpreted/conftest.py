@@ -55,6 +55,22 @@ def _convert(array, kind, to, rounding):
 
 interpreter._convert_float = _convert
 
+_create_dot = interpreter.InterpreterBuilder.create_dot
+
+
+def _dot(self, a, b, d, *options):
+    """A product of bfloat16 would multiply the bits that stand for the numbers (Triton 3.6)."""
+    wide = [
+        interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+        if x.dtype.scalar == tl.bfloat16
+        else x
+        for x in (a, b)
+    ]
+    return _create_dot(self, *wide, d, *options)
+
+
+interpreter.InterpreterBuilder.create_dot = _dot
+
 _patch_tensor = interpreter._patch_lang_tensor
 
 
