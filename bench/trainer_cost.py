@@ -204,6 +204,7 @@ def by_length(toml: Path, words: Sequence[str], lengths: Sequence[int], prompt: 
                     for stages in (("score", "prm"), ("policy",))
                 ]
             run.close()
+            del run  # before the next way's models are made
     print(
         f"{cfg.model.path}, {cfg.model.dtype}, {torch.get_num_threads()} thread(s): {cfg.rollout.prompts_per_step} "
         f"groups of {cfg.rollout.n}, prompts of {prompt} tokens, passes of {cfg.micro_batch_tokens}, "
