@@ -1,6 +1,7 @@
 """Tokens a second of the rollout engines and of plain `model.generate`, alternating in one run; and steps of runs.
 
 usage: python bench/rollout.py measure RESULTS.json [--model PATH] [--rounds N] [--batches 64,256] [--engines vllm,..]
+              [--n 4] [--tokens 48]
        python bench/rollout.py table RESULTS.json bench/results/rollout [RUN_DIR ...]
 
 `table` adds the mean stages of finished `prime-trainer rl` runs, one row each.
@@ -25,19 +26,18 @@ from prime_trainer.rollout import EngineConfig, Sampling, make_sampler
 from prime_trainer.run.provenance import environment
 from prime_trainer.run.seeds import derive_seed
 
-N, TOKENS = 4, 48
 ENGINES = ("transformers", "vllm", "vllm-server")
 STAGES = ("rollout", "weights", "prm", "policy", "total")
 
 
-def measure(target: Path, path: str, rounds: int, batches: list[int], engines: list[str]) -> None:
+def measure(target: Path, path: str, rounds: int, batches: list[int], engines: list[str], n: int, tokens: int) -> None:
     model_cfg = ModelConfig(path=path, chat_template="bare", device="cpu")
     model, tokenizer = loading.load_model(model_cfg), tokenizers.load_tokenizer(model_cfg)
     configs = {
         engine: RunConfig(
             output=target.parent / "rollout-bench",
             model=model_cfg,
-            rollout={"engine": engine, "max_new_tokens": TOKENS, "batch_size": max(batches)},
+            rollout={"engine": engine, "max_new_tokens": tokens, "batch_size": max(batches)},
         )
         for engine in engines
     }
@@ -53,23 +53,25 @@ def measure(target: Path, path: str, rounds: int, batches: list[int], engines: l
         print(results[-1], flush=True)
     try:
         for batch in batches:
-            prompts = [prompt(tokenizer, i) for i in range(batch // N)]
+            prompts = [prompt(tokenizer, i) for i in range(batch // n)]
             seeds = [derive_seed("bench", i) for i in range(len(prompts))]
-            ways = {"generate": lambda p, _: generate(model, tokenizer, p)} | {
-                name: lambda p, s, sampler=sampler: sampled(sampler, p, s) for name, sampler in samplers.items()
+            ways = {"generate": lambda p, _: generate(model, tokenizer, p, n, tokens)} | {
+                name: lambda p, s, sampler=sampler: sampled(sampler, p, s, n, tokens)
+                for name, sampler in samplers.items()
             }
             for way in ways.values():
                 way(prompts[:4], seeds[:4])
             for round_ in range(rounds):
                 for name, way in ways.items():
                     begin = time.perf_counter()
-                    tokens = way(prompts, seeds)
+                    count = way(prompts, seeds)
                     seconds = time.perf_counter() - begin
                     results.append(
-                        {"engine": name, "batch": batch, "round": round_, "tokens": tokens, "seconds": seconds}
+                        {"engine": name, "batch": batch, "round": round_, "tokens": count, "seconds": seconds}
                     )
                     print(results[-1], flush=True)
                     record = {"environment": environment() | {"model": Path(path).name}, "results": results}
+                    record |= {"n": n, "max tokens": tokens}
                     target.write_text(json.dumps(record, indent=1) + "\n")
     finally:
         for sampler in samplers.values():
@@ -86,22 +88,22 @@ def prompt(tokenizer, i: int) -> list[int]:
     )
 
 
-def sampled(sampler, prompts, seeds) -> int:
-    samples = sampler.generate(prompts, N, Sampling(TOKENS), seeds)
+def sampled(sampler, prompts, seeds, n: int, tokens: int) -> int:
+    samples = sampler.generate(prompts, n, Sampling(tokens), seeds)
     return sum(len(s.ids) for group in samples for s in group)
 
 
 @torch.no_grad()
-def generate(model, tokenizer, prompts) -> int:
+def generate(model, tokenizer, prompts, n: int, tokens: int) -> int:
     """As trainers call it: left-padded, each prompt repeated for its responses, all rows until the last one ends."""
-    rows = [p for p in prompts for _ in range(N)]
+    rows = [p for p in prompts for _ in range(n)]
     width = max(map(len, rows))
     stops = tokenizers.stop_ids(model, tokenizer)
     ids = torch.tensor([[stops[0]] * (width - len(r)) + r for r in rows])
     mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows])
     out = model.generate(
         input_ids=ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-        max_new_tokens=TOKENS, eos_token_id=stops, pad_token_id=stops[0],
+        max_new_tokens=tokens, eos_token_id=stops, pad_token_id=stops[0],
     )[:, width:]  # fmt: skip
     ended = torch.isin(out, torch.tensor(stops)).int().cumsum(1)
     return int((ended - torch.isin(out, torch.tensor(stops)).int() == 0).sum())
@@ -147,8 +149,8 @@ def table(source: Path, target: Path, runs: list[Path]) -> None:
     (target / "README.md").write_text(
         f"# Rollout engines\n\n{text}\n\nOne run, all ways in turn each round, medians of {counts}; a ratio is the "
         f"median of the rounds' own. A batch is that many responses of at most "
-        f"{TOKENS} tokens, {N} to a prompt; tokens after a response's end do not count. "
-        f"`generate` is transformers' own with left padding.\n\n"
+        f"{record.get('max tokens', 48)} tokens, {record.get('n', 4)} to a prompt; "
+        f"tokens after a response's end do not count. `generate` is transformers' own with left padding.\n\n"
         f"Measured with {made['cores']} cores of {made['processor']} ({', '.join(made['vector_sets'])}), Python "
         f"{made['python']}, {packages}, commit {made['commit']}.\n"
     )
@@ -171,6 +173,8 @@ if __name__ == "__main__":
     one.add_argument("--model", default=loading.SMOLLM2)
     one.add_argument("--rounds", type=int, default=3)
     one.add_argument("--batches", default="64,256")
+    one.add_argument("--n", type=int, default=4, help="responses to a prompt")
+    one.add_argument("--tokens", type=int, default=48, help="of a response at most")
     one.add_argument("--engines", default=",".join(ENGINES), help="those beside `generate`; vLLM's need vLLM")
     two = commands.add_parser("table")
     two.add_argument("source", type=Path)
@@ -179,6 +183,6 @@ if __name__ == "__main__":
     words = parser.parse_args()
     if words.command == "measure":
         batches = [int(b) for b in words.batches.split(",")]
-        measure(words.target, words.model, words.rounds, batches, words.engines.split(","))
+        measure(words.target, words.model, words.rounds, batches, words.engines.split(","), words.n, words.tokens)
     else:
         table(words.source, words.target, words.runs)

@@ -1,7 +1,7 @@
 """One training step of ours beside one of TRL's GRPO trainer: seconds, peak memory, loss and gradient norm.
 
 usage: python bench/step.py TARGET_DIRECTORY [--tokens 64] [--groups 16] [--n 6] [--prompt 128] [--dtype bfloat16]
-           [--ways trl,outcomes,freeze,policy] [--model DIRECTORY] [--note TEXT]
+           [--ways trl,openrlhf,outcomes,freeze,policy] [--model DIRECTORY] [--note TEXT]
 
 `make bench-step` runs it where TRL is installed. Prompts and completions are given, of random tokens and equal lengths,
 so that sampling costs nothing and nothing is padded; both sides take one optimizer step on all of them with passes of n
@@ -10,7 +10,7 @@ that others use the wall's say nothing.
 
 TRL's loss is `dapo` on unscaled rewards times n / (n - 1): then its advantages and its loss are those of RLOO with the
 mean over tokens, and loss and gradient norm can be compared. A way is a process of its own; a call adds its rows to
-TARGET_DIRECTORY/results.json and renews the table. OpenRLHF's trainer needs Ray and DeepSpeed.
+TARGET_DIRECTORY/results.json and renews the table. Of OpenRLHF its actor and loss are run (bench/step_openrlhf.py).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from step_openrlhf import by_openrlhf
 from table import measured_on
 
 from prime_trainer.config.sections import ModelConfig
@@ -37,6 +38,7 @@ from prime_trainer.run.provenance import environment
 
 WAYS = {
     "trl": "TRL, GRPO",
+    "openrlhf": "OpenRLHF, its actor and loss",
     "outcomes": "ours, outcomes alone",
     "freeze": 'ours, PRIME, `ref_type = "freeze"`',
     "policy": 'ours, PRIME, `ref_type = "policy"`',
@@ -164,7 +166,10 @@ def by_us(model: Path, groups: list[Group], dtype: str, way: str) -> dict[str, f
 def child(way: str, model: Path, result: Path, sizes: dict[str, int], dtype: str) -> None:
     vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
     groups = made(**sizes, vocabulary=vocabulary)
-    found = by_trl(model, groups, dtype) if way == "trl" else by_us(model, groups, dtype, way)
+    if way == "openrlhf":
+        found = by_openrlhf(model, groups, dtype, clock)
+    else:
+        found = by_trl(model, groups, dtype) if way == "trl" else by_us(model, groups, dtype, way)
     found |= {"peak_MiB": megabytes()}
     row = {"way": way, "dtype": dtype, "threads": torch.get_num_threads(), **sizes, **found}
     result.write_text(json.dumps(row))

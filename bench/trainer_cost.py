@@ -1,25 +1,29 @@
 """What passes and stages of the trainer cost: layouts of a forward pass, the PRM stage, PRIME over outcome-only RLOO.
 
     python bench/trainer_cost.py examples/demo.toml [--rounds 3] [--model.path DIR] ... > cost.md
-    python bench/trainer_cost.py examples/demo.toml --lengths 16,128,512 [--prompt-tokens 64] ... > cost.md
+    python bench/trainer_cost.py examples/demo.toml --lengths 16,128,512 [--prompt-tokens 64] [--rank 64] ... > cost.md
 
 Takes the model, the sizes and the seed of a run's configuration, samples one batch with them, and repeats each stage on
 that batch, in turn, so that what else runs on the machine falls on all of them alike. Medians of the rounds. With
-`--lengths` the batches are random tokens of these lengths, and only what process rewards cost is measured. With one
-thread seconds are of this process on the CPU: of the wall's, a machine that others use takes more.
+`--lengths` the batches are random tokens of these lengths, and whole steps of the trainer are taken, recomputation
+and optimizers included: without process rewards, with either reference, and with adapters. With one thread
+seconds are of this process on the CPU: of the wall's, a machine that others use takes more.
 """
 
 from __future__ import annotations
 
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 import prime_kernels as pk
+from prime_trainer import loop
 from prime_trainer.config.load import load
 from prime_trainer.config.run_config import RunConfig
 from prime_trainer.data.groups import Group, Response
@@ -39,6 +43,17 @@ from prime_trainer.verify import Verifier
 
 ROLLOUT_SHARE = 0.53
 """Of the time of an outcome-only step, where the paper reports +28 % for process rewards (arXiv 2502.01456)."""
+_OUTCOMES = ["--algorithm.process_coef", "0", "--algorithm.whiten", "false"]
+_ADAPTER = ["--model.adapter.rank"]
+"""Its value is the script's option."""
+WAYS = {
+    "outcomes alone": _OUTCOMES,
+    "`freeze`": ["--prm.ref_type", "freeze"],
+    "`policy`": ["--prm.ref_type", "policy"],
+    "adapters, outcomes alone": [*_OUTCOMES, *_ADAPTER],
+    "adapters, `freeze`": ["--prm.ref_type", "freeze", *_ADAPTER],
+}
+BESIDE = {"`freeze`": "outcomes alone", "`policy`": "outcomes alone", "adapters, `freeze`": "adapters, outcomes alone"}
 LAYOUTS: dict[str, Layout] = {
     "a padded row a response": "rows",
     "a row of groups, each prompt once (the trainer's)": "shared",
@@ -63,20 +78,17 @@ def in_turn(stages: dict[str, Callable[[], object]], rounds: int) -> dict[str, l
 
 
 class Setting:
-    """A batch, sampled by the configuration's model or given, and that model as policy, PRM and reference."""
+    """A batch, sampled by the configuration's model, and that model as policy, PRM and reference."""
 
-    def __init__(self, cfg: RunConfig, groups: Sequence[Group] | None = None) -> None:
+    def __init__(self, cfg: RunConfig) -> None:
         self.cfg = cfg
         model = loading.load_model(cfg.model)
         self.policy = Trainable(model, lr=1e-12, grad_clip=cfg.policy.grad_clip)
         self.prm = Trainable(loading.load_model(cfg.model), lr=1e-12, grad_clip=cfg.prm.grad_clip)
         self.ref = loading.frozen(loading.load_model(cfg.model))
         self.rollout = 0.0
-        self.take(self._sampled(model) if groups is None else groups)
-
-    def take(self, groups: Sequence[Group]) -> None:
-        """The groups of all stages from now on."""
-        self.groups, self.batch = list(groups), Batch(groups, loading.device(self.cfg.model))
+        self.groups = self._sampled(model)
+        self.batch = Batch(self.groups, loading.device(cfg.model))
 
     def _sampled(self, model: CausalLM) -> list[Group]:
         cfg, tokenizer, stages = self.cfg, tokenizers.load_tokenizer(self.cfg.model), StageClock()
@@ -146,12 +158,12 @@ def option(words: list[str], name: str, default: str) -> str:
 def main() -> None:
     words = sys.argv[1:]
     rounds, lengths = int(option(words, "--rounds", "3")), option(words, "--lengths", "")
-    prompt = int(option(words, "--prompt-tokens", "64"))
-    cfg = load(Path(words.pop(0)), words)
+    prompt, rank = int(option(words, "--prompt-tokens", "64")), option(words, "--rank", "64")
+    toml = Path(words.pop(0))
     if lengths:
-        by_length(cfg, [int(length) for length in lengths.split(",")], prompt, rounds)
+        by_length(toml, words, [int(length) for length in lengths.split(",")], prompt, rounds, rank)
     else:
-        of_a_batch(cfg, rounds)
+        of_a_batch(load(toml, words), rounds)
 
 
 def stages_of(setting: Setting) -> dict[str, Callable[[], object]]:
@@ -163,43 +175,64 @@ def stages_of(setting: Setting) -> dict[str, Callable[[], object]]:
     }
 
 
-def by_length(cfg: RunConfig, lengths: Sequence[int], prompt: int, rounds: int) -> None:
-    """Stages and the overhead of process rewards for responses of each length."""
-    generator = torch.Generator().manual_seed(0)
-    setting: Setting | None = None
-    rows = []
-    for length in lengths:
+class _Spent(StageClock):
+    """Seconds by `clock`."""
 
-        def ids(count: int) -> list[int]:
-            return torch.randint(3, 250, (count,), generator=generator).tolist()
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        begin = clock()
+        yield
+        self.spent[stage] = self.spent.get(stage, 0.0) + clock() - begin
 
-        groups = [
-            Group(ids(prompt), [Response(ids(length), float(k % 2)) for k in range(cfg.rollout.n)])
-            for _ in range(cfg.rollout.prompts_per_step)
-        ]
-        if setting is None:
-            setting = Setting(cfg, groups)
-        setting.take(groups)
-        found = [statistics.median(s) for s in in_turn(stages_of(setting), rounds).values()]
-        freeze, policy, scoring, update = found
-        # Rollouts that take ROLLOUT_SHARE of the outcome-only step leave this much of an extra to the whole step.
-        extras = [(stage - scoring) / (scoring + update) for stage in (freeze, policy)]
-        shares = [f"+{extra:.0%}" for extra in (*extras, *((1 - ROLLOUT_SHARE) * extra for extra in extras))]
-        rows.append([str(length), *(f"{value:.2f}" for value in found), *shares])
+
+def by_length(toml: Path, words: Sequence[str], lengths: Sequence[int], prompt: int, rounds: int, rank: str) -> None:
+    """Stages of steps and the overhead of process rewards for responses of each length."""
+    loop.StageClock = _Spent  # type: ignore[misc]
+    spent: dict[tuple[str, int], list[float]] = {}
+    for way, own in WAYS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            ranks = [rank] if own[-1:] == _ADAPTER else []
+            cfg = load(toml, [*words, *own, *ranks, "--output", folder])
+            run = loop.Run(cfg)
+            for length in lengths:
+                generator = torch.Generator().manual_seed(length)
+                groups = random_groups(cfg, length, prompt, generator)
+                run.rollouts.batch = lambda step, clock: (groups, {})  # type: ignore[method-assign]  # noqa: B023
+                found = [run.train_step().metrics for _ in range(rounds + 1)][1:]
+                spent[way, length] = [
+                    statistics.median(sum(row.get(f"time/{stage}", 0.0) for stage in stages) for row in found)
+                    for stages in (("score", "prm"), ("policy",))
+                ]
+            run.close()
+            del run  # before the next way's models are made
     print(
         f"{cfg.model.path}, {cfg.model.dtype}, {torch.get_num_threads()} thread(s): {cfg.rollout.prompts_per_step} "
-        f"groups of {cfg.rollout.n}, prompts of {prompt} tokens, passes of {cfg.micro_batch_tokens}; medians of "
-        f"{rounds} rounds in turn. Overheads of process rewards over outcome-only RLOO: without rollouts, and by "
-        f"calculation where rollouts take {ROLLOUT_SHARE:.0%} of the outcome-only step\n"
+        f"groups of {cfg.rollout.n}, prompts of {prompt} tokens, passes of {cfg.micro_batch_tokens}, "
+        f"{cfg.policy.minibatches} minibatch(es); medians of {rounds} rounds. Overheads of process rewards: without "
+        f"rollouts, and by calculation where rollouts take {ROLLOUT_SHARE:.0%} of the outcome-only step\n"
     )
-    head = ["tokens", "PRM, freeze s", "PRM, policy s", "outcome-only scoring s", "policy update s"]
-    head += [
-        f"{name}, {where}"
-        for where in ("no rollouts", f"{ROLLOUT_SHARE:.0%} rollouts")
-        for name in ("freeze", "policy")
-    ]
-    for row in [head, ["--:"] * len(head), *rows]:
+    head = ["tokens", "step", "scores and PRM s", "policy s", "overhead", f"at {ROLLOUT_SHARE:.0%} rollouts"]
+    rows = []
+    for length in lengths:
+        for way in WAYS:
+            mine, shares = spent[way, length], ["-", "-"]
+            if way in BESIDE:
+                extra = sum(mine) / sum(spent[BESIDE[way], length]) - 1
+                # Rollouts that take ROLLOUT_SHARE of the outcome-only step leave this much of an extra to it.
+                shares = [f"{share:+.0%}" for share in (extra, (1 - ROLLOUT_SHARE) * extra)]
+            rows.append([str(length), way, *(f"{value:.2f}" for value in mine), *shares])
+    for row in [head, ["--:", "---", *["--:"] * 4], *rows]:
         print("| " + " | ".join(row) + " |")
+
+
+def random_groups(cfg: RunConfig, length: int, prompt: int, generator: torch.Generator) -> list[Group]:
+    def ids(count: int) -> list[int]:
+        return torch.randint(3, 250, (count,), generator=generator).tolist()
+
+    return [
+        Group(ids(prompt), [Response(ids(length), float(k % 2), [-1.0] * length) for k in range(cfg.rollout.n)])
+        for _ in range(cfg.rollout.prompts_per_step)
+    ]
 
 
 def of_a_batch(cfg: RunConfig, rounds: int) -> None:

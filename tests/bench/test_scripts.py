@@ -39,6 +39,7 @@ ELSEWHERE = {
     "measure",
     "readme_charts",
     "smoke",
+    "step_openrlhf",
     "table",
     "trl_steps",
     "tune",
@@ -150,13 +151,18 @@ def test_trainer_cost(small, script):
 
 def test_trainer_cost_by_length(small, script):
     """Where rollouts take 53 % of a step, 47 % of what process rewards add to the rest is left."""
-    said = script("trainer_cost", DEMO, "--rounds", "1", "--lengths", "2,9", "--prompt-tokens", "3", *small)
+    said = script(
+        "trainer_cost", DEMO, "--rounds", "1", "--lengths", "2,9", "--prompt-tokens", "3", "--rank", "4", *small
+    )
     assert ": 2 groups of 2, prompts of 3 tokens" in said
     head, _, *rows = [line.strip("| ").split(" | ") for line in said.splitlines() if line.startswith("| ")]
-    assert [row[0] for row in rows] == ["2", "9"] and all(len(row) == len(head) == 9 for row in rows)
-    for row in rows:
-        alone, whole = ([int(cell.strip("+%")) for cell in row[at : at + 2]] for at in (5, 7))
-        assert whole == pytest.approx([0.47 * extra for extra in alone], abs=1)
+    assert [row[0] for row in rows] == ["2"] * 5 + ["9"] * 5 and {len(row) for row in [head, *rows]} == {6}
+    for at in (0, 5):
+        seconds = [sum(float(cell) for cell in row[2:4]) for row in rows[at : at + 5]]
+        assert seconds[1] > seconds[0] and seconds[2] > seconds[0]
+        for row in (rows[at + 1], rows[at + 2], rows[at + 4]):
+            alone, whole = (int(cell.strip("%")) for cell in row[4:])
+            assert whole == pytest.approx(0.47 * alone, abs=1)
 
 
 def test_shared_prompts(script):

@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from prime_kernels._bench.timing import peak_of_tensors
 from prime_trainer.data.groups import Group, Response
 from prime_trainer.models import traits
-from prime_trainer.models.attention import blockwise, flex, segments
+from prime_trainer.models.attention import blockwise, flex, segments, tiles
 from prime_trainer.models.attention import interface as attention_interface
 from prime_trainer.models.attention.segments import Segments
 from prime_trainer.scale import recomputation
@@ -60,21 +60,45 @@ def test_what_a_row_sees():
     assert [line.nonzero().flatten().tolist() for line in row.seen()[0, 0]] == seen
 
 
-@pytest.mark.parametrize("tile_bytes", [2**25, 1])
+@pytest.mark.parametrize("tile_queries", [128, 4])
 @pytest.mark.parametrize("window", [None, 1, 3, 6, 10, 100])
 @pytest.mark.parametrize("kind", ["plain", "softcap", "sinks", "values of another size", "all three"])
-def test_blocks_give_values_and_gradients_of_the_dense_formula(monkeypatch, window, kind, tile_bytes):
-    monkeypatch.setattr(blockwise, "TILE_BYTES", tile_bytes)
+def test_blocks_and_tiles_give_values_and_gradients_of_the_dense_formula(monkeypatch, window, kind, tile_queries):
+    """Of 4 queries, a tile has responses one after the other or a part of one, and as few as 1 where keys are many."""
+    monkeypatch.setattr(tiles, "TILE_QUERIES", tile_queries)
+    if tile_queries == 4:
+        monkeypatch.setattr(tiles, "TILE_BYTES", 4 * 4 * 3 * 16)
     monkeypatch.setattr(segments, "WINDOW_QUERIES", 4)
     every = kind == "all three"
     settings = blockwise.Settings(ROW, window, 0.4, 3.0 if every or kind == "softcap" else None)
     leaves = inputs(ROW.length, of_values=6 if every or kind[0] == "v" else 8, sinks=every or kind == "sinks")
     arguments = [*leaves, None][:4]
-    got, want = (attend(*arguments, settings) for attend in (blockwise.attention, dense))
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
+    want = dense(*arguments, settings)
+    upstream = torch.randn_like(want)
+    gradients = torch.autograd.grad(want, leaves, upstream)
+    for attend in (blockwise.attention, tiles.attention):
+        got = attend(*arguments, settings)
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
+        for mine, theirs in zip(torch.autograd.grad(got, leaves, upstream), gradients, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+def test_tiles_in_bfloat16_round_probabilities_and_not_scores(monkeypatch, sinks):
+    """Scores of 30 rounded to bfloat16 would be off by 0.06, and outputs by several per cent."""
+    monkeypatch.setattr(blockwise, "_multiplies_bfloat16", lambda: True)
+    row = Segments(((40, (150, 20, 30)), (9, (3, 5))))
+    leaves = inputs(row.length, sinks=sinks, dtype=torch.bfloat16)
+    leaves[0].data.mul_(8)
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    settings = blockwise.Settings(row, None, 0.4, None)
+    got, want = blockwise.attention(*[*leaves, None][:4], settings), dense(*[*exact, None][:4], settings)
+    assert torch.equal(got, tiles.attention(*[*leaves, None][:4], settings))
     upstream = torch.randn_like(got)
-    for mine, theirs in zip(*(torch.autograd.grad(out, leaves, upstream) for out in (got, want)), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-10)
+    found = [got, *torch.autograd.grad(got, leaves, upstream)]
+    for mine, theirs in zip(found, [want, *torch.autograd.grad(want, exact, upstream.double())], strict=True):
+        assert mine.dtype == torch.bfloat16
+        assert (mine.double() - theirs).norm() < 1.2e-2 * theirs.norm()
 
 
 @pytest.mark.parametrize("window", [None, 40, 300])
