@@ -199,13 +199,15 @@ def test_products(script, monkeypatch):
     rows = [line.strip("| ").split(" | ") for line in said.splitlines() if line.startswith("| ")][2:]
     found = {(row[0], row[1]): row[2:] for row in rows}
     firsts = [row[2:] for at, row in enumerate(rows) if at == 0 or row[0] != rows[at - 1][0]]
-    assert len(found) == len(rows) and len(firsts) == 3
+    assert len(found) == len(rows) and len(firsts) == 4
     assert all(row[2].startswith("1.00 / 1.00") for row in firsts)
     assert all(float(share) > 0 for row in found.values() for share in row[2].removesuffix(" |").split(" / "))
     errors = {way: float(found["forward", way][3]) for way in ("linear_log_probs", "eager PyTorch")}
     assert errors["linear_log_probs"] < 2e-5 < errors["eager PyTorch"]
     for way in ("linear_log_probs", "linear_nll", "linear_ppo_loss", "eager PyTorch: nll", "torch.compile: ppo"):
         assert 0.0 < float(found["forward and backward", way][3]) < 0.02, way  # bfloat16 gradients
+    for way in ("linear_log_probs", "linear_nll", "linear_ppo_loss", "eager PyTorch: nll"):
+        assert 0.0 < float(found["forward and backward, frozen head", way][3]) < 0.02, way
 
 
 def test_adapters(script, small, tmp_path):

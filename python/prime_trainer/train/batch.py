@@ -2,9 +2,9 @@
 
 A pass is one row of prompts, each followed by its responses, each of which sees the prompt and itself and nothing else:
 a prompt is computed once for as many responses as fit into the pass, and nothing is padded but, on CPUs, the end of the
-row (`LENGTHS`). Models whose layers cannot keep the responses of a row apart (`models.traits`) get one response a row,
-padded, where nothing needs a mask. For flash-attn's varlen kernels a row has sequences instead, each a prompt with a
-response; positions that restart at 0 mark where a sequence begins.
+row (`models.forward.filled`). Models whose layers cannot keep the responses of a row apart (`models.traits`) get one
+response a row, padded, where nothing needs a mask. For flash-attn's varlen kernels a row has sequences instead, each a
+prompt with a response; positions that restart at 0 mark where a sequence begins.
 
 Passes are laid out from the lists of the groups, on the host; nothing here reads what is on the device.
 """
@@ -21,6 +21,7 @@ from torch import Tensor
 from ..data.groups import Group
 from ..models import traits
 from ..models.attention.segments import Segments
+from ..models.forward import filled
 from ..models.protocols import CausalLM
 from ..scale.ranks import SINGLE, Ranks, deal
 from ..scale.transfer import upload, upload_together
@@ -30,12 +31,6 @@ Entry = tuple[int, list[int]]
 Row = list[Entry]
 Parts = Sequence[Sequence[int]]
 """Minibatches, each as indices of groups."""
-LENGTHS = {"cpu": 8}
-"""By device, lengths between a power of two and the next that rows of several sequences are filled up to.
-
-oneDNN keeps what it has compiled for each shape of a product as long as the process lives: of a model of 135 million
-weights 3 MB a length of row in forward passes alone, and as much again in its cache of primitives.
-"""
 
 
 @dataclass(frozen=True)
@@ -285,13 +280,6 @@ class Batch:
         length = sum(map(self._length, row))
         padding = min(filled(length, self.device.type), max(length, max_tokens)) - length
         return Segments((*found, (padding, ())) if padding else tuple(found))
-
-
-def filled(length: int, device_type: str) -> int:
-    """The length that a row of `length` tokens is filled up to: at most an eighth longer."""
-    count = LENGTHS.get(device_type)
-    apart = 1 if count is None else max(1, 2 ** (length.bit_length() - 1) // count)
-    return -(-length // apart) * apart
 
 
 def _uploaded(micros: Sequence[Micro], device: torch.device) -> list[Micro]:

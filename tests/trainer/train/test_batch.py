@@ -10,9 +10,10 @@ from helpers import tiny
 import prime_kernels as pk
 from prime_trainer.data.groups import Group, Response
 from prime_trainer.models.attention.segments import Segments
+from prime_trainer.models.forward import SIZES
 from prime_trainer.models.lm_head import head
 from prime_trainer.scale.ranks import Ranks
-from prime_trainer.train.batch import LENGTHS, Batch
+from prime_trainer.train.batch import Batch
 from prime_trainer.train.forward import log_probs, predicting
 
 
@@ -113,7 +114,7 @@ def test_rows_have_few_lengths():
 
 
 def test_no_row_is_filled_up_where_products_keep_nothing(monkeypatch):
-    monkeypatch.delitem(LENGTHS, "cpu")
+    monkeypatch.delitem(SIZES, "cpu")
     (micro,) = Batch([Group([1] * 3, [Response([2] * 50), Response([3])])]).micro_batches([0], 127)
     assert micro.input_ids.shape == (1, 54)
 
