@@ -26,10 +26,10 @@ BENCH = ROOT / "bench"
 EXAMPLES = ROOT / "examples"
 DEMO = EXAMPLES / "demo.toml"
 HERE = {
-    "adapters", "candidates", "compiled", "demo/results", "faults_table", "plan_seconds", "plan_table", "precision",
-    "precision_study", "prm/first_wrong_step", "prm/results", "prm/sample", "products", "rollout", "shared_prompts",
-    "step", "step_share", "study/chains", "study/study", "trainer_cost", "trl_table", "verify/math_answers",
-    "verify/programs", "verify/rates",
+    "adapters", "candidates", "compiled", "demo/results", "faults_table", "lora_rollouts", "plan_seconds", "plan_table",
+    "precision", "precision_study", "prm/first_wrong_step", "prm/results", "prm/sample", "products", "rollout",
+    "shared_prompts", "step", "step_share", "study/chains", "study/study", "trainer_cost", "trl_table",
+    "verify/math_answers", "verify/programs", "verify/rates",
 }  # fmt: skip
 # What other tests of this folder and of docs, packaging, integrations, triton_backend and the trainer run.
 ELSEWHERE = {
@@ -221,6 +221,15 @@ def test_adapters(script, small, tmp_path):
     (tmp_path / "step.json").write_text(json.dumps({"rows": found}))
     table = script("adapters", "table", tmp_path / "step.json", tmp_path / "table").splitlines()
     assert [line.split(" | ")[0] for line in table[2:]] == ["| full", "| rank 4"]
+
+
+def test_lora_rollouts(script, tmp_path):
+    """The table alone: it is the committed one, and the README's."""
+    committed = BENCH / "results" / "adapters"
+    text = script("lora_rollouts", "table", committed / "lora_rollouts.json", tmp_path)
+    assert (tmp_path / "lora_rollouts.md").read_text() == text.rstrip("\n") + "\n"
+    assert text.strip() in (committed / "README.md").read_text()
+    assert {line.split(" | ")[0] for line in text.splitlines()[2:] if line} == {"| merged", "| lora"}
 
 
 def test_plan_table(script):
