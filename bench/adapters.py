@@ -7,7 +7,7 @@ Each arm is a process of its own, from the same weights and seed: with B = 0 the
 on the same responses. Every group passes the filter. Resident memory is the most during each stage (VmHWM, reset before
 it), and that before the steps. Seconds of the processor (all threads) tell more than those of the clock where other
 work shares the machine. `measure` adds to what RESULTS.json has, so arms may be measured one by one; an allocator
-that LD_PRELOAD names is that of the arms, and is recorded.
+that LD_PRELOAD names is that of the arms, and is recorded, as are the variables ENVIRONMENT.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("rollout", "prm", "policy", "total")
 HELD = STAGES[:-1]
 """Stages whose memory is measured."""
+ENVIRONMENT = ("MALLOC_CONF", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+"""Variables that bound what stays with a process."""
 OPEN = ["--filter.low", "0", "--filter.high", "1", "--rollout.engine", "transformers", "--model.device", "cpu"]
 
 
@@ -74,6 +76,7 @@ def one(toml: Path, steps: int, words: list[str]) -> list[dict[str, object]]:
     how = {
         "pass tokens": cfg.micro_batch_tokens, "checkpointing": cfg.scale.activation_checkpointing,
         "allocator": Path(os.environ.get("LD_PRELOAD", "")).name or "libc",
+        "environment": ", ".join(f"{name}={os.environ[name]}" for name in ENVIRONMENT if name in os.environ),
     }  # fmt: skip
     try:
         for _ in range(steps):
@@ -105,7 +108,7 @@ def measure(target: Path, toml: Path, rank: int, steps: int, arms: list[str], wo
 def table(source: Path, folder: Path) -> None:
     """The least time of each stage over an arm's steps, as other work on the machine only adds to it."""
     rows = json.loads(source.read_text())["rows"]
-    named = ("arm", "pass tokens", "checkpointing", "allocator")
+    named = ("arm", "pass tokens", "checkpointing", "allocator", "environment")
     memory = ("held", *HELD, "most")
     head = [*named, "trained", *(f"{kind} GB" for kind in memory), *(f"{stage} s" for stage in STAGES), "processor s"]
     lines = [f"| {' | '.join([*head, 'steps'])} |", "|---" * len(named) + "|" + "--:|" * (len(head) + 1 - len(named))]

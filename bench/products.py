@@ -30,6 +30,7 @@ TOKENS, WIDTH, VOCABULARY = (8, 16, 256) if SMALL else (1024, 576, 49152)
 # Seconds beyond which a way is timed once.
 LONG = 2.0
 FORWARD, BOTH, LOGITS = "forward", "forward and backward", "log_probs of logits, forward and backward"
+FROZEN = "forward and backward, frozen head"
 
 
 class Way(NamedTuple):
@@ -69,7 +70,15 @@ def products(of: Inputs) -> list[Way]:
         one()
         return torch.mm(buffer, weight, out=grad_hidden), torch.mm(buffer.T, hidden, out=grad_weight)
 
-    return [Way(FORWARD, "the product alone", one, 1.0), Way(BOTH, "three products alone", three, 3.0)]
+    def two() -> Sequence[Tensor]:
+        one()
+        return (torch.mm(buffer, weight, out=grad_hidden),)
+
+    return [
+        Way(FORWARD, "the product alone", one, 1.0),
+        Way(BOTH, "three products alone", three, 3.0),
+        Way(FROZEN, "two products alone", two, 2.0),
+    ]
 
 
 def forwards(of: Inputs) -> list[Way]:
@@ -130,6 +139,39 @@ def losses(of: Inputs) -> list[Way]:
     return rows
 
 
+def frozen(of: Inputs) -> list[Way]:
+    """Of a head that takes no gradient, as under adapters: the logits and the gradient of the hidden states."""
+    exact, head = of.hidden.detach().double().requires_grad_(), of.weight.detach()
+
+    def ppo(*given: Tensor, backend: str | None = None) -> Tensor:
+        return pk.linear_ppo_loss(*given, of.ids, of.old, of.advantages, backend=backend).loss
+
+    def log_probs(*given: Tensor, backend: str | None = None) -> Tensor:
+        return pk.linear_log_probs(*given, of.ids, backend=backend)
+
+    def nll(*given: Tensor, backend: str | None = None) -> Tensor:
+        return pk.linear_nll(*given, of.ids, backend=backend)
+
+    def plain(*given: Tensor) -> Tensor:
+        return formulas.linear_nll(*given, of.ids)
+
+    rows = []
+    for name, function, ours, upstream in (
+        ("linear_log_probs", log_probs, log_probs, of.upstream),
+        ("linear_nll", nll, nll, None),
+        ("linear_ppo_loss", ppo, ppo, None),
+        ("eager PyTorch: nll", plain, nll, None),
+    ):
+
+        def call(f=function, upstream=upstream) -> Sequence[Tensor]:
+            return torch.autograd.grad(f(of.hidden, head), of.hidden, upstream)
+
+        double = None if upstream is None else upstream.double()
+        truth = torch.autograd.grad(ours(exact, head.double(), backend="eager"), exact, double)
+        rows.append(Way(FROZEN, name, call, 2.0, worst_of(call(), truth)))
+    return rows
+
+
 def worst_of(found: Sequence[Tensor], want: Sequence[Tensor]) -> str:
     pairs = zip(found, want, strict=True)
     return f"{max(((one.double() - other).abs().max() / other.abs().max()).item() for one, other in pairs):.1e}"
@@ -177,7 +219,7 @@ def main(argv: Sequence[str]) -> None:
     torch.set_num_threads(1)
     of = Inputs()
     bare = products(of)
-    ways = [bare[0], *forwards(of), bare[1], *losses(of), *of_logits(of)]
+    ways = [bare[0], *forwards(of), bare[1], *losses(of), bare[2], *frozen(of), *of_logits(of)]
     found = timed(ways, rounds)
     rows: list[dict[str, str]] = []
     first: dict[str, tuple[Way, list[float]]] = {}

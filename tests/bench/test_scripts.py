@@ -26,10 +26,10 @@ BENCH = ROOT / "bench"
 EXAMPLES = ROOT / "examples"
 DEMO = EXAMPLES / "demo.toml"
 HERE = {
-    "adapters", "candidates", "compiled", "demo/results", "faults_table", "plan_seconds", "plan_table", "precision",
-    "precision_study", "prm/first_wrong_step", "prm/results", "prm/sample", "products", "rollout", "shared_prompts",
-    "step", "step_share", "study/chains", "study/study", "trainer_cost", "trl_table", "verify/math_answers",
-    "verify/programs", "verify/rates",
+    "adapters", "candidates", "compiled", "demo/results", "faults_table", "lora_rollouts", "plan_seconds", "plan_table",
+    "precision", "precision_study", "prm/first_wrong_step", "prm/results", "prm/sample", "products", "rollout",
+    "shared_prompts", "step", "step_share", "study/chains", "study/study", "trainer_cost", "trl_table",
+    "verify/math_answers", "verify/programs", "verify/rates",
 }  # fmt: skip
 # What other tests of this folder and of docs, packaging, integrations, triton_backend and the trainer run.
 ELSEWHERE = {
@@ -205,13 +205,15 @@ def test_products(script, monkeypatch):
     rows = [line.strip("| ").split(" | ") for line in said.splitlines() if line.startswith("| ")][2:]
     found = {(row[0], row[1]): row[2:] for row in rows}
     firsts = [row[2:] for at, row in enumerate(rows) if at == 0 or row[0] != rows[at - 1][0]]
-    assert len(found) == len(rows) and len(firsts) == 3
+    assert len(found) == len(rows) and len(firsts) == 4
     assert all(row[2].startswith("1.00 / 1.00") for row in firsts)
     assert all(float(share) > 0 for row in found.values() for share in row[2].removesuffix(" |").split(" / "))
     errors = {way: float(found["forward", way][3]) for way in ("linear_log_probs", "eager PyTorch")}
     assert errors["linear_log_probs"] < 2e-5 < errors["eager PyTorch"]
     for way in ("linear_log_probs", "linear_nll", "linear_ppo_loss", "eager PyTorch: nll", "torch.compile: ppo"):
         assert 0.0 < float(found["forward and backward", way][3]) < 0.02, way  # bfloat16 gradients
+    for way in ("linear_log_probs", "linear_nll", "linear_ppo_loss", "eager PyTorch: nll"):
+        assert 0.0 < float(found["forward and backward, frozen head", way][3]) < 0.02, way
 
 
 def test_adapters(script, small, tmp_path):
@@ -225,6 +227,15 @@ def test_adapters(script, small, tmp_path):
     (tmp_path / "step.json").write_text(json.dumps({"rows": found}))
     table = script("adapters", "table", tmp_path / "step.json", tmp_path / "table").splitlines()
     assert [line.split(" | ")[0] for line in table[2:]] == ["| full", "| rank 4"]
+
+
+def test_lora_rollouts(script, tmp_path):
+    """The table alone: it is the committed one, and the README's."""
+    committed = BENCH / "results" / "adapters"
+    text = script("lora_rollouts", "table", committed / "lora_rollouts.json", tmp_path)
+    assert (tmp_path / "lora_rollouts.md").read_text() == text.rstrip("\n") + "\n"
+    assert text.strip() in (committed / "README.md").read_text()
+    assert {line.split(" | ")[0] for line in text.splitlines()[2:] if line} == {"| merged", "| lora"}
 
 
 def test_plan_table(script):

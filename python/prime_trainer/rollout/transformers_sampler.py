@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.forward import new_cache
+from ..models.forward import filled, new_cache
 from ..models.lm_head import logits_dtype, same_logits
 from ..models.loading import NamedTensors
 from ..models.protocols import CausalLM, Tokenizer
@@ -136,7 +136,7 @@ class TransformersSampler:
             ended = torch.isin(drawn, stops) & ~stopped[rows]
             lengths[rows[ended]], stopped[rows[ended]] = t + 1, True
             if decoding.reorders and ended.any():
-                keep = (~ended).nonzero().squeeze(1)
+                keep = _kept(stopped[rows])
                 rows, mask, drawn = rows[keep], mask[keep], drawn[keep]
                 if len(rows):
                     cache.reorder_cache(keep)
@@ -201,6 +201,13 @@ class TransformersSampler:
         if off.mean().item() <= noise and off.max().item() <= 10 * noise:
             return None
         return f"with its cache log-probs are off by {off.mean().item():.2g} nats in the mean"
+
+
+def _kept(stopped: Tensor) -> Tensor:
+    """Rows to go on with: all that have not stopped, and some that have where `filled` asks for more."""
+    running = int((~stopped).sum())
+    count = min(len(stopped), filled(running, stopped.device.type))
+    return stopped.int().argsort(stable=True)[:count].sort().values
 
 
 def _uniforms(seeds: list[int], n: int, length: int) -> Tensor:

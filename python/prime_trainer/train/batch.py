@@ -1,10 +1,10 @@
 """Groups of responses, packed once: flat response tokens with cu_seqlens, and how a forward pass lays them out.
 
 A pass is one row of prompts, each followed by its responses, each of which sees the prompt and itself and nothing else:
-a prompt is computed once for as many responses as fit into the pass, and nothing is padded. Models whose layers cannot
-keep the responses of a row apart (`models.traits`) get one response a row, padded, where nothing needs a mask. For
-flash-attn's varlen kernels a row has sequences instead, each a prompt with a response; positions that restart at 0 mark
-where a sequence begins.
+a prompt is computed once for as many responses as fit into the pass, and nothing is padded but, on CPUs, the end of the
+row (`models.forward.filled`). Models whose layers cannot keep the responses of a row apart (`models.traits`) get one
+response a row, padded, where nothing needs a mask. For flash-attn's varlen kernels a row has sequences instead, each a
+prompt with a response; positions that restart at 0 mark where a sequence begins.
 
 Passes are laid out from the lists of the groups, on the host; nothing here reads what is on the device.
 """
@@ -21,6 +21,7 @@ from torch import Tensor
 from ..data.groups import Group
 from ..models import traits
 from ..models.attention.segments import Segments
+from ..models.forward import filled
 from ..models.protocols import CausalLM
 from ..scale.ranks import SINGLE, Ranks, deal
 from ..scale.transfer import upload, upload_together
@@ -165,7 +166,8 @@ class Batch:
         plans = [self._passes([groups[i] for i in part], max_tokens) for part in deal(loads, self.ranks.size)]
         mine = plans[self.ranks.rank]
         nothing: list[Row] = [[(groups[0], [])]]
-        return [self._micro(rows) for rows in [*mine, *[nothing] * (max(map(len, plans)) - len(mine))]]
+        rows_of = [*mine, *[nothing] * (max(map(len, plans)) - len(mine))]
+        return [self._micro(rows, max_tokens) for rows in rows_of]
 
     def _passes(self, groups: Sequence[int], max_tokens: int) -> list[list[Row]]:
         entries, alone = [], []
@@ -221,9 +223,12 @@ class Batch:
     def _members(self, group: int) -> list[int]:
         return list(range(self._first[group], self._first[group + 1]))
 
-    def _micro(self, rows: list[Row]) -> Micro:
+    def _micro(self, rows: list[Row], max_tokens: int) -> Micro:
         """On the host."""
         width = max(sum(map(self._length, entries)) for entries in rows)
+        mask = self._segments(rows[0], max_tokens) if self.layout == "shared" else None
+        if mask is not None:
+            width = mask.length
         shape = (len(rows), width)
         input_ids = torch.zeros(shape, dtype=torch.int64)
         position_ids = torch.zeros(shape, dtype=torch.int64)
@@ -254,7 +259,6 @@ class Batch:
                     responses.append(m)
                     lengths.append(length)
                     at += length
-        mask = self._segments(rows[0]) if self.layout == "shared" else None
         return Micro(
             input_ids,
             None if mask is None and self.layout != "varlen" else position_ids,
@@ -265,15 +269,17 @@ class Batch:
             _cumulative(lengths),
         )
 
-    def _segments(self, row: Row) -> Segments | None:
-        """None of a single sequence, which no mask keeps apart from anything."""
+    def _segments(self, row: Row, max_tokens: int) -> Segments | None:
+        """With what fills the row up; None of a single sequence, which no mask keeps apart from anything."""
         if len(row) == 1 and len(row[0][1]) <= 1:
             return None
         found = []
         for g, members in row:
             prompt, lengths = len(self.groups[g].prompt_ids), [self._starts[m + 1] - self._starts[m] for m in members]
             found.append((prompt, tuple(lengths)) if len(lengths) > 1 else (prompt + sum(lengths), ()))
-        return Segments(tuple(found))
+        length = sum(map(self._length, row))
+        padding = min(filled(length, self.device.type), max(length, max_tokens)) - length
+        return Segments((*found, (padding, ())) if padding else tuple(found))
 
 
 def _uploaded(micros: Sequence[Micro], device: torch.device) -> list[Micro]:

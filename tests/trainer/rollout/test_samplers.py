@@ -9,6 +9,7 @@ from helpers import tiny
 from prime_trainer.config.sections import ModelConfig
 from prime_trainer.data.groups import Group, Response
 from prime_trainer.models import loading
+from prime_trainer.models.forward import SIZES, filled
 from prime_trainer.rollout import Sampling, TransformersSampler
 from prime_trainer.rollout.transformers_sampler import _draw
 from prime_trainer.run.seeds import derive_seed
@@ -103,6 +104,24 @@ def test_rows_that_end_do_not_disturb_the_others(model, tokenizer):
     after = TransformersSampler(model, tokenizer, batch_size=64).generate(PROMPTS, 8, Sampling(12), SEEDS)
     for long, short in zip(chain(*before), chain(*after), strict=True):
         assert long.ids[: len(short.ids)] == short.ids
+
+
+def test_few_numbers_of_rows_are_decoded(model, tokenizer, monkeypatch):
+    """Rows that have ended stay until the next number of rows is reached; what is drawn is the same."""
+    sampler = TransformersSampler(model, tokenizer, batch_size=64)
+    sampler.stops = torch.tensor(frequent(model, tokenizer, 6))
+    seen = []
+    forward = sampler._forward
+    monkeypatch.setattr(sampler, "_forward", lambda ids, *rest: seen.append(len(ids)) or forward(ids, *rest))
+    few = sampler.generate(PROMPTS, 12, Sampling(12), SEEDS)
+    counts, seen[:] = list(seen[1:]), []
+    with monkeypatch.context() as patch:
+        patch.delitem(SIZES, "cpu")
+        every = sampler.generate(PROMPTS, 12, Sampling(12), SEEDS)
+    assert counts == [min(60, filled(each, "cpu")) for each in seen[1:]] != seen[1:]
+    for one, other in zip(chain(*few), chain(*every), strict=True):
+        assert one.ids == other.ids and one.finish_reason == other.finish_reason
+        torch.testing.assert_close(torch.tensor(one.logprobs), torch.tensor(other.logprobs), rtol=0, atol=2e-5)
 
 
 def test_a_low_temperature_is_nearly_greedy(sampler):

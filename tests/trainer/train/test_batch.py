@@ -10,6 +10,7 @@ from helpers import tiny
 import prime_kernels as pk
 from prime_trainer.data.groups import Group, Response
 from prime_trainer.models.attention.segments import Segments
+from prime_trainer.models.forward import SIZES
 from prime_trainer.models.lm_head import head
 from prime_trainer.scale.ranks import Ranks
 from prime_trainer.train.batch import Batch
@@ -87,14 +88,35 @@ def test_sequences_beyond_what_was_proved_have_a_pass_each():
     assert [micro.attention_mask for micro in passes] == [Segments(((4, (3, 6)), (5, ()))), None, None]
 
 
-def test_passes_are_filled_and_not_padded():
+def test_passes_are_filled_and_hardly_padded():
     groups = [Group([1] * 4, [Response([2] * length)]) for length in (2, 90, 8, 30, 6, 50)]
     (padded,) = Batch(groups, layout="rows").micro_batches(range(6), 1000)
     assert padded.input_ids.shape == (6, 94)
     for layout in ("shared", "varlen"):
         filled = list(Batch(groups, layout=layout).micro_batches(range(6), 110))
         # Longest first into the first pass with room: 94 + 12, then 54 + 34 + 10 + 6 = 104.
-        assert [tuple(micro.input_ids.shape) for micro in filled] == [(1, 106), (1, 104)]
+        lengths = [112 - 2, 104] if layout == "shared" else [106, 104]
+        assert [micro.input_ids.shape[1] for micro in filled] == lengths
+
+
+def test_rows_have_few_lengths():
+    """Eight of them between a power of two and the next, none above the limit, and no token of a response moves."""
+    found = set()
+    for length in range(30, 124):
+        batch = Batch([Group([1] * 3, [Response([2] * length), Response([3])])])
+        (micro,) = batch.micro_batches([0], 127)
+        width = micro.input_ids.shape[1]
+        assert 4 + length <= width <= min(127, (4 + length) * 9 / 8)
+        assert micro.attention_mask.length == width and micro.attention_mask.groups[0] == (3, (length, 1))
+        assert micro.predictors.tolist() == [*range(2, length + 2), 2]
+        found.add(width)
+    assert found == {*range(36, 65, 4), *range(72, 121, 8), 127}
+
+
+def test_no_row_is_filled_up_where_products_keep_nothing(monkeypatch):
+    monkeypatch.delitem(SIZES, "cpu")
+    (micro,) = Batch([Group([1] * 3, [Response([2] * 50), Response([3])])]).micro_batches([0], 127)
+    assert micro.input_ids.shape == (1, 54)
 
 
 @pytest.mark.parametrize("max_tokens", [1, 40, 100, 10_000])

@@ -176,7 +176,7 @@ def test_micro_batches_do_not_change_the_step(model_dir, batch, options, update)
 
 def test_a_pass_without_responses(model_dir, batch):
     """As a rank has it that has fewer passes than others."""
-    model, micro = tiny.load(model_dir), batch._micro([[(0, [])]])
+    model, micro = tiny.load(model_dir), batch._micro([[(0, [])]], 100)
     found = candidates(model, micro, batch.ids[micro.tokens], min_prob=MIN_PROB)
     assert found.ids.shape == (0, 50) and found.token_logp.shape == (0,)
     logp = log_probs(model, micro, torch.zeros(0, 3, dtype=torch.int64))
