@@ -1,7 +1,7 @@
 """One training step of ours beside one of TRL's GRPO trainer: seconds, peak memory, loss and gradient norm.
 
 usage: python bench/step.py TARGET_DIRECTORY [--tokens 64] [--groups 16] [--n 6] [--prompt 128] [--dtype bfloat16]
-           [--ways trl,openrlhf,outcomes,freeze,policy] [--model DIRECTORY] [--note TEXT]
+           [--ways trl,openrlhf,outcomes,recomputed,freeze,policy] [--model DIRECTORY] [--note TEXT]
 
 `make bench-step` runs it where TRL is installed. Prompts and completions are given, of random tokens and equal lengths,
 so that sampling costs nothing and nothing is padded; both sides take one optimizer step on all of them with passes of n
@@ -40,6 +40,7 @@ WAYS = {
     "trl": "TRL, GRPO",
     "openrlhf": "OpenRLHF, its actor and loss",
     "outcomes": "ours, outcomes alone",
+    "recomputed": "ours, outcomes alone, full recomputation",
     "freeze": 'ours, PRIME, `ref_type = "freeze"`',
     "policy": 'ours, PRIME, `ref_type = "policy"`',
 }
@@ -138,14 +139,16 @@ def by_us(model: Path, groups: list[Group], dtype: str, way: str) -> dict[str, f
     from prime_trainer.config.run_config import RunConfig
 
     n, length = len(groups[0].responses), len(groups[0].prompt_ids) + len(groups[0].responses[0].ids)
+    alone = way in ("outcomes", "recomputed")
     with tempfile.TemporaryDirectory() as folder:
         sections: dict[str, Any] = {
             "output": folder, "steps": 1, "micro_batch_tokens": n * length,
             "model": {"path": str(model), "dtype": dtype, "device": "cpu"},
             "task": {"name": "chain_sum", "eval_size": 1},
             "rollout": {"engine": "transformers", "n": n, "prompts_per_step": len(groups), "tis": "off"},
-            "algorithm": {"process_coef": 0.0 if way == "outcomes" else 1.0, "whiten": way != "outcomes"},
-            "prm": {"ref_type": "freeze" if way == "outcomes" else way},
+            "algorithm": {"process_coef": 0.0 if alone else 1.0, "whiten": not alone},
+            "prm": {"ref_type": "freeze" if alone else way},
+            "scale": {"activation_checkpointing": "full" if way == "recomputed" else "selective"},
             "policy": {"lr": 1e-6, "minibatches": 1, "grad_clip": 1.0},
             "metrics": {"trackers": []},
         }  # fmt: skip
