@@ -191,6 +191,6 @@ def test_a_7b_model_fits_the_four_gpus_that_train(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text(json.dumps(config | shape))
     cfg = load(EXAMPLES / "eight_gpus.toml", ["--model.path", str(tmp_path)])
     most = {stage: sum(parts.values()) / 2**30 for stage, parts in plan.make(cfg, 4, 1024).memory.items()}
-    assert most["score and PRM update"] == pytest.approx(59.3, abs=0.1) and max(most.values()) < 0.9 * 80
+    assert most["score and PRM update"] == pytest.approx(60.6, abs=0.1) and max(most.values()) < 0.9 * 80
     cfg.scale.activation_checkpointing = "none"
     assert max(sum(parts.values()) / 2**30 for parts in plan.make(cfg, 4, 1024).memory.values()) > 80
