@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from helpers.support import IdleRows
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prime_kernels import _backends
-from prime_kernels._backends import LinearHead, RowResults
+from prime_kernels._backends import LinearHead
 from prime_kernels.integrations import tile_sizes
 from prime_kernels.ops import _fused_tiles, _tiled_head
 
@@ -28,17 +29,6 @@ def test_little_memory(needed, free, want):
     assert _fused_tiles.halved(2048 * MIB, needed * MIB, free * MIB, 128 * MIB) == want * MIB
 
 
-class Rows:
-    """Row kernels that do nothing, on tensors without data."""
-
-    def token_log_probs(self, models, ids, mask, temperatures, with_entropy):
-        found = torch.empty(1, len(ids), device=ids.device)
-        return RowResults(found, found.clone(), None)
-
-    def logits_gradient(self, *arguments, **options):
-        pass
-
-
 class Products(TorchDispatchMode):
     """(name, elements of the result) of products and of sums of large tensors."""
 
@@ -55,7 +45,7 @@ class Products(TorchDispatchMode):
 
 
 def products(monkeypatch, tokens, width, vocabulary, dtype=torch.bfloat16):
-    monkeypatch.setattr(_backends, "rows", lambda backend: Rows())
+    monkeypatch.setattr(_backends, "rows", lambda backend: IdleRows())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     hidden, weight = (torch.empty(n, width, device="meta", dtype=dtype) for n in (tokens, vocabulary))
     ids = torch.empty(tokens, dtype=torch.int64, device="meta")

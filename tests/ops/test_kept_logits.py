@@ -6,13 +6,14 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from helpers.support import IdleRows
 from ops.test_linear_log_probs import set_tiles
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import prime_kernels as pk
 from prime_kernels import _backends, _tuning
-from prime_kernels._backends import LinearHead, RowResults
+from prime_kernels._backends import LinearHead
 from prime_kernels.integrations import tile_sizes
 from prime_kernels.ops import _fused_tiles, _tiled_head
 from prime_kernels.ops.linear_log_probs import Settings, TiledLogProbs
@@ -120,17 +121,6 @@ def test_memory_in_pieces(tiled, monkeypatch):
     assert all(map(torch.equal, want, run())) and tried == [(20, 64)]
 
 
-class Rows:
-    """Row kernels that do nothing, on tensors without data."""
-
-    def token_log_probs(self, models, ids, mask, temperatures, with_entropy):
-        found = torch.empty(1, len(ids), device=ids.device)
-        return RowResults(found, found.clone(), None)
-
-    def logits_gradient(self, *arguments, **options):
-        pass
-
-
 class Products(TorchDispatchMode):
     """Operations of all products."""
 
@@ -151,7 +141,7 @@ class Products(TorchDispatchMode):
 )
 def test_products_on_a_gpu_of_80_gb(monkeypatch, tokens, size, products):
     """4 GiB of float32 logits are kept by default, 8 GiB where a tuning says so."""
-    monkeypatch.setattr(_backends, "rows", lambda backend: Rows())
+    monkeypatch.setattr(_backends, "rows", lambda backend: IdleRows())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     d, v = 64, 131072
     of = [torch.empty(n, d, device="meta", dtype=torch.bfloat16, requires_grad=True) for n in (tokens, v)]
