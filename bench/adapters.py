@@ -22,8 +22,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from prime_kernels._tuning import ENVIRONMENT_VARIABLE as TUNING
 from prime_trainer import loop
 from prime_trainer.config.load import load
+from prime_trainer.models import compiled_products
 from prime_trainer.run.provenance import environment
 from prime_trainer.run.stage_clock import StageClock
 
@@ -31,8 +33,8 @@ ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("rollout", "prm", "policy", "total")
 HELD = STAGES[:-1]
 """Stages whose memory is measured."""
-ENVIRONMENT = ("MALLOC_CONF", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
-"""Variables that bound what stays with a process."""
+ENVIRONMENT = ("MALLOC_CONF", *compiled_products.CAPACITIES, TUNING)
+"""Variables that bound what stays with a process; the trainer sets those of compiled products itself."""
 OPEN = ["--filter.low", "0", "--filter.high", "1", "--rollout.engine", "transformers", "--model.device", "cpu"]
 
 

@@ -15,8 +15,7 @@ from .traits import positions
 SIZES = {"cpu": 8}
 """By device, how many lengths of passes there are between a power of two and the next.
 
-On CPUs oneDNN keeps what it has compiled for each shape of a 16-bit product as long as the process lives: 3 MB a length
-for the forward passes of a model of 135 million weights, and 4 more in its cache of 1,024 primitives.
+On CPUs oneDNN compiles a 16-bit product for each of its shapes; see `compiled_products`.
 """
 
 

@@ -18,7 +18,7 @@ from ..run import hub
 from ..run.atomic_files import replace_directory
 from ..scale import sharding
 from ..scale.ranks import SINGLE, Ranks
-from . import traits
+from . import compiled_products, traits
 from .adapters import files as adapter_files
 from .adapters.views import MergedWeights, adapted
 from .model_files import READ_SAFELY, ModelError, check_directory, check_loaded, gguf_left_out, reading
@@ -103,6 +103,8 @@ def load_model(cfg: ModelConfig) -> CausalLM:
     """A causal LM in the compute dtype, in eval mode (PRIME trains without dropout)."""
     from transformers import AutoModelForCausalLM
 
+    if device(cfg).type == "cpu":
+        compiled_products.keep_few()
     directory, gguf = _locate(cfg)
     dtype = getattr(torch, cfg.dtype)
     if cfg.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
