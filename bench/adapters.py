@@ -7,7 +7,8 @@ Each arm is a process of its own, from the same weights and seed: with B = 0 the
 on the same responses. Every group passes the filter. Resident memory is the most during each stage (VmHWM, reset before
 it), and that before the steps. Seconds of the processor (all threads) tell more than those of the clock where other
 work shares the machine. `measure` adds to what RESULTS.json has, so arms may be measured one by one; an allocator
-that LD_PRELOAD names is that of the arms, and is recorded, as are the variables ENVIRONMENT.
+that LD_PRELOAD names is that of the arms, and is recorded, as are the variables ENVIRONMENT and the tiles of a tuning
+file.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from prime_kernels._tuning import ENVIRONMENT_VARIABLE as TUNING
+from prime_kernels import _tuning
 from prime_trainer import loop
 from prime_trainer.config.load import load
 from prime_trainer.models import compiled_products
@@ -33,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("rollout", "prm", "policy", "total")
 HELD = STAGES[:-1]
 """Stages whose memory is measured."""
-ENVIRONMENT = ("MALLOC_CONF", *compiled_products.CAPACITIES, TUNING)
+ENVIRONMENT = ("MALLOC_CONF", *compiled_products.CAPACITIES)
 """Variables that bound what stays with a process; the trainer sets those of compiled products itself."""
 OPEN = ["--filter.low", "0", "--filter.high", "1", "--rollout.engine", "transformers", "--model.device", "cpu"]
 
@@ -75,10 +76,13 @@ def one(toml: Path, steps: int, words: list[str]) -> list[dict[str, object]]:
     held, rows = resident("VmRSS"), []
     trained = [each for each in (trainer.policy, trainer.prm) if each is not None]
     masters = sum(master.numel() for each in trained for master in each.master)
+    tuning = _tuning.active("cpu")
+    tiles = [] if tuning is None else [f"{name}={size}" for name, size in tuning.tiles.items()]
+    set_here = [name for name in ENVIRONMENT if name in os.environ]
     how = {
         "pass tokens": cfg.micro_batch_tokens, "checkpointing": cfg.scale.activation_checkpointing,
         "allocator": Path(os.environ.get("LD_PRELOAD", "")).name or "libc",
-        "environment": ", ".join(f"{name}={os.environ[name]}" for name in ENVIRONMENT if name in os.environ),
+        "environment": ", ".join([*(f"{name}={os.environ[name]}" for name in set_here), *tiles]),
     }  # fmt: skip
     try:
         for _ in range(steps):
