@@ -129,5 +129,5 @@ def test_numbers_are_those_of_the_tables():
     assert "holds 1.9 MiB where eager PyTorch holds 480 MiB" in README
     ms = {way: float(line.split("|")[3]) for way in ("kernel", "product alone, bfloat16") for line in ops.splitlines()
              if line.startswith(f"| linear_log_probs, forward | {way} |")}  # fmt: skip
-    assert round(100 * (ms["kernel"] / ms["product alone, bfloat16"] - 1)) == 3
-    assert "takes 3 % longer than the bare matrix product" in README
+    longer = round(100 * (ms["kernel"] / ms["product alone, bfloat16"] - 1))
+    assert f"takes {longer} % longer than the bare matrix product" in README
