@@ -27,10 +27,10 @@ BENCH = ROOT / "bench"
 EXAMPLES = ROOT / "examples"
 DEMO = EXAMPLES / "demo.toml"
 HERE = {
-    "adapters", "candidates", "compiled", "demo/results", "faults_table", "lora_rollouts", "plan_seconds", "plan_table",
-    "precision", "precision_study", "prm/first_wrong_step", "prm/results", "prm/sample", "products", "rollout",
-    "shared_prompts", "step", "step_share", "study/chains", "study/study", "trainer_cost", "trl_table",
-    "verify/math_answers", "verify/programs", "verify/rates",
+    "adapters", "candidates", "compiled", "demo/results", "faults_table", "lora_rollouts", "merged_rounding",
+    "plan_seconds", "plan_table", "precision", "precision_study", "prm/first_wrong_step", "prm/results", "prm/sample",
+    "products", "rollout", "shared_prompts", "step", "step_share", "study/chains", "study/study", "trainer_cost",
+    "trl_table", "verify/math_answers", "verify/programs", "verify/rates",
 }  # fmt: skip
 # What other tests of this folder and of docs, packaging, integrations, triton_backend and the trainer run.
 ELSEWHERE = {
@@ -216,6 +216,31 @@ def test_products(script, monkeypatch):
         assert 0.0 < float(found["forward and backward", way][3]) < 0.02, way  # bfloat16 gradients
     for way in ("linear_log_probs", "linear_nll", "linear_ppo_loss", "eager PyTorch: nll"):
         assert 0.0 < float(found["forward and backward, frozen head", way][3]) < 0.02, way
+
+
+def test_merged_rounding(script, small, tmp_path):
+    """An update that bfloat16 loses in part: some weights stay, and log-probs differ in exact arithmetic, too."""
+    import peft
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = Path(dict(zip(small[::2], small[1::2], strict=True))["--model.path"])
+    AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
+    for path in (tmp_path, tmp_path / "base"):
+        AutoTokenizer.from_pretrained(base).save_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                weight.mul_(0.01)
+    adapted.save_pretrained(tmp_path / "adapter")
+    adapted.merge_and_unload().bfloat16().save_pretrained(tmp_path)
+    said = script("merged_rounding", tmp_path, tmp_path / "base", "--problems", 2)
+    share, apart = re.match(r"([\d.]+) % .* rounding is ([\d.]+) of", said).groups()
+    assert 0 < float(share) < 50 and 0 < float(apart) < 1
+    rows = [re.split(r"\s*\|\s*", line.strip("| ")) for line in said.splitlines() if line.startswith("| ")]
+    means = {(row[0], row[1]): float(row[2]) for row in rows if row[0] in ("merged", "trainer", "weights")}
+    assert len(means) == 6 and means["weights", "exact"] > 0
 
 
 def test_adapters(script, small, tmp_path):
