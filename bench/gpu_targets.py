@@ -45,8 +45,11 @@ BYTES_PER_LOOP = 64
 FREE = {"empty", "new_empty", "empty_like", "_unsafe_view", "device", "is_same_size"}
 # Of the product with the softmax in its epilogue, tiles of 128 x 256 on 8 warps, as its machine code for sm_90 has them
 # (tests/triton_backend/test_specialised.py bounds them): instructions a warp and tile outside the loop over the width,
-# beside them those that only tiles with a target or the vocabulary's end take, and those that store the logits.
-EPILOGUE, SPECIAL, STORES = 1360, 700, 820
+# beside them those that only tiles with a target or the vocabulary's end take, and those that store float32 logits, or
+# probabilities in 16 bits, which go through shared memory so that a thread has 16 bytes of a row.
+EPILOGUE, SPECIAL, STORES = 1360, 700, {"": 0, "logits": 820, "probabilities": 450}
+# Bytes a cycle that a multiprocessor's shared memory takes or gives.
+SHARED_A_CYCLE = 128
 # Exponentials of a tile, a thread; a multiprocessor makes 16 a cycle.
 EXPONENTIALS, EXPONENTIALS_A_CYCLE = 128, 16
 # Assumed: cycles until the first step of a tile is in shared memory, and the share of the library's rate at which the
@@ -269,7 +272,7 @@ def rows() -> list[Row]:
             Row("the same, logits not kept", counted(linear(*shape, backward=True), kept_bytes=none_kept),
                 47e-3 * scale, bars[1], "memory for the logits, which leaves three products of four"),
             Row(f"`linear_nll`, both ways, {name}", counted(nll(*shape)), 36e-3 * scale, None,
-                "the softmax in the product's epilogue, and no pass over the gradients to scale them by the loss's"),
+                "the softmax in the product's epilogue, which leaves probabilities for the gradient"),
         ]  # fmt: skip
     latency = "latency decides: the constants are guesses"
     return [
@@ -338,29 +341,37 @@ def in_l2(work: Work, efficiency: float) -> float:
     return sum(work.flops) / PRODUCT / efficiency + work.of_kernels / L2_RATE + LAUNCH * work.launches
 
 
-def in_epilogue(n: int, d: int, v: int, share: float, stored: bool) -> float:
+def in_epilogue(n: int, d: int, v: int, share: float, stored: str) -> float:
     """Seconds of a product with the softmax in its epilogue, at a share of the library's rate without epilogue.
 
-    Nothing hides the epilogue: the tensor cores wait for it, once for each of a multiprocessor's tiles.
+    ``stored`` is what it leaves for a gradient, as in STORES. Nothing hides the epilogue: the tensor cores wait for it,
+    once for each of a multiprocessor's tiles.
     """
     rows, columns, warps = 128, 256, 8
     tiles = -(-n // rows) * -(-v // columns)
     special = min(1.0, n / tiles)
     per_scheduler = warps / SCHEDULERS
-    issued = per_scheduler * (EPILOGUE + special * SPECIAL + stored * STORES)
+    issued = per_scheduler * (EPILOGUE + special * SPECIAL + STORES[stored])
     exponentials = 32 * warps * EXPONENTIALS / EXPONENTIALS_A_CYCLE
     cycles = FIRST_STEP + max(issued, exponentials)
+    if stored == "probabilities":
+        cycles += 2 * 2 * rows * columns / SHARED_A_CYCLE
     merged = 4 * 4 * n * -(-v // columns)
     return (
         2 * n * d * v / PRODUCT / share + -(-tiles // MULTIPROCESSORS) * cycles / CLOCK + 2 * merged / COPY + 2 * LAUNCH
     )
 
 
-def fused(stored: bool, whole: Work | None = None, part: Work | None = None) -> str:
-    """Both ends at 8,192 x 4,096 x 131,072, of ``whole`` with :func:`in_epilogue` in place of ``part`` of it."""
+def fused(stored: str, whole: Work | None = None, part: Work | None = None) -> str:
+    """Both ends at 8,192 x 4,096 x 131,072, of ``whole`` with :func:`in_epilogue` in place of ``part`` of it.
+
+    Gradients of probabilities read 2 bytes each, where ``whole`` reads 4 of logits, and the maxima of their tiles.
+    """
+    n, _, v = LLAMA
+    saved = (2 * n * v - 4 * n * v // 256) / COPY if stored == "probabilities" and whole else 0.0
     ends = []
     for share, exposed in zip(reversed(OWN_PRODUCT), (False, True), strict=True):
-        rest = whole.seconds(H100, exposed) - part.seconds(H100, exposed) if whole and part else 0.0
+        rest = whole.seconds(H100, exposed) - part.seconds(H100, exposed) - saved if whole and part else 0.0
         ends.append(milliseconds(rest + in_epilogue(*LLAMA, share, stored)))
     return " to ".join(ends)
 
@@ -380,14 +391,18 @@ def choices() -> str:
     found = [
         ("forward, tiles of 8,192 x 16,896 (the default)", between(forward, H100)),
         ("forward, tiles of 8,192 x 1,024, which stay in 50 MB of L2 cache", milliseconds(in_l2(small, waves))),
-        ("forward, softmax in the product's epilogue (`fused_columns`)", fused(False)),
-        ("the same, logits stored for a gradient", fused(True)),
+        ("forward, softmax in the product's epilogue (`fused_columns`)", fused("")),
+        ("the same, probabilities stored for a gradient", fused("probabilities")),
+        ("the same, logits stored for a gradient (of float16, or with a bias)", fused("logits")),
         ("both ways, float32 logits kept: 4.3 GB until the backward pass (the default)", between(both, H100)),
-        ("both ways, float32 logits kept, softmax in the product's epilogue", fused(True, both, forward)),
+        ("both ways and `linear_nll`, softmax in the product's epilogue, probabilities kept: 2.1 GB",
+         fused("probabilities", both, forward)),
+        ("both ways, softmax in the product's epilogue, float32 logits kept", fused("logits", both, forward)),
         ("both ways, logits computed again (where less than 13 GB are free)", between(again, H100)),
         ("both ways, logits computed again, gradients rounded in a pass of its own", between(before, H100)),
         ("`linear_nll`, one tile (the default of 80 GB)", between(loss, H100)),
-        ("`linear_nll`, one tile, softmax in the product's epilogue", fused(True, loss, scored)),
+        ("`linear_nll`, one tile, softmax in the product's epilogue (where 2.1 GB cannot be kept)",
+         fused("logits", loss, scored)),
         ("`linear_nll`, tiles of 2 GiB", between(halves, H100)),
         ("`linear_nll`, tiles of 128 MiB", between(parts, H100)),
     ]  # fmt: skip

@@ -230,6 +230,21 @@ def combine_kernel(
 
 
 @triton.jit
+def _gradient_terms(log_p, grad_logp, entropy, grad_entropy, inverse, ENTROPY: tl.constexpr):
+    """(gradient of the target, whose log-prob is ``log_p`` in float64; a; b): that of others is p (a + b log2 p)."""
+    # 1 - p in float64: in float32 it has no digits left if p is near 1.
+    p = tl.exp(log_p)
+    at_target = grad_logp * (1.0 - p)
+    a = -grad_logp * inverse
+    b = 0.0
+    if ENTROPY:
+        at_target -= grad_entropy * tl.where(p == 0.0, 0.0, p * (log_p + entropy))
+        a -= grad_entropy * entropy * inverse
+        b = -grad_entropy * LN2 * inverse
+    return (at_target * inverse).to(tl.float32), a, b
+
+
+@triton.jit
 def _put_gradient(
     z_ptrs, out_ptrs, inside, is_target, at_target, lse, a, b, inverse, EDGE: tl.constexpr, ENTROPY: tl.constexpr
 ):
@@ -309,6 +324,8 @@ def backward_kernel(
     lse = tl.load(lse_ptr + row)
     # With a finite lse the row has no NaN and no +inf that a zero gradient could hide.
     empty = (grad_logp == 0.0) & (tl.abs(lse) < float("inf"))
+    grad_entropy = 0.0
+    entropy = 0.0
     if ENTROPY:
         grad_entropy = tl.load(grad_entropy_ptr + row)
         entropy = tl.load(entropy_ptr + row)
@@ -326,17 +343,8 @@ def backward_kernel(
     id = tl.load(ids_ptr + row)
     target = tl.load(z_ptr + id, mask=(id >= 0) & (id < vocabulary), other=float("nan"))
     id = id.to(tl.int32)
-    # 1 - p in float64: in float32 it has no digits left if p is near 1.
     log_p = target.to(tl.float64) * inverse - lse
-    p = tl.exp(log_p)
-    at_target = grad_logp * (1.0 - p)
-    a = -grad_logp * inverse
-    b = 0.0
-    if ENTROPY:
-        at_target -= grad_entropy * tl.where(p == 0.0, 0.0, p * (log_p + entropy))
-        a -= grad_entropy * entropy * inverse
-        b = -grad_entropy * LN2 * inverse
-    at_target = (at_target * inverse).to(tl.float32)
+    at_target, a, b = _gradient_terms(log_p, grad_logp, entropy, grad_entropy, inverse, ENTROPY)
 
     if has_rest:
         _put_gradient(

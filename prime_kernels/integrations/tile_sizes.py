@@ -2,8 +2,8 @@
 
 from typing import NamedTuple
 
+from prime_kernels.ops import _fused_tiles
 from prime_kernels.ops import _tiled_head as tiles
-from prime_kernels.ops._fused_tiles import sums_in_product
 
 
 class TileSizes(NamedTuple):
@@ -52,6 +52,6 @@ def tile_sizes(device_type: str) -> TileSizes:
         tiles.backward_elements(device_type),
         tiles.kept_bytes(device_type),
         tiles.fused_bytes(device_type),
-        0 if sums_in_product(device_type) else tiles.ADDED_ROWS[device_type],
+        0 if _fused_tiles.sums_in_product(device_type) else _fused_tiles.ADDED_ROWS[device_type],
         device_type in tiles.HEAD_KERNELS,
     )

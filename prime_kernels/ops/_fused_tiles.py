@@ -10,6 +10,8 @@ import functools
 import torch
 from torch import Tensor
 
+from prime_kernels.ops._tile_shapes import spans
+
 # A tile's share of all memory: 4.75 GiB of a GPU of 80 GB, which has 79 GiB, and 1.5 of 24. The float32 logits of 8,192
 # tokens and 152,064 columns are one tile then, for 3 GiB more than in three tiles: by bench/gpu_targets.py that saves
 # 5 to 11 % of the time. It depends on the device alone, so that results do not change with what else is in memory,
@@ -19,6 +21,9 @@ SHARE = 16
 DIGITS = 5
 # Where sizes are asked for without a GPU, as in a plan of a run elsewhere.
 ASSUMED_MEMORY = 79 * 2**30
+
+# Rows of a 16-bit product that is added to a float32 sum, by device: enough for full speed, small next to the sum.
+ADDED_ROWS = {"cpu": 2**12, "cuda": 2**14}
 
 
 def size_on_gpu(least: int) -> int:
@@ -67,3 +72,34 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 @functools.cache
 def _total(device: int) -> int:
     return torch.cuda.get_device_properties(device).total_memory
+
+
+def kind_of(tensor: Tensor) -> str:
+    return "cpu" if tensor.device.type == "cpu" else "cuda"
+
+
+class Sum:
+    """A sum of products: written directly if there is one term, else accumulated in float32.
+
+    A 16-bit sum would lose small terms. A single term is written to a tensor like ``like``, or with ``into`` to it.
+    """
+
+    def __init__(self, like: Tensor, *, once: bool, into: bool = False) -> None:
+        self.once = once
+        if once:
+            self.total = like if into else torch.empty_like(like)
+        else:
+            self.total = torch.zeros(like.shape, dtype=torch.float32, device=like.device)
+
+    def add(self, a: Tensor, b: Tensor, rows: slice = slice(None)) -> None:
+        """Add ``a @ b`` to these rows."""
+        at = self.total[rows]
+        if self.once:
+            torch.mm(a, b, out=at)
+        elif a.dtype == torch.float32:
+            at.addmm_(a, b)
+        elif sums_in_product(kind_of(a)):
+            add_product(at, a, b)
+        else:
+            for block in spans(len(a), ADDED_ROWS[kind_of(a)]):
+                at[block].add_(a[block] @ b)

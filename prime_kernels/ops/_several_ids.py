@@ -219,7 +219,7 @@ class HeadLogProbs(torch.autograd.Function):
         keep = with_gradient and any(ctx.needs_input_grad) and tiles.can_keep(head, backend)
         kept = tiles.empty_logits(head) if keep else None
         rows = rows_of_head(head, with_entropy, backend, kept=kept)
-        ctx.save_for_backward(hidden, weight, bias, ids, rows.lse, rows.entropy, kept)
+        ctx.save_for_backward(hidden, weight, bias, ids, rows.lse, rows.entropy, *([] if kept is None else [kept]))
         ctx.product, ctx.backend, ctx.spent = product, backend, False
         ctx.set_materialize_grads(False)
         return rows.logp, rows.entropy
@@ -227,12 +227,12 @@ class HeadLogProbs(torch.autograd.Function):
     @staticmethod
     @first_derivative_only("linear_log_probs")
     def backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None) -> Gradients:
-        *columns, lse, entropy, kept = ctx.saved_tensors
+        hidden, weight, bias, ids, lse, entropy, *kept = ctx.saved_tensors
         if grad_logp is None and grad_entropy is None:
             return (None,) * 8
         gradient = RowGradient(lse, None if grad_entropy is None else entropy, grad_logp, grad_entropy)
-        head = LinearHead(*columns, *ctx.product)
+        head = LinearHead(hidden, weight, bias, ids, *ctx.product)
         kernels = SeveralIds(ctx.backend, head.softcap)
-        wanted, kept = ctx.needs_input_grad[:3], tiles.spent(ctx, kept)
+        wanted, kept = ctx.needs_input_grad[:3], tiles.spent(ctx, tuple(kept))
         gradients = tiles.head_gradients(head, gradient, wanted, ctx.backend, kept, kernels)
         return *gradients, None, None, None, None, None

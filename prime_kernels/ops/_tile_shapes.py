@@ -44,5 +44,10 @@ def moved(span: slice, by: int) -> slice:
     return slice(span.start + by, span.stop + by)
 
 
+def up_to(size: int, multiple: int) -> int:
+    """The first multiple that is not less."""
+    return -(-size // multiple) * multiple
+
+
 def aligned(columns: int) -> int:
-    return -(-columns // ALIGNED_COLUMNS) * ALIGNED_COLUMNS
+    return up_to(columns, ALIGNED_COLUMNS)

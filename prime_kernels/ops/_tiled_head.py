@@ -8,7 +8,7 @@ are kept instead, which saves one of four products: the tiles of backward are th
 same shapes either way, and what is computed again comes from the products of forward: the gradients have the same bits.
 
 With "fused_columns" in a tuning file "triton" multiplies itself and takes the softmax of a tile while it is in
-registers; where its logits are kept, or a backward pass needs them, the same kernel writes them.
+registers; what a gradient needs, probabilities or logits, the same kernel writes (_fused_product).
 
 Logits are float32, for 16-bit inputs too, unless the head rounds them as its own layer does.
 """
@@ -23,8 +23,12 @@ from prime_kernels import _backends, _tuning
 from prime_kernels._backends import GradientKernel, HeadGradients, LinearHead, RowGradient, RowResults
 from prime_kernels._segment_math import result_dtype
 from prime_kernels.ops import _fused_product, _fused_tiles
+from prime_kernels.ops._fused_tiles import Sum, kind_of
 from prime_kernels.ops._softcap import row_kernels
-from prime_kernels.ops._tile_shapes import aligned, moved, spans, tile_shape, tokens_of_whole_rows, whole_tiles
+from prime_kernels.ops._tile_shapes import aligned, moved, spans, tile_shape, tokens_of_whole_rows, up_to, whole_tiles
+
+# What a forward pass keeps for head_gradients: nothing, all logits [N, V], or what _fused_product has instead.
+Kept = tuple[Tensor, ...]
 
 # Backends with kernels for a whole head. Of the sizes below they use kept_bytes alone.
 HEAD_KERNELS = frozenset({"cpu"})
@@ -40,8 +44,6 @@ BACKWARD_ELEMENTS = {"cpu": 2**24, "cuda": 8192 * 2 * 16896}
 KEPT_BYTES = {"cpu": 2**28, "cuda": 2**29}
 # Least size of tiles over the whole vocabulary. The gradient of the head is summed over them: the fewer the better.
 FUSED_BYTES = 2**27
-# Rows of a 16-bit product that is added to a float32 sum, by device: enough for full speed, small next to the sum.
-ADDED_ROWS = {"cpu": 2**12, "cuda": 2**14}
 
 
 def forward_elements(device_type: str) -> int:
@@ -95,13 +97,13 @@ class Tiles:
     @classmethod
     def forward(cls, head: LinearHead) -> Self:
         """Of a pass without gradients."""
-        return cls(head, *forward_tile(_kind(head.hidden), len(head.hidden), len(head.weight)))
+        return cls(head, *forward_tile(kind_of(head.hidden), len(head.hidden), len(head.weight)))
 
     @classmethod
     def backward(cls, head: LinearHead) -> Self:
         """Of gradients: whole tiles of :meth:`forward`."""
         sizes = (head.hidden.element_size(), logits_dtype(head).itemsize)
-        return cls(head, *backward_tile(_kind(head.hidden), *sizes, len(head.hidden), len(head.weight)))
+        return cls(head, *backward_tile(kind_of(head.hidden), *sizes, len(head.hidden), len(head.weight)))
 
     @classmethod
     def of_whole_rows(cls, head: LinearHead, elements: int) -> Self:
@@ -165,27 +167,37 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
     """``a @ b`` to ``out``, of their dtype or float32. On GPUs the accumulators of a 16-bit product are not rounded."""
     if out.dtype == a.dtype:
         torch.mm(a, b, out=out)
-    elif _kind(a) == "cuda":
+    elif kind_of(a) == "cuda":
         torch.mm(a, b, out_dtype=torch.float32, out=out)
     else:
         torch.mm(a.float(), b.float(), out=out)
 
 
-def can_keep(head: LinearHead, backend: str) -> bool:
-    """Whether all logits are few enough to keep for backward.
+def gradient_columns(head: LinearHead, backend: str) -> int | None:
+    """Columns of a tile where gradients are made of probabilities; None where they are made of logits."""
+    return _fused_product.for_gradient(head, backend, kind_of(head.hidden))
+
+
+def can_keep(head: LinearHead, backend: str, tile_columns: int | None = None) -> bool:
+    """Whether all logits, or with :func:`gradient_columns` probabilities, are few enough to keep for backward.
 
     On a GPU they leave two thirds of the free memory, unless they are very few: what else a step needs until then, and
     the gradients of hidden states and head. Results do not depend on it.
     """
-    item, kind = 4 if backend in HEAD_KERNELS else logits_dtype(head).itemsize, _kind(head.hidden)
-    size = len(head.hidden) * len(head.weight) * item
+    item, kind = 4 if backend in HEAD_KERNELS else logits_dtype(head).itemsize, kind_of(head.hidden)
+    size = len(head.hidden) * len(head.weight) * (2 if tile_columns else item)
     return size <= kept_bytes(kind) and _fused_tiles.fitting(size, size, head.hidden.device, KEPT_BYTES[kind]) >= size
 
 
-def empty_logits(head: LinearHead) -> Tensor | None:
-    """An uninitialised buffer to keep all logits [N, V]; None if the free memory is in pieces too small for it."""
+def empty_logits(head: LinearHead, tile_columns: int | None = None) -> Tensor | None:
+    """An uninitialised buffer to keep all logits [N, V], or probabilities as :func:`can_keep` has them.
+
+    None if the free memory is in pieces too small for it.
+    """
     n_tokens, vocabulary = len(head.hidden), len(head.weight)
     try:
+        if tile_columns:
+            return _fused_product.empty_q(head, n_tokens, vocabulary, tile_columns)
         return head.hidden.new_empty(n_tokens, aligned(vocabulary), dtype=logits_dtype(head))[:, :vocabulary]
     except torch.OutOfMemoryError:
         return None
@@ -225,25 +237,29 @@ def join(parts: Sequence[RowResults], owner: Tensor) -> RowResults:
     return RowResults(joined.float(), total.float(), entropy)
 
 
-def spent(ctx: Any, kept: Tensor | None) -> Tensor | None:
-    """The kept logits for the first backward pass of a graph, which may overwrite them unseen by autograd."""
-    kept, ctx.spent = None if kept is None or ctx.spent else kept.data, True
+def spent(ctx: Any, kept: Kept) -> Kept:
+    """What was kept for the first backward pass of a graph, which may overwrite it unseen by autograd."""
+    kept, ctx.spent = () if ctx.spent else tuple(each.data for each in kept), True
     return kept
 
 
 def head_log_probs(
-    head: LinearHead, with_entropy: bool, backend: str, keep: bool = False
-) -> tuple[RowResults, Tensor | None]:
-    """Results [N] and, with ``keep``, the logits for :func:`head_gradients`, if there is memory for them.
+    head: LinearHead, with_entropy: bool, backend: str, keep: bool = False, tile_columns: int | None = None
+) -> tuple[RowResults, Kept]:
+    """Results [N] and, with ``keep``, what :func:`head_gradients` needs, if there is memory for it.
 
-    For ids outside the head logp is meaningless. The results are bitwise the same with and without ``keep``.
+    With :func:`gradient_columns` no id may lie outside the head; else logp is meaningless for those that do. The
+    results are bitwise the same with and without ``keep``.
     """
     if backend in HEAD_KERNELS:
-        return _backends.head(backend).token_log_probs(head, with_entropy, keep)
-    kept = empty_logits(head) if keep else None
-    fused = _fused_product.columns(head, backend, _kind(head.hidden))
+        results, logits = _backends.head(backend).token_log_probs(head, with_entropy, keep)
+        return results, () if logits is None else (logits,)
+    kept = empty_logits(head, tile_columns) if keep else None
+    if kept is not None and tile_columns:
+        return _fused_product.log_probs_and_kept(head, with_entropy, tile_columns, kept)
+    fused = _fused_product.columns(head, backend, kind_of(head.hidden))
     if fused is not None:
-        return _fused_product.log_probs(head, with_entropy, fused, kept), kept
+        return _fused_product.log_probs(head, with_entropy, fused, kept), () if kept is None else (kept,)
     kernels, tiles = row_kernels(backend, head.softcap), Tiles.forward(head)
     blocks = []
     for tokens in tiles.token_spans():
@@ -255,7 +271,38 @@ def head_log_probs(
             parts.append(found.only_model())
         last = -(-len(head.weight) // tiles.columns) - 1
         blocks.append(join(parts, (head.ids[tokens] // tiles.columns).clamp(0, last)))
-    return RowResults.cat(blocks, 0), kept
+    return RowResults.cat(blocks, 0), () if kept is None else (kept,)
+
+
+class OfLogits:
+    """Gradients of tiles of logits, from those that were kept or new ones.
+
+    ``kernels`` stands for those of the backend where a token has several ids; forward has these from library products.
+    """
+
+    def __init__(
+        self,
+        head: LinearHead,
+        gradient: RowGradient,
+        backend: str,
+        wide: bool,
+        kept: Kept,
+        kernels: GradientKernel | None,
+    ) -> None:
+        self.head, self.gradient, self.wide, self.kept = head, gradient, wide, kept
+        self.tiles, self.parts = Tiles.backward(head), Tiles.forward(head)
+        if kernels is None:
+            self.parts.fused = _fused_product.columns(head, backend, kind_of(head.hidden))
+        self.kernels = kernels or row_kernels(backend, head.softcap)
+
+    def __call__(self, tokens: slice, columns: slice) -> Tensor:
+        """That of some tokens and part of the vocabulary, float32 if ``wide``. It may take the place of the logits."""
+        kept = self.kept[0][tokens, columns] if self.kept else None
+        z = self.tiles.logits_by(self.parts, tokens, columns) if kept is None else kept
+        of_rows, inside = self.gradient.rows(tokens), self.head.ids[tokens] - columns.start
+        dz = self.tiles.for_gradient(z, self.wide)
+        self.kernels.logits_gradient(z, inside, None, of_rows, self.head.temperature, dz, partial=True)
+        return dz
 
 
 def head_gradients(
@@ -263,33 +310,34 @@ def head_gradients(
     gradient: RowGradient,
     wanted: Sequence[bool],
     backend: str,
-    kept: Tensor | None = None,
+    kept: Kept = (),
     kernels: GradientKernel | None = None,
+    of_tile: _fused_product.OfProbabilities | None = None,
 ) -> HeadGradients:
     """Gradients of hidden, weight and bias where ``wanted``. Ids may lie outside the head.
 
-    ``kept`` are the logits of :func:`head_log_probs`, which may be overwritten. ``kernels`` stands for those of the
-    backend where a token has several ids.
+    ``kept`` is what :func:`head_log_probs` returned, which may be overwritten, ``kernels`` as in :class:`OfLogits`,
+    which ``of_tile`` stands for where gradients are made of probabilities.
     """
     if kernels is None and backend in HEAD_KERNELS:
-        return _backends.head(backend).gradients(head, gradient, wanted, kept)
+        return _backends.head(backend).gradients(head, gradient, wanted, kept[0] if kept else None)
     hidden, weight, bias = head.hidden, head.weight, head.bias
-    tiles, parts = Tiles.backward(head), Tiles.forward(head)
-    # Forward has several ids from library products.
-    parts.fused = _fused_product.columns(head, backend, _kind(head.hidden)) if kernels is None else None
-    kernels = kernels or row_kernels(backend, head.softcap)
+    grad_bias = torch.empty_like(bias) if bias is not None and wanted[2] else None
+    tiles = Tiles.backward(head)
+    if of_tile is None:
+        tile_gradient: Callable[[slice, slice], Tensor] = OfLogits(
+            head, gradient, backend, grad_bias is not None, kept, kernels
+        )
+    else:
+        tile_gradient, tiles.columns = of_tile, up_to(tiles.columns, of_tile.columns)
     one_column_span, one_token_span = tiles.columns >= len(weight), tiles.tokens >= len(hidden)
     grad_hidden = Sum(hidden, once=one_column_span) if wanted[0] else None
     grad_weight = torch.empty_like(weight) if wanted[1] else None
-    grad_bias = torch.empty_like(bias) if bias is not None and wanted[2] else None
     for columns in tiles.column_spans():
         part = None if grad_weight is None else Sum(grad_weight[columns], once=one_token_span, into=True)
         bias_part: Tensor | None = None
         for tokens in tiles.token_spans():
-            z = tiles.logits_by(parts, tokens, columns) if kept is None else kept[tokens, columns]
-            of_rows, inside = gradient.rows(tokens), head.ids[tokens] - columns.start
-            dz = tiles.for_gradient(z, wide=grad_bias is not None)
-            kernels.logits_gradient(z, inside, None, of_rows, head.temperature, dz, partial=True)
+            dz = tile_gradient(tokens, columns)
             if grad_bias is not None:
                 of_tokens = dz.sum(0, dtype=torch.float32)
                 bias_part = of_tokens if bias_part is None else bias_part + of_tokens
@@ -298,7 +346,7 @@ def head_gradients(
                 grad_hidden.add(dz, weight[columns], tokens)
             if part is not None:
                 part.add(dz.T, hidden[tokens])
-            del z, dz  # before the next product
+            del dz  # before the next product
         if grad_weight is not None and part is not None and not part.once:
             grad_weight[columns] = part.total
         part = None  # before the next one is made
@@ -319,7 +367,7 @@ def loss_gradients(
     kernels = row_kernels(backend, head.softcap)
     itemsize = logits_dtype(head).itemsize
     all_bytes = len(hidden) * len(weight) * itemsize
-    size = _fused_tiles.fitting(fused_bytes(_kind(hidden)), all_bytes, hidden.device, FUSED_BYTES)
+    size = _fused_tiles.fitting(fused_bytes(kind_of(hidden)), all_bytes, hidden.device, FUSED_BYTES)
     tiles = Tiles.of_whole_rows(head, size // itemsize)
     columns = slice(0, len(weight))
     one = tiles.tokens >= len(hidden)
@@ -328,7 +376,7 @@ def loss_gradients(
     grad_bias = (
         torch.zeros(len(weight), dtype=torch.float32, device=hidden.device) if bias is not None and wanted[2] else None
     )
-    parts, fused = [], _fused_product.columns(head, backend, _kind(head.hidden))
+    parts, fused = [], _fused_product.columns(head, backend, kind_of(head.hidden))
     for tokens in tiles.token_spans():
         ids = head.ids[tokens]
         if fused is None:
@@ -357,34 +405,3 @@ def loss_gradients(
     )
     of_bias = None if grad_bias is None else grad_bias.to(hidden.dtype)
     return torch.cat(parts), HeadGradients(of_hidden, of_weight, of_bias)
-
-
-def _kind(tensor: Tensor) -> str:
-    return "cpu" if tensor.device.type == "cpu" else "cuda"
-
-
-class Sum:
-    """A sum of products: written directly if there is one term, else accumulated in float32.
-
-    A 16-bit sum would lose small terms. A single term is written to a tensor like ``like``, or with ``into`` to it.
-    """
-
-    def __init__(self, like: Tensor, *, once: bool, into: bool = False) -> None:
-        self.once = once
-        if once:
-            self.total = like if into else torch.empty_like(like)
-        else:
-            self.total = torch.zeros(like.shape, dtype=torch.float32, device=like.device)
-
-    def add(self, a: Tensor, b: Tensor, rows: slice = slice(None)) -> None:
-        """Add ``a @ b`` to these rows."""
-        at = self.total[rows]
-        if self.once:
-            torch.mm(a, b, out=at)
-        elif a.dtype == torch.float32:
-            at.addmm_(a, b)
-        elif _fused_tiles.sums_in_product(_kind(a)):
-            _fused_tiles.add_product(at, a, b)
-        else:
-            for block in spans(len(a), ADDED_ROWS[_kind(a)]):
-                at[block].add_(a[block] @ b)

@@ -20,6 +20,7 @@ from prime_kernels._segment_math import result_dtype
 from prime_kernels.ops import _softcap
 from prime_kernels.ops import _tiled_head as tiles
 from prime_kernels.ops import log_probs as rows
+from prime_kernels.ops._fused_product import OfProbabilities
 from prime_kernels.ops._several_ids import HeadLogProbs
 
 # Logits alive at once: 2^24 float32 values are 64 MiB, enough rows for a product to run at full speed.
@@ -103,27 +104,32 @@ class TiledLogProbs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         first = 0 if group is None else dist.get_rank(group) * len(weight)
         head = settings.of_product(hidden, weight, bias, ids - first)
-        keep = with_gradient and any(ctx.needs_input_grad) and tiles.can_keep(head, settings.backend)
-        results, kept = tiles.head_log_probs(head, settings.with_entropy, settings.backend, keep)
+        # Shards have ids outside, whose probability is another column's.
+        columns = None if group is not None else tiles.gradient_columns(head, settings.backend)
+        keep = with_gradient and any(ctx.needs_input_grad) and tiles.can_keep(head, settings.backend, columns)
+        results, kept = tiles.head_log_probs(head, settings.with_entropy, settings.backend, keep, columns)
         if group is not None:
             results = _join_shards(results, ids // len(weight), group)
-        ctx.save_for_backward(hidden, weight, bias, head.ids, results.lse, results.entropy, kept)
-        ctx.settings, ctx.group, ctx.spent = settings, group, False
+        logp = results.logp if columns else None
+        ctx.save_for_backward(hidden, weight, bias, head.ids, results.lse, results.entropy, logp, *kept)
+        ctx.settings, ctx.group, ctx.columns, ctx.spent = settings, group, columns, False
         ctx.set_materialize_grads(False)
         return results.logp, results.entropy
 
     @staticmethod
     @first_derivative_only("linear_log_probs")
     def backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None) -> Gradients:
-        hidden, weight, bias, ids, lse, entropy, kept = ctx.saved_tensors
+        hidden, weight, bias, ids, lse, entropy, logp, *kept = ctx.saved_tensors
         if grad_logp is None and grad_entropy is None:
             return (None,) * 7
-        kept = tiles.spent(ctx, kept)
+        kept = tiles.spent(ctx, tuple(kept))
         upstream = (None if grad is None else grad.contiguous() for grad in (grad_logp, grad_entropy))
         gradient = RowGradient(lse, None if grad_entropy is None else entropy, *upstream)
         settings = ctx.settings
         head = settings.of_product(hidden, weight, bias, ids)
-        gradients = tiles.head_gradients(head, gradient, ctx.needs_input_grad[:3], settings.backend, kept)
+        of_tile = OfProbabilities(head, logp, gradient, ctx.columns, kept) if ctx.columns else None
+        wanted = ctx.needs_input_grad[:3]
+        gradients = tiles.head_gradients(head, gradient, wanted, settings.backend, kept, of_tile=of_tile)
         grad_hidden = gradients.hidden
         if ctx.group is not None and grad_hidden is not None:
             total = grad_hidden.float()

@@ -7,7 +7,9 @@ return, the gradients of ``hidden`` and of the head are kept from forward to bac
 
 Kernels of a whole head need all logits twice, so they save nothing in the forward pass: there the loss is one of
 linear_log_probs, with three products where its logits are kept. Made in the backward pass, the gradients have the
-factor of the loss in them before they are rounded; multiplied afterwards, they would be written a second time.
+factor of the loss in them before they are rounded; multiplied afterwards, they would be written a second time. So it is
+where a product leaves probabilities for the gradient and there is memory for them: half of that of logits. Where a GPU
+keeps logits, to write and read all of them takes as long as that second time.
 """
 
 from collections.abc import Callable
@@ -100,10 +102,16 @@ def _loss_arguments(
     of_head = (tokens.hidden, head.weight, head.bias, tokens.ids, settings)
     if settings.backend == "eager" or not len(tokens.hidden):
         return EagerLoss, (*of_head, of_span), tuple
-    if settings.backend in tiles.HEAD_KERNELS:
+    if settings.backend in tiles.HEAD_KERNELS or _keeps_probabilities(tokens, head, settings):
         arguments = (*of_head, None, torch.is_grad_enabled())
         return linear.TiledLogProbs, arguments, lambda results: of_span(results[0], slice(0, len(results[0])))
     return FusedLoss, (*of_head, of_span), tuple
+
+
+def _keeps_probabilities(tokens: linear.ValidTokens, head: linear.Head, settings: linear.Settings) -> bool:
+    product = settings.of_product(tokens.hidden, head.weight, head.bias, tokens.ids)
+    columns = tiles.gradient_columns(product, settings.backend)
+    return columns is not None and tiles.can_keep(product, settings.backend, columns)
 
 
 def _count(ids: Tensor, mask: Tensor | None) -> Tensor:
@@ -134,8 +142,8 @@ def linear_nll(
 
     loss = -sum_t weights_t * logp_t / denominator with logp as of ``linear_log_probs``. Differentiable in ``hidden``,
     ``weight`` and ``bias``. For supervised fine-tuning. On GPUs gradients are made in the forward pass, one product
-    fewer than ``linear_log_probs`` and its backward; on CPUs they are those of ``linear_log_probs``, with the logits
-    kept for them or recomputed as there.
+    fewer than ``linear_log_probs`` and its backward; on CPUs, and where "fused_columns" in a tuning file keeps
+    probabilities, they are those of ``linear_log_probs``, with what is kept for them or recomputed as there.
 
     Args:
         hidden: [..., D], as in :func:`prime_kernels.linear_log_probs`.

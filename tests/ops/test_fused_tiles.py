@@ -74,13 +74,15 @@ def test_without_such_a_product_blocks_are_added(monkeypatch):
     """As before torch had it, and on CPUs."""
     monkeypatch.setattr(_fused_tiles, "sums_in_product", lambda device_type: False)
     names = [name for name, _ in products(monkeypatch, 3 * 8192, 64, 131072)]
-    assert names.count("add_.Tensor") == 2 * 131072 // _tiled_head.ADDED_ROWS["cuda"] and "addmm.dtype_out" not in names
+    assert (
+        names.count("add_.Tensor") == 2 * 131072 // _fused_tiles.ADDED_ROWS["cuda"] and "addmm.dtype_out" not in names
+    )
 
 
 def test_cpus_sum_as_before():
     assert not _fused_tiles.sums_in_product("cpu")
     assert tile_sizes("cpu").fused_bytes == _tiled_head.FUSED_BYTES
-    assert tile_sizes("cpu").added_rows == _tiled_head.ADDED_ROWS["cpu"]
+    assert tile_sizes("cpu").added_rows == _fused_tiles.ADDED_ROWS["cpu"]
     assert _fused_tiles.fitting(2**40, 2**40, torch.device("cpu"), 1) == 2**40
 
 
@@ -88,7 +90,7 @@ def test_plans_use_the_same_sizes(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     sizes = tile_sizes("cuda")
     assert sizes.fused_bytes == 4864 * MIB == _tiled_head.fused_bytes("cuda")
-    assert sizes.added_rows == (0 if _fused_tiles.sums_in_product("cuda") else _tiled_head.ADDED_ROWS["cuda"])
+    assert sizes.added_rows == (0 if _fused_tiles.sums_in_product("cuda") else _fused_tiles.ADDED_ROWS["cuda"])
 
 
 @pytest.mark.gpu

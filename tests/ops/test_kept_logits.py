@@ -82,7 +82,7 @@ def tiled(backend):
 def test_they_are_gone_after_the_backward_pass(tiled, monkeypatch, ids_a_token):
     tiles_of_both_ways(monkeypatch, EVERYTHING)
     made, plain = [], _tiled_head.empty_logits
-    monkeypatch.setattr(_tiled_head, "empty_logits", lambda head: _seen(plain(head), made))
+    monkeypatch.setattr(_tiled_head, "empty_logits", lambda *args: _seen(plain(*args), made))
     of, ids = leaves(torch.bfloat16), torch.randint(61, (20,) if ids_a_token is None else (20, ids_a_token))
     logp = pk.linear_log_probs(*of[:2], ids, bias=of[2], backend=tiled)
     assert len(made) == 1 and made[0]() is not None

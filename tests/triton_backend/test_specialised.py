@@ -60,15 +60,25 @@ def backward(entropy=True, columns=VOCABULARY, dtype=torch.bfloat16, apart=False
     rows.logits_gradient(logits, ids, mask, gradient, 0.7, out)
 
 
-def product(columns=256, entropy=True, kept=False, scored=True, bias=False, vocabulary=VOCABULARY):
+def product(columns=256, entropy=True, kept=None, scored=True, bias=False, vocabulary=VOCABULARY):
     hidden, weight = (tensor(count, 4096, dtype=torch.bfloat16) for count in (ROWS, vocabulary))
     biases = tensor(vocabulary, dtype=torch.bfloat16) if bias else None
     of = LinearHead(hidden, weight, biases, tensor(ROWS, dtype=torch.int64), 0.7, False)
-    logits = tensor(ROWS, vocabulary + 7 & ~7)[:, :vocabulary] if kept else None
+    out = kept and tensor(ROWS, -(-vocabulary // columns) * columns, dtype=kept)[:, :vocabulary]
+    stored = {"q" if kept == torch.float16 else "logits": out}
     if scored:
-        head.token_log_probs(of, entropy, columns, logits)
+        head.token_log_probs(of, entropy, columns, **stored)
+    elif kept == torch.float16:
+        head.probabilities(of, out, columns)
     else:
-        head.logits(of, logits, columns)
+        head.logits(of, out, columns)
+
+
+def of_probabilities(columns=256, entropy=False, vocabulary=VOCABULARY):
+    q = tensor(ROWS, -(-vocabulary // columns) * columns, dtype=torch.float16)[:, :vocabulary]
+    of, row = head.Probabilities(q, tensor(ROWS, -(-vocabulary // columns))), tensor(ROWS)
+    gradient = RowGradient(row, row if entropy else None, row, row if entropy else None)
+    head.gradient(of, tensor(ROWS, dtype=torch.int64), row, gradient, 0.7, columns)
 
 
 def offsets(count):
@@ -148,10 +158,20 @@ CASES = {
     "backward into rows that start elsewhere": lambda: backward(columns=ODD, apart=True),
     "product and softmax": product,
     "product and softmax, no entropy": lambda: product(entropy=False),
-    "product and softmax, logits kept": lambda: product(kept=True),
-    "product and softmax, logits kept, bias, odd vocabulary": lambda: product(kept=True, bias=True, vocabulary=ODD),
-    "product and softmax, two programs": lambda: product(columns=128, kept=True),
-    "product alone": lambda: product(kept=True, scored=False),
+    "product and softmax, logits kept": lambda: product(kept=torch.float32),
+    "product and softmax, logits kept, bias, odd vocabulary": lambda: product(
+        kept=torch.float32, bias=True, vocabulary=ODD
+    ),
+    "product and softmax, two programs": lambda: product(columns=128, kept=torch.float32),
+    "product and softmax, probabilities kept": lambda: product(kept=torch.float16),
+    "product and softmax, probabilities kept, no entropy": lambda: product(kept=torch.float16, entropy=False),
+    "product and softmax, probabilities kept, odd vocabulary": lambda: product(kept=torch.float16, vocabulary=ODD),
+    "product and softmax, probabilities kept, two programs": lambda: product(columns=128, kept=torch.float16),
+    "product alone": lambda: product(kept=torch.float32, scored=False),
+    "product and probabilities": lambda: product(kept=torch.float16, scored=False),
+    "of probabilities": of_probabilities,
+    "of probabilities, entropy, odd vocabulary": lambda: of_probabilities(entropy=True, vocabulary=ODD),
+    "of probabilities, tiles of 128": lambda: of_probabilities(columns=128),
     "scan": scan,
     "scan of float64 in reverse": lambda: scan(True, torch.float64, tensor(1)),
     "sum": lambda: segments.sum_segments(tensor(TOKENS), offsets(RESPONSES)),

@@ -10,7 +10,7 @@ from helpers.stages import bytes_of
 import prime_kernels as pk
 from prime_kernels._bench.timing import peak_of_tensors
 from prime_kernels.integrations import tile_sizes
-from prime_kernels.ops import _tiled_head
+from prime_kernels.ops import _fused_tiles, _tiled_head
 from prime_trainer.cli import main
 from prime_trainer.plan import footprint, plan
 from prime_trainer.train.trainable import Trainable
@@ -142,10 +142,10 @@ def test_a_loss_over_tiles(monkeypatch, fused, kept_bytes, dtype, logits_dtype, 
         "BACKWARD_ELEMENTS": 64 * 256,
         "FORWARD_ELEMENTS": 64 * 64,
         "KEPT_BYTES": kept_bytes,
-        "ADDED_ROWS": 80,
     }
     for name, size in sizes.items():
         monkeypatch.setattr(_tiled_head, name, {"cpu": size})
+    monkeypatch.setattr(_fused_tiles, "ADDED_ROWS", {"cpu": 80})
     monkeypatch.setattr(_tiled_head, "HEAD_KERNELS", frozenset())
     monkeypatch.setattr(_tiled_head, "FUSED_BYTES", fused_bytes)
     hidden, weight = torch.randn(tokens, width).to(dtype), torch.randn(vocabulary, width).to(dtype)
