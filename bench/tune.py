@@ -39,10 +39,15 @@ ROWS, VOCABULARY, WIDTH, HEAD_VOCABULARY, SECONDS = 8192, 151936, 4096, 131072, 
 
 
 def sweep_head(tokens: int, width: int, vocabulary: int, device: torch.device) -> Iterator[dict]:
-    """Yield TFLOP/s of each configuration, without and with the logits stored, after those of a library's product."""
+    """Yield TFLOP/s of each configuration after those of a library's product.
+
+    Those of log-probs alone ("scored"), with float32 logits stored, and with float16 probabilities.
+    """
     hidden, weight = (torch.randn(n, width, device=device).bfloat16() for n in (tokens, vocabulary))
     of = LinearHead(hidden, weight, None, torch.randint(vocabulary, (tokens,), device=device), 1.0, False)
     logits, flops = torch.empty(tokens, vocabulary, device=device), 2 * tokens * width * vocabulary
+    widest = max(config.block_columns for config in HEADS)
+    q = torch.empty(tokens, -(-vocabulary // widest) * widest, dtype=torch.float16, device=device)[:, :vocabulary]
 
     def rate(call) -> float | str:
         try:
@@ -59,6 +64,7 @@ def sweep_head(tokens: int, width: int, vocabulary: int, device: torch.device) -
             **vars(config),
             "scored": rate(lambda config=config: head.token_log_probs(of, True, config)),
             "stored": rate(lambda config=config: head.token_log_probs(of, True, config, logits)),
+            "probabilities": rate(lambda config=config: head.token_log_probs(of, True, config, q=q)),
         }
 
 

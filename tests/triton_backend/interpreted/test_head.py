@@ -1,5 +1,8 @@
 """The product with the softmax in its epilogue: small tiles, padding, few programs, and the operations with it."""
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 import torch
 from helpers.support import assert_close
@@ -234,3 +237,16 @@ def test_what_goes_through_a_library(tuned, other):
     z = 5.0 * torch.tanh(z / 5.0) if "softcap" in options else z
     z = z.to(hidden.dtype).double() if "logits_dtype" in options else z
     torch.testing.assert_close(logp.double(), z.log_softmax(-1).gather(1, ids[:, None])[:, 0], rtol=2e-2, atol=2e-2)
+
+
+def test_the_search_for_a_configuration(monkeypatch):
+    """bench/tune.py at a small size: every way of every candidate has a rate, and none an error."""
+    path = Path(__file__).resolve().parents[3] / "bench" / "tune.py"
+    spec = importlib.util.spec_from_file_location("tune", path)
+    tune = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tune)
+    monkeypatch.setattr(tune, "HEADS", list(SMALL.values()))
+    monkeypatch.setattr(tune, "SECONDS", 0.01)
+    library, *found = tune.sweep_head(20, 8, 72, torch.device("cpu"))
+    assert library["kernel"] == "library product" and [row["programs"] for row in found] == [1, 3]
+    assert all(isinstance(row[way], float) for row in found for way in ("scored", "stored", "probabilities"))
