@@ -43,8 +43,11 @@ def best(device: torch.device, dtype: torch.dtype, sizes: Sizes, seconds: float)
         with torch.no_grad():
             return pk.linear_log_probs(hidden, weight, ids)
 
-    def both_ways() -> object:
+    def both_ways() -> tuple[torch.Tensor, ...]:
         return torch.autograd.grad(pk.linear_log_probs(hidden, weight, ids).sum(), [hidden, weight])
+
+    def each() -> object:
+        return forward(), *both_ways()
 
     def fused() -> object:
         return torch.autograd.grad(pk.linear_nll(hidden, weight, ids), [hidden, weight])
@@ -56,7 +59,7 @@ def best(device: torch.device, dtype: torch.dtype, sizes: Sizes, seconds: float)
     other = 1 if all_bytes <= used["kept_bytes"] else all_bytes
     for kind, call, candidates in (
         ("kept_bytes", both_ways, [used["kept_bytes"], other]),
-        ("fused_columns", forward, [0, *_tuning.FUSED_COLUMNS] if backends(device)[0] == "triton" else []),
+        ("fused_columns", each, [0, *_tuning.FUSED_COLUMNS] if backends(device)[0] == "triton" else []),
         ("forward_elements", forward, _candidates(used["forward_elements"], whole, memory)),
         ("fused_bytes", fused, _candidates(used["fused_bytes"], all_bytes, memory)),
     ):

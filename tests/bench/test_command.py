@@ -225,6 +225,33 @@ def test_sizes_that_fail_or_give_other_results_are_not_chosen(monkeypatch, capsy
     assert "fused_bytes 4000: AssertionError" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("right", [True, False])
+def test_a_fused_product_is_chosen_by_both_ways(monkeypatch, capsys, right):
+    """By the time of a pass without gradients and one with them, whose values count, too."""
+    plain, seen = tiles.pk.linear_log_probs, []
+
+    def log_probs(hidden, weight, ids):
+        hidden.register_hook(lambda grad: seen.append(grad) or (grad if right or not columns() else 2 * grad))
+        return plain(hidden, weight, ids, backend="eager")
+
+    def columns():
+        return _tuning.tile("fused_columns", "cpu", 0)
+
+    def timed(call, *options):
+        seen.clear()
+        call()
+        return timing.Timing(1.0 / (1 + columns() * len(seen)), 1)  # the more columns the faster, backward alone
+
+    monkeypatch.setattr(_tiled_head, "HEAD_KERNELS", frozenset())
+    monkeypatch.setattr(tiles, "backends", lambda device: ["triton"])
+    monkeypatch.setattr(tiles.pk, "linear_log_probs", log_probs)
+    monkeypatch.setattr(tiles.pk, "linear_nll", lambda *of: plain(*of, backend="eager").sum())
+    monkeypatch.setattr(timing, "timed", timed)
+    found = tiles.best(torch.device("cpu"), torch.float32, cases.Sizes(16, 300, 8, 64), 100.0)
+    assert found.get("fused_columns") == (256 if right else None)
+    assert ("fused_columns 128: AssertionError" in capsys.readouterr().err) != right
+
+
 def test_an_unknown_command(capsys):
     assert package.main(["benchmark"]) == 2
     assert "unknown command 'benchmark'" in capsys.readouterr().err
