@@ -37,7 +37,11 @@ def causal_lm(path: Path, dtype: torch.dtype) -> Any:
 
 
 def side_by_side(base: Path, adapter: Path, dtype: torch.dtype) -> Any:
-    return PeftModel.from_pretrained(causal_lm(base, dtype), adapter, autocast_adapter_dtype=False).to(dtype).eval()
+    model = PeftModel.from_pretrained(causal_lm(base, dtype), adapter, autocast_adapter_dtype=False).eval()
+    for name, parameter in model.named_parameters():  # not the frequencies of rotary embeddings, which are float32
+        if ".lora_" in name:
+            parameter.data = parameter.data.to(dtype)
+    return model
 
 
 @torch.no_grad()
