@@ -22,6 +22,7 @@ from ...scale import sharding
 from .. import traits
 from ..model_files import ModelError
 from ..protocols import CausalLM
+from . import layers
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -106,6 +107,7 @@ class Base:
             ) from None
         finally:
             torch.set_rng_state(state)
+        layers.round_once(self.model)
         lora = peft.tuners.lora.LoraLayer
         self._layers = {path: each for path, each in self._modules() if isinstance(each, lora)}
         mine = {path: layer for path, layer in self._layers.items() if name in layer.r}
