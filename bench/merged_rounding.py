@@ -8,13 +8,15 @@ log-probs follow, between
   merged     bfloat16 weights, bfloat16 arithmetic: what vLLM serves and `final/` is;
   trainer    bfloat16 base and adapter side by side: what trains;
   weights    the merged weights in float32 arithmetic: their rounding alone;
+  nearest    the same with the sums rounded to nearest, which the trainer does not do;
   exact      base and adapter in float32 arithmetic.
-Before that, how much of the adapter's update the merged weights have.
+Before that, how much of the adapter's update rounding leaves.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -67,18 +69,20 @@ def log_probs(model: Any, rows: list[Row]) -> Tensor:
     return torch.cat(found)
 
 
-def unchanged(base: Path, final: Path, adapter: Path) -> tuple[float, float]:
-    """The share of the adapted weights that merging left as they were; norm of its rounding, of the update 1."""
+@torch.no_grad()
+def rounding(base: Path, final: Path, exact: dict[str, Tensor]) -> Iterator[str]:
+    """The share of the adapted weights that each way of rounding left as they were; its norm, that of the update 1."""
     before, after = (causal_lm(path, torch.float32).state_dict() for path in (base, final))
-    exact = side_by_side(base, adapter, torch.float32).merge_and_unload().state_dict()
     names = [name for name in exact if not torch.equal(exact[name], before[name])]
     if not names:
-        raise SystemExit(f"{adapter}: expected an adapter that changes weights of {base}, got one that changes none")
-    same = sum(int((after[name] == before[name]).sum()) for name in names)
-    apart, update = (
-        sum(float((one[name] - exact[name]).square().sum()) for name in names) ** 0.5 for one in (after, before)
-    )
-    return same / sum(exact[name].numel() for name in names), apart / update
+        raise SystemExit(f"{final}/adapter: expected changes of weights of {base}, got none")
+    update = sum(float((before[name] - exact[name]).square().sum()) for name in names) ** 0.5
+    nearest = {name: exact[name].bfloat16().float() for name in names}
+    for what, weights in (("as saved", after), ("to nearest", nearest)):
+        same = sum(int((weights[name] == before[name]).sum()) for name in names)
+        apart = sum(float((weights[name] - exact[name]).square().sum()) for name in names) ** 0.5
+        share = 100 * same / sum(exact[name].numel() for name in names)
+        yield f"{what}: {share:.0f} % of the adapted weights unchanged; rounding is {apart / update:.2f} of the update"
 
 
 def main() -> None:
@@ -97,14 +101,16 @@ def main() -> None:
         "merged": log_probs(merged, rows),
         "trainer": log_probs(side_by_side(args.base, adapter, torch.bfloat16), rows),
         "weights": log_probs(merged.float(), rows),
-        "exact": log_probs(side_by_side(args.base, adapter, torch.float32), rows),
+        "exact": log_probs(precise := side_by_side(args.base, adapter, torch.float32), rows),
     }
+    exact = precise.merge_and_unload().state_dict()
+    print("\n".join(rounding(args.base, args.final, exact)))
+    merged.load_state_dict({name: value.bfloat16().float() for name, value in exact.items()})
+    found["nearest"] = log_probs(merged, rows)
     cells = []
     for one, other in combinations(found, 2):
         apart = (found[one] - found[other]).abs()
         cells.append([one, other, f"{apart.mean():.4f}", f"{apart.max():.2f}"])
-    same, apart = unchanged(args.base, args.final, adapter)
-    print(f"{100 * same:.0f} % of the adapted weights are unchanged; rounding is {apart:.2f} of the update in norm")
     print(f"{len(found['exact'])} tokens, mean log-prob {found['exact'].mean():.3f}\n")
     print(markdown.grid(["", "", "mean, nats", "most"], cells))
 

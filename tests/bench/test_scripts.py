@@ -248,11 +248,12 @@ def test_merged_rounding(script, small, tmp_path):
     adapted.save_pretrained(tmp_path / "adapter")
     adapted.merge_and_unload().bfloat16().save_pretrained(tmp_path)
     said = script("merged_rounding", tmp_path, tmp_path / "base", "--problems", 2)
-    share, apart = re.match(r"([\d.]+) % .* rounding is ([\d.]+) of", said).groups()
-    assert 0 < float(share) < 50 and 0 < float(apart) < 1
+    ways = dict(re.findall(r"(as saved|to nearest): ([\d.]+) % .*; rounding is [\d.]+ of", said))
+    assert 0 < float(ways["to nearest"]) < 50 and ways["as saved"] == ways["to nearest"]
     rows = [re.split(r"\s*\|\s*", line.strip("| ")) for line in said.splitlines() if line.startswith("| ")]
-    means = {(row[0], row[1]): float(row[2]) for row in rows if row[0] in ("merged", "trainer", "weights")}
-    assert len(means) == 6 and means["weights", "exact"] > 0
+    means = {(row[0], row[1]): float(row[2]) for row in rows if row[1] in ("trainer", "weights", "exact", "nearest")}
+    assert len(means) == 10 and means["weights", "exact"] == means["exact", "nearest"] > 0
+    assert means["weights", "nearest"] == 0
 
 
 def test_adapters(script, small, tmp_path):

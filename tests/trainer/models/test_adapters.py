@@ -101,9 +101,9 @@ def test_gradients_are_those_of_the_merged_weights(make_base, model_dir):
         torch.testing.assert_close(f.b.grad, 2.0 * wanted @ f.a.T, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize(("dtype", "error"), [("float32", 1e-6), ("bfloat16", 2**-8)])
+@pytest.mark.parametrize(("dtype", "error"), [("float32", 1e-6), ("bfloat16", 2**-7)])
 def test_merging_is_in_float32(make_base, dtype, error):
-    """Each weight is within half a unit in the last place of the exact sum."""
+    """Each weight is one of the two neighbours of the exact sum, and on average the sum."""
     base, cfg = make_base(dtype)
     view = stirred(placement.put_adapter(base, "policy", cfg, 0))
     merged, plain = loading.named_tensors(view), view.state_dict()
@@ -111,7 +111,10 @@ def test_merging_is_in_float32(make_base, dtype, error):
     for name, factors in view.factors().items():
         exact = plain[name].double() + 2.0 * factors.b.double() @ factors.a.double()
         assert merged[name].dtype == plain[name].dtype
-        assert ((merged[name].double() - exact).abs() <= error * exact.abs() + 1e-6).all()
+        apart = merged[name].double() - exact
+        assert (apart.abs() <= error * exact.abs() + 1e-6).all()
+        # Three standard deviations of a mean of errors of a unit at most; float32 is rounded to nearest.
+        assert dtype == "float32" or abs((apart / exact.abs()).mean()) <= 3 * error / (3 * apart.numel()) ** 0.5
     assert merged["model.embed_tokens.weight"] is not None and not base.view(None).factors()
 
 

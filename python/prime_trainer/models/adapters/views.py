@@ -23,6 +23,7 @@ from .. import traits
 from ..model_files import ModelError
 from ..protocols import CausalLM
 from . import layers
+from .rounding import rounded
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -41,11 +42,12 @@ class Factors:
 
     @torch.no_grad()
     def merged(self, weight: Tensor) -> Tensor:
-        """`weight` with the product added in float32, rounded once, in its dtype and on its device."""
+        """`weight` with the product added in float32, in its dtype by `rounding.rounded`, on its device."""
         # Shards are float32 masters: what is merged is what passes use, in the dtype of the base.
         a, b = (sharding.whole(x, weight.dtype, x.device).to(weight.device).float() for x in (self.a, self.b))
         product = torch.mm(b, a).mul_(self.scaling)
-        return product.t().add(weight).to(weight.dtype) if self.transposed else product.add_(weight).to(weight.dtype)
+        exact = product.t().contiguous() if self.transposed else product
+        return rounded(exact.add_(weight), weight.dtype)
 
 
 def lora_config(cfg: AdapterConfig) -> LoraConfig:
