@@ -85,8 +85,8 @@ def _gated(mlp: Any) -> Callable[[Tensor], Tensor]:
         return down
 
     own = mlp.forward
-    # Recomputation ends with the last tensor that is kept, the input of `down_proj`, before its product. Only with an
-    # adapter, which keeps an input of its own, the frozen product comes first and is made again.
+    # Recomputation ends with the last tensor that is kept, before the product of `down_proj`: its input, or with an
+    # adapter its weight, after the adapter's own two products.
     rest = functools.partial(checkpoint, of_branches, use_reentrant=False, preserve_rng_state=False)
 
     def forward(x: Tensor) -> Tensor:

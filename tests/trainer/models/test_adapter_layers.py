@@ -9,9 +9,13 @@ pytest.importorskip("peft", reason="peft is not installed: pip install '.[adapte
 
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
+from prime_trainer.config.sections import ModelConfig, ScaleConfig
+from prime_trainer.models import placement
 from prime_trainer.models.adapters.layers import round_once
+from prime_trainer.models.forward import hidden_states
 
 KINDS = {
     "linear": lambda: nn.Linear(24, 40, bias=False),
@@ -115,3 +119,30 @@ def test_a_copy_is_of_its_own_weights():
     with torch.no_grad():
         other[0].lora_B["one"].weight.zero_()
     assert torch.equal(model(x), before) and not torch.equal(other(x), before)
+
+
+def test_selective_recomputation_makes_no_frozen_product_again(model_dir):
+    """Of a gated MLP's last layer the adapter's two products are made again, in each of two layers."""
+    counts = {}
+    for what in ("none", "selective"):
+        cfg = ModelConfig(path=str(model_dir), dtype="bfloat16", device="cpu", adapter={"rank": 4})
+        base = placement.load_base(cfg)
+        view = placement.put_adapter(base, "policy", cfg, 0)
+        placement.recompute_activations(base.model, ScaleConfig(activation_checkpointing=what))
+        found = hidden_states(view, torch.tensor([[5, 80, 33, 7]]), None, None)
+        with Counted() as counted:
+            found.sum().backward()
+        counts[what] = counted.products
+    assert counts["selective"] == counts["none"] + 2 * 2
+
+
+class Counted(TorchDispatchMode):
+    products = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.products += func in (
+            torch.ops.aten.mm.default,
+            torch.ops.aten.addmm.default,
+            torch.ops.aten.addmm_.default,
+        )
+        return func(*args, **(kwargs or {}))
