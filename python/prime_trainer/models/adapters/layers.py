@@ -17,24 +17,25 @@ from torch import Tensor, nn
 class OneSum:
     """The forward pass, in place of that of peft's layer: at most one adapter is on, which is no variant of LoRA.
 
-    With B = 0, and with no adapter on, the bits are the same: those of the product added to the bias, or to zeros.
+    With B = 0, and with no adapter on, the bits are the same: one call adds the product to the bias, or to zeros.
     """
 
     def forward(self: Any, x: Tensor) -> Tensor:
+        """[.., in] to [.., out], in the dtype of `x`, which is that of layer and adapter."""
         layer = self.get_base_layer()
         rows, bias = x.reshape(-1, x.shape[-1]), layer.bias
         matrix = layer.weight if self.fan_in_fan_out else layer.weight.t()
         name = next((each for each in self.active_adapters if each in self.lora_A), None)
         if name is None or self.disable_adapters:
-            start = x.new_zeros(1) if bias is None else bias
-            found = torch.addmm(start.expand(len(rows), matrix.shape[1]), rows, matrix)
+            alone = x.new_zeros(1) if bias is None else bias
+            other = alone.expand(len(rows), matrix.shape[1]).clone(memory_format=torch.contiguous_format)
         else:
             inner = nn.functional.linear(rows, self.lora_A[name].weight)
             if self.scaling[name] != 1.0:
                 inner = inner * self.scaling[name]
-            # No backward pass needs what a product gave: the sum takes the place of the adapter's output.
-            found = nn.functional.linear(inner, self.lora_B[name].weight, bias).addmm_(rows, matrix)
-        return found.view(*x.shape[:-1], matrix.shape[1])
+            other = nn.functional.linear(inner, self.lora_B[name].weight, bias)
+        # No backward pass needs what a product gave: the sum takes its place.
+        return other.addmm_(rows, matrix).view(*x.shape[:-1], matrix.shape[1])
 
 
 def round_once(model: Any) -> None:
